@@ -235,13 +235,14 @@ def step_unscaled(
     if scaler is not None and scaler.is_enabled(): scaler.step(_Posing(learn.opt, step))
     else: step()
 
-# %% ../../nbs/core/01_passes.ipynb #333a4b1a
+# %% ../../nbs/core/01_passes.ipynb #fd702bc5
 @contextmanager
 def _trunk(model, touched):
     "Inside, calls of `model` after the first reuse the outputs of modules that finished before any touched one began."
-    modules = dict(model.named_modules())
-    above = {'.'.join(parts[:i]) for parts in (t.split('.') for t in touched if t) for i in range(len(parts))}
-    trunk = [m for n, m in modules.items() if n and n not in above | touched and n.rpartition('.')[0] in above]
+    modules = dict(model.named_modules(remove_duplicate=False)) # a layer may be registered under two names
+    paths = [n.split('.') for n, m in modules.items() if m in touched]
+    above = {modules['.'.join(p[:i])] for p in paths for i in range(len(p))}
+    trunk = {c for m in above for c in m.children() if c not in above | touched}
     recorded, begun, turn = {m: [] for m in trunk}, [], {}
     own = {m: vars(m).get('forward') for m in trunk} # other tools patch instances too
 
@@ -256,7 +257,7 @@ def _trunk(model, touched):
         m.forward = patched
 
     def next_network(): turn.update({m: list(outs) for m, outs in recorded.items()})
-    hooks = [modules[t].register_forward_pre_hook(lambda *_: begun.append(1)) for t in touched]
+    hooks = [m.register_forward_pre_hook(lambda *_: begun.append(1)) for m in touched]
     for m in trunk: patch(m)
     try: yield next_network
     finally:
@@ -264,6 +265,17 @@ def _trunk(model, touched):
         for m, f in own.items():
             if f is None: del m.forward
             else: m.forward = f
+
+@contextmanager
+def _replaced(places, values):
+    "Inside, the parameters at `places` (name to module-and-attribute pairs) are the tensors `values`, which may have a graph."
+    saved = [(m, k, m._parameters[k]) for n in values for m, k in places[n]]
+    try:
+        for n, v in values.items():
+            for m, k in places[n]: m._parameters[k] = v # assigning in place keeps the order of the parameters
+        yield
+    finally:
+        for m, k, p in saved: m._parameters[k] = p
 
 def shared_forward(
     model:nn.Module, # Plain eager module, neither compiled nor distributed
@@ -274,10 +286,15 @@ def shared_forward(
 
     Gradients with respect to the changed weights arrive in the original parameters."""
     params = dict(model.named_parameters())
-    touched = {n.rpartition('.')[0] for d in deltas for n in d}
+    names = {id(params[n]): n for d in deltas for n in d}
+    places = {n: [] for n in names.values()} # everywhere that a changed parameter is used, tied weights included
+    for m in model.modules():
+        for k, p in m._parameters.items():
+            if id(p) in names: places[names[id(p)]].append((m, k))
+    touched = {m for pairs in places.values() for m, _ in pairs}
     preds = []
     with _trunk(model, touched) as next_network:
         for d in deltas:
-            preds.append(torch.func.functional_call(model, {n: params[n] + v for n, v in d.items()}, inputs))
+            with _replaced(places, {n: params[n] + v for n, v in d.items()}): preds.append(model(*inputs))
             next_network()
     return tuple(preds)

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, show_images
 
-# %% ../../nbs/data/70_loader.ipynb #57871c64
+# %% ../../nbs/data/70_loader.ipynb #9cd9343e
 class ImageData:
     "Images as bytes, their classes, and the classes' names; a map-style data set of `(image, class)` pairs."
     loss_func = nn.CrossEntropyLoss() # takes class indices and soft labels alike; a Learner finds it here
@@ -35,11 +35,14 @@ class ImageData:
     def subset(self, idxs) -> 'ImageData':
         "The images at `idxs`, in that order."
         return ImageData(self.x[idxs], self.y[idxs], self.vocab)
+    def new_empty(self) -> 'ImageData':
+        "The same classes without images, for exported Learners."
+        return self.subset(slice(0, 0))
     def to(self, device) -> 'ImageData':
         "The same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
-# %% ../../nbs/data/70_loader.ipynb #dedd972f
+# %% ../../nbs/data/70_loader.ipynb #309b2e54
 class TensorDL(DataLoader):
     """Batches of `ImageData`, cut, augmented and normalised on the device.
 
@@ -76,7 +79,7 @@ class TensorDL(DataLoader):
     def new(self, dataset=None, cls=None, **kwargs) -> 'TensorDL':
         "The same loader with some arguments changed; its generators start anew from `seed`."
         mine = {k: getattr(self, k) for k in ('tfms', 'mean', 'std', 'seed', 'channels_last', 'dtype')}
-        if dataset is not None: mine['bs'] = min(self.bs, len(dataset))
+        if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))
         return super().new(dataset, cls, **{**mine, **kwargs})
 
     def get_idxs(self) -> np.ndarray: # `(n,)` positions in the data set

@@ -181,7 +181,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #5c6fc343
+# %% ../../nbs/experiments/81_runner.ipynb #2087294a
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -208,14 +208,18 @@ def make_learner(
     cbs=(),      # Further callbacks
 ) -> Learner: # Ready for `fit(cfg.epochs)`; `learn.dls[2]` is the test set
     "A Learner in exactly the state in which `run` starts training."
-    dls = get_dls(cfg.data, bs=cfg.bs, valid=cfg.valid, n_train=cfg.n_train, crop=cfg.crop, flip=cfg.flip, cutmix=cfg.cutmix, seed=cfg.seed,
-                  channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
+    try:
+        dls = get_dls(cfg.data, bs=cfg.bs, valid=cfg.valid, n_train=cfg.n_train, crop=cfg.crop, flip=cfg.flip, cutmix=cfg.cutmix, seed=cfg.seed,
+                      channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
+    except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, dls.c, **dict(cfg.model_args)).to(dls.device)
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=_opt_func(cfg), lr=cfg.lr, default_cbs=False,
                     cbs=[TrainEvalCallback(), *_schedule(cfg), *make_method(cfg.method, seed=cfg.seed, **dict(cfg.method_args)), *cbs])
+    try: learn.create_opt()
+    except TypeError as e: raise ValueError(f'optimizer {cfg.opt} does not take {dict(cfg.opt_args)}: {e}') from None
     torch.manual_seed(cfg.seed + 1) # dropout: the same masks whatever it took to make the model
     return learn
 
@@ -231,7 +235,6 @@ def run(
     Raises `RunError` if the loss stops being finite or the folder cannot be written, `ValueError` for data that do not fit."""
     if not force and (done := read_result(cfg, root)): return done
     keep_pages()
-    folder = _folder(cfg, root)
     recorder = RunRecorder(on_epoch=lambda rows: write_json(folder / 'history.json', rows))
     started = time.time()
     def store(status, **more):
@@ -241,8 +244,8 @@ def run(
         return result
     def recorder_counts():
         return dict(epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}))
-    try: learn = make_learner(cfg, device, [recorder, *([Recorder(), _Bar()] if progress else [])])
-    except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
+    learn = make_learner(cfg, device, [recorder, *([Recorder(), ProgressCallback()] if progress else [])])
+    folder = _folder(cfg, root)
     try:
         learn.fit(cfg.epochs)
         if recorder.failed:
@@ -258,11 +261,6 @@ def run(
         store('interrupted')
         raise
     finally: recorder.unhook()
-
-class _Bar(ProgressCallback):
-    "fastai's bar without its table, which would need metrics."
-    def after_fit(self):
-        if getattr(self, 'mbar', None) is not None: super().after_fit()
 
 # %% ../../nbs/experiments/81_runner.ipynb #c3169871
 def _worker(cfg, root, force, threads):

@@ -18,7 +18,7 @@ from .gradient_centralization import GradientCentralization
 from .sadt import SADT
 from .sam import SAM
 
-# %% ../../nbs/methods/99_registry.ipynb #44f242e9
+# %% ../../nbs/methods/99_registry.ipynb #b60f4acd
 @dataclass(frozen=True)
 class Method:
     "A method's factory and its facts; calling it makes the callback."
@@ -55,5 +55,5 @@ def make_method(
         if o not in known: raise ValueError(f'method {name} has no option {o!r}; it has {", ".join(known) or "none"}')
     if method.seeded: options = {'seed': seed, **options}
     try: cb = method(**options)
-    except TypeError as e: raise ValueError(f'method {name}: {e}') from None
+    except TypeError as e: raise ValueError(f'method {name} does not take {options}: {e}') from None
     return [] if cb is None else [cb]

@@ -80,7 +80,7 @@ def sadt_step(
     optimizer.step()                                                      # w_up -> w_final
     return loss.detach()
 
-# %% ../../nbs/methods/40_sadt.ipynb #60cfaf40
+# %% ../../nbs/methods/40_sadt.ipynb #524d1689
 def _last(model, kinds, what):
     names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
     if not names: raise ValueError(f'variant 2 of SADT perturbs the last {what} layer, and this model has none; pass `perturb=[...]` or choose variant 1 or 3')
@@ -113,7 +113,7 @@ class SADT(ExtraPass):
         spec='paper',       # Presets as the 'paper' describes them or as the released 'code' has them
         perturb=None,       # List of functions `(params, grads, generator) -> deltas`, one per teacher, instead of a preset
         kl=None,            # 'clean_to_aux': KL(q || teacher), 'aux_to_clean': KL(teacher || q); `None`: the preset's
-        kl_weight=1.,       # Factor of the divergence, >= 0; 0 leaves the second step with `g_up` alone, without extra passes
+        kl_weight=1.,       # Factor of the divergence, >= 0; at 0 the second step uses `g_up` alone and no extra pass is made
         grad_at='aux',      # 'aux': gradient at the perturbed weights; 'up': teacher fixed, gradient at `w_up` (Figure 1's caption)
         noise_scale=1.,     # Multiplies the presets' standard deviations, >= 0; 0: no noise
         first_step=True,    # False: no step before the teachers, so a batch makes one step with `g_up + sum(g_aux)`
@@ -135,14 +135,14 @@ class SADT(ExtraPass):
     def before_fit(self):
         super().before_fit()
         model = unwrapped(self.model)
-        if self.perturb is not None: self._teachers, self._kl = self.perturb, self.kl or 'clean_to_aux'
-        else:
-            self._teachers, kl = _presets(model, self.variant, self.spec, self.noise_scale)
-            self._kl = self.kl or kl
+        if self.perturb is not None: self._teachers, self._preset_kl = self.perturb, 'clean_to_aux'
+        else: self._teachers, self._preset_kl = _presets(model, self.variant, self.spec, self.noise_scale)
         shares = len(self._teachers) > 1 and all(isinstance(fn, layer_noise) for fn in self._teachers)
-        self._shared = shares and self.grad_at == 'aux' and model is self.learn.model
+        self._shares = shares and model is self.learn.model
         self._micro = []
-        StepGrads.install(self.learn).hold = not self.first_step
+        StepGrads.install(self.learn)
+
+    def before_batch(self): self.step_grads.hold = not self.first_step
 
     def before_backward(self):
         if not self.replaying: self._micro.append((self.xb, self.yb, self.pred.detach(), self.rng_state))
@@ -154,6 +154,8 @@ class SADT(ExtraPass):
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
         for p in params.values(): p.grad = None
         if self.kl_weight: self._teach(params, g_up, micro)
+        else: # the functions are still called, so that the noise does not depend on when a schedule is at zero
+            for fn in self._teachers: fn(params, g_up, self._generator(params))
 
         def second_step():
             for n, p in params.items():
@@ -165,15 +167,16 @@ class SADT(ExtraPass):
 
     def _teach(self, params, g_up, micro):
         "Leave the sum of the teachers' gradients in `.grad`."
-        deltas = [fn(params, g_up, self._generator(params)) for fn in self._teachers] if self._shared else None
+        shared = self._shares and self.grad_at == 'aux'
+        deltas = [fn(params, g_up, self._generator(params)) for fn in self._teachers] if shared else None
         batch = self.xb, self.yb
         try:
-            for fn in ([None] if self._shared else self._teachers):
-                d = {} if self._shared else fn(params, g_up, self._generator(params))
+            for fn in ([None] if shared else self._teachers):
+                d = {} if shared else fn(params, g_up, self._generator(params))
                 if self.grad_at == 'up': self._teach_at_up(params, d, micro); continue
                 with perturbed(params, d, self.scratch):
                     for self.learn.xb, self.learn.yb, q, rng_state in micro:
-                        forward = (lambda *xb: shared_forward(self.model, deltas, *xb)) if self._shared else None
+                        forward = (lambda *xb: shared_forward(self.model, deltas, *xb)) if shared else None
                         self.replay(rng_state=rng_state, forward=forward, loss_func=lambda pred, *yb: self._divergence(q, pred))
         finally: self.learn.xb, self.learn.yb = batch
 
@@ -181,12 +184,12 @@ class SADT(ExtraPass):
         "The caption's reading: the teacher's prediction is a constant, the gradient is that of the network at `w_up`."
         for self.learn.xb, self.learn.yb, _, rng_state in micro:
             with perturbed(params, deltas, self.scratch): aux = self.replay(rng_state=rng_state, backward=False)
-            kl = kl_div if self._kl == 'aux_to_clean' else lambda a, b: kl_div(b, a)
+            kl = kl_div if (self.kl or self._preset_kl) == 'aux_to_clean' else lambda a, b: kl_div(b, a)
             self.replay(rng_state=rng_state, loss_func=lambda pred, *yb: self.kl_weight * kl(aux, pred))
 
     def _divergence(self, q, preds):
         "The divergence between the first pass's logits and those of one or several teachers."
-        kl = kl_div if self._kl == 'clean_to_aux' else lambda a, b: kl_div(b, a)
+        kl = kl_div if (self.kl or self._preset_kl) == 'clean_to_aux' else lambda a, b: kl_div(b, a)
         return self.kl_weight * sum(kl(q, aux) for aux in (preds if isinstance(preds, tuple) else (preds,)))
 
     def _generator(self, params):

@@ -1,0 +1,74 @@
+# make demo: the main job on embedded data.  make test: everything that CI checks of the checkout.  The rest is explained beside each target.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+READY   = $(VENV)/.ready
+NEWEST  = .venv-newest
+QUIET   = PYTHONWARNINGS=ignore::FutureWarning
+# notebooks and tests run two at a time with one thread each: faster on few cores than one with two
+ONE     = OMP_NUM_THREADS=1
+
+.PHONY: demo test sync notebooks-test pytest test-all dist test-newest notebooks readme bench clean
+
+# The development environment. torch and torchvision must come together from one place, or torchvision does not import.
+$(READY): settings.ini setup.py
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; set PYTHON=/path/to/python'; exit 2; }
+	@echo 'installing the development environment into $(VENV); this takes a few minutes'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# SAM, SADT and their controls on scanned digits: a table and a figure, about two minutes
+demo: $(READY)
+	$(BIN)/sadt_demo
+
+test: $(READY) sync notebooks-test pytest
+
+# The library and README.md must be what the notebooks export, and the notebooks clean. What was not is mended on the way.
+sync: $(READY)
+	@git ls-files -co --exclude-standard -z | xargs -0 sha256sum 2>/dev/null > $(VENV)/before
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python docs/make_readme.py
+	@git ls-files -co --exclude-standard -z | xargs -0 sha256sum 2>/dev/null > $(VENV)/after
+	@diff $(VENV)/before $(VENV)/after > /dev/null && echo 'library, README and notebooks are in step' || \
+	  { echo 'out of step with the notebooks, now mended; look at git diff and commit:'; diff $(VENV)/before $(VENV)/after | sed -n 's/^> [0-9a-f]*  /  /p'; exit 1; }
+
+notebooks-test: $(READY)
+	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
+
+pytest: $(READY)
+	$(QUIET) $(BIN)/python -m pytest -q tests
+
+# The long matrices as well
+test-all: test
+	$(QUIET) $(BIN)/python -m pytest -q tests -m slow
+
+# The sdist, and the wheel built from it
+dist: $(READY)
+	rm -rf dist build
+	$(BIN)/python -m build -q --outdir dist .
+
+# The wheel without the development extras, on the newest fastai and fastcore that pip finds, under the same pytest suite
+test-newest: dist
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install -q --disable-pip-version-check dist/*.whl pytest
+	cd $(NEWEST) && bin/python -W ignore -c "import sadt_nb, fastai, fastcore; print('sadt_nb', sadt_nb.__version__, 'from the wheel, fastai', fastai.__version__, 'fastcore', fastcore.__version__)"
+	rm -rf $(NEWEST)/run && cp -r tests $(NEWEST)/run
+	cd $(NEWEST)/run && $(QUIET) ../bin/python -m pytest -q -p no:cacheprovider .
+	cd $(NEWEST) && bin/sadt_train --epochs 1 --n_train 200 --bs 50 --root smoke 2>&1 | tail -2
+
+# Run notebooks and keep their outputs: make notebooks NB=nbs/methods/20_sam.ipynb
+NB ?= $(shell git ls-files 'nbs/*.ipynb')
+notebooks: $(READY)
+	for n in $(NB); do $(QUIET) $(BIN)/jupyter execute --inplace --timeout=1200 $$n || exit 1; done
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+readme: $(READY)
+	$(BIN)/python docs/make_readme.py
+
+# Data throughput and the cost of a step; needs SADT_DATA for the first
+bench: $(READY)
+	$(QUIET) $(BIN)/python -m benchmarks.step_cost
+	$(QUIET) $(BIN)/python -m benchmarks.data_throughput
+
+clean:
+	rm -rf $(VENV) $(NEWEST) build dist *.egg-info

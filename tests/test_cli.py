@@ -1,0 +1,71 @@
+"The commands as a stranger uses them: help, one run, mistakes, Ctrl-C."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sadt_nb.experiments import cli
+
+BIN = Path(sys.executable).parent
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
+SMALL = ['--epochs', '1', '--n_train', '200', '--bs', '50']
+
+
+def shell(*args, cwd=None):
+    return subprocess.run([BIN / args[0], *map(str, args[1:])], capture_output=True, text=True, env=ENV, cwd=cwd, timeout=300)
+
+
+@pytest.mark.parametrize('command', ['sadt_demo', 'sadt_grid'])
+def test_help(command):
+    r = shell(command, '--help')
+    assert r.returncode == 0 and '--root' in r.stdout and 'Traceback' not in r.stderr
+
+
+def test_train_store_and_report(tmp_path):
+    r = shell('sadt_train', *SMALL, '--method', 'sam', '--method_args', 'rho=0.1', '--root', tmp_path)
+    assert r.returncode == 0 and 'test accuracy' in r.stdout, r.stderr
+    folder, = tmp_path.iterdir()
+    config, result = (json.loads((folder / f'{n}.json').read_text()) for n in ('config', 'result'))
+    assert config['method_args'] == {'rho': .1} and result['status'] == 'finished' and result['steps'] == 4 and result['forwards'] == 8
+    assert {'versions', 'hardware', 'code', 'train_seconds', 'accuracy_bn'} <= result.keys()
+    r = shell('sadt_report', '--root', tmp_path, '--figure', tmp_path / 'f.png')
+    assert r.returncode == 0 and 'sam' in r.stdout and (tmp_path / 'f.png').stat().st_size > 10_000, r.stderr
+
+
+MISTAKES = [
+    (dict(method='sma'), 'unknown method'), (dict(model='resnet'), 'unknown model'), (dict(data='/no/such'), 'unknown data set'), (dict(lr=0.), 'lr'), (dict(epochs=0), 'epochs'),
+    (dict(bs=0), 'bs'), (dict(bs=9999), 'batch size'), (dict(method_args='rho=-1'), 'rho'), (dict(method_args='radius=1'), 'no option'), (dict(method_args='rho'), 'rho=0.1'),
+    (dict(data='noisy_digits', data_args='noise=2'), 'noise'), (dict(data_args='nois=2'), 'nois'), (dict(method='sadt1', method_args='noise_scale=-1'), 'noise_scale'),
+    (dict(valid=1.5), 'valid'), (dict(root='/proc/nowhere'), 'another root'), (dict(lr=1e30, opt='sgd', sched='constant', epochs=9), 'epoch 1'),
+    (dict(opt='sgd', opt_args='momentum=2x'), 'momentum'), (dict(cutmix=-1.), 'cutmix'), (dict(n_train=3, bs=2), 'n_train'),
+]
+
+
+@pytest.mark.parametrize('args, says', MISTAKES, ids=[' '.join(f'{k}={v}' for k, v in a.items()) for a, _ in MISTAKES])
+def test_mistakes_are_one_line(tmp_path, capsys, args, says):
+    with pytest.raises(SystemExit) as e: cli.sadt_train(**{**dict(epochs=1, n_train=200, bs=50, root=tmp_path), **args})
+    lines = [l for l in capsys.readouterr().err.splitlines() if l.startswith('sadt_train: error:')]
+    assert e.value.code == 2 and len(lines) == 1 and says in lines[0]
+
+
+def test_a_mistake_in_a_real_shell():
+    r = shell('sadt_train', '--method', 'sma')
+    assert r.returncode == 2 and 'Traceback' not in r.stderr and r.stderr.strip().splitlines()[-1].startswith('sadt_train: error: unknown method')
+
+
+def test_ctrl_c_marks_the_run_and_the_next_call_finishes_it(tmp_path):
+    args = [BIN / 'sadt_train', '--epochs', '3', '--n_train', '300', '--bs', '20', '--root', tmp_path]
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    deadline = time.time() + 120
+    while not list(tmp_path.glob('*/history.json')) and time.time() < deadline: time.sleep(.05)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=120)[1]
+    result = json.loads(next(tmp_path.glob('*/result.json')).read_text())
+    assert p.returncode == 130 and result['status'] == 'interrupted' and 'Traceback' not in err and 'stopped' in err
+    assert len(json.loads(next(tmp_path.glob('*/history.json')).read_text())) >= 1
+    assert subprocess.run(args, capture_output=True, env=ENV, timeout=300).returncode == 0
+    assert json.loads(next(tmp_path.glob('*/result.json')).read_text())['status'] == 'finished'

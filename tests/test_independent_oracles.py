@@ -29,9 +29,7 @@ LR = .05
 KL_DIRECTIONS = ('clean_to_aux', 'aux_to_clean')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Models, batches, and a Learner that works in float64
-# ---------------------------------------------------------------------------------------------------------------------
 
 def make_mlp(dtype=torch.float64):
     torch.manual_seed(1)
@@ -123,9 +121,7 @@ class EachBatch(Callback):
         if self.training: self.f(self.iter)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Oracles
-# ---------------------------------------------------------------------------------------------------------------------
 
 def log_probs(z):
     top = z.detach().max(1, keepdim=True).values
@@ -211,9 +207,7 @@ def squeeze_two(params, grads, generator):
     return {k: -.5*params[k].detach() for k in ('2.weight', '0.bias')}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 1. SADT with explicit perturbations
-# ---------------------------------------------------------------------------------------------------------------------
 
 def check_sadt(batches=None, epochs=1, **options):
     batches, model = batches or mlp_batches(), make_mlp()
@@ -359,9 +353,7 @@ def test_sadt_under_gradient_accumulation_equals_the_big_batch():
     assert [c[0] for c in log] == fns*2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 2. SADT's presets on a network with BatchNorm
-# ---------------------------------------------------------------------------------------------------------------------
 
 CONV_NAMES = [k for k, _ in make_conv_net().named_parameters()]
 KERNELS = [k for k, p in make_conv_net().named_parameters() if p.ndim > 1]
@@ -547,9 +539,7 @@ def test_the_preset_functions_by_themselves():
     for k, d in sampled(gradient_ascent(.5, .1)).items(): assert_gaussian(d.flatten()/.5 - 2., .1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 3. SAM
-# ---------------------------------------------------------------------------------------------------------------------
 
 def sam_loop(model, batches, rho=.05, lr=LR, adaptive=False, interval=1, micro=1, mom=0., frozen_bn=False):
     "Two passes per batch on a real module, so that BatchNorm's statistics move as they do in training."
@@ -662,9 +652,7 @@ def test_dropout_masks_of_the_two_passes(method):
     assert not torch.equal(again[0][0], again[1][0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 4. Transformations of the gradient, and repeated steps
-# ---------------------------------------------------------------------------------------------------------------------
 
 def training_loop(model, batches, transform, step):
     "Plain training on a real module, with a transformation of (weights, gradients) before the step."
@@ -779,9 +767,7 @@ def test_repeat_step_is_sadt_without_the_kl_term():
     assert_close(weights(models[0]), weights(models[1]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 5. Losses, norms, perturbed weights
-# ---------------------------------------------------------------------------------------------------------------------
 
 def np_probs(z, tau=1.):
     e = np.exp((z - z.max(1, keepdims=True))/tau)
@@ -874,9 +860,7 @@ def test_perturbed_leaves_autograd_alone():
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # 6. Mixed precision, really switched on
-# ---------------------------------------------------------------------------------------------------------------------
 
 class CpuMixedPrecision(MixedPrecision):
     "fastai's own asks for 'cuda' by name, and without such a device would silently do nothing."
@@ -977,9 +961,7 @@ def test_an_overflow_in_the_second_pass_skips_the_second_step_only():
     assert log.scales == [2.**10, 2.**9]                       # the scaler heard of it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The documented way to import everything
-# ---------------------------------------------------------------------------------------------------------------------
 
 def test_star_import():
     names = {}

@@ -24,24 +24,15 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 
-CASES = {name: (name, {}) for name in METHODS} | {'sadt2 (code)': ('sadt2', dict(spec='code')), 'sadt2, two full passes': ('sadt2', {})}
+CASES = {name: (name, {}) for name in METHODS} | {'sadt2 (code)': ('sadt2', dict(spec='code')), 'sadt2, two full passes': ('sadt2', dict(share_trunk=False))}
 
 
-def unshared(cb):
-    "The same two teachers without the shared trunk, as perturbations of a user's own would run."
-    before = cb.before_fit
-    def before_fit(): before(); cb._shares = False
-    cb.before_fit = before_fit
-    return cb
-
-
-def stepper(method, options, model, bs, full):
+def stepper(method, options, model, bs):
     "A function that makes one training step of a Learner in the middle of a fit."
     torch.manual_seed(0)
     net = make_model(model, init='keras').to(memory_format=torch.channels_last)
     batch = torch.rand(bs, 3, 32, 32).to(memory_format=torch.channels_last), torch.rand(bs, 10).softmax(1)
     cbs = make_method(method, **options)
-    if full: cbs = [unshared(cb) for cb in cbs]
     learn = Learner(DataLoaders([batch], [batch]), net, loss_func=torch.nn.CrossEntropyLoss(), opt_func=keras_adam, lr=1e-4, default_cbs=False, cbs=[TrainEvalCallback(), *cbs])
     learn.create_opt()
     learn.n_epoch, learn.epoch, learn.dl, learn.n_iter = 1, 0, learn.dls.train, 10**9
@@ -55,7 +46,7 @@ def main():
     p.add_argument('--repeats', type=int, default=9); p.add_argument('--out', type=Path)
     a = p.parse_args()
     keep_pages()
-    steps = {name: stepper(m, o, a.model, a.bs, 'full' in name) for name, (m, o) in CASES.items()}
+    steps = {name: stepper(m, o, a.model, a.bs) for name, (m, o) in CASES.items()}
     times = {name: [] for name in steps}
     for r in range(a.repeats + 1):
         for name, step in steps.items():

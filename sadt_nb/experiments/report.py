@@ -62,7 +62,7 @@ def results_table(
                        'seconds': round(g['train_seconds'].mean(), 1)}
     return pd.DataFrame(rows).T.rename_axis('run')
 
-# %% ../../nbs/experiments/82_report.ipynb #3d96e8e5
+# %% ../../nbs/experiments/82_report.ipynb #c3aac742
 COLORS = dict(baseline='tab:gray', gc='tab:green', agc='tab:orange', sam='tab:blue', sadt1='tab:red', sadt2='tab:pink', sadt3='tab:purple',
               repeat_step='tab:brown')
 
@@ -85,12 +85,12 @@ def plot_runs(
             if not seeds: continue
             if len(seeds) > 1:
                 for s in seeds: ax.plot(s, color=color, ls=style, lw=.5, alpha=.5)
-            ax.plot(pd.concat(seeds, axis=1).mean(1), color=color, ls=style, lw=1.5, label=f'{label} (n={len(seeds)})')
+            ax.plot(pd.concat(seeds, axis=1).mean(axis=1), color=color, ls=style, lw=1.5, label=f'{label} (n={len(seeds)})')
     name = dict(epoch='epoch', steps='optimizer steps', forwards='forward passes').get(x, x)
     for ax, title, y in zip(axs, ('training loss', 'training accuracy', 'validation loss', 'validation accuracy'), ('nats', 'share', 'nats', 'share')):
         ax.set(title=title, ylabel=y); ax.grid(alpha=.3)
         ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        ax.set_xlabel(name)
         if 'loss' in title: ax.set_yscale('log')
-    for ax in axs[2:]: ax.set_xlabel(name)
     axs[0].legend(fontsize=8)
     return axs

@@ -80,7 +80,7 @@ def sadt_step(
     optimizer.step()                                                      # w_up -> w_final
     return loss.detach()
 
-# %% ../../nbs/methods/40_sadt.ipynb #524d1689
+# %% ../../nbs/methods/40_sadt.ipynb #44f07e72
 def _last(model, kinds, what):
     names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
     if not names: raise ValueError(f'variant 2 of SADT perturbs the last {what} layer, and this model has none; pass `perturb=[...]` or choose variant 1 or 3')
@@ -120,6 +120,7 @@ class SADT(ExtraPass):
         bn='keep',          # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng='fresh',        # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,         # Of the noise
+        share_trunk=True,   # Compute what several `layer_noise` teachers have in common once; False: a full pass each
     ):
         if variant not in (1, 2, 3): raise ValueError(f'`variant` must be 1, 2 or 3, got {variant!r}')
         if spec not in ('paper', 'code'): raise ValueError(f"`spec` must be 'paper' or 'code', got {spec!r}")
@@ -129,16 +130,17 @@ class SADT(ExtraPass):
         if perturb is not None and not (perturb := list(perturb)): raise ValueError('`perturb` must hold at least one function')
         super().__init__(bn, rng)
         self.variant, self.spec, self.perturb, self.kl = variant, spec, perturb, kl
-        self.kl_weight, self.grad_at, self.noise_scale, self.first_step, self.seed = kl_weight, grad_at, noise_scale, first_step, seed
+        self.kl_weight, self.grad_at, self.noise_scale, self.first_step, self.seed, self.share_trunk = kl_weight, grad_at, noise_scale, first_step, seed, share_trunk
         self.generator = self._state = None
+
+    def teachers(self) -> tuple: # List of functions, and 'clean_to_aux' or 'aux_to_clean'
+        "Perturbations and direction of the divergence, as the attributes stand now."
+        fns, kl = (self.perturb, 'clean_to_aux') if self.perturb is not None else _presets(unwrapped(self.model), self.variant, self.spec, self.noise_scale)
+        return fns, self.kl or kl
 
     def before_fit(self):
         super().before_fit()
-        model = unwrapped(self.model)
-        if self.perturb is not None: self._teachers, self._preset_kl = self.perturb, 'clean_to_aux'
-        else: self._teachers, self._preset_kl = _presets(model, self.variant, self.spec, self.noise_scale)
-        shares = len(self._teachers) > 1 and all(isinstance(fn, layer_noise) for fn in self._teachers)
-        self._shares = shares and model is self.learn.model
+        self.teachers() # raises here, and not in mid-epoch, if the model lacks a layer
         self._micro = []
         StepGrads.install(self.learn)
 
@@ -153,44 +155,41 @@ class SADT(ExtraPass):
         if g_up is None: return # an overflow refused the step
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
         for p in params.values(): p.grad = None
-        if self.kl_weight: self._teach(params, g_up, micro)
-        else: # the functions are still called, so that the noise does not depend on when a schedule is at zero
-            for fn in self._teachers: fn(params, g_up, self._generator(params))
+        self._teach(params, g_up, micro)
 
         def second_step():
+            both = [n for n, p in params.items() if p.grad is not None]
+            if both: torch._foreach_add_([params[n].grad for n in both], [g_up[n] for n in both])
             for n, p in params.items():
-                if p.grad is None: p.grad = g_up[n]
-                else: p.grad.add_(g_up[n])
+                if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may write into it, and `StepGrads` keeps its own
             self.learn._step()
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
 
     def _teach(self, params, g_up, micro):
         "Leave the sum of the teachers' gradients in `.grad`."
-        shared = self._shares and self.grad_at == 'aux'
-        deltas = [fn(params, g_up, self._generator(params)) for fn in self._teachers] if shared else None
+        (fns, kl), generator = self.teachers(), self._generator(params)
+        shared = (self.share_trunk and self.grad_at == 'aux' and len(fns) > 1 and all(isinstance(fn, layer_noise) for fn in fns)
+                  and unwrapped(self.model) is self.learn.model)
+        groups = [[fn] for fn in fns] if not shared else [fns]
         batch = self.xb, self.yb
         try:
-            for fn in ([None] if shared else self._teachers):
-                d = {} if shared else fn(params, g_up, self._generator(params))
-                if self.grad_at == 'up': self._teach_at_up(params, d, micro); continue
-                with perturbed(params, d, self.scratch):
-                    for self.learn.xb, self.learn.yb, q, rng_state in micro:
-                        forward = (lambda *xb: shared_forward(self.model, deltas, *xb)) if shared else None
-                        self.replay(rng_state=rng_state, forward=forward, loss_func=lambda pred, *yb: self._divergence(q, pred))
+            for group in groups:
+                deltas = [fn(params, g_up, generator) for fn in group]
+                if not self.kl_weight: continue # the noise must not depend on when a schedule is at zero
+                for self.learn.xb, self.learn.yb, q, rng_state in micro: self._teach_batch(params, deltas, q, kl, rng_state)
         finally: self.learn.xb, self.learn.yb = batch
 
-    def _teach_at_up(self, params, deltas, micro):
-        "The caption's reading: the teacher's prediction is a constant, the gradient is that of the network at `w_up`."
-        for self.learn.xb, self.learn.yb, _, rng_state in micro:
-            with perturbed(params, deltas, self.scratch): aux = self.replay(rng_state=rng_state, backward=False)
-            kl = kl_div if (self.kl or self._preset_kl) == 'aux_to_clean' else lambda a, b: kl_div(b, a)
-            self.replay(rng_state=rng_state, loss_func=lambda pred, *yb: self.kl_weight * kl(aux, pred))
-
-    def _divergence(self, q, preds):
-        "The divergence between the first pass's logits and those of one or several teachers."
-        kl = kl_div if (self.kl or self._preset_kl) == 'clean_to_aux' else lambda a, b: kl_div(b, a)
-        return self.kl_weight * sum(kl(q, aux) for aux in (preds if isinstance(preds, tuple) else (preds,)))
+    def _teach_batch(self, params, deltas, q, kl, rng_state):
+        "Add one micro-batch's gradient of the divergence from one teacher, or from several on a shared trunk."
+        def div(clean, aux): return self.kl_weight * (kl_div(clean, aux) if kl == 'clean_to_aux' else kl_div(aux, clean))
+        if len(deltas) > 1:
+            self.replay(rng_state=rng_state, forward=lambda *xb: shared_forward(self.model, deltas, *xb), loss_func=lambda preds, *yb: sum(div(q, aux) for aux in preds))
+        elif self.grad_at == 'up': # the caption's reading: the teacher's prediction is a constant, the gradient is that at w_up
+            with perturbed(params, deltas[0], self.scratch): aux = self.replay(rng_state=rng_state, backward=False)
+            self.replay(rng_state=rng_state, loss_func=lambda pred, *yb: div(pred, aux))
+        else:
+            with perturbed(params, deltas[0], self.scratch): self.replay(rng_state=rng_state, loss_func=lambda aux, *yb: div(q, aux))
 
     def _generator(self, params):
         device = next(iter(params.values())).device

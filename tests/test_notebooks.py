@@ -1,0 +1,46 @@
+"The notebooks as documents: the pattern of a method's notebook, and outputs that a reader may see."
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+NBS = Path(__file__).parents[1] / 'nbs'
+pytestmark = pytest.mark.skipif(not NBS.exists(), reason='the notebooks are not part of the installed library')
+PATTERN = ['Idea', 'By hand', 'The callback', 'It does what', 'Use it', 'Differences']
+NOT_METHODS = {'99_registry'}
+
+
+def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def every(): return sorted(NBS.rglob('*.ipynb')) if NBS.exists() else []
+def ids(paths): return [str(p.relative_to(NBS)) for p in paths]
+
+
+METHODS = [p for p in every() if p.parent.name == 'methods' and p.stem not in NOT_METHODS]
+
+
+@pytest.mark.parametrize('path', METHODS, ids=ids(METHODS))
+def test_method_notebooks_follow_the_pattern(path):
+    text = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
+    heads = re.findall(r'^## (.+)$', text, re.M)
+    places = [next((i for i, h in enumerate(heads) if h.startswith(p)), None) for p in PATTERN]
+    assert None not in places and places == sorted(places), heads
+    assert re.search(r'^# .+\n\n> ', text, re.M) and '| extra memory |' in text, 'a title, one line, and the card'
+
+
+@pytest.mark.parametrize('path', every(), ids=ids(every()))
+def test_outputs_are_fit_to_be_read(path):
+    for c in cells(path):
+        for o in c.get('outputs', []):
+            assert o['output_type'] != 'error'
+            text = ''.join(o.get('text', [])) + ''.join(o.get('data', {}).get('text/plain', []))
+            found = re.search(r'(Warning\b|Traceback|/(?:home|root|tmp|work|Users)/\S+| at 0x[0-9a-f]{6,})', text)
+            assert not found, f'{found.group(0)} in an output of: {"".join(c["source"])[:80]}'
+
+
+@pytest.mark.parametrize('path', every(), ids=ids(every()))
+def test_code_cells_were_run(path):
+    "A cell that shows something has its output stored, so that the website and GitHub show it too."
+    code = [c for c in cells(path) if c['cell_type'] == 'code' and 'plt.' in ''.join(c['source']) and '#| export' not in ''.join(c['source'])]
+    for c in code:
+        if 'ax.set(' in ''.join(c['source']): assert c['outputs'], ''.join(c['source'])[:80]

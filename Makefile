@@ -40,7 +40,7 @@ pytest: $(READY)
 
 # The long matrices as well
 test-all: test
-	$(QUIET) $(BIN)/python -m pytest -q tests -m slow
+	$(QUIET) $(BIN)/python -m pytest -q tests -m slow || test $$? -eq 5  # 5: there are none yet
 
 # The sdist, and the wheel built from it
 dist: $(READY)

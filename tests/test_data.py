@@ -3,7 +3,6 @@ import hashlib
 import os
 import pickle
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -88,7 +87,7 @@ def test_nested_superclasses_and_other_sizes(tmp_path, monkeypatch):
             f.parent.mkdir(parents=True)
             Image.new('RGB', (8, 8), (color,) * 3).save(f)
     train, _ = load_data(tmp_path / 'nested')
-    assert train.vocab == ['oak', 'ray', 'shark'] and train.x[:, 0, 0, 0].tolist() == [30, 10, 20][0:0] or sorted(train.x[:, 0, 0, 0].tolist()) == [10, 20, 30]
+    assert train.vocab == ['oak', 'ray', 'shark']
     assert {train.vocab[y]: int(x[0, 0, 0]) for x, y in zip(train.x, train.y)} == {'ray': 10, 'shark': 20, 'oak': 30}
     assert load_data(tmp_path / 'nested', size=16)[0].x.shape[1:] == (16, 16, 3)
 

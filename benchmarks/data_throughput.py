@@ -4,7 +4,6 @@
 
 The two take turns. The folder pipeline is `ImageDataLoaders.from_folder` with two workers; CutMix on its batches is torchvision's."""
 import argparse
-import os
 import statistics
 import tempfile
 import time

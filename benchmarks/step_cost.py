@@ -5,8 +5,6 @@
 All methods take turns within one process, round after round, so that a machine whose speed drifts is equally slow for all;
 the first round is not counted. Printed and stored: median, smallest and largest ratio over the rounds, and passes per step."""
 import argparse
-import json
-import os
 import statistics
 import time
 import warnings
@@ -15,7 +13,6 @@ from pathlib import Path
 warnings.filterwarnings('ignore', category=FutureWarning)
 
 import torch
-from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import _hardware, _versions, keep_pages, write_json
 from sadt_nb.core.optim import keras_adam
 from sadt_nb.methods.registry import METHODS, make_method

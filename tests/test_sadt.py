@@ -5,7 +5,7 @@ from conftest import CPUMixedPrecision, batches, cnn, flat, learner, mlp
 from fastai.callback.core import Callback
 from fastai.optimizer import SGD
 from sadt_nb.methods.controls import RepeatStep
-from sadt_nb.methods.sadt import SADT, layer_noise, weight_noise
+from sadt_nb.methods.sadt import SADT, layer_noise
 
 l2 = lambda p, lr: SGD(p, lr=lr, mom=.9, wd=.1, decouple_wd=False) # writes the penalty into the gradient
 
@@ -49,8 +49,7 @@ def test_attributes_are_read_at_every_batch(attribute, value):
 
 def test_without_noise_the_teachers_of_variant_1_and_2_are_the_network_itself():
     a = [fit(SADT(v, noise_scale=0., kl='clean_to_aux', share_trunk=s), net=cnn(), data=batches(conv=True)) for v, s in ((1, True), (2, False))]
-    net, seen = cnn(), []
-    b = fit(SADT(2, noise_scale=0., kl='clean_to_aux'), net=net, data=batches(conv=True))
+    b = fit(SADT(2, noise_scale=0., kl='clean_to_aux'), net=cnn(), data=batches(conv=True))
     torch.testing.assert_close(a[1], b, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(a[0], b), 'two teachers count twice'
 

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Run']
 
-# %% ../../nbs/experiments/80_config.ipynb #3549b7ed
+# %% ../../nbs/experiments/80_config.ipynb #b33f18f8
 import hashlib, json
 from dataclasses import dataclass, fields, replace
 
-from ..data.datasets import DATASETS
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PAPER_GRIDS', 'PaperRun', 'paper_grid']
 
-# %% ../../nbs/experiments/83_papers.ipynb #1478af89
-from dataclasses import dataclass, field
+# %% ../../nbs/experiments/83_papers.ipynb #fad896f9
+from dataclasses import dataclass
 
 from .config import Run
 

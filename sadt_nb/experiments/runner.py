@@ -6,8 +6,8 @@
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'write_json', 'keep_pages', 'RunError', 'read_result',
            'make_learner', 'run', 'run_grid']
 
-# %% ../../nbs/experiments/81_runner.ipynb #1864d813
-import ctypes, hashlib, importlib.metadata, json, math, os, platform, subprocess, sys, tempfile, time
+# %% ../../nbs/experiments/81_runner.ipynb #7f34e9bb
+import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from copy import deepcopy
 from functools import partial
@@ -25,7 +25,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 
 from ..core.optim import keras_adam
-from ..data.datasets import DATASETS, get_dls
+from ..data.datasets import get_dls
 from .config import Run
 from ..methods.registry import make_method
 from ..models.registry import make_model

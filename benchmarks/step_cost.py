@@ -2,61 +2,156 @@
 
     python -m benchmarks.step_cost [--model simple_cnn] [--bs 512] [--repeats 9] [--out FILE]
 
-All methods take turns within one process, round after round, so that a machine whose speed drifts is equally slow for all;
-the first round is not counted. Printed and stored: median, smallest and largest ratio over the rounds, and passes per step."""
+All cases take turns within one process, round after round, so that a machine whose speed drifts is equally slow for all;
+the first round is not counted. Printed and stored: median, smallest and largest ratio over the rounds, passes per step, and
+memory beyond the plain step, as multiples of the weights: what lives from step to step, and the peak within a step (from the
+allocator on a GPU, from a count of living tensors on a CPU). LookSAM's figure is the mean over the five steps of its cycle. Besides the methods: a bare PyTorch loop with the same network, batch and optimizer,
+and, where it is installed, SAM of pytorch_optimizer in such a loop."""
 import argparse
+import inspect
 import statistics
 import time
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings('ignore', category=FutureWarning)
+warnings.filterwarnings('ignore')
 
 import torch
-from sadt_nb.experiments.runner import _hardware, _versions, keep_pages, write_json
-from sadt_nb.core.optim import keras_adam
-from sadt_nb.methods.registry import METHODS, make_method
-from sadt_nb.models.registry import make_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from sadt_nb.core.optim import keras_adam
+from sadt_nb.data.loader import ImageData, TensorDL
+from sadt_nb.experiments.runner import _hardware, _versions, keep_pages, write_json
+from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.models.registry import MODELS, make_model
+try: from pytorch_optimizer import SAM as PeerSAM
+except ImportError: PeerSAM = None
 
-CASES = {name: (name, {}) for name in METHODS} | {'sadt2 (code)': ('sadt2', dict(spec='code')), 'sadt2, two full passes': ('sadt2', dict(share_trunk=False))}
+READY = dict(saf=dict(start_epoch=0), mesa=dict(start_epoch=0)) # measured with the term at work
+CASES = {name: (name, READY.get(name, {})) for name in METHODS} | {'sadt2 (code)': ('sadt2', dict(spec='code')), 'sadt2, two full passes': ('sadt2', dict(share_trunk=False))}
+CYCLE = dict(looksam=5) # steps after which the cost repeats
 
 
-def stepper(method, options, model, bs):
-    "A function that makes one training step of a Learner in the middle of a fit."
+def network(model, device):
     torch.manual_seed(0)
-    net = make_model(model, init='keras').to(memory_format=torch.channels_last)
-    batch = torch.rand(bs, 3, 32, 32).to(memory_format=torch.channels_last), torch.rand(bs, 10).softmax(1)
-    cbs = make_method(method, **options)
-    learn = Learner(DataLoaders([batch], [batch]), net, loss_func=torch.nn.CrossEntropyLoss(), opt_func=keras_adam, lr=1e-4, default_cbs=False, cbs=[TrainEvalCallback(), *cbs])
+    return make_model(model, **(dict(init='keras') if 'init' in inspect.signature(MODELS[model]).parameters else {})).to(device, memory_format=torch.channels_last)
+
+
+def loader(bs, device):
+    g = torch.Generator().manual_seed(0)
+    data = ImageData(torch.randint(0, 256, (bs, 32, 32, 3), generator=g, dtype=torch.uint8), torch.randint(0, 10, (bs,), generator=g), [str(i) for i in range(10)])
+    return TensorDL(data, bs=bs, device=device)
+
+
+class Living(TorchDispatchMode):
+    "The largest number of bytes in tensors that were made inside and lived at the same time."
+    def __init__(self): super().__init__(); self.live, self.peak = {}, 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)} # views and in-place results are not new
+        made = [t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        new = [s for s in made if s._cdata not in given and (s._cdata not in self.live or self.live[s._cdata][0].expired())]
+        if new:
+            self.live = {k: v for k, v in self.live.items() if not v[0].expired()} | {s._cdata: (StorageWeakRef(s), s.nbytes()) for s in new}
+            self.peak = max(self.peak, sum(n for _, n in self.live.values()))
+        return out
+
+
+def peak_bytes(step, steps):
+    "Peak of the memory allocated within some steps."
+    with Living() as living:
+        for _ in range(steps): step()
+    return living.peak
+
+
+def persistent(learn):
+    "Bytes of the tensors that the method's callbacks hold between steps, the model's and the batch's excluded."
+    known = {t.data_ptr() for t in [*learn.model.parameters(), *learn.model.buffers(), *learn.xb, *learn.yb, learn.pred, learn.loss]}
+    seen = {}
+    def walk(o, depth=0):
+        if isinstance(o, torch.Tensor): seen.setdefault(o.data_ptr(), o.nbytes) if o.data_ptr() not in known else None
+        elif isinstance(o, torch.nn.Module): [walk(t) for t in [*o.parameters(), *o.buffers()]]
+        elif isinstance(o, dict): [walk(v, depth + 1) for v in o.values()]
+        elif isinstance(o, (list, tuple)) and depth < 3: [walk(v, depth + 1) for v in o]
+    for cb in learn.cbs: walk({k: v for k, v in vars(cb).items() if k not in ('learn', 'grads')})
+    return sum(seen.values())
+
+
+def stepper(method, options, model, bs, device):
+    "A function that makes one training step of a Learner in the middle of a fit, and the Learner."
+    dl = loader(bs, device)
+    learn = Learner(DataLoaders(dl, dl), network(model, device), loss_func=torch.nn.CrossEntropyLoss(), opt_func=keras_adam, lr=1e-4, default_cbs=False,
+                    cbs=[TrainEvalCallback(), *make_method(method, **options)])
     learn.create_opt()
     learn.n_epoch, learn.epoch, learn.dl, learn.n_iter = 1, 0, learn.dls.train, 10**9
+    batch = next(iter(dl))
     for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
-    return lambda: learn.one_batch(0, batch)
+    learn.dl.get_idxs() # those who listen for sample ids hear them here
+    return lambda: learn.one_batch(0, batch), learn
+
+
+def bare(model, bs, device, peer=False):
+    "The same step without a Learner; with `peer`, SAM of pytorch_optimizer."
+    net, (x, y) = network(model, device).train(), next(iter(loader(bs, device)))
+    groups = list(net.parameters())
+    opt = keras_adam(groups, lr=1e-4)
+    loss_of = lambda: torch.nn.functional.cross_entropy(net(x), y)
+    def step():
+        opt.zero_grad(); loss_of().backward(); opt.step()
+    if not peer: return step
+    sam = PeerSAM(groups, torch.optim.Adam, rho=.05, lr=1e-4)
+    def two_passes():
+        loss_of().backward(); sam.first_step(zero_grad=True)
+        loss_of().backward(); sam.second_step(zero_grad=True)
+    return two_passes
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='simple_cnn'); p.add_argument('--bs', type=int, default=512)
     p.add_argument('--repeats', type=int, default=9); p.add_argument('--out', type=Path)
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = p.parse_args()
-    keep_pages()
-    steps = {name: stepper(m, o, a.model, a.bs) for name, (m, o) in CASES.items()}
-    times = {name: [] for name in steps}
+    device = torch.device(a.device)
+    if device.type == 'cpu': keep_pages()
+    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
+    made = {}
+    for name, (m, o) in CASES.items():
+        try: made[name] = stepper(m, o, a.model, a.bs, device)
+        except ValueError as e: print(f'{name}: not for this network ({str(e).splitlines()[-1].strip()})')
+    steps, learners = {n: s for n, (s, _) in made.items()}, {n: l for n, (_, l) in made.items()}
+    steps['bare loop'] = bare(a.model, a.bs, device)
+    if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(a.model, a.bs, device, peer=True)
+    times, peaks = {name: [] for name in steps}, {}
     for r in range(a.repeats + 1):
         for name, step in steps.items():
-            start = time.perf_counter(); step()
-            if r: times[name].append(time.perf_counter() - start)
+            if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+            resident = torch.cuda.memory_allocated() if device.type == 'cuda' else 0
+            n = CYCLE.get(name, 1)
+            start = time.perf_counter()
+            for _ in range(n): step()
+            wait()
+            if r: times[name].append((time.perf_counter() - start) / n)
+            if r and device.type == 'cuda': peaks[name] = torch.cuda.max_memory_allocated() - resident
+    if device.type == 'cpu': peaks = {name: peak_bytes(step, CYCLE.get(name, 1)) for name, step in steps.items()}
+    weights = sum(q.nbytes for q in learners['baseline'].model.parameters())
+    plain_memory = persistent(learners['baseline'])
     rows = {}
-    for name, (m, _) in CASES.items():
+    for name in steps:
         ratio = [t / b for t, b in zip(times[name], times['baseline'])]
-        rows[name] = dict(ratio=statistics.median(ratio), low=min(ratio), high=max(ratio), passes=METHODS[m].passes, seconds=statistics.median(times[name]))
-        print(f'{name:24} {rows[name]["ratio"]:.2f}  ({rows[name]["low"]:.2f} to {rows[name]["high"]:.2f})   passes {METHODS[m].passes:g}')
+        row = rows[name] = dict(ratio=statistics.median(ratio), low=min(ratio), high=max(ratio), seconds=statistics.median(times[name]))
+        if name in CASES:
+            row.update(passes=METHODS[CASES[name][0]].passes, copies_of_weights=(persistent(learners[name]) - plain_memory) / weights)
+        if name in peaks: row['peak_copies_of_weights'] = (peaks[name] - peaks['baseline']) / weights
+        print(f'{name:26} {row["ratio"]:.3f}  ({row["low"]:.2f} to {row["high"]:.2f})' + (f'   passes {row["passes"]:.2f}   kept {row["copies_of_weights"]:.2f} x weights' if name in CASES else '')
+              + (f'   peak {row["peak_copies_of_weights"]:+.2f}' if name in peaks else ''), flush=True)
     if a.out:
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(a.out, dict(model=a.model, bs=a.bs, repeats=a.repeats, rows=rows, versions=_versions(), hardware=_hardware(torch.device('cpu'))))
+        write_json(a.out, dict(model=a.model, bs=a.bs, repeats=a.repeats, rows=rows, versions=_versions(), hardware=_hardware(device)))
 
 
 if __name__ == '__main__': main()

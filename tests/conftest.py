@@ -10,6 +10,7 @@ import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
@@ -46,11 +47,21 @@ def mlp(bn=False, dropout=0., dtype=torch.float64):
     return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8) if bn else nn.Identity(), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).to(dtype)
 
 
-def cnn(bn=True, dtype=torch.float64):
+class Net(nn.Sequential):
+    "A type of its own, so that its calls, and those of its copies, can be counted."
+
+
+def cnn(bn=True, dtype=torch.float64, dropout=0.):
     "Has everything that a method may look for: convolutions, BatchNorm, dense layers."
     torch.manual_seed(1)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4) if bn else nn.Identity(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
-                         nn.Linear(16, 3)).to(dtype)
+    return Net(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4) if bn else nn.Identity(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
+               nn.Linear(16, 3), nn.Dropout(dropout)).to(dtype)
+
+
+def as_loader(data, **kw):
+    "A fastai DataLoader over the samples of a list of batches, in the same order and batches; it can tell samples apart."
+    items = [(x[i], y[i]) for x, y in data for i in range(len(x))]
+    return DataLoader(items, bs=len(data[0][0]), **kw)
 
 
 def learner(net, cbs=(), data=None, opt_func=SGD, lr=.1, **kw):

@@ -1,4 +1,6 @@
 "`shared_forward` against full passes, on networks with branches, shared modules and functional glue."
+import inspect
+
 import pytest
 import torch
 from sadt_nb.core.passes import shared_forward
@@ -38,11 +40,11 @@ def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dt
 
 @pytest.mark.parametrize('model', MODELS)
 def test_our_models(model):
-    net = make_model(model, init='keras').double()
+    net = make_model(model, **({'init': 'keras'} if 'init' in inspect.signature(MODELS[model]).parameters else {})).double()
     for m in net.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
-    convs = [n for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
-    check(net, [[f'{convs[-1]}.weight'], ['classifier.weight']], torch.rand(6, 3, 32, 32, dtype=torch.float64))
+    convs, dense = ([n for n, m in net.named_modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear))
+    check(net, [[f'{convs[-1]}.weight'], [f'{dense[-1]}.weight']], torch.rand(6, 3, 32, 32, dtype=torch.float64))
 
 
 def test_the_trunk_runs_once_and_the_model_is_put_back_after_an_error():

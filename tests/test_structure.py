@@ -54,7 +54,8 @@ def test_star_import_needs_no_extras_and_exports_the_public_names():
     exec('from sadt_nb.all import *', names)
     for n in ('SAM', 'SADT', 'GradientCentralization', 'AGC', 'RepeatStep', 'METHODS', 'MODELS', 'DATASETS', 'TensorDL', 'CutMix', 'get_dls', 'Run', 'run', 'run_grid',
               'load_results', 'results_table', 'plot_runs', 'paper_grid', 'perturbed', 'replay', 'ExtraPass', 'ORDERS', 'kl_div', 'kd_loss', 'trainable_params',
-              'global_norm', 'weight_noise', 'layer_noise', 'gradient_ascent', 'simple_cnn', 'vgg16_slim', 'inception_resnet_slim', 'sam_step'):
+              'global_norm', 'weight_noise', 'layer_noise', 'gradient_ascent', 'simple_cnn', 'vgg16_slim', 'inception_resnet_slim', 'sam_step', 'ASAM', 'asam_step',
+              'ESAM', 'LookSAM', 'GSAM', 'gsam_step', 'SAF', 'MESA', 'resnet20', 'resnet18'):
         assert n in names, n
 
 

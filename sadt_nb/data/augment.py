@@ -46,11 +46,12 @@ def crop_windows(
     runs = padded.as_strided((padded.numel() - row + 1, row), (1, 1))    # every run of that length, overlapping, no copy
     return runs[starts.view(-1)].view(n, h, w, c)
 
-# %% ../../nbs/data/71_augment.ipynb #5a0e5c7d
+# %% ../../nbs/data/71_augment.ipynb #62b72c4e
 class CutMix:
     """Paste a rectangle of a partner image and mix the labels by area; labels become `(n, classes)` probabilities.
 
     Raises `ValueError` for `alpha` <= 0, `classes` < 1 or an unknown `per`."""
+    mixes = True # methods that follow single samples refuse a loader that has this
     def __init__(self,
         classes:int,     # Number of classes, for the soft labels
         alpha:float=.25, # Both parameters of the Beta distribution, > 0; 0.25 in the SADT code, 1 in the CutMix paper

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ImageData', 'TensorDL']
 
-# %% ../../nbs/data/70_loader.ipynb #61525e84
+# %% ../../nbs/data/70_loader.ipynb #b8a4ca8c
 import numpy as np
 import torch
 from torch import nn, Tensor
 from fastai.data.load import DataLoader
-from fastai.torch_core import default_device, show_images
+from fastai.torch_core import default_device, rank_distrib, show_images
 
 # %% ../../nbs/data/70_loader.ipynb #9cd9343e
 class ImageData:
@@ -42,7 +42,7 @@ class ImageData:
         "The same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
-# %% ../../nbs/data/70_loader.ipynb #309b2e54
+# %% ../../nbs/data/70_loader.ipynb #7bfb899d
 class TensorDL(DataLoader):
     """Batches of `ImageData`, cut, augmented and normalised on the device.
 
@@ -68,7 +68,8 @@ class TensorDL(DataLoader):
         self.tfms, self.mean, self.std = list(tfms), mean, std
         self.channels_last, self.dtype, self.ids = channels_last, dtype, None
         self.seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        self.order_rng, self.tfm_rng = (np.random.default_rng([self.seed, k]) for k in range(2))
+        rank = rank_distrib() # processes agree on the order and augment their own samples
+        self.order_rng, self.tfm_rng = np.random.default_rng([self.seed, 0]), np.random.default_rng([self.seed, 1, rank] if rank else [self.seed, 1])
 
     @property
     def vocab(self): return self.dataset.vocab
@@ -87,12 +88,16 @@ class TensorDL(DataLoader):
         return self.order_rng.permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def __iter__(self):
+        for b in self.create_batches(self.get_idxs()): yield self.after_batch(b)
+
+    def create_batches(self, samps):
+        "Batches of the samples at these positions; under distributed training fastai's wrapper calls this with its process's share."
         if self.dataset.x.device != self.device: self.dataset = self.dataset.to(self.device)
-        idxs = torch.as_tensor(np.asarray(self.get_idxs())).to(self.device)
+        idxs = torch.as_tensor(samps if isinstance(samps, np.ndarray) else np.asarray(list(samps), dtype=np.int64)).to(self.device)
         for ids in idxs.split(self.bs):
             if self.drop_last and len(ids) < self.bs: return
             self.ids = ids
-            yield self.after_batch(self.batch(ids))
+            yield self.batch(ids)
 
     def batch(self,
         ids:Tensor, # `(n,)` positions, on the device

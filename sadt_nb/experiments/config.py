@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'Run']
 
-# %% ../../nbs/experiments/80_config.ipynb #b33f18f8
+# %% ../../nbs/experiments/80_config.ipynb #2c228783
 import hashlib, json
 from dataclasses import dataclass, fields, replace
+
+import torch
 
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #a1da6df7
+# %% ../../nbs/experiments/80_config.ipynb #2c0bbc16
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
 SCHEDULES = ('cosine', 'constant', 'restart')
 
@@ -53,7 +55,7 @@ class Run:
         for k, known in (('model', MODELS), ('method', METHODS), ('opt', OPTIMIZERS), ('sched', SCHEDULES)):
             if getattr(self, k) not in known: raise ValueError(f'unknown {k} {getattr(self, k)!r}; choose one of {", ".join(known)}')
         make_method(self.method, **dict(self.method_args)) # says what is wrong with an option
-        make_model(self.model, **dict(self.model_args))
+        with torch.device('meta'): make_model(self.model, **dict(self.model_args)) # without memory for weights
 
     def to_dict(self) -> dict:
         "All fields, options as dicts."

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_GRIDS', 'PaperRun', 'paper_grid']
 
-# %% ../../nbs/experiments/83_papers.ipynb #fad896f9
+# %% ../../nbs/experiments/83_papers.ipynb #2d21e591
 from dataclasses import dataclass
+from functools import partial
 
 from .config import Run
 
@@ -67,8 +68,40 @@ def _table1_controls():
                     PaperRun(f'twice the epochs · {where}', base.but(epochs=2 * base.epochs), note='control')]
     return out
 
-# %% ../../nbs/experiments/83_papers.ipynb #2abbfcf0
-PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/table1_controls': _table1_controls}
+# %% ../../nbs/experiments/83_papers.ipynb #870105da
+_SEEDS = (20, 30, 40)
+
+def _sam_study(small, **kw):
+    "The study's recipe for a whole run, and its length in epochs."
+    scale = dict(model='resnet20', n_train=10_000, valid=.04) if small else dict(model='resnet18', valid=.01)
+    return Run(**{**dict(data='cifar10', opt='sgd', sched='constant', lr=.01, bs=128, epochs=16 if small else 100), **scale, **kw})
+
+def _sam_study_a(small=False):
+    base, published = _sam_study(small), {'SGD': (.6515, .6403, .6417), 'SAM': (.7122, .7077, .7098)}
+    sgd, sam = base, base.but(method='sam')
+    rows = [('SGD', sgd, ''), ('SAM', sam.but(epochs=sam.epochs // 2), 'half the epochs of SGD, as many passes'), ('SAM, equal epochs', sam, 'control')]
+    return [PaperRun(f'{label} · seed {seed}', run.but(seed=seed), None if small else published.get(label, (None,) * 3)[i], note)
+            for label, run, note in rows for i, seed in enumerate(_SEEDS)]
+
+def _sam_study_b(small=False):
+    base = _sam_study(small)
+    return [PaperRun(f'{label} · batch {bs} · seed {seed}', base.but(method=method, bs=bs, seed=seed), note='published as curves: SAM 5 to 10 points above SGD')
+            for bs in (128, 64, 32, 16) for label, method in (('SGD', 'baseline'), ('SAM', 'sam')) for seed in _SEEDS]
+
+def _sam_study_c(small=False):
+    base = _sam_study(small, sched='cosine', opt_args=dict(momentum=.9, weight_decay=5e-4), model_args=dict(norm=False), **({} if small else dict(epochs=200)))
+    published = {'SAM': (.7006, .6544, .6549), 'ASAM': (.6865, .6577, .6623)}
+    def rows(labels, what, base, seeds=_SEEDS, note=''):
+        return [PaperRun(f'{label}{what} · seed {seed}', base.but(method=method, seed=seed), None if small or what else published.get(label, (None,) * 3)[i], note)
+                for label, method in labels for i, seed in enumerate(seeds)]
+    methods = [('SAM', 'sam'), ('ASAM', 'asam')]
+    return (rows(methods, '', base) + rows([('SGD', 'baseline')], '', base, note='control') +
+            rows(methods, ' with BatchNorm', base.but(model_args={}), _SEEDS[:1], 'for the weight histograms'))
+
+# %% ../../nbs/experiments/83_papers.ipynb #ec6be92f
+PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/table1_controls': _table1_controls,
+               'sam_study/a': _sam_study_a, 'sam_study/b': _sam_study_b, 'sam_study/c': _sam_study_c,
+               'sam_study/a_small': partial(_sam_study_a, True), 'sam_study/b_small': partial(_sam_study_b, True), 'sam_study/c_small': partial(_sam_study_c, True)}
 
 def paper_grid(
     name:str, # A name in `PAPER_GRIDS`

@@ -62,9 +62,9 @@ def results_table(
                        'seconds': round(g['train_seconds'].mean(), 1)}
     return pd.DataFrame(rows).T.rename_axis('run')
 
-# %% ../../nbs/experiments/82_report.ipynb #c3aac742
+# %% ../../nbs/experiments/82_report.ipynb #afc950be
 COLORS = dict(baseline='tab:gray', gc='tab:green', agc='tab:orange', sam='tab:blue', sadt1='tab:red', sadt2='tab:pink', sadt3='tab:purple',
-              repeat_step='tab:brown')
+              repeat_step='tab:brown', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal', saf='limegreen', mesa='darkgreen')
 
 def plot_runs(
     results:pd.DataFrame, # As `load_results` gives it

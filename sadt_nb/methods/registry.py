@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'make_method']
 
-# %% ../../nbs/methods/99_registry.ipynb #3c18c32c
+# %% ../../nbs/methods/99_registry.ipynb #397cc1ee
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -13,18 +13,24 @@ from functools import partial
 from fastai.callback.core import Callback
 
 from .agc import AGC
+from .asam import ASAM
 from .controls import RepeatStep
+from .esam import ESAM
 from .gradient_centralization import GradientCentralization
+from .gsam import GSAM
+from .looksam import LookSAM
+from .mesa import MESA
 from .sadt import SADT
+from .saf import SAF
 from .sam import SAM
 
-# %% ../../nbs/methods/99_registry.ipynb #b60f4acd
+# %% ../../nbs/methods/99_registry.ipynb #9771cd0b
 @dataclass(frozen=True)
 class Method:
     "A method's factory and its facts; calling it makes the callback."
     factory: object     # Called with the method's options, returns a `Callback`, or `None` for no callback
     summary: str        # One line
-    passes: float = 1   # Forward and backward passes per batch
+    passes: float = 1   # Work per batch in full passes, at the default options; a backward counts as two forwards
     steps: int = 1      # Optimizer steps per batch
     memory: str = '-'   # Memory beyond the plain step that lives as long as training
     seeded: bool = False# Draws random numbers of its own and takes `seed`
@@ -36,6 +42,12 @@ METHODS = dict(
     gc=Method(GradientCentralization, 'each unit\'s gradient without its mean'),
     agc=Method(AGC, 'each unit\'s gradient clipped to a share of its weights', memory='-'),
     sam=Method(SAM, 'gradient a distance rho uphill', passes=2, memory='1 x weights'),
+    asam=Method(ASAM, 'SAM with a radius relative to each weight', passes=2, memory='1 x weights'),
+    esam=Method(ESAM, 'SAM on a random part of the weights and the sharpest half of the batch', passes=5.5 / 3, memory='1 x weights', seeded=True),
+    looksam=Method(LookSAM, 'SAM at every fifth step, its direction used again in between', passes=1.2, memory='2 x weights'),
+    gsam=Method(GSAM, 'SAM that also closes the gap to the loss here', passes=2, memory='2 x weights'),
+    saf=Method(SAF, 'divergence from each sample\'s prediction some epochs ago', memory='logits of 3 epochs'),
+    mesa=Method(MESA, 'divergence from the prediction of averaged weights', passes=4 / 3, memory='1 x weights'),
     sadt1=Method(partial(SADT, 1), 'teacher: noise on every layer', passes=2, steps=2, memory='2 x weights', seeded=True),
     sadt2=Method(partial(SADT, 2), 'two teachers: noise on the last convolution and on the last dense layer', passes=3, steps=2, memory='2 x weights', seeded=True),
     sadt3=Method(partial(SADT, 3), 'teacher: a noisy step of gradient ascent', passes=2, steps=2, memory='2 x weights', seeded=True),

@@ -80,7 +80,7 @@ def sadt_step(
     optimizer.step()                                                      # w_up -> w_final
     return loss.detach()
 
-# %% ../../nbs/methods/40_sadt.ipynb #44f07e72
+# %% ../../nbs/methods/40_sadt.ipynb #f3e03ee2
 def _last(model, kinds, what):
     names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
     if not names: raise ValueError(f'variant 2 of SADT perturbs the last {what} layer, and this model has none; pass `perturb=[...]` or choose variant 1 or 3')
@@ -99,8 +99,10 @@ def _presets(model, variant, spec, scale):
 
 def _second_conv_bias(model):
     "What the released code perturbs in its Simple CNN; models without `code_array` are treated alike."
-    names = [n for n, m in model.named_modules() if isinstance(m, _ConvNd)]
-    return f'{names[min(1, len(names) - 1)]}.bias'
+    convs = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
+    name, second = convs[min(1, len(convs) - 1)]
+    if second.bias is None: raise ValueError(f"variant 2 as coded perturbs the bias of the second convolution, and {name} has none; use spec='paper'")
+    return f'{name}.bias'
 
 class SADT(ExtraPass):
     """Makes two optimizer steps per batch, the second with `g_up + sum(g_aux)` of perturbed teachers (Fahim & Boutellier

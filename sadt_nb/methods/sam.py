@@ -5,25 +5,17 @@
 # %% auto #0
 __all__ = ['sam_step', 'SAM']
 
-# %% ../../nbs/methods/20_sam.ipynb #27591e74
+# %% ../../nbs/methods/20_sam.ipynb #ea174a20
 import torch
 from torch import Tensor
 
 from ..core.passes import PerturbedPass
-from ..core.perturb import global_norm, perturbed, trainable_params
+from ..core.perturb import ascent, perturbed, trainable_params, weight_sizes
 
-# %% ../../nbs/methods/20_sam.ipynb #93978cd3
-def _ascent(params, grads, rho, adaptive):
+# %% ../../nbs/methods/20_sam.ipynb #8fdbe27b
+def _ascent(params, grads, rho, adaptive, scratch=None):
     "SAM's perturbation by name; `grads` are overwritten."
-    gs = list(grads.values())
-    if adaptive: # T = |w|:  e = rho T² g / ||T g||
-        ts = [params[n].detach().abs() for n in grads]
-        torch._foreach_mul_(gs, ts)
-        scale = rho / (global_norm(gs) + 1e-12)
-        torch._foreach_mul_(gs, ts)
-    else: scale = rho / (global_norm(gs) + 1e-12)
-    torch._foreach_mul_(gs, scale)
-    return grads
+    return ascent(grads, rho, weight_sizes(params, grads, scratch=scratch) if adaptive else None) # adaptive: T = |w|
 
 def sam_step(
     model:torch.nn.Module, # Its parameters are those that `optimizer` steps
@@ -43,7 +35,7 @@ def sam_step(
     optimizer.step()
     return loss.detach()
 
-# %% ../../nbs/methods/20_sam.ipynb #6b42726e
+# %% ../../nbs/methods/20_sam.ipynb #48285626
 class SAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021, eq. 2-3).
 
@@ -62,7 +54,7 @@ class SAM(PerturbedPass):
         self.rho, self.adaptive, self.interval, self.steps = rho, adaptive, interval, 0
 
     def active(self): return self.steps % self.interval == 0
-    def perturbation(self, params, grads): return _ascent(params, grads, self.rho, self.adaptive)
+    def perturbation(self, params, grads): return _ascent(params, grads, self.rho, self.adaptive, self.scratch)
 
     def after_step(self):
         super().after_step()

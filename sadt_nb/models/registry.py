@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['MODELS', 'make_model']
 
-# %% ../../nbs/models/69_registry.ipynb #a912cf9a
+# %% ../../nbs/models/69_registry.ipynb #3089c5a4
 from torch import nn
 
 from .inception_resnet import inception_resnet_slim
+from .resnet import resnet18, resnet20
 from .simple_cnn import simple_cnn
 from .vgg import vgg16_slim
 
-# %% ../../nbs/models/69_registry.ipynb #a03513cf
-MODELS = dict(simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim)
+# %% ../../nbs/models/69_registry.ipynb #54bbd54e
+MODELS = dict(simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim,
+              resnet20=resnet20, resnet18=resnet18)
 
 def make_model(
     name:str,       # A name in `MODELS`

@@ -59,7 +59,8 @@ def test_a_mistake_in_a_real_shell():
 
 def test_ctrl_c_marks_the_run_and_the_next_call_finishes_it(tmp_path):
     args = [BIN / 'sadt_train', '--epochs', '3', '--n_train', '300', '--bs', '20', '--root', tmp_path]
-    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    p = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # shells make background jobs, and their children, ignore it
     deadline = time.time() + 120
     while not list(tmp_path.glob('*/history.json')) and time.time() < deadline: time.sleep(.05)
     p.send_signal(signal.SIGINT)

@@ -137,12 +137,12 @@ def test_composes_with_clipping(name):
 @ALL
 @pytest.mark.parametrize('mode', ['bf16', 'fp16'])
 def test_composes_with_mixed_precision(name, mode):
-    dtypes, scales = set(), []
+    dtypes = set()
     class See(Callback):
         order, run_valid = 9.9, False # before MixedPrecision turns the logits into float32
         def after_pred(self): dtypes.add(self.pred[0].dtype if isinstance(self.pred, tuple) else self.pred.dtype)
     net = cnn(dtype=torch.float32)
-    learn = fit(name, net, conv(dtype=torch.float32), cbs=[CPUMixedPrecision(mode), See()])
+    fit(name, net, conv(dtype=torch.float32), cbs=[CPUMixedPrecision(mode), See()])
     assert dtypes == {torch.bfloat16 if mode == 'bf16' else torch.float16}
     exact = fit(name, cnn(dtype=torch.float32), conv(dtype=torch.float32))
     near = .1 if name == 'looksam' else .05 # LookSAM scales up the small difference of two gradients, rounding errors included
@@ -287,8 +287,7 @@ def test_a_learning_rate_search_leaves_no_trace(name, tmp_path):
         with learn.no_bar(), learn.no_logging():
             if search:
                 learn.lr_find(num_it=20, show_plot=False)
-                losses = torch.stack(learn.recorder.losses) if torch.is_tensor(learn.recorder.losses[0]) else torch.tensor(learn.recorder.losses)
-                assert len(learn.recorder.lrs) > 5 and torch.isfinite(losses).any(), 'the search did search'
+                assert len(learn.recorder.lrs) > 5 and all(torch.isfinite(torch.as_tensor(l)) for l in learn.recorder.losses[:5]), 'the search did search'
                 assert torch.equal(flat(learn.model, True), flat(cnn(dtype=torch.float32), True))
             learn.fit(2)
         return flat(learn.model, True)

@@ -103,8 +103,10 @@ class SampleIds(Callback):
         learn.add_cb(found := cls())
         return found
 
-# %% ../../nbs/core/04_loss_terms.ipynb #0507172b
-def mixing(learn) -> str: # Name of what mixes; '' for nothing
+# %% ../../nbs/core/04_loss_terms.ipynb #e1368042
+def mixing(
+    learn, # A fastai Learner
+) -> str:  # Name of what mixes; '' for nothing
     "What mixes samples and their labels in this Learner's training batches: fastai's `MixUp` or `CutMix`, or a transform with `mixes = True`."
     tfms = getattr(learn.dls.train, 'tfms', None) or ()
     found = [cb for cb in learn.cbs if isinstance(cb, MixHandler)] + [t for t in tfms if getattr(t, 'mixes', False)]

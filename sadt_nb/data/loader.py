@@ -42,7 +42,7 @@ class ImageData:
         "The same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
-# %% ../../nbs/data/70_loader.ipynb #7bfb899d
+# %% ../../nbs/data/70_loader.ipynb #cb1abb65
 class TensorDL(DataLoader):
     """Batches of `ImageData`, cut, augmented and normalised on the device.
 
@@ -90,7 +90,9 @@ class TensorDL(DataLoader):
     def __iter__(self):
         for b in self.create_batches(self.get_idxs()): yield self.after_batch(b)
 
-    def create_batches(self, samps):
+    def create_batches(self,
+        samps, # Positions of the samples, in their order
+    ):
         "Batches of the samples at these positions; under distributed training fastai's wrapper calls this with its process's share."
         if self.dataset.x.device != self.device: self.dataset = self.dataset.to(self.device)
         idxs = torch.as_tensor(samps if isinstance(samps, np.ndarray) else np.asarray(list(samps), dtype=np.int64)).to(self.device)

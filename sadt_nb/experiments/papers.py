@@ -68,13 +68,13 @@ def _table1_controls():
                     PaperRun(f'twice the epochs · {where}', base.but(epochs=2 * base.epochs), note='control')]
     return out
 
-# %% ../../nbs/experiments/83_papers.ipynb #870105da
+# %% ../../nbs/experiments/83_papers.ipynb #7d622c12
 _SEEDS = (20, 30, 40)
 
-def _sam_study(small, **kw):
+def _sam_study(small, **recipe):
     "The study's recipe for a whole run, and its length in epochs."
     scale = dict(model='resnet20', n_train=10_000, valid=.04) if small else dict(model='resnet18', valid=.01)
-    return Run(**{**dict(data='cifar10', opt='sgd', sched='constant', lr=.01, bs=128, epochs=16 if small else 100), **scale, **kw})
+    return Run(**{**dict(data='cifar10', opt='sgd', sched='constant', lr=.1 if small else .01, bs=128, epochs=16 if small else 100), **scale, **recipe})
 
 def _sam_study_a(small=False):
     base, published = _sam_study(small), {'SGD': (.6515, .6403, .6417), 'SAM': (.7122, .7077, .7098)}
@@ -89,7 +89,7 @@ def _sam_study_b(small=False):
             for bs in (128, 64, 32, 16) for label, method in (('SGD', 'baseline'), ('SAM', 'sam')) for seed in _SEEDS]
 
 def _sam_study_c(small=False):
-    base = _sam_study(small, sched='cosine', opt_args=dict(momentum=.9, weight_decay=5e-4), model_args=dict(norm=False), **({} if small else dict(epochs=200)))
+    base = _sam_study(small, sched='cosine', lr=.01, opt_args=dict(momentum=.9, weight_decay=5e-4), model_args=dict(norm=False), **({} if small else dict(epochs=200)))
     published = {'SAM': (.7006, .6544, .6549), 'ASAM': (.6865, .6577, .6623)}
     def rows(labels, what, base, seeds=_SEEDS, note=''):
         return [PaperRun(f'{label}{what} · seed {seed}', base.but(method=method, seed=seed), None if small or what else published.get(label, (None,) * 3)[i], note)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.passes import PerturbedPass
 from ..core.perturb import ascent, perturbed, trainable_params, weight_sizes
 
-# %% ../../nbs/methods/21_asam.ipynb #d25c6902
+# %% ../../nbs/methods/21_asam.ipynb #d2348d09
 def _ascent(params, grads, rho, eta, scratch=None):
     "ASAM's perturbation by name; `grads` are overwritten."
     return ascent(grads, rho, weight_sizes(params, [n for n in grads if 'weight' in n], eta, scratch), eps=1e-16)
@@ -24,7 +24,7 @@ def asam_step(
     rho=.5,                # Radius relative to the weights, > 0
     eta=.01,               # Added to the size of each weight, >= 0
 ) -> Tensor: # The loss at the unperturbed weights, detached
-    "One ASAM step in plain PyTorch (Kwon et al. 2021, algorithm 1)."
+    "One ASAM step in plain PyTorch (Kwon et al. 2021)."
     optimizer.zero_grad()
     loss = loss_fn()
     loss.backward()
@@ -35,9 +35,9 @@ def asam_step(
     optimizer.step()
     return loss.detach()
 
-# %% ../../nbs/methods/21_asam.ipynb #f3501269
+# %% ../../nbs/methods/21_asam.ipynb #898d574d
 class ASAM(PerturbedPass):
-    """Replaces each batch's gradient by the gradient at `w + rho T² g / ||T g||`, `T = |w| + eta` (Kwon et al. 2021, eq. 4-7).
+    """Replaces each batch's gradient by the gradient at `w + rho T² g / ||T g||`, `T = |w| + eta` (Kwon et al. 2021).
 
     Parameters whose name lacks "weight" have `T = 1`. Under gradient accumulation every micro-batch is perturbed along its
     own gradient. Raises `ValueError` for a radius that is not positive, a negative `eta`, or an unknown policy."""

@@ -16,7 +16,7 @@ from fastai.layers import NoneReduce
 from ..core.passes import PerturbedPass, sync_gradients
 from ..core.perturb import ascent, perturbed, trainable_params
 
-# %% ../../nbs/methods/22_esam.ipynb #d09b35cd
+# %% ../../nbs/methods/22_esam.ipynb #48e2d131
 def sharpest(
     rise:Tensor, # `(n,)` increase of each sample's loss
     gamma,       # Fraction to keep, in (0, 1]
@@ -34,7 +34,7 @@ def esam_step(
     gamma=.5,              # Fraction of samples in the second pass, in (0, 1]
     generator=None,        # Source of the draws, on the CPU
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
-    "One ESAM step in plain PyTorch (Du et al. 2022, algorithm 1)."
+    "One ESAM step in plain PyTorch (Du et al. 2022)."
     optimizer.zero_grad()
     before = losses(None)
     before.mean().backward()
@@ -48,9 +48,9 @@ def esam_step(
     optimizer.step()
     return before.detach().mean()
 
-# %% ../../nbs/methods/22_esam.ipynb #695ac36f
+# %% ../../nbs/methods/22_esam.ipynb #7491b3d7
 class ESAM(PerturbedPass):
-    """Replaces each batch's gradient by that of its sharpest samples at `w + (rho / beta) m g / ||g||` (Du et al. 2022, eq. 6-9).
+    """Replaces each batch's gradient by that of its sharpest samples at `w + (rho / beta) m g / ||g||` (Du et al. 2022).
 
     Raises `ValueError` for values out of range, and before training starts if a callback mixes labels in a way that parts
     of a batch cannot follow; the loader's `CutMix` is fine."""

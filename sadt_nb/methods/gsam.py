@@ -14,7 +14,7 @@ from fastai.callback.schedule import ParamScheduler
 from ..core.passes import PerturbedPass, average_over_ranks
 from ..core.perturb import ascent, global_dot, perturbed, scratch_like, trainable_params, weight_sizes
 
-# %% ../../nbs/methods/24_gsam.ipynb #db74f376
+# %% ../../nbs/methods/24_gsam.ipynb #2e9d1e38
 def _decompose(final, g, alpha):
     "`final` holds g_p and becomes `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`; `g` is overwritten."
     along = global_dot(g, final) / global_dot(final, final).clamp_min(1e-24)
@@ -30,7 +30,7 @@ def gsam_step(
     alpha=.4,              # Share of the perpendicular part that is ascended, >= 0
     adaptive=False,        # Measure the radius relative to each weight's size; then `rho` is about 2
 ) -> Tensor: # The loss at the unperturbed weights, detached
-    "One GSAM step in plain PyTorch (Zhuang et al. 2022, algorithm 1)."
+    "One GSAM step in plain PyTorch (Zhuang et al. 2022)."
     optimizer.zero_grad()
     loss = loss_fn()
     loss.backward()
@@ -43,7 +43,7 @@ def gsam_step(
     optimizer.step()
     return loss.detach()
 
-# %% ../../nbs/methods/24_gsam.ipynb #92b67ae7
+# %% ../../nbs/methods/24_gsam.ipynb #6e80e9e6
 def _peak(learn):
     "Largest learning rate of the Learner's schedule; `None` without one."
     scheds = [cb.scheds['lr'] for cb in learn.cbs if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds]
@@ -51,7 +51,7 @@ def _peak(learn):
     return max(float(np.ravel(scheds[-1](pos))[-1]) for pos in np.linspace(0, 1, 1001))
 
 class GSAM(PerturbedPass):
-    """Replaces each batch's gradient by `g_p - alpha g_perp` (Zhuang et al. 2022, algorithm 1), `g_p` a distance rho uphill.
+    """Replaces each batch's gradient by `g_p - alpha g_perp` (Zhuang et al. 2022), `g_p` a distance rho uphill.
 
     Micro-batches, and processes, decompose their own gradients, which are then averaged. Raises `ValueError` for values out
     of range."""
@@ -74,12 +74,12 @@ class GSAM(PerturbedPass):
 
     def before_fit(self):
         super().before_fit()
-        self._peak = _peak(self.learn)
+        self._lr_peak = _peak(self.learn)
 
     @property
     def rho(self) -> float:
         "The radius at the current learning rate."
-        peak = self._peak if self.lr_max is None else self.lr_max
+        peak = self._lr_peak if self.lr_max is None else self.lr_max
         if peak is None or peak == self.lr_min: return self.rho_max
         share = (self.learn.opt.hypers[-1]['lr'] - self.lr_min) / (peak - self.lr_min)
         return self.rho_min + (self.rho_max - self.rho_min) * min(max(float(share), 0.), 1.)

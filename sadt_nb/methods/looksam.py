@@ -11,9 +11,9 @@ import torch
 from ..core.passes import PerturbedPass
 from ..core.perturb import ascent, global_dot, global_norm, scratch_like, trainable_params
 
-# %% ../../nbs/methods/23_looksam.ipynb #4305dd94
+# %% ../../nbs/methods/23_looksam.ipynb #cf3aded5
 class LookSAM(PerturbedPass):
-    """SAM's gradient at every `k`-th step, `g + alpha ||g|| g_v / ||g_v||` at the others (Liu et al. 2022, algorithm 1).
+    """SAM's gradient at every `k`-th step, `g + alpha ||g|| g_v / ||g_v||` at the others (Liu et al. 2022).
 
     Under gradient accumulation every micro-batch is treated like a batch, and their `g_v` are averaged. Raises `ValueError`
     for values out of range, and before training starts if a loaded direction does not fit the model."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.passes import PerturbedPass
 from ..core.perturb import ascent, perturbed, trainable_params, weight_sizes
 
-# %% ../../nbs/methods/20_sam.ipynb #8fdbe27b
+# %% ../../nbs/methods/20_sam.ipynb #67637059
 def _ascent(params, grads, rho, adaptive, scratch=None):
     "SAM's perturbation by name; `grads` are overwritten."
     return ascent(grads, rho, weight_sizes(params, grads, scratch=scratch) if adaptive else None) # adaptive: T = |w|
@@ -24,7 +24,7 @@ def sam_step(
     rho=.05,               # Radius in weight space, > 0
     adaptive=False,        # Measure the radius relative to each weight's size; then `rho` is about 2
 ) -> Tensor: # The loss at the unperturbed weights, detached
-    "One SAM step in plain PyTorch (Foret et al. 2021, algorithm 1)."
+    "One SAM step in plain PyTorch (Foret et al. 2021)."
     optimizer.zero_grad()
     loss = loss_fn()
     loss.backward()
@@ -35,9 +35,9 @@ def sam_step(
     optimizer.step()
     return loss.detach()
 
-# %% ../../nbs/methods/20_sam.ipynb #48285626
+# %% ../../nbs/methods/20_sam.ipynb #bebceb0b
 class SAM(PerturbedPass):
-    """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021, eq. 2-3).
+    """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
     Under gradient accumulation every micro-batch is perturbed along its own gradient. Raises `ValueError` for a
     radius that is not positive, an interval below 1, or an unknown policy."""

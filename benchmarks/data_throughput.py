@@ -1,9 +1,12 @@
-"""Images per second of `TensorDL` against fastai's folder pipeline, both with flip, padded crop and CutMix, on CIFAR-10's training images.
+"""Images per second of `TensorDL` against fastai's folder pipeline, both with flip, padded crop and CutMix, on CIFAR-10's training images;
+and milliseconds of `AutoAugment` on a batch against torchvision's, image by image.
 
-    SADT_DATA=cifar10.tgz python -m benchmarks.data_throughput [--bs 512] [--repeats 3] [--out FILE]
+    SADT_DATA=cifar10.tgz python -m benchmarks.data_throughput [--only loader|autoaugment] [--bs 512] [--repeats 3] [--out FILE]
 
-The two take turns. The folder pipeline is `ImageDataLoaders.from_folder` with two workers; CutMix on its batches is torchvision's."""
+In each the two take turns. The folder pipeline is `ImageDataLoaders.from_folder` with two workers; CutMix on its batches is torchvision's.
+AutoAugment runs at least 7 rounds, each on another batch. FILE keeps the results of the part that did not run."""
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -12,13 +15,15 @@ from pathlib import Path
 
 warnings.filterwarnings('ignore')
 
+import numpy as np
 import torch
 from fastai.vision.augment import CropPad, Flip, RandomCrop
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
+from sadt_nb.data.augment import AutoAugment
 from sadt_nb.data.datasets import get_dls, load_data
 from sadt_nb.experiments.runner import _hardware, _versions, write_json
-from torchvision.transforms import v2
+from torchvision.transforms import autoaugment, v2
 
 
 def write_folder(root, data):
@@ -36,33 +41,61 @@ def seconds(batches, mix=None):
     return time.perf_counter() - start, n
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--bs', type=int, default=512); p.add_argument('--repeats', type=int, default=3); p.add_argument('--out', type=Path)
-    a = p.parse_args()
-    ours = get_dls('cifar10', bs=a.bs, valid=0., crop=4, flip=True, cutmix=.25, device='cpu').train
+def loader(bs, repeats):
+    "Passes over the training images."
+    ours = get_dls('cifar10', bs=bs, valid=0., crop=4, flip=True, cutmix=.25, device='cpu').train
     with tempfile.TemporaryDirectory() as tmp:
         train, test = load_data('cifar10')
         write_folder(Path(tmp), (train, test.subset(slice(0, 100))))
-        folder = ImageDataLoaders.from_folder(tmp, valid='test', bs=a.bs, num_workers=2, device=torch.device('cpu'), item_tfms=[CropPad(40, pad_mode='zeros'), RandomCrop(32)],
+        folder = ImageDataLoaders.from_folder(tmp, valid='test', bs=bs, num_workers=2, device=torch.device('cpu'), item_tfms=[CropPad(40, pad_mode='zeros'), RandomCrop(32)],
                                               batch_tfms=[Flip()], shuffle=True).train
         folder.drop_last = False
         cutmix = v2.CutMix(num_classes=10, alpha=.25)
         mix = lambda x, y: cutmix(x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor))
         list(ours) # first use allocates
         rates = {'TensorDL': [], 'folder': []}
-        for _ in range(a.repeats):
+        for _ in range(repeats):
             for name, args in (('TensorDL', (ours,)), ('folder', (folder, mix))):
                 s, n = seconds(*args)
                 assert n == 50_000
                 rates[name].append(n / s)
     ratio = [x / y for x, y in zip(rates['TensorDL'], rates['folder'])]
-    for name, r in rates.items(): print(f'{name:10} {statistics.median(r):,.0f} images/s')
-    print(f'ratio      {statistics.median(ratio):.0f}  ({min(ratio):.0f} to {max(ratio):.0f})')
+    for name, r in rates.items(): print(f'{name:12} {statistics.median(r):,.0f} images/s')
+    return dict(images_per_second={k: statistics.median(v) for k, v in rates.items()}, ratio=statistics.median(ratio), ratios=ratio)
+
+
+def augment(bs, repeats):
+    "The CIFAR-10 policy on one batch after another, byte layout as each side wants it."
+    train, _ = load_data('cifar10')
+    ours, theirs, rng = AutoAugment('cifar10'), autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy.CIFAR10), np.random.default_rng(0)
+    sides = {'AutoAugment': lambda x: ours(x, None, rng), 'torchvision': lambda x: [theirs(im) for im in x]}
+    taken = {k: [] for k in sides}
+    for i in range(max(7, repeats) + 1):
+        x = train.x[i * bs:(i + 1) * bs]
+        inputs = {'AutoAugment': x, 'torchvision': x.permute(0, 3, 1, 2).contiguous()}
+        for name, f in sides.items():
+            start = time.perf_counter()
+            f(inputs[name])
+            if i: taken[name].append(1000 * (time.perf_counter() - start)) # first use allocates and makes tables
+    median = {k: statistics.median(v) for k, v in taken.items()}
+    for name, ms in median.items(): print(f'{name:12} {ms:,.1f} ms')
+    return dict(milliseconds=median, ratio=median['torchvision'] / median['AutoAugment'], ratios=[y / x for x, y in zip(taken['AutoAugment'], taken['torchvision'])])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--only', choices=('loader', 'autoaugment')); p.add_argument('--out', type=Path)
+    p.add_argument('--bs', type=int, default=512); p.add_argument('--repeats', type=int, default=3)
+    a = p.parse_args()
+    results = json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
+    for part, measure in (('loader', loader), ('autoaugment', augment)):
+        if a.only not in (None, part): continue
+        found = dict(bs=a.bs, **measure(a.bs, a.repeats), versions=_versions(), hardware=_hardware(torch.device('cpu')))
+        print(f"{'ratio':12} {found['ratio']:.1f}  ({min(found['ratios']):.1f} to {max(found['ratios']):.1f})")
+        results |= found if part == 'loader' else {part: found}
     if a.out:
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(a.out, dict(bs=a.bs, images_per_second={k: statistics.median(v) for k, v in rates.items()}, ratio=statistics.median(ratio), ratios=ratio,
-                               versions=_versions(), hardware=_hardware(torch.device('cpu'))))
+        write_json(a.out, results)
 
 
 if __name__ == '__main__': main()

@@ -77,6 +77,7 @@ def persistent(learn):
         elif isinstance(o, torch.nn.Module): [walk(t) for t in [*o.parameters(), *o.buffers()]]
         elif isinstance(o, dict): [walk(v, depth + 1) for v in o.values()]
         elif isinstance(o, (list, tuple)) and depth < 3: [walk(v, depth + 1) for v in o]
+        elif type(o).__module__.startswith('sadt_nb.'): walk(vars(o)) # SAF's records
     for cb in learn.cbs: walk({k: v for k, v in vars(cb).items() if k not in ('learn', 'grads')})
     return sum(seen.values())
 
@@ -84,6 +85,7 @@ def persistent(learn):
 def stepper(method, options, model, bs, device):
     "A function that makes one training step of a Learner in the middle of a fit, and the Learner."
     dl = loader(bs, device)
+    if METHODS[method].taught: options = dict(options, teacher=network(model, device))
     learn = Learner(DataLoaders(dl, dl), network(model, device), loss_func=torch.nn.CrossEntropyLoss(), opt_func=keras_adam, lr=1e-4, default_cbs=False,
                     cbs=[TrainEvalCallback(), *make_method(method, **options)])
     learn.create_opt()

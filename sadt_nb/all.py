@@ -10,10 +10,11 @@ __all__ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'Kera
            'COLORS', 'load_results', 'plot_runs', 'results_table', 'RunError', 'make_learner', 'run', 'run_grid', 'AGC',
            'ASAM', 'asam_step', 'RepeatStep', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
            'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step',
-           'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'MODELS', 'make_model', 'resnet18',
-           'resnet20', 'simple_cnn', 'vgg16_slim']
+           'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
+           'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit',
+           'vit_b32', 'vit_s32', 'wide_resnet', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #dc8c3f17
+# %% ../nbs/all.ipynb #f10e42cc
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
 from .core.losses import kd_loss, kl_div
 from .core.optim import KerasAdam, keras_adam
@@ -39,12 +40,15 @@ from .methods.sadt import SADT, gradient_ascent, layer_noise, sadt_step, weight_
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
 from .models.inception_resnet import inception_resnet_slim
+from .models.pyramidnet import pyramidnet_110
 from .models.registry import MODELS, make_model
-from .models.resnet import resnet18, resnet20
+from .models.resnet import resnet18, resnet20, resnet50, resnet101, resnet152
 from .models.simple_cnn import simple_cnn
-from .models.vgg import vgg16_slim
+from .models.vgg import vgg16, vgg16_slim
+from .models.vit import vit, vit_b32, vit_s32
+from .models.wide_resnet import wide_resnet, wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #7439faf4
+# %% ../nbs/all.ipynb #c5436ef9
 _all_ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent',
          'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'CropFlip', 'CutMix', 'DATASETS', 'get_dls',
@@ -52,5 +56,6 @@ _all_ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasA
          'load_results', 'plot_runs', 'results_table', 'RunError', 'make_learner', 'run', 'run_grid', 'AGC', 'ASAM',
          'asam_step', 'RepeatStep', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM',
          'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise',
-         'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'MODELS', 'make_model', 'resnet18', 'resnet20',
-         'simple_cnn', 'vgg16_slim']
+         'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
+         'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'vit_b32', 'vit_s32',
+         'wide_resnet', 'wide_resnet_28_10']

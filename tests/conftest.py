@@ -1,4 +1,4 @@
-"Shared pieces of the tests: small data, small networks, a Learner without bars, and a MixedPrecision that works on a CPU."
+"Shared pieces of the tests: small data, small networks, teachers, a Learner without bars."
 import os
 import warnings
 
@@ -8,11 +8,11 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 import pytest
 import torch
 from fastai.callback.core import TrainEvalCallback
-from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from sadt_nb.methods.registry import METHODS
 from torch import nn
 
 
@@ -58,6 +58,19 @@ def cnn(bn=True, dtype=torch.float64, dropout=0.):
                nn.Linear(16, 3), nn.Dropout(dropout)).to(dtype)
 
 
+class Elder(Net):
+    "A teacher that takes any floating dtype, and is never in the mood to learn."
+    def forward(self, x): return nn.Sequential.forward(self.to(x.dtype), x)
+
+
+def needed(name):
+    "Options without which a method cannot be made: a teacher for those that have one."
+    if not METHODS[name].taught: return {}
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return dict(teacher=Elder(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3), nn.Dropout(.5)))
+
+
 def as_loader(data, **kw):
     "A fastai DataLoader over the samples of a list of batches, in the same order and batches; it can tell samples apart."
     items = [(x[i], y[i]) for x, y in data for i in range(len(x))]
@@ -74,12 +87,3 @@ def flat(net, buffers=False):
     "All parameters (and buffers) as one vector."
     ts = list(net.parameters()) + (list(net.buffers()) if buffers else [])
     return torch.cat([t.detach().double().flatten() for t in ts])
-
-
-class CPUMixedPrecision(MixedPrecision):
-    "fastai names 'cuda' in its autocast and scaler, and both switch themselves off on a CPU."
-    def before_fit(self):
-        dtype = torch.bfloat16 if self.amp_mode.value == 'bf16' else torch.float16
-        self.autocast = torch.autocast('cpu', dtype=dtype)
-        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=dtype == torch.float16, **{k: v for k, v in self.kwargs.items() if k != 'enabled'})
-        self.scales = []

@@ -9,7 +9,7 @@ import warnings
 warnings.filterwarnings('ignore')
 
 import torch
-from conftest import batches, cnn, flat, learner
+from conftest import batches, cnn, flat, learner, needed
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL, rank_distrib
@@ -68,7 +68,7 @@ def main(out):
     distributed.all_reduce = counted
     for name in METHODS:
         net, count = cnn(bn=False), CountMessages()
-        learn = learner(net, [*make_method(name, **OPTIONS.get(name, {})), count], None, opt_func=lambda p, lr: SGD(p, lr=lr, mom=.9))
+        learn = learner(net, [*make_method(name, **needed(name), **OPTIONS.get(name, {})), count], None, opt_func=lambda p, lr: SGD(p, lr=lr, mom=.9))
         learn.dls.loaders = [Ordered(samples(), bs=BS), Ordered(samples(), bs=BS)]
         direct[0] = 0
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(EPOCHS)

@@ -3,14 +3,18 @@ import hashlib
 import os
 import pickle
 import tarfile
+from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from sadt_nb.data import datasets
-from sadt_nb.data.augment import CropFlip, CutMix
+from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix
 from sadt_nb.data.datasets import get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
+from scipy.stats import chisquare
+from torchvision.transforms import InterpolationMode, autoaugment
 
 needs_cifar = pytest.mark.skipif(not os.environ.get('SADT_DATA'), reason='SADT_DATA does not point to CIFAR-10')
 
@@ -138,3 +142,109 @@ def test_noise_is_seeded_and_spares_the_test_labels():
     clean = load_data('digits')[0].y
     assert torch.equal(a, b) and not torch.equal(a, c) and (a != clean).sum() == round(.4 * len(clean))
     with pytest.raises(ValueError, match='noise'): load_data('noisy_digits', noise=1.)
+
+
+SPACE = autoaugment.AutoAugment()._augmentation_space(10, (32, 32))
+EVERY_OP = [(name, level, sign) for name, (m, signed) in SPACE.items() for level in (range(10) if m.ndim else [None]) for sign in ((1, -1) if signed else (1,))]
+
+
+def hard_images(n, h, w):
+    "Noise, and images of one colour, of two, of the darkest bytes, with a white line, with a black one."
+    x = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x[0], x[1], x[2] = 77, x[1] // 128 * 200, x[2] // 64
+    x[3, 0], x[4, :, 0] = 255, 0
+    return x
+
+
+@pytest.mark.parametrize('fill', [0, (10, 20, 30)], ids=['black', 'coloured'])
+@pytest.mark.parametrize('size', [(32, 32), (28, 40), (5, 7), (3, 3)], ids=lambda s: f'{s[0]}x{s[1]}')
+def test_each_operation_equals_torchvision_on_single_images(size, fill):
+    x, space = hard_images(7, *size), autoaugment.AutoAugment()._augmentation_space(10, size)
+    ops = BatchedOps(EVERY_OP, fill)
+    for i, (name, level, sign) in enumerate(EVERY_OP):
+        m = 0. if level is None else sign * float(space[name][0][level])
+        want = [autoaugment._apply_op(im, name, m, InterpolationMode.NEAREST, [float(f) for f in fill] if fill else None) for im in x]
+        assert torch.equal(ops(x, np.full(7, i)), torch.stack(want)), (name, m)
+
+
+def test_images_with_different_operations_keep_their_places():
+    x = hard_images(203, 8, 8)
+    order, ops = np.random.default_rng(0).permutation(203), BatchedOps(EVERY_OP)
+    alone = torch.cat([ops(x[i:i + 1], order[i:i + 1]) for i in range(203)])
+    assert torch.equal(ops(x, order), alone)
+    assert torch.equal(ops(x, np.full(203, -1)), x)
+
+
+@pytest.mark.parametrize('policy', ['cifar10', 'svhn', 'imagenet'])
+def test_autoaugment_equals_torchvision_under_the_same_numbers(policy):
+    images = hard_images(200, 20, 12)
+    n, oracle = len(images), autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy), fill=[1., 2., 3.])
+    rng = np.random.default_rng(0)
+    numbers = zip(rng.integers(0, 25, n), rng.random((n, 2)), rng.integers(0, 2, (n, 2)))
+    oracle.get_params = lambda _: next(numbers)
+    got, _ = AutoAugment(policy, fill=(1, 2, 3))(images.permute(0, 2, 3, 1), None, np.random.default_rng(0))
+    assert torch.equal(got.permute(0, 3, 1, 2), torch.stack([oracle(im) for im in images]))
+
+
+@pytest.mark.parametrize('policy', ['cifar10', 'svhn'])
+def test_what_is_drawn_has_the_published_probabilities(policy):
+    expected = Counter()
+    for pair in autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy)).policies:
+        first, second = ([(None, 1 - p), *(((name, level, s), p / 2) for s in (1, -1))] if SPACE[name][1] else [(None, 1 - p), ((name, level, 1), p)] for name, p, level in pair)
+        for (a, pa), (b, pb) in product(first, second): expected[a, b] += pa * pb / 25
+    tfm, n = AutoAugment(policy), 50_000
+    name = [*tfm.batched.ops, None] # -1 is nothing
+    counts = Counter((name[a], name[b]) for a, b in tfm.draw(n, np.random.default_rng(1)))
+    possible = [k for k, p in expected.items() if p > 1e-12]
+    assert set(counts) <= set(possible)
+    assert chisquare([counts[k] for k in possible], [n * expected[k] for k in possible]).pvalue > .001
+
+
+@pytest.mark.parametrize('n', [0, 1, 2, 33])
+def test_autoaugment_takes_any_number_of_images(n):
+    x, y = hard_images(33, 9, 12).permute(0, 2, 3, 1).contiguous()[:n], torch.arange(n)
+    kept = x.clone()
+    (a, ya), (b, _), (c, _) = (AutoAugment('svhn')(x, y, np.random.default_rng(s)) for s in (0, 0, 1))
+    assert a.shape == x.shape and a.dtype == torch.uint8 and a.is_contiguous() and ya is y
+    assert torch.equal(a, b) and (n < 2 or not torch.equal(a, c)) and torch.equal(x, kept)
+
+
+def test_autoaugment_tables_follow_the_size_of_the_images():
+    tfm = AutoAugment()
+    for size in ((32, 32), (16, 16), (32, 32)):
+        x = hard_images(50, *size).permute(0, 2, 3, 1).contiguous()
+        assert torch.equal(tfm(x, None, np.random.default_rng(0))[0], AutoAugment()(x, None, np.random.default_rng(0))[0])
+
+
+def test_cutout_hides_every_centre_alike_and_leaves_its_input_alone():
+    x = torch.full((20_000, 4, 6, 3), 255, dtype=torch.uint8)
+    y = torch.arange(len(x))
+    got, same = Cutout(1)(x, y, np.random.default_rng(0))
+    times = (got[..., 0] == 0).sum(0)
+    assert same is y and x.min() == 255 and times.sum() == len(x)
+    assert ((times - len(x) / 24).abs() < 5 * (len(x) / 24) ** .5).all()
+    assert Cutout(4)(x[:0], y[:0], np.random.default_rng(0))[0].shape == (0, 4, 6, 3)
+
+
+def test_augmentation_refuses_what_it_cannot_do():
+    x, rng = hard_images(5, 8, 8).permute(0, 2, 3, 1).contiguous(), np.random.default_rng(0)
+    for bad, says in ((lambda: Cutout(0), 'at least 1, got 0'), (lambda: Cutout(2.5), 'whole number'), (lambda: Cutout(9)(x, None, rng), 'at most 8'),
+                      (lambda: Cutout(4, fill=256), 'byte'), (lambda: Cutout(4, fill=(1, 2)), 'three'), (lambda: Cutout(4, fill=.5), 'got 0.5'),
+                      (lambda: AutoAugment('cifar100'), 'cifar10, svhn'), (lambda: AutoAugment(fill=-1), 'byte'),
+                      (lambda: AutoAugment()(x[:, :2], None, rng), 'at least 3 pixels'), (lambda: get_dls('digits', cutout=-1, device='cpu'), 'at least 1'),
+                      (lambda: get_dls('digits', cutout=33, device='cpu'), '33'), (lambda: get_dls('digits', autoaugment='cifar', device='cpu'), "got 'cifar'")):
+        with pytest.raises(ValueError, match=says): bad()
+
+
+def test_get_dls_augments_in_the_published_order_and_training_images_only():
+    dls = get_dls('digits', bs=64, crop=4, flip=True, autoaugment='svhn', cutout=16, cutmix=1., mean=(.5, .25, 0.), std=(.2, .2, .2), device='cpu')
+    crop, policy, cutout, mix = dls.train.tfms
+    assert [type(t) for t in dls.train.tfms] == [CropFlip, AutoAugment, Cutout, CutMix] and (crop.pad, cutout.size, mix.alpha) == (4, 16, 1.)
+    assert np.array_equal(policy.op, AutoAugment('svhn').op) and policy.batched.ops == AutoAugment('svhn').batched.ops
+    assert cutout.fill.tolist() == [128, 64, 0], 'zero after normalisation, to the nearest byte'
+    assert not dls.valid.tfms and not dls.loaders[2].tfms
+    assert get_dls('digits', autoaugment='cifar10', cutout=8, device='cpu').train.tfms[1].fill.tolist() == [0, 0, 0]
+    x, y = dls.train.one_batch()
+    assert x.shape == (64, 3, 32, 32) and torch.allclose(y.sum(1), torch.ones(64))
+    twins = (list(get_dls('digits', bs=64, autoaugment='cifar10', cutout=8, seed=5, device='cpu').train) for _ in range(2))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*twins))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cnn, flat, learner
+from conftest import cnn, flat, learner, needed
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.optimizer import SGD
@@ -32,7 +32,7 @@ def one_process(name, micro):
     "The weights after the same global batches, as one batch or as two micro-batches."
     dl = worker.AsTwoProcesses(worker.samples(), bs=worker.BS if micro else 2 * worker.BS)
     cbs = [GradientAccumulation(2 * worker.BS)] if micro else []
-    learn = learner(cnn(bn=False), [*make_method(name, **worker.OPTIONS.get(name, {})), *cbs], None, opt_func=lambda p, lr: SGD(p, lr=lr, mom=.9))
+    learn = learner(cnn(bn=False), [*make_method(name, **needed(name), **worker.OPTIONS.get(name, {})), *cbs], None, opt_func=lambda p, lr: SGD(p, lr=lr, mom=.9))
     learn.dls = DataLoaders(dl, worker.Ordered(worker.samples(), bs=8))
     learn.fit(worker.EPOCHS)
     return flat(learn.model)

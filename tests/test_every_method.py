@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import CPUMixedPrecision, Net, as_loader, batches, cnn, flat, learner
+from conftest import Net, as_loader, batches, cnn, flat, learner, needed
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -14,16 +14,17 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
 from sadt_nb.core.loss_terms import LossTerm
 from sadt_nb.core.passes import ExtraPass
+from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.simple_cnn import simple_cnn
 
 # the published values need more steps than a test has
-FAST = {'agc': dict(clip=.2), 'saf': dict(lam=2., tau=1., lag=1, start_epoch=1), 'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0)}
+FAST = {'agc': dict(clip=.2), 'saf': dict(lam=2., tau=1., lag=1, start_epoch=1), 'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0), 'distillation': dict(alpha=.7)}
 PER_MICRO_BATCH = {'sam', 'asam', 'esam', 'looksam', 'gsam'} # perturb each micro-batch along its own gradient; their notebooks have that oracle
 ALL = pytest.mark.parametrize('name', METHODS)
-WITH_EXTRA_PASS = pytest.mark.parametrize('name', [n for n in METHODS if any(isinstance(c, ExtraPass) for c in make_method(n))])
+WITH_EXTRA_PASS = pytest.mark.parametrize('name', [n for n in METHODS if any(isinstance(c, ExtraPass) for c in make_method(n, **needed(n)))])
 conv = lambda **kw: batches(conv=True, **kw)
 
 
@@ -52,7 +53,7 @@ class Tally(Callback):
     def passes(self): return (self.forwards + 2 * self.backwards) / 3 / self.samples
 
 
-def methods(name, **opts): return make_method(name, **{**FAST.get(name, {}), **opts})
+def methods(name, **opts): return make_method(name, **{**needed(name), **FAST.get(name, {}), **opts})
 
 
 def fit(name, net=None, data=None, epochs=2, cbs=(), opts={}, **kw):
@@ -142,7 +143,7 @@ def test_composes_with_mixed_precision(name, mode):
         order, run_valid = 9.9, False # before MixedPrecision turns the logits into float32
         def after_pred(self): dtypes.add(self.pred[0].dtype if isinstance(self.pred, tuple) else self.pred.dtype)
     net = cnn(dtype=torch.float32)
-    fit(name, net, conv(dtype=torch.float32), cbs=[CPUMixedPrecision(mode), See()])
+    fit(name, net, conv(dtype=torch.float32), cbs=[DeviceMixedPrecision(mode), See()])
     assert dtypes == {torch.bfloat16 if mode == 'bf16' else torch.float16}
     exact = fit(name, cnn(dtype=torch.float32), conv(dtype=torch.float32))
     near = .1 if name == 'looksam' else .05 # LookSAM scales up the small difference of two gradients, rounding errors included
@@ -159,7 +160,7 @@ def test_an_overflow_skips_every_step_of_the_batch(name):
     class Step(Callback):
         order, run_valid = -50, False
         def before_batch(self): steps.append(flat(self.model))
-    learn = fit(name, cnn(dtype=torch.float32), conv(dtype=torch.float32), epochs=1, cbs=[CPUMixedPrecision('fp16'), Overflow(), Step()])
+    learn = fit(name, cnn(dtype=torch.float32), conv(dtype=torch.float32), epochs=1, cbs=[DeviceMixedPrecision('fp16'), Overflow(), Step()])
     assert torch.equal(steps[1], steps[2]), 'the batch that overflowed changed nothing'
     assert not torch.equal(steps[0], steps[1]) and not torch.equal(steps[2], flat(learn.model)), 'the others did'
 
@@ -357,7 +358,7 @@ def test_looksam_drops_a_direction_that_overflowed():
             look = next(c for c in self.learn.cbs if isinstance(c, LookSAM))
             seen.append((look.steps, look.direction is not None))
     net = cnn(dtype=torch.float32)
-    fit('looksam', net, conv(dtype=torch.float32), epochs=1, cbs=[CPUMixedPrecision('fp16'), Overflow(), See()])
+    fit('looksam', net, conv(dtype=torch.float32), epochs=1, cbs=[DeviceMixedPrecision('fp16'), Overflow(), See()])
     assert seen == [(0, False), (1, True), (2, True)], 'the refused step is not counted, and the next one looks'
     assert torch.isfinite(flat(net)).all()
 
@@ -365,10 +366,11 @@ def test_looksam_drops_a_direction_that_overflowed():
 @ALL
 def test_a_learner_is_exported_after_training_and_loads(name, tmp_path):
     dls = get_dls('digits', bs=30, n_train=60, device='cpu')
-    learn = Learner(dls, simple_cnn(dropout=0.), opt_func=SGD, lr=.01, path=tmp_path, default_cbs=False, cbs=[TrainEvalCallback(), *methods(name)])
+    learn = Learner(dls, simple_cnn(dropout=0.), opt_func=SGD, lr=.01, path=tmp_path, default_cbs=False,
+                    cbs=[TrainEvalCallback(), *methods(name, **(dict(teacher=simple_cnn()) if needed(name) else {}))])
     learn.fit(2)
     learn.export('x.pkl')
     x = dls.valid.one_batch()[0]
     loaded = load_learner(tmp_path / 'x.pkl')
     with torch.no_grad(): assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x))
-    for c in loaded.cbs: assert not any(getattr(c, k, None) is not None for k in ('teacher', 'logits', 'direction')), 'what only training needs stays at home'
+    for c in loaded.cbs: assert not any(getattr(c, k, None) is not None for k in ('teacher', 'records', 'direction')), 'what only training needs stays at home'

@@ -1,9 +1,10 @@
 "Corners of SADT that the notebook leaves out."
 import pytest
 import torch
-from conftest import CPUMixedPrecision, batches, cnn, flat, learner, mlp
+from conftest import batches, cnn, flat, learner, mlp
 from fastai.callback.core import Callback
 from fastai.optimizer import SGD
+from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.sadt import SADT, layer_noise
 
@@ -80,12 +81,12 @@ def test_autocast_is_left_after_a_pass_without_backward_and_after_an_error():
     class Look(Callback):
         run_valid = False
         def after_batch(self): seen.append(torch.is_autocast_enabled('cpu'))
-    fit(SADT(grad_at='up', noise_scale=1e3), CPUMixedPrecision('bf16'), Look(), net=mlp(dtype=torch.float32), data=data)
+    fit(SADT(grad_at='up', noise_scale=1e3), DeviceMixedPrecision('bf16'), Look(), net=mlp(dtype=torch.float32), data=data)
     assert len(seen) == 6 and not any(seen)
 
     class Fail(Callback):
         run_valid, order = False, 5 # in the replay, before MixedPrecision leaves autocast
         def after_pred(self):
             if getattr(self.learn, '_replaying', False): raise RuntimeError('failed on purpose')
-    with pytest.raises(RuntimeError, match='on purpose'): fit(SADT(), CPUMixedPrecision('bf16'), Fail(), net=mlp(dtype=torch.float32), data=data)
+    with pytest.raises(RuntimeError, match='on purpose'): fit(SADT(), DeviceMixedPrecision('bf16'), Fail(), net=mlp(dtype=torch.float32), data=data)
     assert not torch.is_autocast_enabled('cpu')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATASETS', 'digits', 'noisy_digits', 'cifar10', 'cifar100', 'load_data', 'get_dls']
 
-# %% ../../nbs/data/72_datasets.ipynb #e2902513
+# %% ../../nbs/data/72_datasets.ipynb #56f9bf73
 import hashlib, io, json, os, sys, tarfile, tempfile
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from .augment import CropFlip, CutMix
+from .augment import AutoAugment, CropFlip, Cutout, CutMix
 from .loader import ImageData, TensorDL
 
 # %% ../../nbs/data/72_datasets.ipynb #50e4a391
@@ -209,7 +209,7 @@ def load_data(
     size = kwargs.get('size')
     return _cached(source, size, lambda: _read(source, size))
 
-# %% ../../nbs/data/72_datasets.ipynb #653442da
+# %% ../../nbs/data/72_datasets.ipynb #67c9b793
 def get_dls(
     name_or_path,       # A name in `DATASETS`, an image folder, or a tar archive of one
     bs:int=128,         # Images per training batch, at least 1, at most the number of training images
@@ -217,10 +217,13 @@ def get_dls(
     n_train:int|None=None, # Use only so many training images (after the validation split), stratified
     crop:int=0,         # Zero padding in pixels for random crops; 0 for none
     flip=False,         # Mirror half of the training images?
+    autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
+    cutout:int=0,       # Side in pixels of the square that Cutout hides with the colour `mean`, at most the images' shorter side; 0 for none
     cutmix:float=0.,    # Alpha of CutMix; 0 for none
     cutmix_per='sample',# One CutMix rectangle per 'sample' or per 'batch'
     mean=0., std=1.,    # Normalisation after scaling to [0, 1]
     seed:int=0,         # Of the split, the order and the augmentation
+    split:int|None=None,# Seed of the split alone; `None`: `seed`
     drop_last=False,    # Leave out a smaller last training batch?
     channels_last=False,# Memory format of the batches
     device=None,        # Where data and batches lie; fastai's default device
@@ -229,16 +232,20 @@ def get_dls(
     "Loaders for training, validation and test. Raises `ValueError` for values out of range."
     if not 0 <= valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {valid}')
     if cutmix < 0: raise ValueError(f'`cutmix` must not be negative, got {cutmix}')
+    split = seed if split is None else split
     train, test = load_data(name_or_path, **kwargs)
     held_out = test
     if valid:
-        a, b = _split(train.y, valid, seed)
+        a, b = _split(train.y, valid, split)
         train, held_out = train.subset(a), train.subset(b)
     if n_train is not None and n_train < len(train):
         if n_train < len(train.vocab): raise ValueError(f'`n_train` must be at least the number of classes, {len(train.vocab)}, got {n_train}')
-        train = train.subset(_split(train.y, n_train, seed)[1])
+        train = train.subset(_split(train.y, n_train, split)[1])
     if bs > len(train): raise ValueError(f'the batch size {bs} is above the number of training images, {len(train)}; choose a smaller one')
+    if cutout > min(train.x.shape[1:3]): raise ValueError(f'`cutout` must be at most {min(train.x.shape[1:3])}, the shorter side of the images, got {cutout}')
     tfms = [CropFlip(crop, flip)] if crop or flip else []
+    if autoaugment: tfms.append(AutoAugment(autoaugment))
+    if cutout: tfms.append(Cutout(cutout, np.clip(np.round(255 * np.asarray(mean, dtype=float)), 0, 255))) # zero after normalisation
     if cutmix: tfms.append(CutMix(len(train.vocab), cutmix, cutmix_per))
     common = dict(mean=mean, std=std, channels_last=channels_last, device=device)
     loaders = [TensorDL(train, bs, shuffle=True, drop_last=drop_last, tfms=tfms, seed=seed, **common)]

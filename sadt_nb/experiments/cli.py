@@ -11,8 +11,8 @@ import warnings
 # %% ../../nbs/experiments/84_cli.ipynb #651cfc56
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
-# %% ../../nbs/experiments/84_cli.ipynb #2c4c6e1a
-import argparse, sys
+# %% ../../nbs/experiments/84_cli.ipynb #26dc3901
+import argparse, json, sys
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -72,11 +72,19 @@ def _options(text):
         out[k] = v
     return out
 
-# %% ../../nbs/experiments/84_cli.ipynb #441547d0
+# %% ../../nbs/experiments/84_cli.ipynb #52e8c60d
+def _taught(folder, root):
+    "Fields of a student whose teacher is the run in `folder`: the same split, so that its validation images are new to both."
+    if folder is None: return {}
+    try: t = Run.from_dict(json.loads((folder / 'config.json').read_text()))
+    except (OSError, ValueError, TypeError): raise ValueError(f'{folder} is not the folder of a run; train the teacher first, with this command') from None
+    if folder.resolve() != (Path(root) / t.name).resolve(): raise ValueError(f'the teacher is not below {root}; pass --root {folder.parent}')
+    return dict(teachers=t, split=t.seed if t.split is None else t.split)
+
 @command
 def sadt_train(
-    method:str='sam',      # One of the methods: baseline, gc, agc, sam, sadt1, sadt2, sadt3, repeat_step
-    model:str='simple_cnn',# simple_cnn, vgg16_slim or inception_resnet_slim
+    method:str='sam',      # sam, sadt1, distillation, ...; an unknown name lists all
+    model:str='simple_cnn',# simple_cnn, resnet18, ...; an unknown name lists all
     data:str='digits',     # digits, noisy_digits, cifar10, cifar100, or a folder with train/<class>/* and test/<class>/*
     epochs:int=10,         # Passes over the training data
     bs:int=128,            # Images per batch
@@ -94,12 +102,16 @@ def sadt_train(
     model_args:str='',     # Options of the model, such as 'init=keras'
     data_args:str='',      # Options of the data set, such as 'noise=0.2'
     opt_args:str='',       # Options of the optimizer, such as 'momentum=0.9 weight_decay=0.0005'
+    amp:str='',            # Mixed precision: bf16 or fp16
+    clip:float=0.,         # Largest norm of a step's gradient, 0 for no clipping
+    select:str='last',     # Epoch whose weights are kept: last, or the best on valid or test data
+    teacher:Path=None,     # For distillation: the folder of a finished run below root
     force:bool=False,      # Train again even if the result is there
 ):
     "Train one network with one method, print its test accuracy, and store everything."
     cfg = Run(data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched, cutmix=cutmix, crop=crop, flip=flip,
               valid=valid, n_train=n_train, method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
-              opt_args=_options(opt_args))
+              opt_args=_options(opt_args), amp=amp, clip=clip, select=select, **_taught(teacher, root))
     r = run(cfg, root, force=force)
     print(f'{method} on {data}: test accuracy {r["accuracy"]:.3f}, with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')

@@ -68,12 +68,12 @@ def _table1_controls():
                     PaperRun(f'twice the epochs · {where}', base.but(epochs=2 * base.epochs), note='control')]
     return out
 
-# %% ../../nbs/experiments/83_papers.ipynb #7d622c12
+# %% ../../nbs/experiments/83_papers.ipynb #bf3cca90
 _SEEDS = (20, 30, 40)
 
 def _sam_study(small, **recipe):
     "The study's recipe for a whole run, and its length in epochs."
-    scale = dict(model='resnet20', n_train=10_000, valid=.04) if small else dict(model='resnet18', valid=.01)
+    scale = dict(model='resnet20', n_train=10_000, valid=.04, amp='bf16') if small else dict(model='resnet18', valid=.01)
     return Run(**{**dict(data='cifar10', opt='sgd', sched='constant', lr=.1 if small else .01, bs=128, epochs=16 if small else 100), **scale, **recipe})
 
 def _sam_study_a(small=False):

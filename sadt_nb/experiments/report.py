@@ -62,9 +62,9 @@ def results_table(
                        'seconds': round(g['train_seconds'].mean(), 1)}
     return pd.DataFrame(rows).T.rename_axis('run')
 
-# %% ../../nbs/experiments/82_report.ipynb #afc950be
+# %% ../../nbs/experiments/82_report.ipynb #0d3a8124
 COLORS = dict(baseline='tab:gray', gc='tab:green', agc='tab:orange', sam='tab:blue', sadt1='tab:red', sadt2='tab:pink', sadt3='tab:purple',
-              repeat_step='tab:brown', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal', saf='limegreen', mesa='darkgreen')
+              repeat_step='tab:brown', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal', saf='limegreen', mesa='darkgreen', distillation='mediumvioletred')
 
 def plot_runs(
     results:pd.DataFrame, # As `load_results` gives it

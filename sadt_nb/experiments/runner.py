@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first_layer_histogram', 'write_json', 'keep_pages',
-           'RunError', 'read_result', 'make_learner', 'run', 'run_grid']
+           'RunError', 'read_result', 'is_trained', 'load_model', 'make_learner', 'run', 'run_grid', 'run_ensemble']
 
-# %% ../../nbs/experiments/81_runner.ipynb #7f34e9bb
+# %% ../../nbs/experiments/81_runner.ipynb #61caac4b
 import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from copy import deepcopy
 from functools import partial
 from multiprocessing import get_context
@@ -20,13 +20,18 @@ from torch.optim.swa_utils import update_bn
 from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.training import GradientClip
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 
 from ..core.optim import keras_adam
+from ..core.precision import DeviceMixedPrecision
+from ..core.teachers import Ensemble, load_weights
 from ..data.datasets import get_dls
 from .config import Run
+from ..measures.similarity import agreement, diversity, logit_mse
+from ..methods.born_again import KeepBest
 from ..methods.registry import make_method
 from ..models.registry import make_model
 
@@ -192,7 +197,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #a2efc770
+# %% ../../nbs/experiments/81_runner.ipynb #87bdd8cc
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -213,26 +218,65 @@ def read_result(
     except (OSError, ValueError): return None
     return result if result.get('status') == 'finished' else None
 
+def is_trained(
+    cfg:Run, # The configuration
+    root,    # Where its folder would be
+) -> bool: # Finished, and its weights are there: it can teach
+    "Can this run serve as a teacher? Stored results may come without weights."
+    return read_result(cfg, root) is not None and (Path(root) / cfg.name / 'weights.pt').is_file()
+
+def load_model(
+    cfg:Run,     # A run that `is_trained`
+    root,        # Folder of all results
+    classes:int, # Number of outputs
+    device=None, # Where the network goes
+) -> nn.Module: # In evaluation mode
+    "The network of a finished run. Raises `RunError` if its weights are missing or do not fit."
+    model = make_model(cfg.model, classes, **dict(cfg.model_args))
+    try: load_weights(model, Path(root) / cfg.name / 'weights.pt')
+    except (OSError, ValueError) as e: raise RunError(f'{cfg.name}: {e}') from None
+    if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
+    return model.to(device).eval()
+
+def _method(cfg, root, dls):
+    "The callbacks of the run's method."
+    taught = dict(teacher=[load_model(t, root, dls.c, dls.device) for t in cfg.teachers]) if cfg.teachers else {}
+    return make_method(cfg.method, seed=cfg.seed, **taught, **dict(cfg.method_args))
+
 def make_learner(
     cfg:Run,     # What to train
     device=None, # fastai's default device if `None`
     cbs=(),      # Further callbacks
+    root='runs', # Folder of all results, where the teachers' weights are
 ) -> Learner: # Ready for `fit(cfg.epochs)`; `learn.dls[2]` is the test set
     "A Learner in exactly the state in which `run` starts training."
     try:
         dls = get_dls(cfg.data, bs=cfg.bs, valid=cfg.valid, n_train=cfg.n_train, crop=cfg.crop, flip=cfg.flip, cutmix=cfg.cutmix, seed=cfg.seed,
-                      channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
+                      split=cfg.split, channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
     except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
+    method = _method(cfg, root, dls)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, dls.c, **dict(cfg.model_args)).to(dls.device)
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=_opt_func(cfg), lr=cfg.lr, default_cbs=False,
-                    cbs=[TrainEvalCallback(), *_schedule(cfg), *make_method(cfg.method, seed=cfg.seed, **dict(cfg.method_args)), *cbs])
+                    cbs=[TrainEvalCallback(), *_schedule(cfg), *method, *([DeviceMixedPrecision(cfg.amp)] if cfg.amp else []), *([GradientClip(cfg.clip)] if cfg.clip else []),
+                         *([KeepBest(cfg.select)] if cfg.select != 'last' else []), *cbs])
     try: learn.create_opt()
     except TypeError as e: raise ValueError(f'optimizer {cfg.opt} does not take {dict(cfg.opt_args)}: {e}') from None
     torch.manual_seed(cfg.seed + 1) # dropout: the same masks whatever it took to make the model
     return learn
+
+def _selected(learn):
+    "Which epoch's weights were kept, and the accuracy that they were kept for."
+    return dict(epoch_kept=learn.keep_best.epoch_kept + 1, accuracy_kept=learn.keep_best.best) if hasattr(learn, 'keep_best') else {}
+
+def _beside_teacher(learn):
+    "How far the student is from its teacher, on training images without augmentation and on test images."
+    if not hasattr(learn, 'distillation'): return {}
+    pair, plain = (learn.model, learn.distillation.teacher), learn.dls.train.new(shuffle=False, drop_last=False, tfms=[])
+    return dict(teacher=dict(accuracy=evaluate(pair[1], learn.dls[2])['accuracy'], **{
+        f'{name}_{part}': f(*pair, dl) for name, f in (('logit_mse', logit_mse), ('agreement', agreement)) for part, dl in (('train', plain), ('test', learn.dls[2]))}))
 
 def run(
     cfg:Run,         # What to train
@@ -241,10 +285,12 @@ def run(
     progress=True,   # Show a progress bar
     device=None,     # fastai's default device if `None`
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
-    """Train one configuration and store everything, or read what is stored.
+    """Train one configuration and store everything, or read what is stored. Teachers that are missing are trained first.
 
     Raises `RunError` if the loss stops being finite or the folder cannot be written, `ValueError` for data that do not fit."""
     if not force and (done := read_result(cfg, root)): return done
+    for t in cfg.teachers:
+        if not is_trained(t, root): run(t, root, True, progress, device)
     keep_pages()
     recorder = RunRecorder(on_epoch=lambda rows: write_json(folder / 'history.json', rows))
     started = time.time()
@@ -255,7 +301,7 @@ def run(
         return result
     def recorder_counts():
         return dict(epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}))
-    learn = make_learner(cfg, device, [recorder, *([Recorder(), ProgressCallback()] if progress else [])])
+    learn = make_learner(cfg, device, [recorder, *([Recorder(), ProgressCallback()] if progress else [])], root)
     folder = _folder(cfg, root)
     try:
         learn.fit(cfg.epochs)
@@ -267,16 +313,28 @@ def run(
         a, b = evaluate(plain, test), evaluate(fresh, test)
         torch.save(plain.state_dict(), folder / 'weights.pt')
         return store('finished', accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'],
-                     parameters=sum(p.numel() for p in plain.parameters()), first_layer=first_layer_histogram(plain))
+                     parameters=sum(p.numel() for p in plain.parameters()), first_layer=first_layer_histogram(plain),
+                     **_selected(learn), **_beside_teacher(learn))
     except KeyboardInterrupt:
         store('interrupted')
         raise
     finally: recorder.unhook()
 
-# %% ../../nbs/experiments/81_runner.ipynb #c3169871
+# %% ../../nbs/experiments/81_runner.ipynb #1675438d
 def _worker(cfg, root, force, threads):
     torch.set_num_threads(threads)
     return run(cfg, root, force, progress=False)
+
+def _plan(runs, root, force):
+    "What to train: configuration to whether a result that is there is ignored; with the teachers that are missing."
+    plan = {}
+    def add(cfg, again):
+        plan[cfg] = again or plan.get(cfg, False)
+        if not again and read_result(cfg, root): return
+        for t in cfg.teachers:
+            if not is_trained(t, root): add(t, True)
+    for cfg in runs: add(cfg, force)
+    return plan
 
 def run_grid(
     runs,          # Configurations
@@ -286,20 +344,51 @@ def run_grid(
     progress=True, # Print a line per run
 ) -> list: # A result, or the `Exception`, per run, in the order of `runs`
     "Run all that are not finished yet; failures are returned, not raised. Ctrl-C stops, finished runs stay."
-    runs, out = list(runs), {}
     if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
+    runs, out = list(runs), {}
+    plan = _plan(runs, root, force)
+    waiting = list(plan)
     def say(cfg, r):
         text = f'{r}' if isinstance(r, Exception) else f'accuracy {r["accuracy"]:.3f}, {r["train_seconds"]:.0f} s'
-        if progress: print(f'[{len(out)}/{len(runs)}] {cfg.name} seed {cfg.seed}: {text}', flush=True)
-    def note(i, f):
-        try: out[i] = f()
-        except Exception as e: out[i] = e
-        say(runs[i], out[i])
+        if progress: print(f'[{len(out)}/{len(plan)}] {cfg.name} seed {cfg.seed}: {text}', flush=True)
+    def note(cfg, f):
+        try: out[cfg] = f()
+        except Exception as e: out[cfg] = e
+        say(cfg, out[cfg])
+    def ready(): # whose teachers are done
+        for cfg in list(waiting):
+            if any(t in plan and t not in out for t in cfg.teachers): continue
+            waiting.remove(cfg)
+            failed = [t.name for t in cfg.teachers if isinstance(out.get(t), Exception)]
+            if not failed: yield cfg
+            else: say(cfg, out.setdefault(cfg, RunError(f'{cfg.name}: its teacher {failed[0]} failed')))
     if workers == 1:
-        for i, cfg in enumerate(runs): note(i, lambda: run(cfg, root, force, progress=False))
+        while waiting:
+            for cfg in ready(): note(cfg, lambda: run(cfg, root, plan[cfg], progress=False))
     else:
-        threads = max(1, torch.get_num_threads() // workers)
+        threads, jobs = max(1, torch.get_num_threads() // workers), {}
         with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-            jobs = {pool.submit(_worker, cfg, root, force, threads): i for i, cfg in enumerate(runs)}
-            for job in as_completed(jobs): note(jobs[job], job.result)
-    return [out[i] for i in range(len(runs))]
+            while waiting or jobs:
+                jobs.update({pool.submit(_worker, cfg, root, plan[cfg], threads): cfg for cfg in ready()})
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done: note(jobs.pop(job), job.result)
+    return [out[cfg] for cfg in runs]
+
+# %% ../../nbs/experiments/81_runner.ipynb #0409b0ec
+def run_ensemble(
+    members,       # Runs of one data set that are trained, or whose ensemble has been evaluated before
+    root='runs',   # Folder of all results
+    device=None,   # fastai's default device if `None`
+) -> dict: # `accuracy` of the ensemble on the test set, `members`' names and accuracies, mean `diversity` of their logits
+    "Evaluate the ensemble of stored runs, or read what is stored. Raises `ValueError` for no member, `RunError` if weights are missing."
+    members = sorted(set(members), key=lambda m: m.key)
+    if not members: raise ValueError('an ensemble needs at least one run, got none')
+    file = Path(root) / 'ensembles' / f'{hashlib.sha256("".join(m.key for m in members).encode()).hexdigest()[:12]}.json'
+    if file.exists(): return json.loads(file.read_text())
+    first = members[0]
+    test = get_dls(first.data, bs=first.bs, channels_last=first.channels_last, device=device, **dict(first.data_args))[2]
+    models = [load_model(m, root, len(test.vocab), test.device) for m in members]
+    result = dict(accuracy=evaluate(Ensemble(models), test)['accuracy'], members={m.name: evaluate(f, test)['accuracy'] for m, f in zip(members, models)},
+                  diversity=diversity(models, test).mean().item())
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, result)
+    return result

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'make_method']
 
-# %% ../../nbs/methods/99_registry.ipynb #397cc1ee
+# %% ../../nbs/methods/99_registry.ipynb #2f3d1ce6
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from fastai.callback.core import Callback
 from .agc import AGC
 from .asam import ASAM
 from .controls import RepeatStep
+from .distillation import Distillation
 from .esam import ESAM
 from .gradient_centralization import GradientCentralization
 from .gsam import GSAM
@@ -24,7 +25,7 @@ from .sadt import SADT
 from .saf import SAF
 from .sam import SAM
 
-# %% ../../nbs/methods/99_registry.ipynb #9771cd0b
+# %% ../../nbs/methods/99_registry.ipynb #5ee03c52
 @dataclass(frozen=True)
 class Method:
     "A method's factory and its facts; calling it makes the callback."
@@ -34,6 +35,7 @@ class Method:
     steps: int = 1      # Optimizer steps per batch
     memory: str = '-'   # Memory beyond the plain step that lives as long as training
     seeded: bool = False# Draws random numbers of its own and takes `seed`
+    taught: bool = False# Needs the option `teacher`
 
     def __call__(self, **options): return self.factory(**options)
 
@@ -48,6 +50,7 @@ METHODS = dict(
     gsam=Method(GSAM, 'SAM that also closes the gap to the loss here', passes=2, memory='2 x weights'),
     saf=Method(SAF, 'divergence from each sample\'s prediction some epochs ago', memory='logits of 3 epochs'),
     mesa=Method(MESA, 'divergence from the prediction of averaged weights', passes=4 / 3, memory='1 x weights'),
+    distillation=Method(Distillation, 'labels, and the softened predictions of a trained teacher', passes=4 / 3, memory='the teacher', taught=True),
     sadt1=Method(partial(SADT, 1), 'teacher: noise on every layer', passes=2, steps=2, memory='2 x weights', seeded=True),
     sadt2=Method(partial(SADT, 2), 'two teachers: noise on the last convolution and on the last dense layer', passes=3, steps=2, memory='2 x weights', seeded=True),
     sadt3=Method(partial(SADT, 3), 'teacher: a noisy step of gradient ascent', passes=2, steps=2, memory='2 x weights', seeded=True),
@@ -65,6 +68,7 @@ def make_method(
     known = [p for p in inspect.signature(method.factory).parameters]
     for o in options:
         if o not in known: raise ValueError(f'method {name} has no option {o!r}; it has {", ".join(known) or "none"}')
+    if method.taught and 'teacher' not in options: raise ValueError(f'method {name} needs `teacher`, a network or a list of networks')
     if method.seeded: options = {'seed': seed, **options}
     try: cb = method(**options)
     except TypeError as e: raise ValueError(f'method {name} does not take {options}: {e}') from None

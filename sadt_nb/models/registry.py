@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['MODELS', 'make_model']
 
-# %% ../../nbs/models/69_registry.ipynb #3089c5a4
+# %% ../../nbs/models/69_registry.ipynb #db23f724
 from torch import nn
 
 from .inception_resnet import inception_resnet_slim
-from .resnet import resnet18, resnet20
+from .pyramidnet import pyramidnet_110
+from .resnet import resnet18, resnet20, resnet50, resnet101, resnet152
 from .simple_cnn import simple_cnn
-from .vgg import vgg16_slim
+from .vgg import vgg16, vgg16_slim
+from .vit import vit_b32, vit_s32
+from .wide_resnet import wide_resnet_28_10
 
-# %% ../../nbs/models/69_registry.ipynb #54bbd54e
+# %% ../../nbs/models/69_registry.ipynb #2e47f2a9
 MODELS = dict(simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim,
-              resnet20=resnet20, resnet18=resnet18)
+              resnet20=resnet20, resnet18=resnet18, resnet101=resnet101, vgg16=vgg16, wide_resnet_28_10=wide_resnet_28_10,
+              pyramidnet_110=pyramidnet_110, resnet50=resnet50, resnet152=resnet152, vit_s32=vit_s32, vit_b32=vit_b32)
 
 def make_model(
     name:str,       # A name in `MODELS`
     classes:int=10, # Number of outputs
-    **kwargs,       # Options of that model, such as `bottleneck` and `init`
+    **kwargs,       # Options of that model, such as `init`, `skip` or `dropout`
 ) -> nn.Module: # With fresh random weights
     "A network by name. Raises `ValueError` for an unknown name or option."
     if name not in MODELS: raise ValueError(f'unknown model {name!r}; choose one of {", ".join(MODELS)}')

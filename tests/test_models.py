@@ -1,0 +1,102 @@
+"Every network of `MODELS`: built on the meta device, one step of training, memory formats, copies; ViT's weights and its missing extra."
+import copy
+import importlib.util
+import pickle
+import sys
+import time
+
+import pytest
+import torch
+from sadt_nb.experiments.config import Run
+from sadt_nb.models.registry import MODELS, make_model
+from sadt_nb.models.vit import vit
+from sadt_nb.models.wide_resnet import wide_resnet
+from torch import nn
+from torch.nn import functional as F
+
+needs_timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason="timm, the extra sadt_nb[timm], is not installed")
+NAMES = [pytest.param(n, marks=needs_timm) if n.startswith('vit') else n for n in MODELS]
+IMAGENET = ('resnet50', 'resnet152')
+
+
+def small(name, classes=10):
+    "The network, with few patches if it is a ViT, and images that are as small as it takes."
+    net = make_model(name, classes, **(dict(img_size=64) if name.startswith('vit') else {}))
+    return net, torch.randn(3, 3, *[64 if name in IMAGENET else 32] * 2)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_configuration_is_checked_without_memory(name):
+    with torch.device('meta'):
+        make_model(name) # imports what is to be imported
+        start = time.process_time()
+        net = make_model(name, 100)
+    assert time.process_time() - start < 3
+    assert all(t.is_meta for t in [*net.parameters(), *net.buffers()])
+    assert Run(model=name).name.startswith(f'baseline-{name}-')
+    with pytest.raises(ValueError, match=name): Run(model=name, model_args=dict(colour=3))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_step_reaches_every_parameter(name):
+    net, x = small(name, 100)
+    assert (y := net(x)).shape == (3, 100)
+    F.cross_entropy(y, torch.arange(3)).backward()
+    for n, p in net.named_parameters(): assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), n
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_memory_formats_copies_and_stored_weights_give_the_same(name):
+    net, x = small(name)
+    for m in net.modules(): # statistics that are not those of a fresh network
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.running_mean.uniform_(-.1, .1); m.running_var.uniform_(.8, 1.25)
+    net, x = net.double().eval(), x[:1].double()
+    with torch.no_grad():
+        y = net(x)
+        assert torch.equal(pickle.loads(pickle.dumps(net))(x), y)
+        fresh = small(name)[0].double().eval()
+        assert not torch.equal(fresh(x), y)
+        fresh.load_state_dict(net.state_dict())
+        assert torch.equal(fresh(x), y)
+        last = copy.deepcopy(net).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), y, rtol=1e-9, atol=1e-9 * y.abs().max().item())
+
+
+def test_without_dropout_nothing_is_drawn():
+    x = torch.randn(2, 3, 32, 32)
+    for dropout in (0., .3):
+        net = wide_resnet(depth=10, width=1, dropout=dropout)
+        before = torch.get_rng_state()
+        net(x)
+        assert torch.equal(before, torch.get_rng_state()) == (dropout == 0)
+
+
+def test_vit_without_timm_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    with pytest.raises(ImportError, match=r'sadt_nb\[timm\]'): make_model('vit_s32')
+
+
+@needs_timm
+def test_vit_reads_other_precisions_and_runs_no_code_from_a_file(tmp_path):
+    donor = vit(10, img_size=64).vit
+    torch.save({n: v.half() for n, v in donor.state_dict().items()}, tmp_path / 'half.pt')
+    net = vit(10, img_size=64, pretrained=tmp_path / 'half.pt').vit
+    for n, v in net.state_dict().items(): assert v.dtype == torch.float32 and torch.equal(v, donor.state_dict()[n].half().float()), n
+    torch.save({n: v for n, v in donor.state_dict().items() if not n.startswith('head.')}, tmp_path / 'trunk.pt')
+    assert torch.equal(vit(10, img_size=64, pretrained=tmp_path / 'trunk.pt').vit.pos_embed, donor.pos_embed)
+
+    class Evil:
+        def __reduce__(self): return (tmp_path / 'proof').touch, ()
+    torch.save({'cls_token': Evil()}, tmp_path / 'evil.pt')
+    with pytest.raises(ValueError, match='evil.pt'): vit(10, img_size=64, pretrained=tmp_path / 'evil.pt')
+    assert not (tmp_path / 'proof').exists()
+    with pytest.raises(FileNotFoundError): vit(10, pretrained=tmp_path / 'none.pt')
+
+
+@needs_timm
+def test_vit_weights_are_checked_with_the_configuration(tmp_path, recwarn):
+    torch.save(vit(1000, img_size=64).vit.state_dict(), tmp_path / 's.pt')
+    options = dict(img_size=64, pretrained=str(tmp_path / 's.pt'))
+    Run(model='vit_s32', model_args=options)
+    assert not [w for w in recwarn if 'meta' in str(w.message)]
+    with pytest.raises(ValueError, match='does not fit'): Run(model='vit_b32', model_args=options)

@@ -5,31 +5,38 @@
 # %% auto #0
 __all__ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
            'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent',
-           'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'CropFlip', 'CutMix',
-           'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid',
-           'COLORS', 'load_results', 'plot_runs', 'results_table', 'RunError', 'make_learner', 'run', 'run_grid', 'AGC',
-           'ASAM', 'asam_step', 'RepeatStep', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
-           'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step',
-           'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
-           'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit',
-           'vit_b32', 'vit_s32', 'wide_resnet', 'wide_resnet_28_10']
+           'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision',
+           'Ensemble', 'load_weights', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls',
+           'load_data', 'ImageData', 'TensorDL', 'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS',
+           'load_results', 'plot_runs', 'results_table', 'RunError', 'load_model', 'make_learner', 'run',
+           'run_ensemble', 'run_grid', 'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM',
+           'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step',
+           'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT',
+           'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step',
+           'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20', 'resnet50',
+           'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #f10e42cc
+# %% ../nbs/all.ipynb #d5080bc2
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
 from .core.losses import kd_loss, kl_div
 from .core.optim import KerasAdam, keras_adam
 from .core.passes import ORDERS, ExtraPass, PerturbedPass, StepGrads, replay, replayed_rows, replaying, shared_forward
 from .core.perturb import ascent, global_dot, global_norm, perturbed, trainable_params, weight_sizes
-from .data.augment import CropFlip, CutMix
+from .core.precision import DeviceMixedPrecision
+from .core.teachers import Ensemble, load_weights
+from .data.augment import AutoAugment, CropFlip, CutMix, Cutout, Rotate
 from .data.datasets import DATASETS, get_dls, load_data
 from .data.loader import ImageData, TensorDL
 from .experiments.config import Run
 from .experiments.papers import PAPER_GRIDS, PaperRun, paper_grid
 from .experiments.report import COLORS, load_results, plot_runs, results_table
-from .experiments.runner import RunError, make_learner, run, run_grid
+from .experiments.runner import RunError, load_model, make_learner, run, run_ensemble, run_grid
+from .measures.similarity import agreement, collect_logits, diversity, logit_mse
 from .methods.agc import AGC
 from .methods.asam import ASAM, asam_step
+from .methods.born_again import Generations, KeepBest, born_again
 from .methods.controls import RepeatStep
+from .methods.distillation import Distillation
 from .methods.esam import ESAM, esam_step
 from .methods.gradient_centralization import GradientCentralization
 from .methods.gsam import GSAM, gsam_step
@@ -45,17 +52,18 @@ from .models.registry import MODELS, make_model
 from .models.resnet import resnet18, resnet20, resnet50, resnet101, resnet152
 from .models.simple_cnn import simple_cnn
 from .models.vgg import vgg16, vgg16_slim
-from .models.vit import vit, vit_b32, vit_s32
-from .models.wide_resnet import wide_resnet, wide_resnet_28_10
+from .models.vit import vit
+from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #c5436ef9
+# %% ../nbs/all.ipynb #0ac5823f
 _all_ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
-         'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent',
-         'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'CropFlip', 'CutMix', 'DATASETS', 'get_dls',
-         'load_data', 'ImageData', 'TensorDL', 'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS',
-         'load_results', 'plot_runs', 'results_table', 'RunError', 'make_learner', 'run', 'run_grid', 'AGC', 'ASAM',
-         'asam_step', 'RepeatStep', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM',
-         'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise',
-         'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
-         'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'vit_b32', 'vit_s32',
-         'wide_resnet', 'wide_resnet_28_10']
+         'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
+         'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'load_weights',
+         'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL',
+         'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS', 'load_results',
+         'plot_runs', 'results_table', 'RunError', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
+         'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
+         'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
+         'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise',
+         'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20',
+         'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']

@@ -9,10 +9,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sadt_nb.data import datasets
 from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix
 from sadt_nb.data.datasets import get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
+from scipy.io import savemat
 from scipy.stats import chisquare
 from torchvision.transforms import InterpolationMode, autoaugment
 
@@ -31,7 +33,8 @@ def test_cifar10_is_complete_and_cached():
 
 @needs_cifar
 def test_cifar10_is_not_cifar100():
-    with pytest.raises(ValueError, match='10 classes, cifar100 has 100'): load_data('cifar100')
+    source = datasets._find_cifar('cifar10', None)
+    with pytest.raises(ValueError, match='10 classes, cifar100 has 100'): load_data('cifar100', path=source)
 
 
 def test_nothing_to_find_says_what_to_do(monkeypatch):
@@ -248,3 +251,49 @@ def test_get_dls_augments_in_the_published_order_and_training_images_only():
     assert x.shape == (64, 3, 32, 32) and torch.allclose(y.sum(1), torch.ones(64))
     twins = (list(get_dls('digits', bs=64, autoaugment='cifar10', cutout=8, seed=5, device='cpu').train) for _ in range(2))
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*twins))
+
+
+def test_svhn_from_torchvisions_files(tmp_path, monkeypatch):
+    rng, sets, lists = np.random.default_rng(0), {}, dict(datasets.SVHN.split_list)
+    (folder := tmp_path / 'svhn').mkdir()
+    for part, n in (('train', 30), ('test', 20)):
+        x, y = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
+        savemat(folder / f'{part}_32x32.mat', dict(X=x.transpose(1, 2, 3, 0), y=np.where(y == 0, 10, y)[:, None])) # the files call zero ten
+        sets[part] = x, y
+    with pytest.raises(ValueError, match='MD5'): load_data('svhn', path=folder)
+    monkeypatch.setattr(datasets.SVHN, 'split_list', {p: [u, f, hashlib.md5((folder / f).read_bytes()).hexdigest()] for p, (u, f, _) in lists.items() if p in sets})
+    monkeypatch.setenv('SADT_DATA', str(tmp_path))
+    for d, part in zip(load_data('svhn'), sets): assert np.array_equal(d.x.numpy(), sets[part][0]) and np.array_equal(d.y.numpy(), sets[part][1])
+    monkeypatch.setenv('SADT_DATA', str(tmp_path / 'elsewhere'))
+    with pytest.raises(FileNotFoundError, match='set SADT_DATA'): load_data('svhn')
+
+
+def test_tiny_imagenet_as_distributed_and_as_a_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    def save(file): file.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    labels = ['n01', 'n02', 'n03']
+    for l in labels:
+        for i in range(4): save(tmp_path / 'tiny' / 'train' / l / 'images' / f'{l}_{i}.png')
+    rows = [(f'val_{i}.png', labels[(2 * i + 1) % 3]) for i in range(6)]
+    for name, _ in rows: save(tmp_path / 'tiny' / 'val' / 'images' / name)
+    (tmp_path / 'tiny' / 'val' / 'val_annotations.txt').write_text(''.join(f'{n}\t{l}\t0\t0\t7\t7\n' for n, l in rows))
+    train, test = load_data('tiny_imagenet', path=tmp_path / 'tiny')
+    assert train.vocab == test.vocab == labels and train.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and test.y.tolist() == [labels.index(l) for _, l in rows]
+    assert np.array_equal(test.x[5].numpy(), np.asarray(Image.open(tmp_path / 'tiny' / 'val' / 'images' / 'val_5.png')))
+    for name, l in rows:
+        (f := tmp_path / 'plain' / 'test' / l / name).parent.mkdir(parents=True, exist_ok=True)
+        f.write_bytes((tmp_path / 'tiny' / 'val' / 'images' / name).read_bytes())
+    for f in (tmp_path / 'tiny' / 'train').glob('*/images/*'):
+        (g := tmp_path / 'plain' / 'train' / f.parents[1].name / f.name).parent.mkdir(parents=True, exist_ok=True)
+        g.write_bytes(f.read_bytes())
+    plain = load_data('tiny_imagenet', path=tmp_path / 'plain')
+    assert torch.equal(plain[0].x, train.x) and sorted(map(bytes, plain[1].x.numpy())) == sorted(map(bytes, test.x.numpy()))
+
+
+@pytest.mark.parametrize('mean, std', [((.1, .2, .3), 2.), (.5, (1., 2., 4.)), ((.1, .2, .3), (1., 2., 4.))])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_one_number_may_stand_for_three_channels(mean, std, channels_last):
+    x = torch.randint(0, 256, (6, 5, 4, 3), dtype=torch.uint8)
+    got = TensorDL(ImageData(x, torch.arange(6), list(range(6))), bs=6, mean=mean, std=std, channels_last=channels_last, dtype=torch.float64, device='cpu').one_batch()[0]
+    m, s = (torch.as_tensor(v, dtype=torch.float64).expand(3).view(3, 1, 1) for v in (mean, std))
+    torch.testing.assert_close(got, (x.permute(0, 3, 1, 2) / 255. - m) / s, rtol=1e-6, atol=1e-7)

@@ -29,7 +29,7 @@ def check(net, names, x):
     net.zero_grad()
     for i, d in enumerate(deltas):
         with perturbed(ps, d): (net(x).square().sum() * (i + 1)).backward()
-    for n, p in ps.items(): torch.testing.assert_close(got[n], p.grad, rtol=1e-9, atol=1e-11, msg=lambda m: f'{n}: {m}')
+    for n, p in ps.items(): torch.testing.assert_close(got[n], p.grad, rtol=1e-9, atol=1e-11 + 1e-12 * p.grad.abs().max().item(), msg=lambda m: f'{n}: {m}')
     assert not any('forward' in vars(m) for m in net.modules())
 
 
@@ -40,11 +40,13 @@ def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dt
 
 @pytest.mark.parametrize('model', MODELS)
 def test_our_models(model):
-    net = make_model(model, **({'init': 'keras'} if 'init' in inspect.signature(MODELS[model]).parameters else {})).double()
+    if model.startswith('vit'): pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')
+    known = inspect.signature(MODELS[model]).parameters
+    net = make_model(model, **(dict(init='keras') if 'init' in known else dict(img_size=64) if model.startswith('vit') else {})).double()
     for m in net.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
     convs, dense = ([n for n, m in net.named_modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear))
-    check(net, [[f'{convs[-1]}.weight'], [f'{dense[-1]}.weight']], torch.rand(6, 3, 32, 32, dtype=torch.float64))
+    check(net, [[f'{convs[-1]}.weight'], [f'{dense[-1]}.weight']], torch.rand(3, 3, 32, 32, dtype=torch.float64))
 
 
 def test_the_trunk_runs_once_and_the_model_is_put_back_after_an_error():

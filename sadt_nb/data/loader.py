@@ -42,7 +42,7 @@ class ImageData:
         "The same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
-# %% ../../nbs/data/70_loader.ipynb #cb1abb65
+# %% ../../nbs/data/70_loader.ipynb #b49d6fbf
 class TensorDL(DataLoader):
     """Batches of `ImageData`, cut, augmented and normalised on the device.
 
@@ -122,6 +122,7 @@ class TensorDL(DataLoader):
     def _affine(self, device):
         "(x/255 - mean) / std as scale and shift."
         mean, std = (torch.as_tensor(v, dtype=self.dtype, device=device) for v in (self.mean, self.std))
+        mean, std = torch.broadcast_tensors(mean, std) # one number may stand for three
         return 1 / (255 * std), -mean / std
 
     def decode(self, b):

@@ -28,14 +28,14 @@ from .report import labels, load_results, plot_runs, results_table
 from .runner import RunError, read_result, run, run_grid
 from ..methods.registry import METHODS
 
-# %% ../../nbs/experiments/84_cli.ipynb #1aa540bb
+# %% ../../nbs/experiments/84_cli.ipynb #6fcfb51f
 @contextmanager
 def _one_line_errors(command):
     try: yield
     except KeyboardInterrupt:
         print(f'\n{command}: stopped; finished runs are kept, run the command again to continue', file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RunError) as e:
+    except (ValueError, OSError, ImportError, RunError) as e:
         print(f'{command}: error: {str(e).strip().splitlines()[-1].strip()}', file=sys.stderr)
         sys.exit(2)
 
@@ -72,7 +72,7 @@ def _options(text):
         out[k] = v
     return out
 
-# %% ../../nbs/experiments/84_cli.ipynb #52e8c60d
+# %% ../../nbs/experiments/84_cli.ipynb #9ce1be4e
 def _taught(folder, root):
     "Fields of a student whose teacher is the run in `folder`: the same split, so that its validation images are new to both."
     if folder is None: return {}
@@ -85,7 +85,7 @@ def _taught(folder, root):
 def sadt_train(
     method:str='sam',      # sam, sadt1, distillation, ...; an unknown name lists all
     model:str='simple_cnn',# simple_cnn, resnet18, ...; an unknown name lists all
-    data:str='digits',     # digits, noisy_digits, cifar10, cifar100, or a folder with train/<class>/* and test/<class>/*
+    data:str='digits',     # digits, noisy_digits, cifar10, cifar100, svhn, tiny_imagenet, or a folder with train/<class>/* and test/<class>/*
     epochs:int=10,         # Passes over the training data
     bs:int=128,            # Images per batch
     lr:float=1e-3,         # Learning rate at the start
@@ -95,6 +95,9 @@ def sadt_train(
     sched:str='cosine',    # cosine, constant or restart
     cutmix:float=0.,       # Alpha of CutMix, 0 for none
     crop:int=0,            # Zero padding for random crops, in pixels
+    rotate:float=0.,       # Largest angle in degrees by which training images are turned
+    autoaugment:str='',    # Policy of AutoAugment: cifar10, svhn or imagenet
+    cutout:int=0,          # Side of the square that Cutout hides, in pixels
     flip:bool=False,       # Mirror half of the training images
     valid:float=.1,        # Share of the training images held out for validation
     n_train:int=None,      # Train on so many images only
@@ -110,7 +113,7 @@ def sadt_train(
 ):
     "Train one network with one method, print its test accuracy, and store everything."
     cfg = Run(data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched, cutmix=cutmix, crop=crop, flip=flip,
-              valid=valid, n_train=n_train, method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
+              valid=valid, n_train=n_train, rotate=rotate, autoaugment=autoaugment, cutout=cutout, method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
               opt_args=_options(opt_args), amp=amp, clip=clip, select=select, **_taught(teacher, root))
     r = run(cfg, root, force=force)
     print(f'{method} on {data}: test accuracy {r["accuracy"]:.3f}, with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '

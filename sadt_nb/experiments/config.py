@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SELECT', 'Run']
 
-# %% ../../nbs/experiments/80_config.ipynb #2c228783
+# %% ../../nbs/experiments/80_config.ipynb #f64e6efe
 import hashlib, json
 from dataclasses import dataclass, fields, replace
 
 import torch
 
+from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #996fe76f
+# %% ../../nbs/experiments/80_config.ipynb #f6d7abae
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
 SCHEDULES = ('cosine', 'constant', 'restart')
 SELECT = ('last', 'valid', 'test')
@@ -48,6 +49,9 @@ class Run:
     clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
     select: str = 'last'         # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data
     split: int | None = None     # Seed of the split into training and validation images, if it is not `seed`
+    rotate: float = 0.           # Largest angle in degrees by which training images are turned
+    autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
+    cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
     amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
     teachers: tuple = ()         # The `Run`s of a distillation's teachers, or one `Run`; their logits are averaged
 
@@ -58,6 +62,8 @@ class Run:
         if not self.lr > 0: raise ValueError(f'`lr` must be positive, got {self.lr}')
         if not 0 <= self.valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {self.valid}')
         if self.cutmix < 0 or self.crop < 0: raise ValueError(f'`cutmix` and `crop` must not be negative, got {self.cutmix} and {self.crop}')
+        if not 0 <= self.rotate <= 180 or self.cutout < 0: raise ValueError(f'`rotate` must lie in [0, 180] and `cutout` must not be negative, got {self.rotate} and {self.cutout}')
+        if self.autoaugment: AutoAugment(self.autoaugment)
         if self.amp not in ('', 'bf16', 'fp16'): raise ValueError(f"`amp` must be 'bf16', 'fp16' or empty, got {self.amp!r}")
         if self.clip < 0: raise ValueError(f'`clip` must not be negative, got {self.clip}')
         for k, known in (('model', MODELS), ('method', METHODS), ('opt', OPTIMIZERS), ('sched', SCHEDULES), ('select', SELECT)):
@@ -68,7 +74,9 @@ class Run:
         if bool(self.teachers) != taught: raise ValueError(f'method {self.method} {"needs `teachers`, one run or several" if taught else "has no teachers"}')
         for t in self.teachers: self._check_teacher(t)
         make_method(self.method, **(dict(teacher=None) if taught else {}), **dict(self.method_args)) # says what is wrong with an option
-        with torch.device('meta'): make_model(self.model, **dict(self.model_args)) # without memory for weights
+        try:
+            with torch.device('meta'): make_model(self.model, **dict(self.model_args)) # without memory for weights
+        except ImportError: pass # an extra that is needed where the run is made, not where it is listed
 
     def _check_teacher(self, t):
         if not isinstance(t, Run): raise ValueError(f'a teacher is given as its `Run`, got {type(t).__name__}')

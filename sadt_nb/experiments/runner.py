@@ -197,7 +197,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #87bdd8cc
+# %% ../../nbs/experiments/81_runner.ipynb #82f6ed1d
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -252,7 +252,7 @@ def make_learner(
     "A Learner in exactly the state in which `run` starts training."
     try:
         dls = get_dls(cfg.data, bs=cfg.bs, valid=cfg.valid, n_train=cfg.n_train, crop=cfg.crop, flip=cfg.flip, cutmix=cfg.cutmix, seed=cfg.seed,
-                      split=cfg.split, channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
+                      rotate=cfg.rotate, autoaugment=cfg.autoaugment or None, cutout=cfg.cutout, split=cfg.split, channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
     except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
     method = _method(cfg, root, dls)

@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['load_weights_', 'vit', 'vit_s32', 'vit_b32']
 
-# %% ../../nbs/models/66_vit.ipynb #d66a52d7
-import pickle
+# %% ../../nbs/models/66_vit.ipynb #c1fede8e
+import os, pickle, warnings
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import nn
 
-# %% ../../nbs/models/66_vit.ipynb #20d7b775
+# %% ../../nbs/models/66_vit.ipynb #dc4d1fc8
 def load_weights_(
     model:nn.Module, # timm's ViT, changed in place
     path,            # Of a file with a plain state dict of such a network
 ) -> nn.Module:
     "Load weights from a file; a `head` for another number of classes is left out. Raises `ValueError` if anything else does not fit."
+    if not Path(path).is_file(): raise ValueError(f'{path} does not exist; give the path of a file of weights, or set SADT_WEIGHTS to the folder that has it')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError): raise ValueError(f'{path} is no file of weights that `torch.load` reads safely') from None
     own = model.state_dict()
-    if not isinstance(state, dict) or not own.keys() & state.keys():
+    if not isinstance(state, dict) or not own.keys() & state.keys() or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f'{path} is no plain state dict of a ViT of timm, with names such as {", ".join(list(own)[:2])}')
     head = {n for n in own if n.startswith('head.')}
     if any(n in state and state[n].shape != own[n].shape for n in head): state = {n: v for n, v in state.items() if n not in head}
@@ -31,24 +33,28 @@ def load_weights_(
     if not model.head.weight.is_meta: model.load_state_dict(state, strict=False) # on the meta device there is nothing to fill
     return model
 
-# %% ../../nbs/models/66_vit.ipynb #291febf5
+# %% ../../nbs/models/66_vit.ipynb #c16a9e20
 def vit(
     classes:int=10,   # Number of outputs
     size:str='s',     # 's': 384 numbers per patch and 6 heads; 'b': 768 and 12
     img_size:int=224, # Pixels to which images are enlarged, a multiple of 32
-    pretrained=None,  # Path of a local file of weights, `None` for random ones
+    pretrained=None,  # Path of a local file of weights; `True`: `<timm's name>.pth` in the folder that SADT_WEIGHTS names; `None`: random
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
     """ViT-S/32 or ViT-B/32 of timm after a bilinear resizing of the images.
 
     Raises `ImportError` where timm is not installed, and `ValueError` for an unknown size, an image size that 32 does not divide,
     or weights that do not fit."""
-    try: from timm import create_model
+    try:
+        with warnings.catch_warnings(): # tqdm, which timm brings along, misses ipywidgets
+            warnings.filterwarnings('ignore', message='IProgress not found')
+            from timm import create_model
     except ImportError: raise ImportError("`vit` needs timm; install it with pip install 'sadt_nb[timm]'") from None
     names = dict(s='vit_small_patch32_224', b='vit_base_patch32_224')
     if size not in names: raise ValueError(f"`size` must be 's' or 'b', got {size!r}")
     if img_size < 32 or img_size % 32: raise ValueError(f'`img_size` must be a multiple of 32, the size of a patch, got {img_size}')
     model = create_model(names[size], num_classes=classes, img_size=img_size)
     for block in model.blocks: block.attn.fused_attn = False # fused attention has no second derivative, and the Hessian needs one
+    if pretrained is True: pretrained = None if model.head.weight.is_meta else Path(os.environ.get('SADT_WEIGHTS', '.')) / f'{names[size]}.pth'
     if pretrained is not None: load_weights_(model, pretrained)
     return nn.Sequential(OrderedDict(resize=nn.Upsample(size=(img_size, img_size), mode='bilinear'), vit=model))
 

@@ -228,12 +228,55 @@ def _distill_ban():
                 for alpha in _ALPHAS for r, run in enumerate(rounds(base, alpha), start=1)]
     return out
 
-# %% ../../nbs/experiments/83_papers.ipynb #41d1e5cd
+# %% ../../nbs/experiments/83_papers.ipynb #491697a7
+_DIGITS = Run(data='noisy_digits', model_args=dict(dropout=0.), epochs=15, bs=64, valid=.2, split=0, select='valid')
+
+def _noisy(noise, seed=0): return _DIGITS.but(data_args=dict(noise=noise), split=seed, seed=seed)
+
+def _distill_digits():
+    for noise in (0., .2, .4, .6):
+        for seed in range(0, 50, 10):
+            t, where = _noisy(noise, seed), f'noise {noise:.0%} · seed {seed}'
+            yield PaperRun(f'teacher · {where}', t)
+            yield PaperRun(f'SAM · {where}', t.but(method='sam', method_args=dict(rho=.2)))
+            for i, run in enumerate(independent(t, 4)[1:], start=1): yield PaperRun(f'independent {i} · {where}', run)
+            for alpha in _ALPHAS:
+                for r, run in enumerate(rounds(t, alpha), start=1): yield PaperRun(f'alpha {alpha}, round {r} · {where}', run)
+
+def _distill_digits_ensembles():
+    for seed in range(0, 50, 10):
+        elders = independent(_noisy(.4, seed), 9)
+        for i, t in enumerate(elders, start=1): yield PaperRun(f'teacher {i} of 9 · seed {seed}', t)
+        for n in range(1, 10): yield PaperRun(f'student of {n} · seed {seed}', distilled(tuple(elders[:n]), seed + 1000, .2))
+
+def _distill_digits_select():
+    return [PaperRun(f'{select} · seed {seed}', _noisy(.4, seed).but(select=select)) for select in ('last', 'valid', 'test') for seed in range(0, 50, 10)]
+
+def _distill_digits_robust():
+    for seed in range(0, 50, 10):
+        knows = _noisy(0., seed)
+        yield PaperRun(f'teacher with clean labels · seed {seed}', knows)
+        for alpha in (0., .2, .4, .6, .8, 1.): yield PaperRun(f'alpha {alpha} · seed {seed}', distilled(knows, seed + 1, alpha).but(data_args=_noisy(.4, seed).data_args))
+
+def _distill_cifar_small():
+    base = Run(data='cifar10', model='resnet20', n_train=10_000, valid=.04, split=0, epochs=16, bs=128, lr=.1, opt='sgd', opt_args=dict(momentum=.9, weight_decay=3e-4), clip=5.,
+               crop=4, flip=True, amp='bf16', select='valid')
+    for seed in (0, 10, 20):
+        t = base.but(seed=seed)
+        yield PaperRun(f'teacher · seed {seed}', t)
+        for r, run in enumerate(rounds(t, .5), start=1): yield PaperRun(f'alpha 0.5, round {r} · seed {seed}', run)
+        for alpha in (.2, .8): yield PaperRun(f'alpha {alpha}, round 1 · seed {seed}', distilled(t, seed + 1, alpha))
+        for i, run in enumerate(independent(t, 4)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
+        yield PaperRun(f'SAM · seed {seed}', t.but(method='sam'))
+
+# %% ../../nbs/experiments/83_papers.ipynb #01cc0c85
 PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/table1_controls': _table1_controls,
                'sam_study/a': _sam_study_a, 'sam_study/b': _sam_study_b, 'sam_study/c': _sam_study_c,
                'sam_study/a_small': partial(_sam_study_a, True), 'sam_study/b_small': partial(_sam_study_b, True), 'sam_study/c_small': partial(_sam_study_c, True),
                'saf/table3': _saf_table3, 'distill/table1': _distill_table1, 'distill/table2': _distill_table2, 'distill/table3': _distill_table3,
-               'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban}
+               'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban,
+               'distill/digits': _distill_digits, 'distill/digits_ensembles': _distill_digits_ensembles, 'distill/digits_select': _distill_digits_select,
+               'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small}
 
 def paper_grid(
     name:str, # A name in `PAPER_GRIDS`

@@ -36,12 +36,26 @@ def test_train_store_and_report(tmp_path):
     assert r.returncode == 0 and 'sam' in r.stdout and (tmp_path / 'f.png').stat().st_size > 10_000, r.stderr
 
 
+def test_a_student_is_trained_from_the_folder_of_its_teacher(tmp_path, capsys):
+    small = dict(epochs=1, n_train=200, bs=50, root=tmp_path)
+    cli.sadt_train(method='baseline', seed=3, **small)
+    teacher, = tmp_path.iterdir()
+    cli.sadt_train(method='distillation', method_args='alpha=0.2', teacher=teacher, seed=4, autoaugment='svhn', cutout=8, rotate=5., amp='bf16', clip=1., **small)
+    student, = set(tmp_path.iterdir()) - {teacher}
+    config, result = (json.loads((student / f'{n}.json').read_text()) for n in ('config', 'result'))
+    assert config['split'] == 3 and config['teachers'][0]['seed'] == 3 and config['autoaugment'] == 'svhn' and result['teacher']['accuracy'] > 0
+    for wrong, says in ((tmp_path, 'not the folder of a run'), (teacher, 'pass --root')):
+        with pytest.raises(SystemExit): cli.sadt_train(method='distillation', teacher=wrong, **{**small, 'root': tmp_path / 'other' if says == 'pass --root' else tmp_path})
+        assert says in capsys.readouterr().err
+
+
 MISTAKES = [
     (dict(method='sma'), 'unknown method'), (dict(model='resnet'), 'unknown model'), (dict(data='/no/such'), 'unknown data set'), (dict(lr=0.), 'lr'), (dict(epochs=0), 'epochs'),
     (dict(bs=0), 'bs'), (dict(bs=9999), 'batch size'), (dict(method_args='rho=-1'), 'rho'), (dict(method_args='radius=1'), 'no option'), (dict(method_args='rho'), 'rho=0.1'),
     (dict(data='noisy_digits', data_args='noise=2'), 'noise'), (dict(data_args='nois=2'), 'nois'), (dict(method='sadt1', method_args='noise_scale=-1'), 'noise_scale'),
     (dict(valid=1.5), 'valid'), (dict(root='/proc/nowhere'), 'another root'), (dict(lr=1e30, opt='sgd', sched='constant', epochs=9), 'epoch 1'),
     (dict(opt='sgd', opt_args='momentum=2x'), 'momentum'), (dict(cutmix=-1.), 'cutmix'), (dict(n_train=3, bs=2), 'n_train'),
+    (dict(method='distillation'), 'teachers'), (dict(select='best'), 'select'), (dict(amp='fp8'), 'amp'), (dict(autoaugment='mnist'), 'policy'), (dict(cutout=99), 'cutout'),
 ]
 
 

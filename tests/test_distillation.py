@@ -1,6 +1,7 @@
 "Distillation beside other methods, and teachers that are runs."
 import json
 
+import pandas as pd
 import pytest
 import torch
 from conftest import as_loader, batches, cnn, flat, learner, needed
@@ -10,6 +11,7 @@ from sadt_nb.core.passes import ExtraPass
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.report import labels
 from sadt_nb.experiments.runner import is_trained, read_result, run, run_ensemble, run_grid
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.distillation import Distillation
@@ -220,3 +222,11 @@ def test_an_ensemble_of_runs_is_the_mean_of_their_logits(tmp_path):
         with torch.no_grad(): right, n = right + (sum(m(x) for m in models).argmax(1) == y).sum().item(), n + len(y)
     assert abs(run_ensemble(runs, tmp_path)['accuracy'] - right / n) < 1e-9
     assert run_ensemble(runs[::-1], tmp_path) == run_ensemble(runs, tmp_path) and len(list((tmp_path / 'ensembles').iterdir())) == 1
+
+
+def test_reports_name_rounds_and_numbers_of_teachers(tmp_path):
+    family = [ZERO.but(seed=s, split=s) for s in (0, 10)]
+    runs = family + [student(t, t.seed + 1, split=t.split) for t in family]
+    runs += [student(runs[2], 2), student(tuple(family), 3, valid=0.)]
+    names = labels(pd.DataFrame(dict(run=runs)))
+    assert names[0] == names[1] and names[2] == names[3] and 'round 1' in names[2] and 'round 2' in names[4] and '2 teachers' in names[5] and len(set(names)) == 4

@@ -42,7 +42,8 @@ def test_a_step_reaches_every_parameter(name):
     net, x = small(name, 100)
     assert (y := net(x)).shape == (3, 100)
     F.cross_entropy(y, torch.arange(3)).backward()
-    for n, p in net.named_parameters(): assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), n
+    for n, p in net.named_parameters(): # BatchNorm takes away what a bias before it adds, so that one's gradient is zero but for rounding
+        assert p.grad is not None and p.grad.isfinite().all() and (p.grad.any() or n.endswith(('conv.bias', 'conv1.bias', 'conv2.bias', 'layer.bias'))), n
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SELECT', 'Run']
 
-# %% ../../nbs/experiments/80_config.ipynb #f64e6efe
+# %% ../../nbs/experiments/80_config.ipynb #d9018877
 import hashlib, json
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 import torch
 
@@ -15,12 +16,19 @@ from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #f6d7abae
+# %% ../../nbs/experiments/80_config.ipynb #6fad4960
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
 SCHEDULES = ('cosine', 'constant', 'restart')
 SELECT = ('last', 'valid', 'test')
 
 def _pairs(d): return tuple(sorted(dict(d).items()))
+
+@lru_cache(None) # a grid asks for the same few networks hundreds of times
+def _check_model(name, args):
+    "Raise `ValueError` if the network cannot be built."
+    try:
+        with torch.device('meta'): make_model(name, **dict(args)) # without memory for weights
+    except ImportError: pass # an extra that is needed where the run is made, not where it is listed
 
 @dataclass(frozen=True)
 class Run:
@@ -74,9 +82,7 @@ class Run:
         if bool(self.teachers) != taught: raise ValueError(f'method {self.method} {"needs `teachers`, one run or several" if taught else "has no teachers"}')
         for t in self.teachers: self._check_teacher(t)
         make_method(self.method, **(dict(teacher=None) if taught else {}), **dict(self.method_args)) # says what is wrong with an option
-        try:
-            with torch.device('meta'): make_model(self.model, **dict(self.model_args)) # without memory for weights
-        except ImportError: pass # an extra that is needed where the run is made, not where it is listed
+        _check_model(self.model, self.model_args)
 
     def _check_teacher(self, t):
         if not isinstance(t, Run): raise ValueError(f'a teacher is given as its `Run`, got {type(t).__name__}')

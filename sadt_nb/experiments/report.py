@@ -16,7 +16,7 @@ import pandas as pd
 
 from .config import Run
 
-# %% ../../nbs/experiments/82_report.ipynb #43424e60
+# %% ../../nbs/experiments/82_report.ipynb #0ba54173
 def load_results(
     root, # Folder that `run` wrote to
 ) -> pd.DataFrame: # One row per run: fields of `Run`, of its result, `run` itself and its `history`
@@ -30,17 +30,27 @@ def load_results(
     if not rows: raise FileNotFoundError(f'no runs below {root}; train some with sadt_train or sadt_grid')
     return pd.DataFrame(rows)
 
+def _lineage(run):
+    "In words, whose student a run is."
+    if not run.teachers: return ''
+    if len(run.teachers) > 1: return f'{len(run.teachers)} teachers'
+    depth = 0
+    while len(run.teachers) == 1: run, depth = run.teachers[0], depth + 1
+    return f'round {depth}'
+
 def labels(
     results:pd.DataFrame, # As `load_results` gives it
 ) -> list[str]: # One per row
-    "A name for each run: its method and whatever else distinguishes it from the other runs, except the seed."
+    "A name for each run: its method and whatever else distinguishes it from the other runs, except the seeds."
     runs = list(results['run'])
-    names = [f.name for f in fields(Run) if f.name not in ('method', 'seed')]
+    names = [f.name for f in fields(Run) if f.name not in ('method', 'seed', 'split')]
     def show(run, k):
         v = getattr(run, k)
+        if k == 'teachers': return _lineage(run)
         return ' '.join(f'{a}={b}' for a, b in v) if k.endswith('_args') else f'{k}={v}'
-    shared = {k for k in names if k != 'method_args' and len({getattr(r, k) for r in runs}) == 1}
-    if len({r.method for r in runs}) == len({r.but(seed=0) for r in runs}): shared.add('method_args') # the method says it all
+    value = lambda run, k: _lineage(run) if k == 'teachers' else getattr(run, k)
+    shared = {k for k in names if k != 'method_args' and len({value(r, k) for r in runs}) == 1}
+    if len({r.method for r in runs}) == len({(r.method, *(value(r, k) for k in names)) for r in runs}): shared.add('method_args') # the method says it all
     return [' '.join([r.method, *(t for k in names if k not in shared and (t := show(r, k)))]) for r in runs]
 
 # %% ../../nbs/experiments/82_report.ipynb #848e45cf

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# %% ../../nbs/models/66_vit.ipynb #dc4d1fc8
+# %% ../../nbs/models/66_vit.ipynb #9b9b5bb5
 def load_weights_(
     model:nn.Module, # timm's ViT, changed in place
     path,            # Of a file with a plain state dict of such a network
 ) -> nn.Module:
     "Load weights from a file; a `head` for another number of classes is left out. Raises `ValueError` if anything else does not fit."
-    if not Path(path).is_file(): raise ValueError(f'{path} does not exist; give the path of a file of weights, or set SADT_WEIGHTS to the folder that has it')
+    if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist; give the path of a file of weights, or set SADT_WEIGHTS to the folder that has it')
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError): raise ValueError(f'{path} is no file of weights that `torch.load` reads safely') from None
     own = model.state_dict()
@@ -33,7 +33,7 @@ def load_weights_(
     if not model.head.weight.is_meta: model.load_state_dict(state, strict=False) # on the meta device there is nothing to fill
     return model
 
-# %% ../../nbs/models/66_vit.ipynb #c16a9e20
+# %% ../../nbs/models/66_vit.ipynb #d4869123
 def vit(
     classes:int=10,   # Number of outputs
     size:str='s',     # 's': 384 numbers per patch and 6 heads; 'b': 768 and 12
@@ -42,8 +42,8 @@ def vit(
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
     """ViT-S/32 or ViT-B/32 of timm after a bilinear resizing of the images.
 
-    Raises `ImportError` where timm is not installed, and `ValueError` for an unknown size, an image size that 32 does not divide,
-    or weights that do not fit."""
+    Raises `ImportError` where timm is not installed, `FileNotFoundError` for a missing file of weights, and `ValueError` for an unknown
+    size, an image size that 32 does not divide, or weights that do not fit."""
     try:
         with warnings.catch_warnings(): # tqdm, which timm brings along, misses ipywidgets
             warnings.filterwarnings('ignore', message='IProgress not found')

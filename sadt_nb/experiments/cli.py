@@ -120,7 +120,7 @@ def sadt_train(
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #9be7d747
+# %% ../../nbs/experiments/84_cli.ipynb #6fea2280
 @command
 def sadt_grid(
     name:str='',        # A published table, such as sadt/notebook20; --list shows all
@@ -144,7 +144,8 @@ def _published_table(name, root):
     for c in paper_grid(name):
         r = read_result(c.run, root) or {}
         pct = lambda v: '-' if v is None else f'{100 * v:.1f}'
-        rows.append({'run': c.label, 'published %': pct(c.published), 'ours %': pct(r.get('accuracy')), 'BN re-estimated %': pct(r.get('accuracy_bn')),
+        published = pct(c.published) if c.spread is None else f'{100 * c.published:.2f} ± {100 * c.spread:.2f}'
+        rows.append({'run': c.label, 'published %': published, 'ours %': pct(r.get('accuracy')), 'BN re-estimated %': pct(r.get('accuracy_bn')),
                      'steps': r.get('steps', '-'), 'forward passes': r.get('forwards', '-'), 'note': c.note})
     return pd.DataFrame(rows).set_index('run')
 

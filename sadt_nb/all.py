@@ -16,21 +16,22 @@ __all__ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'Kera
            'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20', 'resnet50',
            'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #d5080bc2
+# %% ../nbs/all.ipynb #fecd5020
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
 from .core.losses import kd_loss, kl_div
 from .core.optim import KerasAdam, keras_adam
 from .core.passes import ORDERS, ExtraPass, PerturbedPass, StepGrads, replay, replayed_rows, replaying, shared_forward
 from .core.perturb import ascent, global_dot, global_norm, perturbed, trainable_params, weight_sizes
 from .core.precision import DeviceMixedPrecision
-from .core.teachers import Ensemble, load_weights
+from .core.teachers import Ensemble
 from .data.augment import AutoAugment, CropFlip, CutMix, Cutout, Rotate
 from .data.datasets import DATASETS, get_dls, load_data
 from .data.loader import ImageData, TensorDL
 from .experiments.config import Run
+from .experiments.grid import run_ensemble, run_grid
 from .experiments.papers import PAPER_GRIDS, PaperRun, paper_grid
 from .experiments.report import COLORS, load_results, plot_runs, results_table
-from .experiments.runner import RunError, load_model, make_learner, run, run_ensemble, run_grid
+from .experiments.runner import RunError, load_model, make_learner, run
 from .measures.similarity import agreement, collect_logits, diversity, logit_mse
 from .methods.agc import AGC
 from .methods.asam import ASAM, asam_step
@@ -53,6 +54,7 @@ from .models.resnet import resnet18, resnet20, resnet50, resnet101, resnet152
 from .models.simple_cnn import simple_cnn
 from .models.vgg import vgg16, vgg16_slim
 from .models.vit import vit
+from .models.weights import load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
 # %% ../nbs/all.ipynb #0ac5823f

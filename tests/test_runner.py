@@ -5,8 +5,9 @@ import pytest
 import torch
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.grid import run_grid
 from sadt_nb.experiments.report import load_results, results_table
-from sadt_nb.experiments.runner import make_learner, read_result, run, run_grid
+from sadt_nb.experiments.runner import make_learner, read_result, run
 
 SMALL = Run(epochs=2, n_train=200, bs=50)
 quiet = dict(progress=False)

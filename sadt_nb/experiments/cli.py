@@ -11,7 +11,7 @@ import warnings
 # %% ../../nbs/experiments/84_cli.ipynb #651cfc56
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
-# %% ../../nbs/experiments/84_cli.ipynb #26dc3901
+# %% ../../nbs/experiments/84_cli.ipynb #5a52b322
 import argparse, json, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -23,9 +23,10 @@ from fastcore.docments import docments
 from fastprogress.fastprogress import progress_bar
 
 from .config import Run
+from .grid import run_grid
 from .papers import PAPER_GRIDS, paper_grid
 from .report import labels, load_results, plot_runs, results_table
-from .runner import RunError, read_result, run, run_grid
+from .runner import RunError, read_result, run
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/84_cli.ipynb #6fcfb51f

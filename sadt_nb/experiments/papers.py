@@ -99,7 +99,7 @@ def _sam_study_c(small=False):
     return (rows(methods, '', base) + rows([('SGD', 'baseline')], '', base, note='control') +
             rows(methods, ' with BatchNorm', base.but(model_args={}), _SEEDS[:1], 'for the weight histograms'))
 
-# %% ../../nbs/experiments/83_papers.ipynb #249ed9d7
+# %% ../../nbs/experiments/83_papers.ipynb #e53564cc
 _SAF_METHODS = ('baseline', 'sam', 'saf', 'mesa')
 _SAF_TABLE3 = { # per network: weight decay, radius, and mean and spread per method on CIFAR-10, then CIFAR-100
     'resnet18': (5e-4, .05, [(95.61, .02), (96.50, .08), (96.37, .02), (96.24, .02)], [(78.32, .02), (80.18, .08), (80.06, .05), (79.79, .09)]),
@@ -109,7 +109,7 @@ _SAF_TABLE3 = { # per network: weight decay, radius, and mean and spread per met
 }
 
 def _saf_table3():
-    base = Run(opt='sgd', lr=.05, bs=128, epochs=200, crop=4, flip=True, valid=0.)
+    base = Run(opt='sgd', lr=.05, bs=128, epochs=200, crop=4, flip=True, valid=0., select='test')
     return [PaperRun(f'{method} · {data} · {model} · seed {seed}',
                      base.but(data=data, model=model, method=method, seed=seed, opt_args=dict(momentum=.9, weight_decay=decay), method_args=dict(rho=rho) if method == 'sam' else {}),
                      round(mean / 100, 4), spread=round(spread / 100, 4))

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first_layer_histogram', 'write_json', 'keep_pages',
-           'RunError', 'read_result', 'is_trained', 'load_model', 'make_learner', 'run', 'run_grid', 'run_ensemble']
+           'RunError', 'read_result', 'is_trained', 'load_model', 'make_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #61caac4b
+# %% ../../nbs/experiments/81_runner.ipynb #2dc360c2
 import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from copy import deepcopy
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,13 +25,13 @@ from fastai.torch_core import default_device
 
 from ..core.optim import keras_adam
 from ..core.precision import DeviceMixedPrecision
-from ..core.teachers import Ensemble, load_weights
 from ..data.datasets import get_dls
 from .config import Run
-from ..measures.similarity import agreement, diversity, logit_mse
+from ..measures.similarity import agreement, logit_mse
 from ..methods.born_again import KeepBest
 from ..methods.registry import make_method
 from ..models.registry import make_model
+from ..models.weights import load_weights
 
 # %% ../../nbs/experiments/81_runner.ipynb #e813b44a
 def _opt_func(cfg):
@@ -197,7 +195,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #82f6ed1d
+# %% ../../nbs/experiments/81_runner.ipynb #ea468cb0
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -268,8 +266,8 @@ def make_learner(
     return learn
 
 def _selected(learn):
-    "Which epoch's weights were kept, and the accuracy that they were kept for."
-    return dict(epoch_kept=learn.keep_best.epoch_kept + 1, accuracy_kept=learn.keep_best.best) if hasattr(learn, 'keep_best') else {}
+    "Which epoch's weights were kept, the accuracy that they were kept for, and beside it that of the last epoch."
+    return dict(epoch_kept=(keep := learn.keep_best).epoch_kept + 1, accuracy_kept=keep.best, accuracy_last=keep.last) if hasattr(learn, 'keep_best') else {}
 
 def _beside_teacher(learn):
     "How far the student is from its teacher, on training images without augmentation and on test images."
@@ -319,76 +317,3 @@ def run(
         store('interrupted')
         raise
     finally: recorder.unhook()
-
-# %% ../../nbs/experiments/81_runner.ipynb #1675438d
-def _worker(cfg, root, force, threads):
-    torch.set_num_threads(threads)
-    return run(cfg, root, force, progress=False)
-
-def _plan(runs, root, force):
-    "What to train: configuration to whether a result that is there is ignored; with the teachers that are missing."
-    plan = {}
-    def add(cfg, again):
-        plan[cfg] = again or plan.get(cfg, False)
-        if not again and read_result(cfg, root): return
-        for t in cfg.teachers:
-            if not is_trained(t, root): add(t, True)
-    for cfg in runs: add(cfg, force)
-    return plan
-
-def run_grid(
-    runs,          # Configurations
-    root='runs',   # Folder of all results
-    workers:int=1, # Processes; each gets its share of the CPU's threads
-    force=False,   # Train finished runs again
-    progress=True, # Print a line per run
-) -> list: # A result, or the `Exception`, per run, in the order of `runs`
-    "Run all that are not finished yet; failures are returned, not raised. Ctrl-C stops, finished runs stay."
-    if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
-    runs, out = list(runs), {}
-    plan = _plan(runs, root, force)
-    waiting = list(plan)
-    def say(cfg, r):
-        text = f'{r}' if isinstance(r, Exception) else f'accuracy {r["accuracy"]:.3f}, {r["train_seconds"]:.0f} s'
-        if progress: print(f'[{len(out)}/{len(plan)}] {cfg.name} seed {cfg.seed}: {text}', flush=True)
-    def note(cfg, f):
-        try: out[cfg] = f()
-        except Exception as e: out[cfg] = e
-        say(cfg, out[cfg])
-    def ready(): # whose teachers are done
-        for cfg in list(waiting):
-            if any(t in plan and t not in out for t in cfg.teachers): continue
-            waiting.remove(cfg)
-            failed = [t.name for t in cfg.teachers if isinstance(out.get(t), Exception)]
-            if not failed: yield cfg
-            else: say(cfg, out.setdefault(cfg, RunError(f'{cfg.name}: its teacher {failed[0]} failed')))
-    if workers == 1:
-        while waiting:
-            for cfg in ready(): note(cfg, lambda: run(cfg, root, plan[cfg], progress=False))
-    else:
-        threads, jobs = max(1, torch.get_num_threads() // workers), {}
-        with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-            while waiting or jobs:
-                jobs.update({pool.submit(_worker, cfg, root, plan[cfg], threads): cfg for cfg in ready()})
-                for job in wait(jobs, return_when=FIRST_COMPLETED).done: note(jobs.pop(job), job.result)
-    return [out[cfg] for cfg in runs]
-
-# %% ../../nbs/experiments/81_runner.ipynb #0409b0ec
-def run_ensemble(
-    members,       # Runs of one data set that are trained, or whose ensemble has been evaluated before
-    root='runs',   # Folder of all results
-    device=None,   # fastai's default device if `None`
-) -> dict: # `accuracy` of the ensemble on the test set, `members`' names and accuracies, mean `diversity` of their logits
-    "Evaluate the ensemble of stored runs, or read what is stored. Raises `ValueError` for no member, `RunError` if weights are missing."
-    members = sorted(set(members), key=lambda m: m.key)
-    if not members: raise ValueError('an ensemble needs at least one run, got none')
-    file = Path(root) / 'ensembles' / f'{hashlib.sha256("".join(m.key for m in members).encode()).hexdigest()[:12]}.json'
-    if file.exists(): return json.loads(file.read_text())
-    first = members[0]
-    test = get_dls(first.data, bs=first.bs, channels_last=first.channels_last, device=device, **dict(first.data_args))[2]
-    models = [load_model(m, root, len(test.vocab), test.device) for m in members]
-    result = dict(accuracy=evaluate(Ensemble(models), test)['accuracy'], members={m.name: evaluate(f, test)['accuracy'] for m, f in zip(members, models)},
-                  diversity=diversity(models, test).mean().item())
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, result)
-    return result

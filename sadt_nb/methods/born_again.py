@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 
 from ..core.teachers import Ensemble
 
-# %% ../../nbs/methods/31_born_again.ipynb #f8d5a644
+# %% ../../nbs/methods/31_born_again.ipynb #ff94dfbd
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 class KeepBest(Callback):
@@ -29,7 +29,7 @@ class KeepBest(Callback):
         self.select = select
 
     def before_fit(self):
-        self.epoch_kept, self.best, self._weights = None, -1., None
+        self.epoch_kept, self.best, self.last, self._weights = None, -1., None, None
         loaders = self.learn.dls.loaders
         if len(loaders) <= SELECT[self.select] or not len(loaders[SELECT[self.select]]):
             raise ValueError(f"there is no data to select on: `learn.dls[{SELECT[self.select]}]` is missing or empty; use select='last'")
@@ -38,8 +38,9 @@ class KeepBest(Callback):
     def after_epoch(self):
         model, right, n = self.learn.model.eval(), 0, 0 # the next epoch sets training mode
         for x, y in self.learn.dls.loaders[SELECT[self.select]]: right, n = right + (model(x).argmax(1) == y).sum(), n + len(y)
-        if (accuracy := float(right) / n) <= self.best: return
-        self.best, self.epoch_kept, self._weights = accuracy, self.epoch, {k: v.clone() for k, v in model.state_dict().items()}
+        self.last = float(right) / n
+        if self.last <= self.best: return
+        self.best, self.epoch_kept, self._weights = self.last, self.epoch, {k: v.clone() for k, v in model.state_dict().items()}
 
     def after_fit(self):
         if self._weights is not None: self.learn.model.load_state_dict(self._weights)

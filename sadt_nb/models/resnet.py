@@ -12,29 +12,24 @@ from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-# %% ../../nbs/models/63_resnet.ipynb #a82c0049
-class PlainBlock(BasicBlock):
-    "torchvision's `BasicBlock` without its shortcut: relu(F(x)) in place of relu(F(x) + S(x))."
+# %% ../../nbs/models/63_resnet.ipynb #9467b166
+class _Plain:
+    "What both blocks without a shortcut share: there is no layer on it either."
     def __init__(self,
-        *args,    # As for `BasicBlock`
-        **kwargs, # As for `BasicBlock`
+        *args,    # As for torchvision's block
+        **kwargs, # As for torchvision's block
     ):
         super().__init__(*args, **kwargs)
         self.downsample = None
 
+class PlainBlock(_Plain, BasicBlock):
+    "torchvision's `BasicBlock` without its shortcut: relu(F(x)) in place of relu(F(x) + S(x))."
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)))
 
-class PlainBottleneck(Bottleneck):
+class PlainBottleneck(_Plain, Bottleneck):
     "torchvision's `Bottleneck` without its shortcut."
-    def __init__(self,
-        *args,    # As for `Bottleneck`
-        **kwargs, # As for `Bottleneck`
-    ):
-        super().__init__(*args, **kwargs)
-        self.downsample = None
-
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))

@@ -6,17 +6,18 @@
 __all__ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
            'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent',
            'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision',
-           'Ensemble', 'load_weights', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls',
-           'load_data', 'ImageData', 'TensorDL', 'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS',
-           'load_results', 'plot_runs', 'results_table', 'RunError', 'load_model', 'make_learner', 'run',
-           'run_ensemble', 'run_grid', 'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM',
-           'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step',
-           'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT',
-           'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step',
-           'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20', 'resnet50',
-           'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
+           'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights', 'AutoAugment', 'CropFlip',
+           'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages',
+           'mapped_folder', 'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS', 'load_results', 'plot_runs',
+           'results_table', 'RunError', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'agreement',
+           'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
+           'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM',
+           'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise',
+           'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS',
+           'make_model', 'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16',
+           'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #fecd5020
+# %% ../nbs/all.ipynb #84eb3d53
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
 from .core.losses import kd_loss, kl_div
 from .core.optim import KerasAdam, keras_adam
@@ -27,6 +28,7 @@ from .core.teachers import Ensemble
 from .data.augment import AutoAugment, CropFlip, CutMix, Cutout, Rotate
 from .data.datasets import DATASETS, get_dls, load_data
 from .data.loader import ImageData, TensorDL
+from .data.mapped import MappedImages, mapped_folder
 from .experiments.config import Run
 from .experiments.grid import run_ensemble, run_grid
 from .experiments.papers import PAPER_GRIDS, PaperRun, paper_grid
@@ -47,6 +49,7 @@ from .methods.registry import METHODS, make_method
 from .methods.sadt import SADT, gradient_ascent, layer_noise, sadt_step, weight_noise
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
+from .models.clip import clip_resnet, zero_shot_weights
 from .models.inception_resnet import inception_resnet_slim
 from .models.pyramidnet import pyramidnet_110
 from .models.registry import MODELS, make_model
@@ -54,14 +57,14 @@ from .models.resnet import resnet18, resnet20, resnet50, resnet101, resnet152
 from .models.simple_cnn import simple_cnn
 from .models.vgg import vgg16, vgg16_slim
 from .models.vit import vit
-from .models.weights import load_weights
+from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #0ac5823f
+# %% ../nbs/all.ipynb #8365c124
 _all_ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
-         'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'load_weights',
-         'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL',
+         'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
+         'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
          'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS', 'load_results',
          'plot_runs', 'results_table', 'RunError', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',

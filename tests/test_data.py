@@ -14,6 +14,8 @@ from sadt_nb.data import datasets
 from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix
 from sadt_nb.data.datasets import get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
+from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.runner import run
 from scipy.io import savemat
 from scipy.stats import chisquare
 from torchvision.transforms import InterpolationMode, autoaugment
@@ -297,3 +299,18 @@ def test_one_number_may_stand_for_three_channels(mean, std, channels_last):
     got = TensorDL(ImageData(x, torch.arange(6), list(range(6))), bs=6, mean=mean, std=std, channels_last=channels_last, dtype=torch.float64, device='cpu').one_batch()[0]
     m, s = (torch.as_tensor(v, dtype=torch.float64).expand(3).view(3, 1, 1) for v in (mean, std))
     torch.testing.assert_close(got, (x.permute(0, 3, 1, 2) / 255. - m) / s, rtol=1e-6, atol=1e-7)
+
+
+def test_imagenet_is_read_from_disk_and_runs(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for part, n in (('train', 9), ('val', 6)):
+        for i in range(n):
+            (folder := tmp_path / 'imagenet' / part / f'n{i % 3}').mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40 + i, 60 - i, 3), dtype=np.uint8)).save(folder / f'{part}_{i}.JPEG')
+    monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('SADT_DATA', str(tmp_path))
+    dls = get_dls('imagenet', bs=3, valid=0., size=32, device='cpu')
+    assert dls.c == 3 and len(dls.train.dataset) == 9 and len(dls[2].dataset) == 6 and dls.train.dataset.to('meta') is dls.train.dataset
+    result = run(Run(data='imagenet', data_args=dict(size=32), bs=3, epochs=1, valid=0.), tmp_path / 'runs', progress=False)
+    assert result['status'] == 'finished' and result['steps'] == 3
+    with pytest.raises(FileNotFoundError, match='val'): load_data('imagenet', path=tmp_path / 'imagenet' / 'train')

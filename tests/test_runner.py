@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+from fastai.callback.core import CancelBatchException
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
@@ -82,3 +83,26 @@ def test_table_means_and_spread(tmp_path):
     acc = 100 * df[df.method == 'sam'].accuracy
     assert list(table.index) == ['baseline', 'sam'] and table.loc['sam', 'accuracy %'] == f'{acc.mean():.1f} ± {acc.std():.1f}'
     assert (table['n'] == 2).all() and table.loc['sam', 'forward passes'] == 2 * table.loc['baseline', 'forward passes']
+
+
+def test_the_rate_falls_to_a_tenth_after_every_thirty_epochs():
+    learn = make_learner(SMALL.but(sched='step', epochs=61, lr=.5, n_train=50, bs=25))
+    seen = []
+    class See(runner.Callback):
+        order = 70 # after the scheduler
+        def before_batch(self):
+            if self.training: seen.append((self.epoch, self.opt.hypers[-1]['lr']))
+            raise CancelBatchException()
+    learn.fit(61, cbs=See())
+    assert len(seen) == 122 and all(lr == pytest.approx(.5 * .1**(epoch // 30), rel=1e-12) for epoch, lr in seen)
+
+
+def test_a_network_may_teach_as_it_is(tmp_path):
+    teacher = SMALL.but(epochs=0, split=0)
+    student = teacher.but(epochs=2, method='distillation', method_args=dict(alpha=0.), teachers=teacher, seed=1)
+    taught, = run_grid([student], tmp_path, **quiet)
+    r = read_result(teacher, tmp_path)
+    net = make_learner(teacher).model
+    assert r['epochs'] == r['steps'] == r['forwards'] == 0 and r['accuracy'] == r['accuracy_bn'] == taught['teacher']['accuracy']
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in torch.load(tmp_path / teacher.name / 'weights.pt', weights_only=True).items())
+    assert read_result(teacher, tmp_path) == run(teacher, tmp_path, **quiet)

@@ -42,8 +42,9 @@ def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dt
 @pytest.mark.parametrize('model', MODELS)
 def test_our_models(model):
     if model.startswith('vit'): pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')
+    if model.startswith('clip'): pytest.importorskip('open_clip', reason='open_clip, the extra sadt_nb[clip], is not installed')
     known = inspect.signature(MODELS[model]).parameters
-    net = make_model(model, **(dict(init='keras') if 'init' in known else dict(img_size=64) if model.startswith('vit') else {})).double()
+    net = make_model(model, **(dict(init='keras') if 'init' in known else dict(img_size=64) if model.startswith(('vit', 'clip')) else {})).double()
     for m in net.modules():
         if isinstance(m, nn.Dropout): m.p = 0.
     convs, dense = ([n for n, m in net.named_modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear))

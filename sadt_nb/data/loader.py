@@ -42,7 +42,7 @@ class ImageData:
         "The same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
-# %% ../../nbs/data/70_loader.ipynb #b49d6fbf
+# %% ../../nbs/data/70_loader.ipynb #19eb11cb
 class TensorDL(DataLoader):
     """Batches of `ImageData`, cut, augmented and normalised on the device.
 
@@ -105,7 +105,7 @@ class TensorDL(DataLoader):
         ids:Tensor, # `(n,)` positions, on the device
     ) -> tuple: # `(n, 3, h, w)` images and `(n,)` classes, or `(n, classes)` soft labels if a transform mixes
         "Cut out, transform and normalise the samples at `ids`."
-        x, y = self.dataset.x.index_select(0, ids), self.dataset.y.index_select(0, ids)
+        x, y = (t.index_select(0, ids.to(t.device)).to(self.device) for t in (self.dataset.x, self.dataset.y)) # large data may live elsewhere
         for tfm in self.tfms: x, y = tfm(x, y, self.tfm_rng)
         return self._normalise(x), y
 

@@ -16,9 +16,9 @@ from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #6fad4960
+# %% ../../nbs/experiments/80_config.ipynb #3b62e03f
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
-SCHEDULES = ('cosine', 'constant', 'restart')
+SCHEDULES = ('cosine', 'constant', 'step', 'restart')
 SELECT = ('last', 'valid', 'test')
 
 def _pairs(d): return tuple(sorted(dict(d).items()))
@@ -38,7 +38,7 @@ class Run:
     data: str = 'digits'         # A name in `DATASETS`, or an image folder
     model: str = 'simple_cnn'    # A name in `MODELS`
     method: str = 'baseline'     # A name in `METHODS`
-    epochs: int = 10             # Passes over the training data, >= 1
+    epochs: int = 10             # Passes over the training data, >= 0; 0: the network as it is made, for pretrained teachers
     bs: int = 128                # Images per batch, >= 1
     lr: float = 1e-3             # Learning rate at the start, > 0
     seed: int = 0                # Of weights, split, order, augmentation and the method's noise, each from its own generator
@@ -47,7 +47,7 @@ class Run:
     method_args: tuple = ()      # Options of the method: `rho`, `spec`
     opt: str = 'adam'            # 'adam', 'keras_adam' (TensorFlow's) or 'sgd'
     opt_args: tuple = ()         # `weight_decay` and, for sgd, `momentum`
-    sched: str = 'cosine'        # 'cosine' to 0, 'constant', or 'restart': the released SADT notebook's
+    sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, or 'restart': the released SADT notebook's
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
     n_train: int | None = None   # Train on so many images only
     cutmix: float = 0.           # Alpha of CutMix, 0 for none
@@ -65,8 +65,8 @@ class Run:
 
     def __post_init__(self):
         for k in ('data_args', 'model_args', 'method_args', 'opt_args'): object.__setattr__(self, k, _pairs(getattr(self, k)))
-        for k in ('epochs', 'bs'):
-            if not isinstance(getattr(self, k), int) or getattr(self, k) < 1: raise ValueError(f'`{k}` must be a whole number of at least 1, got {getattr(self, k)!r}')
+        for k, least in (('epochs', 0), ('bs', 1)):
+            if not isinstance(getattr(self, k), int) or getattr(self, k) < least: raise ValueError(f'`{k}` must be a whole number of at least {least}, got {getattr(self, k)!r}')
         if not self.lr > 0: raise ValueError(f'`lr` must be positive, got {self.lr}')
         if not 0 <= self.valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {self.valid}')
         if self.cutmix < 0 or self.crop < 0: raise ValueError(f'`cutmix` and `crop` must not be negative, got {self.cutmix} and {self.crop}')

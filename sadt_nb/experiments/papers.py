@@ -228,6 +228,17 @@ def _distill_ban():
                 for alpha in _ALPHAS for r, run in enumerate(rounds(base, alpha), start=1)]
     return out
 
+# %% ../../nbs/experiments/83_papers.ipynb #dd48925c
+def _distill_robust_teacher():
+    base = Run(data='imagenet', opt='sgd', opt_args=dict(momentum=.9, weight_decay=1e-4), lr=.1, sched='step', epochs=90, bs=1024, valid=0., amp='bf16')
+    for depth, alphas in ((50, (0., .2, .4, .6, .8, 1.)), (101, (0.,))):
+        model = f'clip_resnet{depth}'
+        teacher = base.but(model=model, model_args=dict(zero_shot=True), epochs=0)
+        yield PaperRun(f'teacher · CLIP ResNet-{depth}', teacher, note='weights in the folder SADT_WEIGHTS')
+        for alpha in alphas:
+            student = base.but(model=model, method='distillation', method_args=dict(alpha=alpha), teachers=teacher, seed=1)
+            yield PaperRun(f'alpha {alpha:g} · student of CLIP ResNet-{depth}', student, note='published as points in a figure')
+
 # %% ../../nbs/experiments/83_papers.ipynb #491697a7
 _DIGITS = Run(data='noisy_digits', model_args=dict(dropout=0.), epochs=15, bs=64, valid=.2, split=0, select='valid')
 
@@ -269,12 +280,12 @@ def _distill_cifar_small():
         for i, run in enumerate(independent(t, 4)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
         yield PaperRun(f'SAM · seed {seed}', t.but(method='sam'))
 
-# %% ../../nbs/experiments/83_papers.ipynb #01cc0c85
+# %% ../../nbs/experiments/83_papers.ipynb #e77a15a1
 PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/table1_controls': _table1_controls,
                'sam_study/a': _sam_study_a, 'sam_study/b': _sam_study_b, 'sam_study/c': _sam_study_c,
                'sam_study/a_small': partial(_sam_study_a, True), 'sam_study/b_small': partial(_sam_study_b, True), 'sam_study/c_small': partial(_sam_study_c, True),
                'saf/table3': _saf_table3, 'distill/table1': _distill_table1, 'distill/table2': _distill_table2, 'distill/table3': _distill_table3,
-               'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban,
+               'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban, 'distill/robust_teacher': _distill_robust_teacher,
                'distill/digits': _distill_digits, 'distill/digits_ensembles': _distill_digits_ensembles, 'distill/digits_select': _distill_digits_select,
                'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small}
 

@@ -33,7 +33,7 @@ from ..methods.registry import make_method
 from ..models.registry import make_model
 from ..models.weights import load_weights
 
-# %% ../../nbs/experiments/81_runner.ipynb #e813b44a
+# %% ../../nbs/experiments/81_runner.ipynb #4a3e0163
 def _opt_func(cfg):
     args = dict(cfg.opt_args)
     if cfg.opt == 'keras_adam': return partial(keras_adam, **args)
@@ -64,6 +64,7 @@ class RestartEveryEpoch(Callback):
 
 def _schedule(cfg):
     if cfg.sched == 'cosine': return [ParamScheduler({'lr': SchedCos(cfg.lr, 0.)})]
+    if cfg.sched == 'step': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * cfg.epochs / 30 + 1e-9)})] # `done`, a share, is a rounded number
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []
 
 # %% ../../nbs/experiments/81_runner.ipynb #a6cbd50e
@@ -195,7 +196,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #ea468cb0
+# %% ../../nbs/experiments/81_runner.ipynb #7746019f
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -307,8 +308,9 @@ def run(
             store('diverged', error=recorder.failed)
             raise RunError(f'{cfg.name}: {recorder.failed}')
         plain, test = learn.model, learn.dls[2]
-        fresh = reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new())
-        a, b = evaluate(plain, test), evaluate(fresh, test)
+        a = b = evaluate(plain, test)
+        if cfg.epochs: # the statistics of a network that was not trained here are somebody's choice
+            b = evaluate(reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new()), test)
         torch.save(plain.state_dict(), folder / 'weights.pt')
         return store('finished', accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'],
                      parameters=sum(p.numel() for p in plain.parameters()), first_layer=first_layer_histogram(plain),

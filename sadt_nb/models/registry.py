@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'make_model']
 
-# %% ../../nbs/models/69_registry.ipynb #db23f724
+# %% ../../nbs/models/69_registry.ipynb #c63c0ab3
 from torch import nn
 
+from .clip import clip_resnet50, clip_resnet101
 from .inception_resnet import inception_resnet_slim
 from .pyramidnet import pyramidnet_110
 from .resnet import resnet18, resnet20, resnet50, resnet101, resnet152
@@ -16,10 +17,11 @@ from .vgg import vgg16, vgg16_slim
 from .vit import vit_b32, vit_s32
 from .wide_resnet import wide_resnet_28_10
 
-# %% ../../nbs/models/69_registry.ipynb #2e47f2a9
+# %% ../../nbs/models/69_registry.ipynb #2339c265
 MODELS = dict(simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim,
               resnet20=resnet20, resnet18=resnet18, resnet101=resnet101, vgg16=vgg16, wide_resnet_28_10=wide_resnet_28_10,
-              pyramidnet_110=pyramidnet_110, resnet50=resnet50, resnet152=resnet152, vit_s32=vit_s32, vit_b32=vit_b32)
+              pyramidnet_110=pyramidnet_110, resnet50=resnet50, resnet152=resnet152, vit_s32=vit_s32, vit_b32=vit_b32,
+              clip_resnet50=clip_resnet50, clip_resnet101=clip_resnet101)
 
 def make_model(
     name:str,       # A name in `MODELS`

@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['vit', 'vit_s32', 'vit_b32']
 
-# %% ../../nbs/models/66_vit.ipynb #ac61d966
+# %% ../../nbs/models/66_vit.ipynb #dd058de5
 import os, warnings
 from collections import OrderedDict
 from pathlib import Path
 
 from torch import nn
 
-from .weights import load_weights
+from .weights import Normalize, load_weights
 
-# %% ../../nbs/models/66_vit.ipynb #37c0bf7c
+# %% ../../nbs/models/66_vit.ipynb #9dd5266e
 def vit(
     classes:int=10,   # Number of outputs
     size:str='s',     # 's': 384 numbers per patch and 6 heads; 'b': 768 and 12
     img_size:int=224, # Pixels to which images are enlarged, a multiple of 32
     pretrained=None,  # Path of a local file of weights; `True`: `<timm's name>.pth` in the folder that SADT_WEIGHTS names; `None`: random
-) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
-    """ViT-S/32 or ViT-B/32 of timm after a bilinear resizing of the images.
+) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size with values in [0, 1], gives `(n, classes)` logits
+    """ViT-S/32 or ViT-B/32 of timm after a bilinear resizing of the images, with values in [-1, 1], which its published weights expect.
 
     Raises `ImportError` where timm is not installed, `FileNotFoundError` for a missing file of weights, and `ValueError` for an unknown
     size, an image size that 32 does not divide, or weights that do not fit."""
@@ -39,7 +39,7 @@ def vit(
     if pretrained is not None:
         if not Path(pretrained).is_file(): raise FileNotFoundError(f'{pretrained} does not exist; give the path of a file of weights, or set SADT_WEIGHTS to the folder that has it')
         load_weights(model, pretrained, fresh='head.')
-    return nn.Sequential(OrderedDict(resize=nn.Upsample(size=(img_size, img_size), mode='bilinear'), vit=model))
+    return nn.Sequential(OrderedDict(normalize=Normalize((.5,) * 3, (.5,) * 3), resize=nn.Upsample(size=(img_size, img_size), mode='bilinear'), vit=model))
 
 def vit_s32(
     classes:int=10, # Number of outputs

@@ -8,16 +8,16 @@ __all__ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'Kera
            'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision',
            'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights', 'AutoAugment', 'CropFlip',
            'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages',
-           'mapped_folder', 'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS', 'load_results', 'plot_runs',
-           'results_table', 'RunError', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'agreement',
-           'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
-           'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM',
-           'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise',
-           'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS',
-           'make_model', 'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16',
-           'vgg16_slim', 'vit', 'wide_resnet_28_10']
+           'mapped_folder', 'Run', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid',
+           'COLORS', 'load_results', 'plot_runs', 'results_table', 'RunError', 'load_model', 'make_learner', 'run',
+           'run_ensemble', 'run_grid', 'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM',
+           'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step',
+           'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT',
+           'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step',
+           'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20', 'resnet50',
+           'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #84eb3d53
+# %% ../nbs/all.ipynb #e57821da
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
 from .core.losses import kd_loss, kl_div
 from .core.optim import KerasAdam, keras_adam
@@ -31,7 +31,7 @@ from .data.loader import ImageData, TensorDL
 from .data.mapped import MappedImages, mapped_folder
 from .experiments.config import Run
 from .experiments.grid import run_ensemble, run_grid
-from .experiments.papers import PAPER_GRIDS, PaperRun, paper_grid
+from .experiments.papers import PAPER_GRIDS, PaperEnsemble, PaperRun, paper_ensembles, paper_grid
 from .experiments.report import COLORS, load_results, plot_runs, results_table
 from .experiments.runner import RunError, load_model, make_learner, run
 from .measures.similarity import agreement, collect_logits, diversity, logit_mse
@@ -60,12 +60,12 @@ from .models.vit import vit
 from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #8365c124
+# %% ../nbs/all.ipynb #55cd79cc
 _all_ = ['LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
          'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
          'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
-         'Run', 'PAPER_GRIDS', 'PaperRun', 'paper_grid', 'COLORS', 'load_results',
+         'Run', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results',
          'plot_runs', 'results_table', 'RunError', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
          'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',

@@ -11,7 +11,7 @@ import warnings
 # %% ../../nbs/experiments/84_cli.ipynb #651cfc56
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
-# %% ../../nbs/experiments/84_cli.ipynb #5a52b322
+# %% ../../nbs/experiments/84_cli.ipynb #242a28e3
 import argparse, json, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -23,10 +23,10 @@ from fastcore.docments import docments
 from fastprogress.fastprogress import progress_bar
 
 from .config import Run
-from .grid import run_grid
-from .papers import PAPER_GRIDS, paper_grid
+from .grid import run_ensemble, run_grid
+from .papers import PAPER_GRIDS, paper_ensembles, paper_grid
 from .report import labels, load_results, plot_runs, results_table
-from .runner import RunError, read_result, run
+from .runner import RunError, is_trained, read_result, run
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/84_cli.ipynb #6fcfb51f
@@ -121,7 +121,7 @@ def sadt_train(
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #6fea2280
+# %% ../../nbs/experiments/84_cli.ipynb #39078fac
 @command
 def sadt_grid(
     name:str='',        # A published table, such as sadt/notebook20; --list shows all
@@ -137,6 +137,8 @@ def sadt_grid(
     failed = [r for r in run_grid([c.run for c in cells], root, workers) if isinstance(r, Exception)]
     if len(failed) == len(cells): raise RunError(f'no run could be made; the first failed with: {str(failed[0]).splitlines()[-1]}')
     print(_published_table(name, root).to_string())
+    for e in paper_ensembles(name):
+        if all(is_trained(m, root) for m in e.members): print(f'ensemble of {e.label}: accuracy {run_ensemble(e.members, root)["accuracy"]:.3f}')
     if failed: print(f'{len(failed)} of {len(cells)} runs failed, see above', file=sys.stderr)
 
 def _published_table(name, root):

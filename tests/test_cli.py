@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from sadt_nb.experiments import cli
+from sadt_nb.experiments import cli, papers
+from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.grid import run_ensemble
 
 BIN = Path(sys.executable).parent
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -84,3 +86,12 @@ def test_ctrl_c_marks_the_run_and_the_next_call_finishes_it(tmp_path):
     assert len(json.loads(next(tmp_path.glob('*/history.json')).read_text())) >= 1
     assert subprocess.run(args, capture_output=True, env=ENV, timeout=300).returncode == 0
     assert json.loads(next(tmp_path.glob('*/result.json')).read_text())['status'] == 'finished'
+
+
+def test_a_grid_evaluates_its_ensembles(tmp_path, monkeypatch, capsys):
+    runs = [Run(epochs=1, n_train=200, bs=50, seed=s) for s in (0, 1)]
+    monkeypatch.setitem(papers.PAPER_GRIDS, 'tiny', lambda: [papers.PaperRun(f'seed {r.seed}', r) for r in runs])
+    monkeypatch.setitem(papers.PAPER_ENSEMBLES, 'tiny', lambda: [papers.PaperEnsemble('both', tuple(runs)), papers.PaperEnsemble('another', (runs[0], runs[0].but(seed=2)))])
+    cli.sadt_grid('tiny', root=tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('ensemble')]
+    assert lines == [f'ensemble of both: accuracy {run_ensemble(runs, tmp_path)["accuracy"]:.3f}'] # one member of the other is not of this table

@@ -1,6 +1,6 @@
 """What a training step of each method costs, as a ratio to the plain step of the same Learner.
 
-    python -m benchmarks.step_cost [--model simple_cnn] [--bs 512] [--repeats 9] [--out FILE]
+    python -m benchmarks.step_cost [--model simple_cnn] [--bs 512] [--repeats 9] [--only sam esam ...] [--out FILE]
 
 All cases take turns within one process, round after round, so that a machine whose speed drifts is equally slow for all;
 the first round is not counted. Printed and stored: median, smallest and largest ratio over the rounds, passes per step, and
@@ -116,18 +116,21 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--model', default='simple_cnn'); p.add_argument('--bs', type=int, default=512)
     p.add_argument('--repeats', type=int, default=9); p.add_argument('--out', type=Path)
+    p.add_argument('--only', nargs='+', choices=[*CASES, 'bare loop', 'SAM of pytorch_optimizer'], help='these besides the plain step; more rounds in the same time')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = p.parse_args()
     device = torch.device(a.device)
     if device.type == 'cpu': keep_pages()
     wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
     made = {}
+    wanted = {'baseline', *(a.only or [*CASES, 'bare loop', 'SAM of pytorch_optimizer'])}
     for name, (m, o) in CASES.items():
+        if name not in wanted: continue
         try: made[name] = stepper(m, o, a.model, a.bs, device)
         except ValueError as e: print(f'{name}: not for this network ({str(e).splitlines()[-1].strip()})')
     steps, learners = {n: s for n, (s, _) in made.items()}, {n: l for n, (_, l) in made.items()}
-    steps['bare loop'] = bare(a.model, a.bs, device)
-    if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(a.model, a.bs, device, peer=True)
+    if 'bare loop' in wanted: steps['bare loop'] = bare(a.model, a.bs, device)
+    if PeerSAM and 'SAM of pytorch_optimizer' in wanted: steps['SAM of pytorch_optimizer'] = bare(a.model, a.bs, device, peer=True)
     times, peaks = {name: [] for name in steps}, {}
     for r in range(a.repeats + 1):
         for name, step in steps.items():

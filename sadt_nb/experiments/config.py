@@ -16,7 +16,7 @@ from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #3b62e03f
+# %% ../../nbs/experiments/80_config.ipynb #8d517cf2
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
 SCHEDULES = ('cosine', 'constant', 'step', 'restart')
 SELECT = ('last', 'valid', 'test')
@@ -76,6 +76,7 @@ class Run:
         if self.clip < 0: raise ValueError(f'`clip` must not be negative, got {self.clip}')
         for k, known in (('model', MODELS), ('method', METHODS), ('opt', OPTIMIZERS), ('sched', SCHEDULES), ('select', SELECT)):
             if getattr(self, k) not in known: raise ValueError(f'unknown {k} {getattr(self, k)!r}; choose one of {", ".join(known)}')
+        if self.select != 'last' and not self.epochs: raise ValueError(f"select={self.select!r} needs epochs to choose from, got none; use 'last'")
         if self.select == 'valid' and not self.valid: raise ValueError("select='valid' needs validation images; set `valid` above 0")
         object.__setattr__(self, 'teachers', (self.teachers,) if isinstance(self.teachers, Run) else tuple(self.teachers))
         taught = METHODS[self.method].taught

@@ -172,7 +172,7 @@ def sadt_report(
         plot_runs(results, by)[0].figure.savefig(figure, dpi=120)
         print(f'saved {figure}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #6adc7427
+# %% ../../nbs/experiments/84_cli.ipynb #2654ff68
 def _demo_runs(seeds, epochs):
     base = Run(data='digits', bs=50, epochs=epochs, lr=1e-3, n_train=400, model_args=dict(init='keras'))
     return [base.but(data=d, method=m, seed=s) for d in ('digits', 'noisy_digits') for m in ('baseline', 'sam', 'sadt1', 'sadt2', 'sadt3', 'repeat_step')
@@ -186,7 +186,7 @@ def sadt_demo(
     figure:Path='sadt_demo.png', # Where to save the training curves
 ):
     "Compare SAM, SADT and their controls on scanned digits, with true and with noisy labels. About two minutes on two CPU cores."
-    if seeds < 1: raise ValueError(f'`seeds` must be at least 1, got {seeds}')
+    if min(seeds, epochs) < 1: raise ValueError(f'`seeds` and `epochs` must be at least 1, got {seeds} and {epochs}')
     runs = _demo_runs(seeds, epochs)
     print(f'{len(runs)} short runs of {epochs} epochs; about two minutes on two CPU cores')
     for cfg in progress_bar(runs): run(cfg, root, progress=False)

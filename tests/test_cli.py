@@ -52,7 +52,7 @@ def test_a_student_is_trained_from_the_folder_of_its_teacher(tmp_path, capsys):
 
 
 MISTAKES = [
-    (dict(method='sma'), 'unknown method'), (dict(model='resnet'), 'unknown model'), (dict(data='/no/such'), 'unknown data set'), (dict(lr=0.), 'lr'), (dict(epochs=-1), 'epochs'), (dict(epochs=0, select='valid'), 'epochs'),
+    (dict(method='sma'), 'unknown method'), (dict(model='resnet'), 'unknown model'), (dict(data='/no/such'), 'unknown data set'), (dict(lr=0.), 'lr'), (dict(epochs=0), 'epochs'),
     (dict(bs=0), 'bs'), (dict(bs=9999), 'batch size'), (dict(method_args='rho=-1'), 'rho'), (dict(method_args='radius=1'), 'no option'), (dict(method_args='rho'), 'rho=0.1'),
     (dict(data='noisy_digits', data_args='noise=2'), 'noise'), (dict(data_args='nois=2'), 'nois'), (dict(method='sadt1', method_args='noise_scale=-1'), 'noise_scale'),
     (dict(valid=1.5), 'valid'), (dict(root='/proc/nowhere'), 'another root'), (dict(lr=1e30, opt='sgd', sched='constant', epochs=9), 'epoch 1'),

@@ -106,4 +106,4 @@ def test_vit_weights_are_checked_with_the_configuration(tmp_path, recwarn):
     options = dict(img_size=64, pretrained=str(tmp_path / 's.pt'))
     Run(model='vit_s32', model_args=options)
     assert not [w for w in recwarn if 'meta' in str(w.message)]
-    with pytest.raises(ValueError, match='another shape'): Run(model='vit_b32', model_args=options)
+    with pytest.raises(ValueError, match='does not fit'): Run(model='vit_b32', model_args=options)

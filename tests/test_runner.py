@@ -9,6 +9,7 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
 from sadt_nb.experiments.report import load_results, results_table
 from sadt_nb.experiments.runner import make_learner, read_result, run
+from sadt_nb.models.vit import vit
 
 SMALL = Run(epochs=2, n_train=200, bs=50)
 quiet = dict(progress=False)
@@ -97,9 +98,11 @@ def test_the_rate_falls_to_a_tenth_after_every_thirty_epochs():
     assert len(seen) == 122 and all(lr == pytest.approx(.5 * .1**(epoch // 30), rel=1e-12) for epoch, lr in seen)
 
 
-def test_a_network_may_teach_as_it_is(tmp_path):
-    teacher = SMALL.but(epochs=0, split=0)
-    student = teacher.but(epochs=2, method='distillation', method_args=dict(alpha=0.), teachers=teacher, seed=1)
+def test_a_pretrained_network_may_teach_as_it_is(tmp_path):
+    pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')
+    torch.save(vit(1000, img_size=64).vit.state_dict(), tmp_path / 's.pt')
+    teacher = SMALL.but(model='vit_s32', model_args=dict(img_size=64, pretrained=str(tmp_path / 's.pt')), epochs=0, split=0)
+    student = SMALL.but(split=0, method='distillation', method_args=dict(alpha=0.), teachers=teacher, seed=1)
     taught, = run_grid([student], tmp_path, **quiet)
     r = read_result(teacher, tmp_path)
     net = make_learner(teacher).model

@@ -16,7 +16,7 @@ from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #8d517cf2
+# %% ../../nbs/experiments/80_config.ipynb #8e17fd80
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
 SCHEDULES = ('cosine', 'constant', 'step', 'restart')
 SELECT = ('last', 'valid', 'test')
@@ -38,7 +38,7 @@ class Run:
     data: str = 'digits'         # A name in `DATASETS`, or an image folder
     model: str = 'simple_cnn'    # A name in `MODELS`
     method: str = 'baseline'     # A name in `METHODS`
-    epochs: int = 10             # Passes over the training data, >= 0; 0: the network as it is made, for pretrained teachers
+    epochs: int = 10             # Passes over the training data, >= 1; 0 for a network that comes with weights, to teach as it is
     bs: int = 128                # Images per batch, >= 1
     lr: float = 1e-3             # Learning rate at the start, > 0
     seed: int = 0                # Of weights, split, order, augmentation and the method's noise, each from its own generator
@@ -65,7 +65,8 @@ class Run:
 
     def __post_init__(self):
         for k in ('data_args', 'model_args', 'method_args', 'opt_args'): object.__setattr__(self, k, _pairs(getattr(self, k)))
-        for k, least in (('epochs', 0), ('bs', 1)):
+        ready = any(dict(self.model_args).get(k) for k in ('pretrained', 'zero_shot'))
+        for k, least in (('epochs', 0 if ready else 1), ('bs', 1)):
             if not isinstance(getattr(self, k), int) or getattr(self, k) < least: raise ValueError(f'`{k}` must be a whole number of at least {least}, got {getattr(self, k)!r}')
         if not self.lr > 0: raise ValueError(f'`lr` must be positive, got {self.lr}')
         if not 0 <= self.valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {self.valid}')

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-# %% ../../nbs/models/59_weights.ipynb #abb2bf14
+# %% ../../nbs/models/59_weights.ipynb #afb99393
 def _differences(state, own):
     "In words, what keeps the tensors `state` from fitting a network with the tensors `own`; '' for nothing."
     shapes = {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}
@@ -36,7 +36,7 @@ def load_weights(
     own = model.state_dict()
     kept = {k: v for k, v in own.items() if fresh and k.startswith(fresh)}
     if any(k not in state or state[k].shape != v.shape for k, v in kept.items()): state = {k: v for k, v in state.items() if k not in kept} | kept
-    if wrong := _differences(state, own): raise ValueError(f'{file} is of another network than {type(model).__name__}: tensors {wrong}')
+    if wrong := _differences(state, own): raise ValueError(f'{file} does not fit, it is of another network than {type(model).__name__}: tensors {wrong}')
     if not any(v.is_meta for v in own.values()): model.load_state_dict(state) # on the meta device there is nothing to fill
     return model
 

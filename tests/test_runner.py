@@ -1,5 +1,6 @@
 "Stored runs: atomic, skipped when finished, the same however they are run."
 import json
+import warnings
 
 import pytest
 import torch
@@ -109,3 +110,13 @@ def test_a_pretrained_network_may_teach_as_it_is(tmp_path):
     assert r['epochs'] == r['steps'] == r['forwards'] == 0 and r['accuracy'] == r['accuracy_bn'] == taught['teacher']['accuracy']
     assert all(torch.equal(v, net.state_dict()[k]) for k, v in torch.load(tmp_path / teacher.name / 'weights.pt', weights_only=True).items())
     assert read_result(teacher, tmp_path) == run(teacher, tmp_path, **quiet)
+
+
+@pytest.mark.parametrize('capability, warned', [('AVX2', True), ('AVX512', False)])
+def test_half_precision_that_is_emulated_is_warned_of(capability, warned, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    for amp in ('bf16', ''):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            make_learner(SMALL.but(amp=amp))
+        assert any('emulates half precision' in str(w.message) for w in seen) == (warned and bool(amp))

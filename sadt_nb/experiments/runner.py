@@ -6,8 +6,8 @@
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first_layer_histogram', 'write_json', 'keep_pages',
            'RunError', 'read_result', 'is_trained', 'load_model', 'make_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #2dc360c2
-import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time
+# %% ../../nbs/experiments/81_runner.ipynb #c1fdbc9f
+import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time, warnings
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -196,7 +196,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #7746019f
+# %% ../../nbs/experiments/81_runner.ipynb #7f96eb1b
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -237,6 +237,11 @@ def load_model(
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
+def _warn_emulated(device):
+    "An x86 processor without AVX-512 has no arithmetic for half precision."
+    if device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+        warnings.warn('this processor emulates half precision, which can take ten times as long as float32; leave `amp` empty here', stacklevel=3)
+
 def _method(cfg, root, dls):
     "The callbacks of the run's method."
     taught = dict(teacher=[load_model(t, root, dls.c, dls.device) for t in cfg.teachers]) if cfg.teachers else {}
@@ -254,6 +259,7 @@ def make_learner(
                       rotate=cfg.rotate, autoaugment=cfg.autoaugment or None, cutout=cfg.cutout, split=cfg.split, channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
     except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
+    if cfg.amp: _warn_emulated(dls.device)
     method = _method(cfg, root, dls)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, dls.c, **dict(cfg.model_args)).to(dls.device)

@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=['sadt_nb', 'sadt_nb.*']), include_package_data=True,
     package_data={'sadt_nb': ['py.typed']}, python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'distributed', 'bench', 'timm', 'clip')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'distributed', 'bench', 'timm', 'clip', 'curvature')},
     entry_points={'console_scripts': cfg['console_scripts'].split()}, zip_safe=False,
     classifiers=[f'Development Status :: {statuses[int(cfg["status"])]}', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11'],

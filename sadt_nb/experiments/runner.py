@@ -6,7 +6,7 @@
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first_layer_histogram', 'write_json', 'keep_pages',
            'RunError', 'read_result', 'is_trained', 'load_model', 'make_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #c1fdbc9f
+# %% ../../nbs/experiments/81_runner.ipynb #7e59c973
 import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time, warnings
 from copy import deepcopy
 from functools import partial
@@ -27,6 +27,7 @@ from ..core.optim import keras_adam
 from ..core.precision import DeviceMixedPrecision
 from ..data.datasets import get_dls
 from .config import Run
+from ..measures.sharpness import weight_histograms
 from ..measures.similarity import agreement, logit_mse
 from ..methods.born_again import KeepBest
 from ..methods.registry import make_method
@@ -150,16 +151,14 @@ def reestimated(
     update_bn(dl, model)
     return model
 
-# %% ../../nbs/experiments/81_runner.ipynb #8d25b0ec
+# %% ../../nbs/experiments/81_runner.ipynb #56d9272a
 def first_layer_histogram(
     model:nn.Module, # Its first parameter with more than one axis is meant
     bins=60,         # Of equal width, from minus to plus the largest absolute weight
 ) -> dict: # `edges`, one more than `counts`
     "How the first layer's weights are distributed."
-    w = next(p for p in model.parameters() if p.ndim > 1).detach().float().cpu().flatten()
-    top = float(w.abs().max()) or 1.
-    counts, edges = torch.histogram(w, bins, range=(-top, top))
-    return dict(edges=[round(e, 6) for e in edges.tolist()], counts=[int(c) for c in counts.tolist()])
+    edges, counts = next(iter(weight_histograms(model, bins).values()))
+    return dict(edges=[round(e, 6) for e in edges.tolist()], counts=counts.tolist())
 
 # %% ../../nbs/experiments/81_runner.ipynb #e5c5e775
 def _versions():

@@ -1,0 +1,259 @@
+"Flatness, landscapes: against exact Hessians, brute force, and what goes wrong."
+from copy import deepcopy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from sadt_nb.core.fixed_loss import FixedLoss
+from sadt_nb.measures import hessian
+from sadt_nb.measures.hessian import hessian_trace, spectral_density, top_eigenvalues, top_eigenvectors
+from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
+from sadt_nb.measures.sharpness import FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness
+from torch import nn
+from torch.func import functional_call
+
+quiet = dict(progress=False)
+
+
+def conv_net():
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(.5), nn.Flatten(), nn.Linear(27, 4)).double()
+    for _ in range(3): net(torch.randn(16, 1, 8, 8, dtype=torch.float64)) # BatchNorm statistics that are not 0 and 1
+    return net.eval()
+
+
+class Once:
+    "A loader that can be read one time."
+    def __init__(self, batches): self.batches, self.reads = batches, 0
+    def __iter__(self):
+        self.reads += 1
+        return iter(self.batches)
+
+
+@pytest.fixture
+def learn():
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(n, 1, 8, 8, generator=g, dtype=torch.float64), torch.randint(0, 4, (n,), generator=g)) for n in (10, 10, 3)] # the last batch is smaller
+    return Learner(DataLoaders(data, data), conv_net(), loss_func=nn.CrossEntropyLoss())
+
+
+def flat_loss(learn, x, y):
+    named = {n: p for n, p in learn.model.named_parameters() if p.requires_grad}
+    def f(w):
+        parts = dict(zip(named, (v.view(p.shape) for v, p in zip(w.split([p.numel() for p in named.values()]), named.values()))))
+        return learn.loss_func(functional_call(learn.model, parts, (x,)), y)
+    return f, torch.cat([p.detach().flatten() for p in named.values()])
+
+
+def exact(learn):
+    data = learn.dls.train
+    f, w = flat_loss(learn, torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))
+    return torch.func.hessian(f)(w)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_hessian_of_a_convolutional_network(learn, frozen):
+    pytest.importorskip('curvlinops', reason='curvlinops, the extra sadt_nb[curvature], is not installed')
+    if frozen: learn.model[0].requires_grad_(False)
+    H = exact(learn)
+    values, dl = torch.linalg.eigvalsh(H).flip(0), Once(list(learn.dls.train))
+    top = top_eigenvalues(learn, 6, dl, **quiet)
+    assert dl.reads == 1 and top.converged and top.values.dtype == torch.float64
+    torch.testing.assert_close(top.values, values[:6], rtol=1e-5, atol=0)
+    assert ((top.values - values[:6]).abs() <= top.error).all() and (top.error <= 1e-5 * top.values).all()
+    t = hessian_trace(learn, max_probes=60, tol=1e-9, **quiet)
+    assert abs(t.value - H.trace().item()) < 3 * t.error and not t.converged and t.n == 80
+    assert hessian_trace(learn, max_probes=len(H), **quiet).value == pytest.approx(H.trace().item(), rel=1e-9)
+    found, ds = top_eigenvectors(learn, 2, **quiet)
+    for v, u in zip(found.values, ds):
+        assert set(u) == {n for n, p in learn.model.named_parameters() if p.requires_grad}
+        u = torch.cat([t.flatten() for t in u.values()])
+        assert (H @ u - v * u).norm() < 1e-4 * v
+    if frozen: return
+    d = spectral_density(learn, steps=len(H), vectors=4, **quiet)
+    edges = [values.min() - 1, -1e-4, 1e-4, .05, values.max() + 1]
+    share, error = d.mass(edges)
+    counted = torch.stack([((values > a) & (values <= b)).double().mean() for a, b in zip(edges, edges[1:])])
+    assert ((share - counted).abs() < 4 * error + 1e-6).all() and share.sum() == pytest.approx(1)
+
+
+def test_hessian_with_several_inputs():
+    pytest.importorskip('curvlinops')
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(3, 2).double(), nn.Linear(2, 2).double()
+        def forward(self, x, z): return torch.tanh(self.a(x)) * self.b(z)
+    g = torch.Generator().manual_seed(0)
+    x, z, y = torch.randn(9, 3, generator=g).double(), torch.randn(9, 2, generator=g).double(), torch.randint(0, 2, (9,), generator=g)
+    data = [(x[:5], z[:5], y[:5]), (x[5:], z[5:], y[5:])]
+    dls = DataLoaders(data, data)
+    dls.n_inp = 2
+    learn = Learner(dls, Two().eval(), loss_func=nn.CrossEntropyLoss())
+    named = dict(learn.model.named_parameters())
+    def f(w): return learn.loss_func(functional_call(learn.model, dict(zip(named, (v.view(p.shape) for v, p in zip(w.split([p.numel() for p in named.values()]), named.values())))), (x, z)), y)
+    H = torch.func.hessian(f)(torch.cat([p.detach().flatten() for p in named.values()]))
+    torch.testing.assert_close(top_eigenvalues(learn, 3, **quiet).values, torch.linalg.eigvalsh(H).flip(0)[:3], rtol=1e-5, atol=0)
+
+
+def test_repeated_and_zero_eigenvalues():
+    pytest.importorskip('curvlinops')
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.unused = nn.Parameter(torch.ones(5).double()), nn.Parameter(torch.ones(4).double())
+        def forward(self, x): return self.w * x + 0 * self.unused.sum()
+    data = [(torch.ones(3, 5).double(), torch.zeros(3, 5).double())]
+    learn = Learner(DataLoaders(data, data), Sum().eval(), loss_func=nn.MSELoss())
+    top = top_eigenvalues(learn, 9, **quiet) # the Hessian is 2/5 for five weights, 0 for four
+    torch.testing.assert_close(top.values, torch.tensor([.4] * 5 + [0.] * 4, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert top.converged and hessian_trace(learn, **quiet).value == pytest.approx(2.)
+    share, _ = spectral_density(learn, steps=9, vectors=50, **quiet).mass([-1., .1, 1.])
+    assert share.tolist() == pytest.approx([4 / 9, 5 / 9], abs=1e-9) # random signs have the same share of every weight
+
+
+def test_single_precision_says_so(learn):
+    pytest.importorskip('curvlinops')
+    values = torch.linalg.eigvalsh(exact(learn)).flip(0)
+    learn.model.float()
+    learn.dls = DataLoaders(*[[(x.float(), y) for x, y in learn.dls.train]] * 2)
+    top = top_eigenvalues(learn, 5, tol=1e-12, **quiet)
+    assert top.converged and (top.error >= 1e-6 * top.values[0]).all() and ((top.values - values[:5]).abs() <= top.error).all()
+
+
+def interrupt(monkeypatch, after):
+    call, count = hessian._Products.__call__, [0]
+    def stopping(self, v):
+        count[0] += 1
+        if count[0] > after: raise KeyboardInterrupt
+        return call(self, v)
+    monkeypatch.setattr(hessian._Products, '__call__', stopping)
+
+
+def test_an_interrupted_measure_returns_what_is_done(learn, monkeypatch):
+    pytest.importorskip('curvlinops')
+    H = exact(learn)
+    interrupt(monkeypatch, 35)
+    t = hessian_trace(learn, max_probes=100, tol=1e-9, **quiet)
+    assert not t.converged and t.n == 35 and t.error > 0 and abs(t.value - H.trace().item()) < 4 * t.error
+    monkeypatch.undo(), interrupt(monkeypatch, 8)
+    e = top_eigenvalues(learn, 2, **quiet)
+    assert not e.converged and e.n == 8 and (e.error > 0).all() and abs(e.values[0] - torch.linalg.eigvalsh(H)[-1]) <= e.error[0]
+    monkeypatch.undo(), interrupt(monkeypatch, 50)
+    d = spectral_density(learn, steps=20, vectors=9, **quiet)
+    assert not d.converged and len(d.nodes) == 2
+    monkeypatch.undo(), interrupt(monkeypatch, 3)
+    for f in (hessian_trace, top_eigenvalues, spectral_density):
+        with pytest.raises(KeyboardInterrupt): f(learn, **(dict(k=5) if f is top_eigenvalues else {}), **quiet)
+
+
+def test_without_curvlinops_the_extra_is_named(learn, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'curvlinops', None)
+    with pytest.raises(ImportError, match=r'sadt_nb\[curvature\]'): hessian_trace(learn)
+
+
+@pytest.mark.parametrize('measure', [sam_sharpness, gradient_norm, average_sharpness, loss_line, loss_surface, FixedLoss])
+def test_what_no_measure_takes(learn, measure):
+    with pytest.raises(ValueError, match='labels'): measure(learn, dl=[(torch.randn(2, 1, 8, 8).double(),)])
+    with pytest.raises(ValueError, match='no batches'): measure(learn, dl=[])
+    with pytest.raises(ValueError, match='samples'): measure(learn, samples=0)
+    learn.model[1].train()
+    with pytest.raises(ValueError, match="training mode .1."): measure(learn)
+    learn.model.eval()
+    learn.model[1].running_var[0] = float('inf')
+    with pytest.raises(ValueError, match='1.running_var'): measure(learn)
+    learn.loss_func = nn.CrossEntropyLoss(reduction='sum')
+    with pytest.raises(ValueError, match='mean over the batch'): measure(learn)
+
+
+def test_sharpness_over_uneven_batches(learn):
+    x, y = (torch.cat(t) for t in zip(*learn.dls.train))
+    f, w = flat_loss(learn, x, y)
+    g = torch.func.grad(f)(w)
+    assert gradient_norm(learn) == pytest.approx(g.norm().item(), rel=1e-12)
+    assert sam_sharpness(learn, .3) == pytest.approx((f(w + .3 * g / g.norm()) - f(w)).item(), rel=1e-9)
+    T = w.abs()
+    assert sam_sharpness(learn, .3, adaptive=True) == pytest.approx((f(w + .3 * T**2 * g / (T * g).norm()) - f(w)).item(), rel=1e-9)
+    assert sam_sharpness(learn, .3, samples=7) == pytest.approx((lambda f, w: (f(w + .3 * (g := torch.func.grad(f)(w)) / g.norm()) - f(w)).item())(flat_loss(learn, x[:7], y[:7])[0], w), rel=1e-9)
+
+
+def test_average_sharpness_is_half_the_trace_and_survives_an_interrupt(learn, monkeypatch):
+    learn.model[2], learn.model[3] = nn.Tanh().eval(), nn.AvgPool2d(2).eval() # noise crosses the kinks of relu and maximum, which no Hessian sees
+    weights = deepcopy(learn.model.state_dict())
+    a = average_sharpness(learn, std=1e-3, pairs=400, **quiet)
+    assert abs(a.value - .5e-6 * exact(learn).trace().item()) < 4 * a.error
+    assert a == average_sharpness(learn, std=1e-3, pairs=400, **quiet) and a != average_sharpness(learn, std=1e-3, pairs=400, seed=1, **quiet)
+    call, count = FixedLoss.__call__, [0]
+    def stopping(self):
+        count[0] += 1
+        if count[0] > 8: raise KeyboardInterrupt
+        return call(self)
+    monkeypatch.setattr(FixedLoss, '__call__', stopping)
+    part = average_sharpness(learn, pairs=50, **quiet)
+    assert part.n == 3 and not part.converged and all(torch.equal(a, b) for a, b in zip(weights.values(), learn.model.state_dict().values()))
+
+
+def test_recorder_keeps_modes_and_stays_out_of_a_search(learn):
+    learn.model[1].requires_grad_(False)
+    class Before(Callback):
+        order, seen = 70, []
+        def after_epoch(self):
+            self.model.train()
+            self.model[1].eval() # a BatchNorm that is meant to stay as it is
+    class After(Callback):
+        order, seen = 90, []
+        def after_epoch(self): self.seen.append([m.training for m in self.model])
+    rec = FlatnessRecorder(dict(norm=gradient_norm, average=partial(average_sharpness, pairs=2, progress=False)), every=2, samples=5)
+    learn = Learner(DataLoaders(learn.dls.train, []), learn.model, loss_func=learn.loss_func, opt_func=SGD, lr=.1, default_cbs=False, cbs=[TrainEvalCallback(), Before(), After(), rec])
+    learn.fit(5)
+    assert [r['epoch'] for r in rec.rows] == [2, 4, 5] and list(rec.table().columns) == ['epoch', 'loss', 'norm', 'average']
+    assert After.seen == [[True, False, True, True, True, True, True]] * 5
+    learn.model.eval()
+    assert rec.rows[-1]['norm'] == gradient_norm(learn, samples=5) and rec.rows[-1]['loss'] == FixedLoss(learn, samples=5)()
+    learn.lr_finder = object()
+    learn.fit(1)
+    assert rec.rows == []
+
+
+def test_surface_against_networks_that_are_loaded(learn):
+    ds = [random_direction(learn.model, seed=s) for s in (4, 5)]
+    s = loss_surface(learn, ds, span=.5, points=3, **quiet)
+    x, y = (torch.cat(t) for t in zip(*learn.dls.train))
+    for i, a in enumerate((-.5, 0., .5)):
+        for j, b in enumerate((-.5, 0., .5)):
+            net = deepcopy(learn.model)
+            net.load_state_dict({**net.state_dict(), **{n: p.detach() + a * ds[0][n] + b * ds[1][n] for n, p in learn.model.named_parameters()}})
+            assert s.loss[i, j] == pytest.approx(learn.loss_func(net(x), y).item(), rel=1e-12)
+    for n, p in learn.model.named_parameters():
+        d = ds[0][n]
+        if p.ndim > 1: torch.testing.assert_close(d.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+        else: assert not d.any()
+
+
+def test_slices_leave_the_weights_alone(learn, monkeypatch):
+    weights, call, count = deepcopy(learn.model.state_dict()), FixedLoss.__call__, [0]
+    other = conv_net()
+    with torch.no_grad():
+        for t in other.state_dict().values(): t.add_(torch.ones_like(t)) if t.is_floating_point() else None
+    way = direction_between(learn.model, other)
+    assert '1.running_mean' in way and '1.num_batches_tracked' not in way
+    line = loss_line(learn, way, span=(0., 1.), points=2, **quiet)
+    x, y = (torch.cat(t) for t in zip(*learn.dls.train))
+    assert line.loss.tolist() == pytest.approx([learn.loss_func(m(x), y).item() for m in (learn.model, other)], rel=1e-12)
+    for error, expected in ((KeyboardInterrupt, None), (RuntimeError, RuntimeError)):
+        def stopping(self):
+            count[0] += 1
+            if count[0] > 4: raise error
+            return call(self)
+        count[0] = 0
+        monkeypatch.setattr(FixedLoss, '__call__', stopping)
+        if expected:
+            with pytest.raises(expected): loss_line(learn, way, span=(0., 1.), points=9, **quiet)
+        else: assert np.isfinite(loss_line(learn, way, span=(0., 1.), points=9, **quiet).loss).sum() == 4
+        assert all(torch.equal(a, b) for a, b in zip(weights.values(), learn.model.state_dict().values()))

@@ -95,3 +95,16 @@ def test_a_grid_evaluates_its_ensembles(tmp_path, monkeypatch, capsys):
     cli.sadt_grid('tiny', root=tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('ensemble')]
     assert lines == [f'ensemble of both: accuracy {run_ensemble(runs, tmp_path)["accuracy"]:.3f}'] # one member of the other is not of this table
+
+
+def test_measure_a_stored_run(tmp_path):
+    assert shell('sadt_train', *SMALL, '--root', tmp_path).returncode == 0
+    folder, = tmp_path.iterdir()
+    r = shell('sadt_measure', folder, '--measures', 'sharpness gradient_norm', '--samples', 100)
+    assert r.returncode == 0 and 'sharpness' in r.stdout and 'gradient_norm' in r.stdout, r.stderr
+    stored = json.loads((folder / 'measures.json').read_text())
+    assert stored['samples'] == 100 and set(stored['measures']) == {'sharpness', 'gradient_norm'} and {'versions', 'hardware', 'code'} <= stored.keys()
+    assert 'gradient_norm' in shell('sadt_report', '--root', tmp_path).stdout
+    for args, text in (((), 'say which run'), ((tmp_path,), 'not the folder of a run'), ((folder, '--measures', 'beauty'), 'unknown measure')):
+        r = shell('sadt_measure', *args)
+        assert r.returncode == 2 and text in r.stderr and len(r.stderr.strip().splitlines()) == 1

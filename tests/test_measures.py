@@ -3,16 +3,20 @@ from copy import deepcopy
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback, TrainEvalCallback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.fixed_loss import FixedLoss
+from sadt_nb.data.datasets import get_dls
 from sadt_nb.measures import hessian
 from sadt_nb.measures.hessian import hessian_trace, spectral_density, top_eigenvalues, top_eigenvectors
 from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
+from sadt_nb.measures.robustness import CORRUPTIONS, calibration_error, corrupt, corrupted_accuracy, memorisation, shifted_accuracy
 from sadt_nb.measures.sharpness import FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness
 from torch import nn
 from torch.func import functional_call
@@ -257,3 +261,113 @@ def test_slices_leave_the_weights_alone(learn, monkeypatch):
             with pytest.raises(expected): loss_line(learn, way, span=(0., 1.), points=9, **quiet)
         else: assert np.isfinite(loss_line(learn, way, span=(0., 1.), points=9, **quiet).loss).sum() == 4
         assert all(torch.equal(a, b) for a, b in zip(weights.values(), learn.model.state_dict().values()))
+
+
+@pytest.mark.parametrize('kind', ['ours', 'fastai'])
+def test_a_sample_is_a_fixed_choice_by_chance(kind):
+    if kind == 'ours':
+        dls = get_dls('digits', bs=64, device='cpu', valid=0.)
+        dls.loaders[0] = dls.train.new(dls.train.dataset.subset(dls.train.dataset.y.argsort()))
+    else:
+        data = Datasets(list(range(500)), tfms=[[lambda i: torch.full((3,), float(i))], [lambda i: i // 50]])
+        dls = DataLoaders(TfmdDL(data, bs=16, num_workers=0), TfmdDL(data, bs=16, num_workers=0))
+    net = nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+    net(dls.one_batch()[0])
+    learn = Learner(dls, net.eval(), loss_func=nn.CrossEntropyLoss())
+    a, b = (torch.cat([y for _, y in FixedLoss(learn, samples=100).batches]) for _ in range(2))
+    assert torch.equal(a, b) and len(a) == 100 and len(a.unique()) > 8
+    assert torch.equal(a, torch.cat([y for _, y in FixedLoss(learn, dls.train, samples=100).batches]))
+    whole = torch.cat([y for _, y in FixedLoss(learn).batches])
+    assert len(whole) == len(dls.train.dataset if kind == 'ours' else data) and (whole.diff() >= 0).all(), 'all of them, in order'
+
+
+def test_zoom_blur_is_the_mean_of_zoomed_pictures():
+    from scipy.ndimage import zoom
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double().mul(255).round().div(255)
+    for s in range(1, 6):
+        pictures = [x[0].numpy()]
+        for f in np.arange(1, 1.01 + .05 * s, .01):
+            n = int(np.ceil(32 / f))
+            a = (32 - n) // 2
+            big = zoom(x[0].numpy()[:, a:a + n, a:a + n], (1, f, f), order=1)
+            b = (big.shape[-1] - 32) // 2
+            pictures.append(big[:, b:b + 32, b:b + 32])
+        assert np.abs(corrupt(x, 'zoom_blur', s)[0].numpy() - np.mean(pictures, 0)).max() < .6 / 255
+
+
+def test_corruption_comes_before_the_normalisation():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 10)).eval()
+    mean, std = (.2, .3, .4), (.5, .6, .7)
+    dls = get_dls('digits', bs=64, device='cpu', mean=mean, std=std)
+    ours = corrupted_accuracy(Learner(dls, net, loss_func=nn.CrossEntropyLoss()), ['contrast', 'gaussian_noise'], (2, 5), **quiet)
+    x, y = dls.valid.dataset.x.permute(0, 3, 1, 2) / 255, dls.valid.dataset.y
+    m, s = (torch.tensor(v)[:, None, None] for v in (mean, std))
+    assert ours.loc['contrast', 5] == pytest.approx((net((corrupt(x, 'contrast', 5) - m) / s).argmax(1) == y).double().mean().item()) and ours.shape == (2, 2)
+    tfm = Normalize.from_stats(mean, std, cuda=False)
+    class Fastai: # what fastai's image loaders look like from here
+        class after_batch: fs = [tfm]
+        def __iter__(self): return iter([((x - m) / s, y)])
+    pd.testing.assert_frame_equal(corrupted_accuracy(Learner(DataLoaders([], []), net, loss_func=nn.CrossEntropyLoss()), ['contrast'], (2, 5), dl=Fastai(), **quiet), ours.loc[['contrast']])
+    with pytest.raises(ValueError, match='normalisation'): corrupted_accuracy(Learner(dls, net, loss_func=nn.CrossEntropyLoss()), dl=[((x - m) / s, y)], **quiet)
+    with pytest.raises(ValueError, match='both'): corrupted_accuracy(Learner(dls, net, loss_func=nn.CrossEntropyLoss()), mean=0.)
+
+
+def test_an_interrupted_table_keeps_its_first_rows(monkeypatch):
+    from sadt_nb.measures import robustness
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    learn, count, f = Learner(get_dls('digits', bs=64, device='cpu', valid=.5), net, loss_func=nn.CrossEntropyLoss()), [0], robustness.corrupt
+    def stopping(*args):
+        count[0] += 1
+        if count[0] > 9: raise KeyboardInterrupt
+        return f(*args)
+    monkeypatch.setattr(robustness, 'corrupt', stopping)
+    table = corrupted_accuracy(learn, ['contrast', 'brightness'], (1, 2), **quiet)
+    assert 0 < table.notna().sum().sum() < 4 and table.notna().iloc[0, 0]
+
+
+def test_shifted_data_of_the_wrong_kind(tmp_path):
+    dls = get_dls('digits', bs=64, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval(), loss_func=nn.CrossEntropyLoss())
+    x, y = dls[2].dataset.x.numpy()[:6], dls[2].dataset.y.numpy()[:6]
+    files = {}
+    for name, v in dict(x=x, y=y, short=y[:5], floats=x / 255., flat=x.reshape(6, -1), real=y.astype(float), large=y + 10, none=x[:0], no=y[:0]).items():
+        files[name] = tmp_path / f'{name}.npy'
+        np.save(files[name], v)
+    np.save(tmp_path / 'objects.npy', np.array([{}] * 6, dtype=object), allow_pickle=True)
+    a = shifted_accuracy(learn, (files['x'], files['y']))
+    assert a.n == 6 and a.value == pytest.approx((learn.model(torch.as_tensor(x).permute(0, 3, 1, 2) / 255).argmax(1).numpy() == y).mean()) and a.error == pytest.approx((a.value * (1 - a.value) / 6)**.5)
+    for pair, text in ((('x', 'short'), '6 images'), (('floats', 'y'), 'bytes of shape'), (('flat', 'y'), 'bytes of shape'), (('x', 'real'), 'whole numbers'), (('x', 'large'), r'0..9'), (('none', 'no'), 'no images')):
+        with pytest.raises(ValueError, match=text): shifted_accuracy(learn, [files[k] for k in pair])
+    with pytest.raises(ValueError, match='objects are not loaded'): shifted_accuracy(learn, (files['x'], tmp_path / 'objects.npy'))
+    (tmp_path / 'images' / 'cat').mkdir(parents=True)
+    from PIL import Image
+    Image.fromarray(x[0]).save(tmp_path / 'images' / 'cat' / 'a.png')
+    with pytest.raises(ValueError, match="class 'cat'"): shifted_accuracy(learn, tmp_path / 'images')
+
+
+def test_calibration_and_memory_by_hand():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(1))
+        def forward(self, x): return x.log() + self.w
+    p = torch.tensor([[.95, .05], [.85, .15], [.4, .6], [.35, .65], [.2, .8]], dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 1, 0])
+    data = [(p[:3], y[:3]), (p[3:], y[3:])]
+    learn = Learner(DataLoaders(data, data), Fixed().eval(), loss_func=nn.CrossEntropyLoss())
+    c = calibration_error(learn, bins=4) # bins (.5, .75] with .6 and .65, both right, and (.75, 1] with .95 right, .85 and .8 wrong
+    assert c.value == pytest.approx(abs(1.25 - 2) / 5 + abs(2.6 - 1) / 5) and c.count.tolist() == [0, 0, 2, 3] and c.accuracy[3] == pytest.approx(1 / 3) and torch.isnan(c.accuracy[0])
+    m = memorisation(learn, torch.tensor([0, 0, 1, 0, 1])) # wrong are 1 (answer 0, true), 3 (answer 1, given), 4 (answer 1, true)
+    assert m == (pytest.approx(1 / 3), pytest.approx(2 / 3), 3)
+    for true in (y, y[:3]):
+        with pytest.raises(ValueError): memorisation(learn, true)
+
+
+def test_every_corruption_gets_worse_or_other_with_severity():
+    x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for kind in CORRUPTIONS:
+        levels = [corrupt(x, kind, s) for s in range(1, 6)]
+        assert all(v.shape == x.shape and 0 <= v.min() and v.max() <= 1 and (v * 255 - (v * 255).round()).abs().max() < 1e-3 for v in levels)
+        assert all(not torch.equal(a, b) for a, b in zip(levels, levels[1:])), kind
+        if kind not in ('saturate', 'pixelate'): assert (levels[4] - x).square().mean() > (levels[0] - x).square().mean(), kind

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['collect_batches', 'FixedLoss']
 
-# %% ../../nbs/core/07_fixed_loss.ipynb #e893decc
-import math
+# %% ../../nbs/core/07_fixed_loss.ipynb #4bb27ca6
+import math, random
 
 import torch
 from torch import nn, Tensor
@@ -14,18 +14,20 @@ from fastai.torch_core import to_device
 
 from .perturb import trainable_params, unwrapped
 
-# %% ../../nbs/core/07_fixed_loss.ipynb #ad91a31d
+# %% ../../nbs/core/07_fixed_loss.ipynb #d03acc80
 def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t # fastai's subclasses do not pass through torch.func
 
 def collect_batches(
     learn,        # Needs `model`, and `dls.train` if `dl` is `None`
     dl=None,      # Any iterable of batches `(x, y)`; `None`: the training loader, in order, augmented as it augments
-    samples=None, # Only so many samples, the first ones
+    samples=None, # Only so many samples: a choice by chance, always the same, where the loader can shuffle; the first ones of other iterables
 ) -> list: # Pairs of a tuple of inputs and a target
     "Read batches once, onto the model's device. Raises `ValueError` for none, and for batches without labels."
-    if dl is None:
-        dl = learn.dls.train
-        if hasattr(dl, 'new'): dl = dl.new(shuffle=False, drop_last=False)
+    if dl is None: dl, again = learn.dls.train, True
+    else: again = samples is not None
+    if again and hasattr(dl, 'new'): # the order of a data set is often that of its classes
+        dl = dl.new(shuffle=samples is not None, drop_last=False)
+        if hasattr(dl, 'rng'): dl.rng = random.Random(0)
     n_inp, device, left, out = getattr(learn.dls, 'n_inp', 1), next(unwrapped(learn.model).parameters()).device, math.inf if samples is None else samples, []
     for batch in dl:
         if left <= 0: break
@@ -46,7 +48,7 @@ class FixedLoss:
     def __init__(self,
         learn,        # Needs `model`, `loss_func` (a mean over the batch), `dls.train` if `dl` is `None`
         dl=None,      # Any iterable of batches `(x, y)`, read once; `None`: the training loader, in order, augmented as it augments
-        samples=None, # Only so many samples, the first ones, >= 1
+        samples=None, # Only so many samples, >= 1: a choice by chance, always the same, where the loader can shuffle; the first ones of other iterables
     ):
         self.model, self.loss_func = unwrapped(learn.model), learn.loss_func
         if samples is not None and samples < 1: raise ValueError(f'`samples` must be at least 1, got {samples}')

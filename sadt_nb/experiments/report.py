@@ -16,7 +16,7 @@ import pandas as pd
 
 from .config import Run
 
-# %% ../../nbs/experiments/82_report.ipynb #0ba54173
+# %% ../../nbs/experiments/82_report.ipynb #9434b7e5
 def load_results(
     root, # Folder that `run` wrote to
 ) -> pd.DataFrame: # One row per run: fields of `Run`, of its result, `run` itself and its `history`
@@ -26,7 +26,7 @@ def load_results(
         cfg = Run.from_dict(json.loads(f.read_text()))
         def read(name, default): return json.loads(p.read_text()) if (p := f.parent / name).exists() else default
         result, history = read('result.json', {'status': 'unfinished'}), read('history.json', [])
-        rows.append({**cfg.to_dict(), **result, 'epochs': cfg.epochs, 'run': cfg, 'name': cfg.name, 'history': history})
+        rows.append({**cfg.to_dict(), **result, 'measures': read('measures.json', {}).get('measures', {}), 'epochs': cfg.epochs, 'run': cfg, 'name': cfg.name, 'history': history})
     if not rows: raise FileNotFoundError(f'no runs below {root}; train some with sadt_train or sadt_grid')
     return pd.DataFrame(rows)
 
@@ -53,23 +53,25 @@ def labels(
     if len({r.method for r in runs}) == len({(r.method, *(value(r, k) for k in names)) for r in runs}): shared.add('method_args') # the method says it all
     return [' '.join([r.method, *(t for k in names if k not in shared and (t := show(r, k)))]) for r in runs]
 
-# %% ../../nbs/experiments/82_report.ipynb #848e45cf
+# %% ../../nbs/experiments/82_report.ipynb #acb761a1
 def results_table(
     results:pd.DataFrame, # As `load_results` gives it; only finished runs count
     by=None,              # Labels, one per row of `results`; `labels(results)` if `None`
 ) -> pd.DataFrame: # One row per label, in order of appearance
-    "Mean and spread over seeds, and cost."
+    "Mean and spread over seeds, cost, and whatever `measure_run` has measured."
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
-    def pm(v, scale=100):
+    def pm(v, scale=100, digits='.1f'):
         v = v.dropna() * scale
-        return f'{v.mean():.1f} ± {v.std(ddof=1):.1f}' if len(v) > 1 else f'{v.mean():.1f}'
+        return '' if v.empty else f'{v.mean():{digits}} ± {v.std(ddof=1):{digits}}' if len(v) > 1 else f'{v.mean():{digits}}'
+    measured = dict.fromkeys(k for m in df['measures'] for k in m)
     rows = {}
     for label, g in df.groupby('label', sort=False):
         rows[label] = {'accuracy %': pm(g['accuracy']), 'BN re-estimated %': pm(g['accuracy_bn']), 'n': len(g), 'epochs': int(g['epochs'].iloc[0]),
                        'steps': int(g['steps'].iloc[0]), 'forward passes': int(g['forwards'].iloc[0]), 'backward passes': int(g['backwards'].iloc[0]),
-                       'seconds': round(g['train_seconds'].mean(), 1)}
+                       'seconds': round(g['train_seconds'].mean(), 1),
+                       **{k: pm(g['measures'].map(lambda m: m[k]['value'] if k in m else np.nan), 1, '.3g') for k in measured}}
     return pd.DataFrame(rows).T.rename_axis('run')
 
 # %% ../../nbs/experiments/82_report.ipynb #0d3a8124

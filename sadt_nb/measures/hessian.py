@@ -65,7 +65,7 @@ class _Products:
 def _generator(h, seed): return torch.Generator(h.device).manual_seed(seed)
 def _signs(h, g): return torch.randint(0, 2, (h.size,), generator=g, device=h.device).to(h.dtype) * 2 - 1
 
-# %% ../../nbs/measures/50_hessian.ipynb #8d003bdc
+# %% ../../nbs/measures/50_hessian.ipynb #0e966f76
 class Trace(NamedTuple):
     "An estimate of the trace."
     value: float     # The estimate
@@ -84,7 +84,7 @@ def _exact_trace(h):
 def hessian_trace(
     learn,          # A Learner whose network is in evaluation mode; `model`, `loss_func` and, without `dl`, `dls` are used
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, the first ones
+    samples=None,   # Only so many samples, chosen by chance, always the same ones
     tol=.05,        # Stop when the standard error is below this share of the value
     max_probes=200, # At most so many random vectors, >= 20; a network with no more weights than this gets its exact trace
     sketch=10,      # Products that look for the large eigenvalues, and as many again to deal with them; 0: plain Hutchinson
@@ -117,7 +117,7 @@ def hessian_trace(
             if len(rest) < 2: raise
         return Trace(*estimate(), h.n, False)
 
-# %% ../../nbs/measures/50_hessian.ipynb #cb1f953f
+# %% ../../nbs/measures/50_hessian.ipynb #cb8e17b8
 class Eigenvalues(NamedTuple):
     "The largest eigenvalues."
     values: Tensor   # `(k,)` float64, the algebraically largest first
@@ -182,7 +182,7 @@ def top_eigenvalues(
     learn,             # A Learner whose network is in evaluation mode
     k=1,               # How many, from 1 to the number of trainable weights
     dl=None,           # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,      # Only so many samples, the first ones
+    samples=None,      # Only so many samples, chosen by chance, always the same ones
     tol=1e-5,          # Stop when every error is below this share of its eigenvalue (or below what rounding allows)
     max_products=None, # At most so many products; `None`: 200 + 5 k. As many vectors of weights are kept in memory
     seed=0,            # Of the first vector
@@ -199,7 +199,7 @@ def top_eigenvectors(
     learn,             # A Learner whose network is in evaluation mode
     k=1,               # How many
     dl=None,           # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,      # Only so many samples, the first ones
+    samples=None,      # Only so many samples, chosen by chance, always the same ones
     tol=1e-5,          # As for `top_eigenvalues`
     max_products=None, # As for `top_eigenvalues`
     seed=0,            # Of the first vector
@@ -211,7 +211,7 @@ def top_eigenvectors(
         found, krylov, S = _top(h, k, tol, max_products, seed)
         return found, [h.named(u / u.norm()) for u in (krylov.lifted(s) for s in S.T)]
 
-# %% ../../nbs/measures/50_hessian.ipynb #3fea1cbb
+# %% ../../nbs/measures/50_hessian.ipynb #740b3038
 class SpectralDensity(NamedTuple):
     "An estimate of how the eigenvalues are distributed."
     values: Tensor   # `(points,)` density at `grid`; its integral is 1
@@ -241,7 +241,7 @@ def _density(h, nodes, weights, width, points, tol, asked):
 def spectral_density(
     learn,         # A Learner whose network is in evaluation mode
     dl=None,       # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,  # Only so many samples, the first ones
+    samples=None,  # Only so many samples, chosen by chance, always the same ones
     steps=60,      # Lanczos steps per random vector, >= 2; as many vectors of weights are kept in memory
     vectors=4,     # Random vectors, >= 2
     width=.01,     # Standard deviation of a node's bump, as a share of the range of the spectrum

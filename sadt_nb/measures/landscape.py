@@ -51,7 +51,7 @@ def direction_between(
     if a.keys() != b.keys() or any(a[n].shape != b[n].shape for n in a): raise ValueError('the two networks differ in architecture, so no straight line leads from one to the other')
     return {n: b[n].to(a[n]) - a[n] for n in a}
 
-# %% ../../nbs/measures/52_landscape.ipynb #99999221
+# %% ../../nbs/measures/52_landscape.ipynb #08aac90e
 class Line(NamedTuple):
     "The loss along a line."
     at: np.ndarray   # `(points,)` multiples of the direction
@@ -114,7 +114,7 @@ def loss_line(
     span=1.,        # From minus to plus this multiple of the direction; or a pair
     points=51,      # Of the line, >= 2; with an odd number the middle is among them
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, the first ones
+    samples=None,   # Only so many samples, chosen by chance, always the same ones
     seed=0,         # Of a random direction
     progress=True,  # Show a bar after three seconds
 ) -> Line: # Multiples, losses, and what they are of
@@ -132,7 +132,7 @@ def loss_surface(
     span=1.,         # From minus to plus this multiple of each direction; or a pair
     points=51,       # In each direction, >= 2; with an odd number the middle is among them
     dl=None,         # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,    # Only so many samples, the first ones
+    samples=None,    # Only so many samples, chosen by chance, always the same ones
     seed=0,          # Of random directions
     progress=True,   # Show a bar after three seconds
 ) -> Surface: # Multiples, losses, and what they are of

@@ -18,12 +18,12 @@ from tqdm import tqdm
 from ..core.fixed_loss import FixedLoss, collect_batches
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
-# %% ../../nbs/measures/51_sharpness.ipynb #630f2f54
+# %% ../../nbs/measures/51_sharpness.ipynb #58780804
 def sam_sharpness(
     learn,          # A Learner whose network is in evaluation mode
     rho=.05,        # Radius in weight space, > 0; with `adaptive` in multiples of each weight
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, the first ones
+    samples=None,   # Only so many samples, chosen by chance, always the same ones
     adaptive=False, # Scale the neighbourhood with the size of each weight
 ) -> float: # Rise of the loss; negative where a step of this length overshoots
     """How much the loss rises at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
@@ -42,12 +42,12 @@ def sam_sharpness(
 def gradient_norm(
     learn,        # A Learner whose network is in evaluation mode
     dl=None,      # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None, # Only so many samples, the first ones
+    samples=None, # Only so many samples, chosen by chance, always the same ones
 ) -> float: # Loss per unit of length in weight space
     "Norm of the gradient of the mean loss."
     return float(global_norm(FixedLoss(learn, dl, samples).gradient()[1].values()))
 
-# %% ../../nbs/measures/51_sharpness.ipynb #95b4e1b2
+# %% ../../nbs/measures/51_sharpness.ipynb #2d83e51f
 class AverageSharpness(NamedTuple):
     "An estimate of the mean rise of the loss."
     value: float     # The estimate
@@ -59,7 +59,7 @@ def average_sharpness(
     learn,          # A Learner whose network is in evaluation mode
     std=.01,        # Of the noise on every weight, > 0; with `adaptive` in multiples of each weight
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, the first ones
+    samples=None,   # Only so many samples, chosen by chance, always the same ones
     pairs=20,       # Random steps, each with its opposite, >= 2
     adaptive=False, # Scale the noise with the size of each weight
     seed=0,         # Of the noise
@@ -85,7 +85,7 @@ def average_sharpness(
     v = torch.tensor(rises, dtype=torch.float64)
     return AverageSharpness(v.mean().item(), v.std().item() / math.sqrt(len(v)), len(v), len(v) == pairs)
 
-# %% ../../nbs/measures/51_sharpness.ipynb #3742caea
+# %% ../../nbs/measures/51_sharpness.ipynb #f76e5f71
 class FlatnessRecorder(Callback):
     """Measure the network after every `every`-th epoch and after the last; `rows` has one dictionary per time, `table()` shows them.
 
@@ -95,7 +95,7 @@ class FlatnessRecorder(Callback):
         measures=None, # Name to function `(learn, dl=...)` that returns a number or something with a `value`; `None`: `sam_sharpness`
         every=1,       # Epochs between two measurements, >= 1
         dl=None,       # Batches `(x, y)`; `None`: the training loader, in order
-        samples=None,  # Only so many samples, the first ones
+        samples=None,  # Only so many samples, chosen by chance, always the same ones
     ):
         if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
         self.measures, self.every, self.dl, self.samples, self.rows = measures or dict(sharpness=sam_sharpness), every, dl, samples, []

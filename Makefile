@@ -65,10 +65,11 @@ notebooks: $(READY)
 readme: $(READY)
 	$(BIN)/python docs/make_readme.py
 
-# Data throughput and the cost of a step; needs SADT_DATA for the first
+# The cost of a step, data throughput (needs SADT_DATA), landscapes
 bench: $(READY)
 	$(QUIET) $(BIN)/python -m benchmarks.step_cost
 	$(QUIET) $(BIN)/python -m benchmarks.data_throughput
+	$(QUIET) $(BIN)/python -m benchmarks.landscape
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist *.egg-info

@@ -146,7 +146,7 @@ def loss_surface(
     with s.moving() as f: loss = _filled(f, [(a, b) for a in at for b in at], (points, points), 'surface', progress)
     return Surface(at, at, loss, f'{"two given directions" if given else "two random directions, filter-normalised"}; {s.loss.n:,} samples')
 
-# %% ../../nbs/measures/52_landscape.ipynb #66e64d47
+# %% ../../nbs/measures/52_landscape.ipynb #d6c1eb44
 def _axes(ax, **kwargs): return plt.subplots(figsize=(5, 4), layout='constrained', **kwargs)[1] if ax is None else ax
 
 def plot_line(
@@ -183,7 +183,7 @@ def plot_surface(
         ax.set_zlabel('log10 of the loss')
     ax.set(xlabel='first direction', ylabel='second direction')
     if kind == '3d': ax.set_title(surface.about, fontsize=8)
-    else: ax.set(aspect='equal', xlabel=f'first direction\n({surface.about})')
+    else: ax.set(aspect='equal', xlabel='first direction\n(' + surface.about.replace('; ', ';\n') + ')')
     return ax
 
 def plot_evolution(

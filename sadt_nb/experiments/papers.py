@@ -212,7 +212,7 @@ def _distill_table5():
     base = _DISTILL.but(data='tiny_imagenet', flip=False, crop=8, rotate=15.)
     return list(_distill_rows('resnet18 · tiny_imagenet', base, 62.49, 63.26, {.2: (65.45, 66.26, 65.99)}, seeds=1, notes=notes))
 
-# %% ../../nbs/experiments/83_papers.ipynb #d0e0396c
+# %% ../../nbs/experiments/83_papers.ipynb #6e4073ee
 def independent(
     base:Run, # Without a teacher
     n:int,    # How many
@@ -226,9 +226,9 @@ def _distill_ensembles():
     return ([PaperRun(f'teacher {i} of 9', t) for i, t in enumerate(elders, start=1)] +
             [PaperRun(f'student of {n} teachers', distilled(tuple(elders[:n]), 1000 + n), note='published as a curve: more teachers, better student') for n in range(2, 10)])
 
-def _growing(where, teacher, alphas):
-    "For two to four members: independent networks, and for each alpha the teacher and its rounds."
-    for k in (1, 2, 3):
+def _growing(where, teacher, alphas, n=3):
+    "For two to `n + 1` members: independent networks, and for each alpha the teacher and its rounds."
+    for k in range(1, n + 1):
         yield PaperEnsemble(f'independent, {k + 1} members · {where}', tuple(independent(teacher, k + 1)))
         for alpha in alphas: yield PaperEnsemble(f'alpha {alpha}, rounds 0 to {k} · {where}', (teacher, *rounds(teacher, alpha, k)))
 
@@ -259,7 +259,7 @@ def _distill_robust_teacher():
             student = base.but(model=model, method='distillation', method_args=dict(alpha=alpha), teachers=teacher, seed=1)
             yield PaperRun(f'alpha {alpha:g} · student of CLIP ResNet-{depth}', student, note='published as points in a figure')
 
-# %% ../../nbs/experiments/83_papers.ipynb #ad9d62f8
+# %% ../../nbs/experiments/83_papers.ipynb #da171c29
 _DIGITS = Run(data='noisy_digits', model_args=dict(dropout=0.), epochs=15, bs=64, valid=.2, split=0, select='valid')
 
 def _noisy(noise, seed=0): return _DIGITS.but(data_args=dict(noise=noise), split=seed, seed=seed)
@@ -299,14 +299,14 @@ _CIFAR_SMALL = Run(data='cifar10', model='resnet20', n_train=10_000, valid=.04, 
                    crop=4, flip=True, select='valid')
 
 def _distill_cifar_small_groups():
-    return [e for seed in (0, 10, 20) for e in _growing(f'seed {seed}', _CIFAR_SMALL.but(seed=seed), (.5,))]
+    return [e for seed in (0, 10, 20) for e in _growing(f'seed {seed}', _CIFAR_SMALL.but(seed=seed), (.5,), 2)]
 
 def _distill_cifar_small():
     for seed in (0, 10, 20):
         t = _CIFAR_SMALL.but(seed=seed)
         yield PaperRun(f'teacher · seed {seed}', t)
-        for r, run in enumerate(rounds(t, .5), start=1): yield PaperRun(f'alpha 0.5, round {r} · seed {seed}', run)
-        for i, run in enumerate(independent(t, 4)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
+        for r, run in enumerate(rounds(t, .5, 2), start=1): yield PaperRun(f'alpha 0.5, round {r} · seed {seed}', run)
+        for i, run in enumerate(independent(t, 3)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
         yield PaperRun(f'SAM · seed {seed}', t.but(method='sam'))
 
 # %% ../../nbs/experiments/83_papers.ipynb #6ae5a52b

@@ -160,7 +160,7 @@ def first_layer_histogram(
     edges, counts = next(iter(weight_histograms(model, bins).values()))
     return dict(edges=[round(e, 6) for e in edges.tolist()], counts=counts.tolist())
 
-# %% ../../nbs/experiments/81_runner.ipynb #86573f4f
+# %% ../../nbs/experiments/81_runner.ipynb #62afa44d
 def _versions():
     names = ('torch', 'torchvision', 'fastai', 'fastcore', 'numpy', 'scikit-learn')
     return dict(python=platform.python_version(), **{n: importlib.metadata.version(n) for n in names})
@@ -176,7 +176,7 @@ def _hardware(device):
     try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
     except (OSError, StopIteration): pass
     gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else None
-    return dict(cpu=cpu, cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, device=device.type)
+    return dict(cpu=cpu, capability=torch.backends.cpu.get_cpu_capability(), cores=os.cpu_count(), threads=torch.get_num_threads(), gpu=gpu, device=device.type)
 
 def provenance(
     device:torch.device, # Where the work is done

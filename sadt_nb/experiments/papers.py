@@ -309,14 +309,28 @@ def _distill_cifar_small():
         for i, run in enumerate(independent(t, 3)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
         yield PaperRun(f'SAM · seed {seed}', t.but(method='sam'))
 
-# %% ../../nbs/experiments/83_papers.ipynb #6ae5a52b
+# %% ../../nbs/experiments/83_papers.ipynb #7097c5af
+_FLATNESS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa')
+
+def _flatness(base, methods, seeds):
+    for seed in seeds:
+        t = base.but(seed=seed)
+        for m in methods: yield PaperRun(f'{m} · seed {seed}', t.but(method=m), note='published as points in figures')
+        for r, run in enumerate(rounds(t, .5, 2), start=1): yield PaperRun(f'round {r} · seed {seed}', run, note='published as points in figures')
+
+def _flatness_digits(): return _flatness(_noisy(0.), _FLATNESS, range(0, 50, 10))
+def _flatness_simple_cnn(): return _flatness(_CIFAR_SMALL.but(model='simple_cnn', model_args=dict(dropout=0.), opt='adam', opt_args={}, lr=1e-3, clip=0.), _FLATNESS, (0, 10, 20))
+def _flatness_resnet20(): return _flatness(_CIFAR_SMALL, ('baseline', 'sam', 'sadt1'), (0, 10, 20))
+
+# %% ../../nbs/experiments/83_papers.ipynb #525d332f
 PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/table1_controls': _table1_controls,
                'sam_study/a': _sam_study_a, 'sam_study/b': _sam_study_b, 'sam_study/c': _sam_study_c,
                'sam_study/a_small': partial(_sam_study_a, True), 'sam_study/b_small': partial(_sam_study_b, True), 'sam_study/c_small': partial(_sam_study_c, True),
                'saf/table3': _saf_table3, 'distill/table1': _distill_table1, 'distill/table2': _distill_table2, 'distill/table3': _distill_table3,
                'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban, 'distill/robust_teacher': _distill_robust_teacher,
                'distill/digits': _distill_digits, 'distill/digits_ensembles': _distill_digits_ensembles, 'distill/digits_select': _distill_digits_select,
-               'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small}
+               'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small,
+               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20}
 
 PAPER_ENSEMBLES = {'distill/ensembles': _distill_ensembles_groups, 'distill/ban': _distill_ban_groups, 'distill/digits': _distill_digits_groups,
                    'distill/digits_ensembles': _distill_digits_ensembles_groups, 'distill/cifar_small': _distill_cifar_small_groups}

@@ -103,7 +103,7 @@ def test_measure_a_stored_run(tmp_path):
     r = shell('sadt_measure', folder, '--measures', 'sharpness gradient_norm', '--samples', 100)
     assert r.returncode == 0 and 'sharpness' in r.stdout and 'gradient_norm' in r.stdout, r.stderr
     stored = json.loads((folder / 'measures.json').read_text())
-    assert stored['samples'] == 100 and set(stored['measures']) == {'sharpness', 'gradient_norm'} and {'versions', 'hardware', 'code'} <= stored.keys()
+    assert all(m['samples'] == 100 for m in stored['measures'].values()) and set(stored['measures']) == {'sharpness', 'gradient_norm'} and {'versions', 'hardware', 'code'} <= stored.keys()
     assert 'gradient_norm' in shell('sadt_report', '--root', tmp_path).stdout
     for args, text in (((), 'say which run'), ((tmp_path,), 'not the folder of a run'), ((folder, '--measures', 'beauty'), 'unknown measure')):
         r = shell('sadt_measure', *args)

@@ -1,4 +1,5 @@
 "Flatness, landscapes: against exact Hessians, brute force, and what goes wrong."
+import json
 from copy import deepcopy
 from functools import partial
 
@@ -14,7 +15,7 @@ from fastai.optimizer import SGD
 from sadt_nb.core.fixed_loss import FixedLoss
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.measures import hessian
-from sadt_nb.measures.hessian import hessian_trace, spectral_density, top_eigenvalues, top_eigenvectors
+from sadt_nb.measures.hessian import hessian_trace, smoothed_density, spectral_density, top_eigenvalues, top_eigenvectors
 from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
 from sadt_nb.measures.robustness import CORRUPTIONS, calibration_error, corrupt, corrupted_accuracy, memorisation, shifted_accuracy
 from sadt_nb.measures.sharpness import FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness
@@ -104,6 +105,19 @@ def test_hessian_with_several_inputs():
     def f(w): return learn.loss_func(functional_call(learn.model, dict(zip(named, (v.view(p.shape) for v, p in zip(w.split([p.numel() for p in named.values()]), named.values())))), (x, z)), y)
     H = torch.func.hessian(f)(torch.cat([p.detach().flatten() for p in named.values()]))
     torch.testing.assert_close(top_eigenvalues(learn, 3, **quiet).values, torch.linalg.eigvalsh(H).flip(0)[:3], rtol=1e-5, atol=0)
+
+
+def test_a_stored_spectrum_can_be_drawn_again(learn):
+    pytest.importorskip('curvlinops')
+    from sadt_nb.experiments.measure import _stored
+    H = exact(learn)
+    d = spectral_density(learn, steps=5, vectors=40, **quiet)
+    s = json.loads(json.dumps(_stored(d)))
+    again = smoothed_density(s['nodes'], s['weights'])
+    torch.testing.assert_close(again.values, d.values, rtol=1e-3, atol=1e-5)
+    assert abs(s['value'] - torch.linalg.eigvalsh(H).square().mean().sqrt().item()) < 4 * s['error'] and s['n'] == 200
+    top = json.loads(json.dumps(_stored(top_eigenvalues(learn, 5, **quiet))))
+    assert top['value'] == top['values'][0] and len(top['values']) == 5 and top['converged'] is True
 
 
 def test_repeated_and_zero_eigenvalues():

@@ -173,11 +173,11 @@ def sadt_report(
         plot_runs(results, by)[0].figure.savefig(figure, dpi=120)
         print(f'saved {figure}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #325b5835
+# %% ../../nbs/experiments/84_cli.ipynb #23342a26
 @command
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:str='',     # Which, separated by spaces; without them all: trace, eigenvalue, sharpness, ...
+    measures:str='',     # Which, separated by spaces; without them all but spectrum and top100, which are slow
     samples:int=1000,    # Measure on so many training images
     force:bool=False,    # Measure again what is stored
 ):

@@ -9,22 +9,22 @@ __all__ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Mem
            'Eigenvalues', 'SpectralDensity', 'Trace', 'hessian_trace', 'plot_density', 'smoothed_density',
            'spectral_density', 'top_eigenvalues', 'top_eigenvectors', 'Line', 'Surface', 'direction_between',
            'loss_line', 'loss_surface', 'plot_ecdf', 'plot_evolution', 'plot_line', 'plot_surface', 'random_direction',
-           'AverageSharpness', 'FlatnessRecorder', 'average_sharpness', 'gradient_norm', 'sam_sharpness',
-           'weight_histograms', 'LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam',
-           'keras_adam', 'ORDERS', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying',
-           'shared_forward', 'ascent', 'global_dot', 'global_norm', 'perturbed', 'trainable_params', 'weight_sizes',
-           'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
-           'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData',
-           'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun',
-           'paper_ensembles', 'paper_grid', 'COLORS', 'load_results', 'plot_runs', 'results_table', 'RunError',
-           'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'agreement', 'collect_logits', 'diversity',
-           'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
+           'AverageSharpness', 'FlatnessRecorder', 'average_sharpness', 'gradient_norm', 'plot_weights',
+           'sam_sharpness', 'weight_histograms', 'LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div',
+           'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows',
+           'replaying', 'shared_forward', 'ascent', 'global_dot', 'global_norm', 'perturbed', 'trainable_params',
+           'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet',
+           'zero_shot_weights', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls',
+           'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'PAPER_GRIDS', 'PaperEnsemble',
+           'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results', 'plot_runs', 'results_table',
+           'RunError', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'agreement', 'collect_logits',
+           'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
            'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA',
            'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise', 'SAF',
            'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20',
            'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #96a80a05
+# %% ../nbs/all.ipynb #9852de1c
 from .core.fixed_loss import FixedLoss, collect_batches
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
 from .core.losses import kd_loss, kl_div
@@ -48,7 +48,7 @@ from .measures.landscape import (Line, Surface, direction_between, loss_line, lo
                                         plot_surface, random_direction)
 from .measures.robustness import (CORRUPTIONS, Accuracy, Calibration, EffectiveRobustness, Memorisation, calibration_error, corrupt, corrupted_accuracy,
                                          effective_robustness, memorisation, plot_reliability, plot_robustness, shifted_accuracy)
-from .measures.sharpness import AverageSharpness, FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness, weight_histograms
+from .measures.sharpness import AverageSharpness, FlatnessRecorder, average_sharpness, gradient_norm, plot_weights, sam_sharpness, weight_histograms
 from .measures.similarity import agreement, collect_logits, diversity, logit_mse
 from .methods.agc import AGC
 from .methods.asam import ASAM, asam_step
@@ -75,12 +75,12 @@ from .models.vit import vit
 from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #30d40e7c
+# %% ../nbs/all.ipynb #2ed777eb
 _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memorisation', 'calibration_error', 'corrupt', 'corrupted_accuracy', 'effective_robustness',
          'memorisation', 'plot_reliability', 'plot_robustness', 'shifted_accuracy', 'MEASURES', 'measure_run', 'stored_learner',
          'FixedLoss', 'collect_batches', 'Eigenvalues', 'SpectralDensity', 'Trace', 'hessian_trace', 'plot_density', 'smoothed_density', 'spectral_density', 'top_eigenvalues',
          'top_eigenvectors', 'Line', 'Surface', 'direction_between', 'loss_line', 'loss_surface', 'plot_ecdf', 'plot_evolution', 'plot_line', 'plot_surface',
-         'random_direction', 'AverageSharpness', 'FlatnessRecorder', 'average_sharpness', 'gradient_norm', 'sam_sharpness', 'weight_histograms',
+         'random_direction', 'AverageSharpness', 'FlatnessRecorder', 'average_sharpness', 'gradient_norm', 'plot_weights', 'sam_sharpness', 'weight_histograms',
          'LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
          'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',

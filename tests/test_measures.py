@@ -171,6 +171,13 @@ def test_an_interrupted_measure_returns_what_is_done(learn, monkeypatch):
         with pytest.raises(KeyboardInterrupt): f(learn, **(dict(k=5) if f is top_eigenvalues else {}), **quiet)
 
 
+def test_derivatives_that_are_not_finite(learn):
+    pytest.importorskip('curvlinops')
+    learn.loss_func = lambda pred, y: (pred - pred.detach()).abs().sqrt().mean()
+    for f in (hessian_trace, top_eigenvalues, spectral_density):
+        with pytest.raises(ValueError, match='not finite at these weights'): f(learn, **quiet)
+
+
 def test_without_curvlinops_the_extra_is_named(learn, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'curvlinops', None)
     with pytest.raises(ImportError, match=r'sadt_nb\[curvature\]'): hessian_trace(learn)

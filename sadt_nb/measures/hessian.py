@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
 
-# %% ../../nbs/measures/50_hessian.ipynb #8b21ef75
+# %% ../../nbs/measures/50_hessian.ipynb #b4946c13
 def _curvlinops():
     try: import curvlinops
     except ImportError: raise ImportError("the Hessian needs curvlinops; install it with pip install 'sadt_nb[curvature]'") from None
@@ -53,6 +53,7 @@ class _Products:
     def __call__(self, v):
         self.n += 1
         out = self._op @ v
+        if self.n == 1 and not torch.isfinite(out).all(): raise ValueError('the second derivatives of the loss are not finite at these weights and samples')
         self.bar.update()
         return out
 
@@ -117,7 +118,7 @@ def hessian_trace(
             if len(rest) < 2: raise
         return Trace(*estimate(), h.n, False)
 
-# %% ../../nbs/measures/50_hessian.ipynb #cb8e17b8
+# %% ../../nbs/measures/50_hessian.ipynb #2cfed948
 class Eigenvalues(NamedTuple):
     "The largest eigenvalues."
     values: Tensor   # `(k,)` float64, the algebraically largest first
@@ -175,8 +176,9 @@ def _top(h, k, tol, max_products, seed):
         if theta is None: raise
     return Eigenvalues(theta, error, h.n, converged), krylov, S
 
-def _check_k(h, k):
+def _check_k(h, k, max_products):
     if not 1 <= k <= h.size: raise ValueError(f'`k` must be from 1 to the number of trainable weights, {h.size}, got {k}')
+    if max_products is not None and max_products < k: raise ValueError(f'`max_products` must be at least `k`, {k}, got {max_products}')
 
 def top_eigenvalues(
     learn,             # A Learner whose network is in evaluation mode
@@ -190,9 +192,9 @@ def top_eigenvalues(
 ) -> Eigenvalues: # Values, errors, products made, and whether `tol` was reached
     """The algebraically largest eigenvalues of the Hessian of the mean loss. Ctrl-C returns what is known by then.
 
-    Raises `ValueError` for `k` out of range and whatever `FixedLoss` refuses."""
+    Raises `ValueError` for `k` out of range, fewer products than `k`, and whatever `FixedLoss` refuses."""
     with _Products(learn, dl, samples, progress, 'eigenvalues', max_products or 200 + 5 * k) as h:
-        _check_k(h, k)
+        _check_k(h, k, max_products)
         return _top(h, k, tol, max_products, seed)[0]
 
 def top_eigenvectors(
@@ -207,7 +209,7 @@ def top_eigenvectors(
 ) -> tuple: # `Eigenvalues`, and a list of `k` directions of length 1, each a dictionary from parameter name to tensor
     "The largest eigenvalues with their directions in weight space."
     with _Products(learn, dl, samples, progress, 'eigenvectors', max_products or 200 + 5 * k) as h:
-        _check_k(h, k)
+        _check_k(h, k, max_products)
         found, krylov, S = _top(h, k, tol, max_products, seed)
         return found, [h.named(u / u.norm()) for u in (krylov.lifted(s) for s in S.T)]
 

@@ -14,7 +14,7 @@ from fastai.torch_core import to_device
 
 from .perturb import trainable_params, unwrapped
 
-# %% ../../nbs/core/07_fixed_loss.ipynb #d03acc80
+# %% ../../nbs/core/07_fixed_loss.ipynb #94acdf6f
 def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t # fastai's subclasses do not pass through torch.func
 
 def collect_batches(
@@ -42,6 +42,8 @@ def collect_batches(
 
 class FixedLoss:
     """The mean loss of a Learner's network on samples that stay the same: `f()` is its value at the weights as they are now.
+
+    Batches count by their size. A loss that weighs classes or ignores some divides by other numbers, and then depends on the batches.
 
     Raises `ValueError` for a network in training mode, without trainable or with non-finite weights, for batches without labels, and for
     a loss that is not a mean."""

@@ -213,7 +213,7 @@ def top_eigenvectors(
         found, krylov, S = _top(h, k, tol, max_products, seed)
         return found, [h.named(u / u.norm()) for u in (krylov.lifted(s) for s in S.T)]
 
-# %% ../../nbs/measures/50_hessian.ipynb #8b0c4843
+# %% ../../nbs/measures/50_hessian.ipynb #5d638c57
 class SpectralDensity(NamedTuple):
     "An estimate of how the eigenvalues are distributed."
     values: Tensor   # `(points,)` density at `grid`; its integral is 1
@@ -227,7 +227,7 @@ class SpectralDensity(NamedTuple):
     def mass(self,
         edges, # Ascending, at least two
     ) -> tuple: # Share of eigenvalues in each bin `(low, high]`, and its standard error
-        "How many eigenvalues lie between the edges."
+        "Which share of all eigenvalues lies between the edges. With few vectors, the error of a bin that holds few eigenvalues is itself uncertain, and rather too small."
         edges = torch.as_tensor(edges, dtype=torch.float64)
         per = torch.stack([torch.stack([w[(v > a) & (v <= b)].sum() for a, b in zip(edges, edges[1:])]) for v, w in zip(self.nodes, self.weights)])
         return per.mean(0), per.std(0) / math.sqrt(len(per))

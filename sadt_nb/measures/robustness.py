@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
 
-# %% ../../nbs/measures/53_robustness.ipynb #1075822d
+# %% ../../nbs/measures/53_robustness.ipynb #74a6362c
 def _noise(x, g, scale): return torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype) * scale
 
 def _impulse(x, c, g):
@@ -38,7 +38,7 @@ def _blur(x, c, g): # to four standard deviations, the border repeated
     return TF.gaussian_blur(pad(x, (r, r, r, r), mode='replicate'), [2 * r + 1] * 2, [c] * 2)[..., r:-r, r:-r]
 
 def _zoom(x, c, g):
-    h, total, factors = x.shape[-1], torch.zeros_like(x), np.arange(1, 1.01 + .05 * c, .01)
+    h, total, factors = x.shape[-1], torch.zeros_like(x), np.arange(1, c, .01)
     for f in factors:
         s = math.ceil(h / f)
         a = (h - s) // 2
@@ -59,6 +59,8 @@ def _saturate(x, c, g):
     grey = torch.cat([v, v * (1 - new), v * (1 - new)], 1) # no hue is the hue of red
     return torch.where(s > 0, v - (v - x) * new / s.clamp(min=1e-12), grey)
 
+def _whole(x): return (x * 255 + .5).floor() / 255
+
 def _box(n, m, like):
     "Pillow's box filter from `n` to `m` pixels, as a matrix."
     out = torch.zeros(m, n)
@@ -71,8 +73,8 @@ def _box(n, m, like):
 def _pixelate(x, c, g):
     n = x.shape[-1]
     m = int(n * c)
-    small = (_box(n, m, x) @ x @ _box(n, m, x).T).mul(255).round().div(255)
-    return _box(m, n, x) @ small @ _box(m, n, x).T
+    for step in (_box(n, m, x), _box(m, n, x)): x = _whole(step @ _whole(x @ step.T)) # Pillow keeps bytes between its passes
+    return x
 
 def _jpeg(x, c, g): return torch.stack([TF.jpeg(i, c) for i in x.mul(255).round().byte().cpu()]).to(x) / 255
 
@@ -82,7 +84,7 @@ CORRUPTIONS = dict( # Name to a function of images, setting and generator, and t
     impulse_noise=(_impulse, (.01, .02, .03, .05, .07)),
     speckle_noise=(lambda x, c, g: x + x * _noise(x, g, c), (.06, .1, .12, .16, .2)),
     gaussian_blur=(_blur, (.4, .6, .7, .8, 1.)),
-    zoom_blur=(_zoom, (1, 2, 3, 4, 5)),
+    zoom_blur=(_zoom, (1.06, 1.11, 1.16, 1.21, 1.26)),
     brightness=(_bright, (.05, .1, .15, .2, .3)),
     contrast=(lambda x, c, g: (x - (m := x.mean((2, 3), keepdim=True))) * c + m, (.75, .5, .4, .3, .15)),
     saturate=(_saturate, ((.3, 0.), (.1, 0.), (1.5, 0.), (2., .1), (2.5, .2))),
@@ -101,7 +103,8 @@ def corrupt(
     if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] != x.shape[3] or x.min() < -1e-4 or x.max() > 1 + 1e-4:
         raise ValueError(f'images must be square, of shape (n, 3, h, h), with values in [0, 1], got {tuple(x.shape)} in [{x.min():.3g}, {x.max():.3g}]; is the normalisation known?')
     f, settings = CORRUPTIONS[kind]
-    return f(x.clamp(0, 1), settings[severity - 1], torch.Generator(x.device).manual_seed(seed)).clamp(0, 1).mul(255).round().div(255)
+    x = _whole(x.clamp(0, 1)) # bytes, so that a grey pixel has no hue
+    return f(x, settings[severity - 1], torch.Generator(x.device).manual_seed(seed)).clamp(0, 1).mul(255).add(1e-3).floor().div(255) # cut off, as there; a thousandth for what rounding took away
 
 # %% ../../nbs/measures/53_robustness.ipynb #9961dcb0
 class Accuracy(NamedTuple):

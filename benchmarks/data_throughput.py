@@ -22,7 +22,7 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from sadt_nb.data.augment import AutoAugment
 from sadt_nb.data.datasets import get_dls, load_data
-from sadt_nb.experiments.runner import _hardware, _versions, write_json
+from sadt_nb.experiments.runner import provenance, write_json
 from torchvision.transforms import autoaugment, v2
 
 
@@ -90,7 +90,7 @@ def main():
     results = json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
     for part, measure in (('loader', loader), ('autoaugment', augment)):
         if a.only not in (None, part): continue
-        found = dict(bs=a.bs, **measure(a.bs, a.repeats), versions=_versions(), hardware=_hardware(torch.device('cpu')))
+        found = dict(bs=a.bs, **measure(a.bs, a.repeats), **provenance(torch.device('cpu')))
         print(f"{'ratio':12} {found['ratio']:.1f}  ({min(found['ratios']):.1f} to {max(found['ratios']):.1f})")
         results |= found if part == 'loader' else {part: found}
     if a.out:

@@ -25,7 +25,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from sadt_nb.core.optim import keras_adam
 from sadt_nb.data.loader import ImageData, TensorDL
-from sadt_nb.experiments.runner import _hardware, _versions, keep_pages, write_json
+from sadt_nb.experiments.runner import keep_pages, provenance, write_json
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS, make_model
 try: from pytorch_optimizer import SAM as PeerSAM
@@ -156,7 +156,7 @@ def main():
               + (f'   peak {row["peak_copies_of_weights"]:+.2f}' if name in peaks else ''), flush=True)
     if a.out:
         a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(a.out, dict(model=a.model, bs=a.bs, repeats=a.repeats, rows=rows, versions=_versions(), hardware=_hardware(device)))
+        write_json(a.out, dict(model=a.model, bs=a.bs, repeats=a.repeats, rows=rows, **provenance(device)))
 
 
 if __name__ == '__main__': main()

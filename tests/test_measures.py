@@ -1,4 +1,5 @@
 "Flatness, landscapes: against exact Hessians, brute force, and what goes wrong."
+import importlib.util
 import json
 from copy import deepcopy
 from functools import partial
@@ -23,6 +24,7 @@ from torch import nn
 from torch.func import functional_call
 
 quiet = dict(progress=False)
+needs_curvlinops = pytest.mark.skipif(importlib.util.find_spec('curvlinops') is None, reason='curvlinops, the extra sadt_nb[curvature], is not installed')
 
 
 def conv_net():
@@ -61,9 +63,9 @@ def exact(learn):
     return torch.func.hessian(f)(w)
 
 
+@needs_curvlinops
 @pytest.mark.parametrize('frozen', [False, True])
 def test_hessian_of_a_convolutional_network(learn, frozen):
-    pytest.importorskip('curvlinops', reason='curvlinops, the extra sadt_nb[curvature], is not installed')
     if frozen: learn.model[0].requires_grad_(False)
     H = exact(learn)
     values, dl = torch.linalg.eigvalsh(H).flip(0), Once(list(learn.dls.train))
@@ -87,8 +89,8 @@ def test_hessian_of_a_convolutional_network(learn, frozen):
     assert ((share - counted).abs() < 4 * error + 1e-6).all() and share.sum() == pytest.approx(1)
 
 
+@needs_curvlinops
 def test_hessian_with_several_inputs():
-    pytest.importorskip('curvlinops')
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -107,8 +109,8 @@ def test_hessian_with_several_inputs():
     torch.testing.assert_close(top_eigenvalues(learn, 3, **quiet).values, torch.linalg.eigvalsh(H).flip(0)[:3], rtol=1e-5, atol=0)
 
 
+@needs_curvlinops
 def test_a_stored_spectrum_can_be_drawn_again(learn):
-    pytest.importorskip('curvlinops')
     from sadt_nb.experiments.measure import _stored
     H = exact(learn)
     d = spectral_density(learn, steps=5, vectors=40, **quiet)
@@ -120,8 +122,8 @@ def test_a_stored_spectrum_can_be_drawn_again(learn):
     assert top['value'] == top['values'][0] and len(top['values']) == 5 and top['converged'] is True
 
 
+@needs_curvlinops
 def test_repeated_and_zero_eigenvalues():
-    pytest.importorskip('curvlinops')
     class Sum(nn.Module):
         def __init__(self):
             super().__init__()
@@ -136,8 +138,8 @@ def test_repeated_and_zero_eigenvalues():
     assert share.tolist() == pytest.approx([4 / 9, 5 / 9], abs=1e-9) # random signs have the same share of every weight
 
 
+@needs_curvlinops
 def test_single_precision_says_so(learn):
-    pytest.importorskip('curvlinops')
     values = torch.linalg.eigvalsh(exact(learn)).flip(0)
     learn.model.float()
     learn.dls = DataLoaders(*[[(x.float(), y) for x, y in learn.dls.train]] * 2)
@@ -154,8 +156,8 @@ def interrupt(monkeypatch, after):
     monkeypatch.setattr(hessian._Products, '__call__', stopping)
 
 
+@needs_curvlinops
 def test_an_interrupted_measure_returns_what_is_done(learn, monkeypatch):
-    pytest.importorskip('curvlinops')
     H = exact(learn)
     interrupt(monkeypatch, 35)
     t = hessian_trace(learn, max_probes=100, tol=1e-9, **quiet)
@@ -171,8 +173,8 @@ def test_an_interrupted_measure_returns_what_is_done(learn, monkeypatch):
         with pytest.raises(KeyboardInterrupt): f(learn, **(dict(k=5) if f is top_eigenvalues else {}), **quiet)
 
 
+@needs_curvlinops
 def test_derivatives_that_are_not_finite(learn):
-    pytest.importorskip('curvlinops')
     learn.loss_func = lambda pred, y: (pred - pred.detach()).abs().sqrt().mean()
     for f in (hessian_trace, top_eigenvalues, spectral_density):
         with pytest.raises(ValueError, match='not finite at these weights'): f(learn, **quiet)

@@ -14,7 +14,7 @@ from fastai.torch_core import to_device
 
 from .perturb import trainable_params, unwrapped
 
-# %% ../../nbs/core/07_fixed_loss.ipynb #94acdf6f
+# %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174
 def _plain(t): return t.as_subclass(Tensor) if isinstance(t, Tensor) else t # fastai's subclasses do not pass through torch.func
 
 def collect_batches(
@@ -23,9 +23,9 @@ def collect_batches(
     samples=None, # Only so many samples: a choice by chance, always the same, where the loader can shuffle; the first ones of other iterables
 ) -> list: # Pairs of a tuple of inputs and a target
     "Read batches once, onto the model's device. Raises `ValueError` for none, and for batches without labels."
-    if dl is None: dl, again = learn.dls.train, True
-    else: again = samples is not None
-    if again and hasattr(dl, 'new'): # the order of a data set is often that of its classes
+    ours = dl is None
+    if ours: dl = learn.dls.train
+    if (ours or samples is not None) and hasattr(dl, 'new'): # the order of a data set is often that of its classes
         dl = dl.new(shuffle=samples is not None, drop_last=False)
         if hasattr(dl, 'rng'): dl.rng = random.Random(0)
     n_inp, device, left, out = getattr(learn.dls, 'n_inp', 1), next(unwrapped(learn.model).parameters()).device, math.inf if samples is None else samples, []

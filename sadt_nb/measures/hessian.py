@@ -118,7 +118,7 @@ def hessian_trace(
             if len(rest) < 2: raise
         return Trace(*estimate(), h.n, False)
 
-# %% ../../nbs/measures/50_hessian.ipynb #2cfed948
+# %% ../../nbs/measures/50_hessian.ipynb #e4bc432b
 class Eigenvalues(NamedTuple):
     "The largest eigenvalues."
     values: Tensor   # `(k,)` float64, the algebraically largest first
@@ -160,6 +160,8 @@ class _Krylov:
         s = s.to(self.next)
         return sum(b[:rows].T @ s[32 * i:32 * i + rows] for i, (b, rows) in enumerate(self.blocks))
 
+
+# %% ../../nbs/measures/50_hessian.ipynb #66cb3c9d
 def _top(h, k, tol, max_products, seed):
     g, eps = _generator(h, seed), torch.finfo(h.dtype).eps
     krylov, most, converged, theta = _Krylov(h, torch.randn(h.size, generator=g, dtype=h.dtype, device=h.device)), min(h.size, max_products or 200 + 5 * k), False, None
@@ -213,7 +215,7 @@ def top_eigenvectors(
         found, krylov, S = _top(h, k, tol, max_products, seed)
         return found, [h.named(u / u.norm()) for u in (krylov.lifted(s) for s in S.T)]
 
-# %% ../../nbs/measures/50_hessian.ipynb #5d638c57
+# %% ../../nbs/measures/50_hessian.ipynb #d2c95af4
 class SpectralDensity(NamedTuple):
     "An estimate of how the eigenvalues are distributed."
     values: Tensor   # `(points,)` density at `grid`; its integral is 1
@@ -280,6 +282,8 @@ def spectral_density(
             if len(nodes) < 2: raise
         return smoothed_density(nodes, weights, width, points, tol, h.n, len(nodes) == vectors)
 
+
+# %% ../../nbs/measures/50_hessian.ipynb #edb4fa79
 def plot_density(
     density:SpectralDensity, # What to draw
     ax=None,        # Axes to draw on; new ones if `None`

@@ -51,7 +51,7 @@ def direction_between(
     if a.keys() != b.keys() or any(a[n].shape != b[n].shape for n in a): raise ValueError('the two networks differ in architecture, so no straight line leads from one to the other')
     return {n: b[n].to(a[n]) - a[n] for n in a}
 
-# %% ../../nbs/measures/52_landscape.ipynb #08aac90e
+# %% ../../nbs/measures/52_landscape.ipynb #3246afe5
 class Line(NamedTuple):
     "The loss along a line."
     at: np.ndarray   # `(points,)` multiples of the direction
@@ -108,6 +108,8 @@ def _filled(f, grid, shape, name, progress):
         if not done: raise
     return loss
 
+
+# %% ../../nbs/measures/52_landscape.ipynb #96e60ca3
 def loss_line(
     learn,          # A Learner whose network is in evaluation mode
     direction=None, # Name to tensor, for instance of `direction_between` or `top_eigenvectors`; `None`: random, filter-normalised

@@ -106,14 +106,12 @@ def corrupt(
     x = _whole(x.clamp(0, 1)) # bytes, so that a grey pixel has no hue
     return f(x, settings[severity - 1], torch.Generator(x.device).manual_seed(seed)).clamp(0, 1).mul(255).add(1e-3).floor().div(255) # cut off, as there; a thousandth for what rounding took away
 
-# %% ../../nbs/measures/53_robustness.ipynb #9961dcb0
+# %% ../../nbs/measures/53_robustness.ipynb #00e2c54f
 class Accuracy(NamedTuple):
     "A share of correct answers."
     value: float # In [0, 1]
     error: float # Binomial standard error
     n: int       # Samples
-
-def _accuracy(right, n): return Accuracy(right / n, math.sqrt(max(right * (n - right), 0) / n**3), n)
 
 def _normalisation(learn, dl, mean, std, like):
     "Mean and standard deviation by which images were normalised, broadcastable to a batch."
@@ -151,6 +149,8 @@ def corrupted_accuracy(
         if out.isna().all(axis=None): raise
     return out
 
+
+# %% ../../nbs/measures/53_robustness.ipynb #44ad0f18
 def _read_pair(images, labels):
     def load(f):
         try: return np.load(f, allow_pickle=False)
@@ -189,7 +189,8 @@ def shifted_accuracy(
     for i in range(0, len(x), bs):
         batch = torch.as_tensor(x[i:i + bs]).to(p.device).permute(0, 3, 1, 2).to(p.dtype) / 255
         right += (learn.model((batch - mean) / std).argmax(1).cpu().numpy() == y[i:i + bs]).sum().item()
-    return _accuracy(right, len(x))
+    n = len(x)
+    return Accuracy(right / n, math.sqrt(right * (n - right) / n**3), n)
 
 # %% ../../nbs/measures/53_robustness.ipynb #f7ac96d3
 class EffectiveRobustness(NamedTuple):

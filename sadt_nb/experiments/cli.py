@@ -30,12 +30,12 @@ from .report import labels, load_results, plot_runs, results_table
 from .runner import RunError, is_trained, read_result, run
 from ..methods.registry import METHODS
 
-# %% ../../nbs/experiments/84_cli.ipynb #6fcfb51f
+# %% ../../nbs/experiments/84_cli.ipynb #d23b89f3
 @contextmanager
 def _one_line_errors(command):
     try: yield
     except KeyboardInterrupt:
-        print(f'\n{command}: stopped; finished runs are kept, run the command again to continue', file=sys.stderr)
+        print(f'\n{command}: stopped; run the command again to continue', file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, RunError) as e:
         print(f'{command}: error: {str(e).strip().splitlines()[-1].strip()}', file=sys.stderr)
@@ -74,7 +74,7 @@ def _options(text):
         out[k] = v
     return out
 
-# %% ../../nbs/experiments/84_cli.ipynb #9ce1be4e
+# %% ../../nbs/experiments/84_cli.ipynb #be9e86b1
 def _taught(folder, root):
     "Fields of a student whose teacher is the run in `folder`: the same split, so that its validation images are new to both."
     if folder is None: return {}
@@ -111,23 +111,26 @@ def sadt_train(
     clip:float=0.,         # Largest norm of a step's gradient, 0 for no clipping
     select:str='last',     # Epoch whose weights are kept: last, or the best on valid or test data
     teacher:Path=None,     # For distillation: the folder of a finished run below root
-    force:bool=False,      # Train again even if the result is there
+    minutes:float=1.,      # Store a checkpoint after an epoch, but not more often than this
+    force:bool=False,      # Train again even if the result is there, or a checkpoint or configuration that does not fit
 ):
     "Train one network with one method, print its test accuracy, and store everything."
     cfg = Run(data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched, cutmix=cutmix, crop=crop, flip=flip,
               valid=valid, n_train=n_train, rotate=rotate, autoaugment=autoaugment, cutout=cutout, method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
               opt_args=_options(opt_args), amp=amp, clip=clip, select=select, **_taught(teacher, root))
-    r = run(cfg, root, force=force)
+    r = run(cfg, root, force=force, minutes=minutes)
     print(f'{method} on {data}: test accuracy {r["accuracy"]:.3f}, with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #39078fac
+# %% ../../nbs/experiments/84_cli.ipynb #3afc8cca
 @command
 def sadt_grid(
     name:str='',        # A published table, such as sadt/notebook20; --list shows all
     root:Path='runs',   # Folder for the results; finished runs are not repeated
     workers:int=1,      # Processes that train at the same time
+    minutes:float=1.,   # Runs store a checkpoint after an epoch, but not more often than this
+    force:bool=False,   # Train finished runs again
     list:bool=False,    # Show the tables and their number of runs, and stop
 ):
     "Train every run of a published table that is not finished yet, then print the table beside the published values."
@@ -135,7 +138,7 @@ def sadt_grid(
         for n in PAPER_GRIDS: print(f'{n:24} {len(paper_grid(n)):4} runs')
         return
     cells = paper_grid(name)
-    failed = [r for r in run_grid([c.run for c in cells], root, workers) if isinstance(r, Exception)]
+    failed = [r for r in run_grid([c.run for c in cells], root, workers, force, minutes=minutes) if isinstance(r, Exception)]
     if len(failed) == len(cells): raise RunError(f'no run could be made; the first failed with: {str(failed[0]).splitlines()[-1]}')
     print(_published_table(name, root).to_string())
     for e in paper_ensembles(name):

@@ -5,71 +5,197 @@
 # %% auto #0
 __all__ = ['run_grid', 'run_ensemble']
 
-# %% ../../nbs/experiments/85_grid.ipynb #dcd20b21
-import hashlib, json
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+# %% ../../nbs/experiments/85_grid.ipynb #c9639f8b
+import hashlib, json, os, signal, sys, threading, time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from ..core.teachers import Ensemble
 from ..data.datasets import get_dls
 from .config import Run
-from .runner import RunError, evaluate, is_trained, load_model, read_result, run, write_json
+from .runner import RunBusy, RunError, evaluate, is_trained, load_model, read_result, run, write_json
 from ..measures.similarity import diversity
+from ..methods.registry import METHODS
 
-# %% ../../nbs/experiments/85_grid.ipynb #3ecf6d9f
-def _worker(cfg, root, force, threads):
+# %% ../../nbs/experiments/85_grid.ipynb #c012d843
+_training = False # in a worker: is it in the middle of a run?
+
+def _interrupt(*_):
+    if _training: raise KeyboardInterrupt()
+    os._exit(0)
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
+
+def _start_worker(threads):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _interrupt)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    return run(cfg, root, force, progress=False)
 
+def _train(*args, **kwargs):
+    global _training
+    _training = True
+    try: return run(*args, **kwargs)
+    finally: _training = False
+
+class _Worker:
+    "One process that trains; a new one if it dies."
+    def __init__(self, threads): self.threads, self.pool = threads, None
+
+    def submit(self, *args, **kwargs):
+        if self.pool is None: self.pool = ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (self.threads,))
+        return self.pool.submit(_train, *args, **kwargs)
+
+    def renew(self): self.pool = None
+
+    def stop(self, busy):
+        if self.pool is None: return
+        for p in list((self.pool._processes or {}).values()) if busy else (): p.terminate()
+        self.pool.shutdown()
+
+class _Here:
+    "The same without a process."
+    def submit(self, *args, **kwargs):
+        f = Future()
+        try: f.set_result(run(*args, **kwargs))
+        except Exception as e: f.set_exception(e)
+        return f
+
+    def stop(self, busy): pass
+
+# %% ../../nbs/experiments/85_grid.ipynb #1e8a673c
 def _plan(runs, root, force):
-    "What to train: configuration to whether a result that is there is ignored; with the teachers that are missing."
+    "What to train: configuration to `run`'s arguments `force` and `weights`; with the teachers that are missing."
     plan = {}
-    def add(cfg, again):
-        plan[cfg] = again or plan.get(cfg, False)
-        if not again and read_result(cfg, root): return
+    def add(cfg, again, weights):
+        old = plan.get(cfg, {})
+        plan[cfg] = dict(force=again or old.get('force', False), weights=weights or old.get('weights', False))
+        if not again and (is_trained(cfg, root) if weights else read_result(cfg, root)): return
         for t in cfg.teachers:
-            if not is_trained(t, root): add(t, True)
-    for cfg in runs: add(cfg, force)
+            if not is_trained(t, root): add(t, False, True)
+    for cfg in runs: add(cfg, force, False)
     return plan
 
+def _work(cfg): return max(1, cfg.epochs) * METHODS[cfg.method].passes * (cfg.n_train or 1)
+
+def _history(cfg, root):
+    try: return json.loads((Path(root) / cfg.name / 'history.json').read_text())
+    except (OSError, ValueError): return []
+
+def _duration(seconds):
+    "'50 s', '12 min' or '3 h 20 min'."
+    if seconds < 100: return f'{seconds:.0f} s'
+    m = round(seconds / 60)
+    return f'{m} min' if m < 100 else f'{m // 60} h {m % 60:02} min'
+
+class _Progress:
+    "A line for every run that ends; in a terminal, below them, a table of those under way."
+    def __init__(self, plan, root, show):
+        self.root, self.show, self.n, self.ended, self.failed, self.running = root, show, len(plan), 0, 0, {}
+        self.left = {cfg: _work(cfg) for cfg, how in plan.items() if how['force'] or not read_result(cfg, root)}
+        self.before, self.start = {}, time.time()
+        self.done, console = 0., Console()
+        terminal = show and sys.stdout is sys.__stdout__ and sys.stdout.isatty() # a notebook says that it is a terminal
+        self.live = Live(console=console, refresh_per_second=1, transient=True, get_renderable=self.table) if terminal else nullcontext()
+        self.print = partial(console.print, markup=False, highlight=False, soft_wrap=True) if terminal else partial(print, flush=True)
+
+    def begins(self, cfg):
+        self.running[cfg] = time.time()
+        self.before.setdefault(cfg, len(_history(cfg, self.root)) if (Path(self.root) / cfg.name / 'checkpoint.pt').exists() else 0)
+
+    def pauses(self, cfg): self.running.pop(cfg, None)
+
+    def ends(self, cfg, r):
+        self.pauses(cfg)
+        self.ended, self.failed = self.ended + 1, self.failed + isinstance(r, Exception)
+        trained = self.left.pop(cfg, None) and not isinstance(r, Exception)
+        if trained: self.done += _work(cfg) * (1 - self.before.get(cfg, 0) / max(1, cfg.epochs))
+        text = f'{r}' if isinstance(r, Exception) else f'accuracy {r["accuracy"]:.3f}, ' + (f'{r["train_seconds"]:.0f} s' if trained else 'stored')
+        left = f'; {self.time_left()} left' if self.left and self.time_left() else ''
+        if self.show: self.print(f'[{self.ended}/{self.n}] {cfg.name} seed {cfg.seed}: {text}{left}')
+
+    def under_way(self, cfg):
+        "Epochs done since this grid began, and all."
+        rows = _history(cfg, self.root)
+        return max(0, len(rows) - self.before[cfg]) if rows and os.path.getmtime(Path(self.root) / cfg.name / 'history.json') > self.running[cfg] else 0
+
+    def time_left(self):
+        work = {cfg: self.under_way(cfg) / max(1, cfg.epochs) * _work(cfg) for cfg in self.running}
+        done = self.done + sum(work.values())
+        rest = sum(self.left.values()) - sum(work.values())
+        return _duration((time.time() - self.start) * rest / done) if done and rest else ''
+
+    def table(self):
+        t = Table(title=f'{self.ended} of {self.n} runs ended, {self.failed} failed' + (f', about {left} left' if (left := self.time_left()) else ''), title_justify='left')
+        for c in ('run', 'seed', 'epoch', 'training %', 'validation %', 's per epoch'): t.add_column(c, justify='left' if c == 'run' else 'right', overflow='fold')
+        for cfg in list(self.running):
+            rows = _history(cfg, self.root) if self.under_way(cfg) else []
+            last = rows[-1] if rows else {}
+            pct = lambda k: f'{100 * last[k]:.1f}' if k in last else ''
+            t.add_row(cfg.name, str(cfg.seed), f'{len(rows)}/{cfg.epochs}', pct('train_accuracy'), pct('valid_accuracy'), f'{last["seconds"]:.1f}' if last else '')
+        return t
+
+# %% ../../nbs/experiments/85_grid.ipynb #75f9951d
 def run_grid(
     runs,          # Configurations
     root='runs',   # Folder of all results
-    workers:int=1, # Processes; each gets its share of the CPU's threads
+    workers:int=1, # Processes, which share the CPU's threads, or the GPU
     force=False,   # Train finished runs again
-    progress=True, # Print a line per run
+    progress=True, # Print a line per run, and in a terminal a table of those under way
+    minutes=1.,    # Runs store a checkpoint after an epoch, but not more often than this
+    attempts=3,    # So often a run is begun or continued whose process dies
 ) -> list: # A result, or the `Exception`, per run, in the order of `runs`
-    "Run all that are not finished yet; failures are returned, not raised. Ctrl-C stops, finished runs stay."
+    "Run all that are not finished yet; failures are returned, not raised. Ctrl-C stops; the same call continues."
     if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
-    runs, out = list(runs), {}
+    runs, out, jobs, deaths, later = list(runs), {}, {}, {}, {}
     plan = _plan(runs, root, force)
-    waiting = list(plan)
-    def say(cfg, r):
-        text = f'{r}' if isinstance(r, Exception) else f'accuracy {r["accuracy"]:.3f}, {r["train_seconds"]:.0f} s'
-        if progress: print(f'[{len(out)}/{len(plan)}] {cfg.name} seed {cfg.seed}: {text}', flush=True)
-    def note(cfg, f):
-        try: out[cfg] = f()
-        except Exception as e: out[cfg] = e
-        say(cfg, out[cfg])
-    def ready(): # whose teachers are done
+    waiting, say = list(plan), _Progress(plan, root, progress)
+    free = [_Here()] if workers == 1 else [_Worker(max(1, torch.get_num_threads() // workers)) for _ in range(workers)]
+    crew = list(free)
+    def end(cfg, r): say.ends(cfg, out.setdefault(cfg, r))
+    def next_ready(): # whose teachers are done, and which nobody else was training a moment ago
         for cfg in list(waiting):
-            if any(t in plan and t not in out for t in cfg.teachers): continue
+            if any(t in plan and t not in out for t in cfg.teachers) or later.get(cfg, 0) > time.time(): continue
             waiting.remove(cfg)
-            failed = [t.name for t in cfg.teachers if isinstance(out.get(t), Exception)]
-            if not failed: yield cfg
-            else: say(cfg, out.setdefault(cfg, RunError(f'{cfg.name}: its teacher {failed[0]} failed')))
-    if workers == 1:
-        while waiting:
-            for cfg in ready(): note(cfg, lambda: run(cfg, root, plan[cfg], progress=False))
-    else:
-        threads, jobs = max(1, torch.get_num_threads() // workers), {}
-        with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
+            if not (failed := [t.name for t in cfg.teachers if isinstance(out.get(t), Exception)]): return cfg
+            end(cfg, RunError(f'{cfg.name}: its teacher {failed[0]} failed'))
+    def collect(cfg, job, worker):
+        say.pauses(cfg)
+        try: end(cfg, job.result())
+        except RunBusy:
+            later[cfg] = time.time() + 1
+            waiting.append(cfg)
+        except BrokenProcessPool:
+            worker.renew()
+            deaths[cfg] = deaths.get(cfg, 0) + 1
+            if deaths[cfg] < attempts: waiting.insert(0, cfg)
+            else: end(cfg, RunError(f'{cfg.name}: its process was killed {attempts} times; is there enough memory for {workers} at once?'))
+        except Exception as e: end(cfg, e)
+    try:
+        with say.live:
             while waiting or jobs:
-                jobs.update({pool.submit(_worker, cfg, root, plan[cfg], threads): cfg for cfg in ready()})
-                for job in wait(jobs, return_when=FIRST_COMPLETED).done: note(jobs.pop(job), job.result)
+                while free and (cfg := next_ready()):
+                    say.begins(cfg)
+                    worker = free.pop()
+                    jobs[worker.submit(cfg, root, progress=False, minutes=minutes, **plan[cfg])] = cfg, worker
+                if not jobs: time.sleep(.2) # others are busy with all that is left
+                for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED).done:
+                    cfg, worker = jobs.pop(job)
+                    free.append(worker)
+                    collect(cfg, job, worker)
+    finally:
+        for worker in crew: worker.stop(busy=worker not in free)
     return [out[cfg] for cfg in runs]
 
 # %% ../../nbs/experiments/85_grid.ipynb #9101d1b2

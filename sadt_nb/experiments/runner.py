@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first_layer_histogram', 'provenance', 'write_json',
-           'keep_pages', 'RunError', 'read_result', 'is_trained', 'load_model', 'make_learner', 'stored_learner', 'run']
+           'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
+           'stored_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #7e59c973
-import ctypes, hashlib, importlib.metadata, json, os, platform, tempfile, time, warnings
+# %% ../../nbs/experiments/81_runner.ipynb #9176a6f0
+import ctypes, hashlib, importlib.metadata, json, os, platform, time, warnings
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -22,7 +24,9 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
+from filelock import FileLock, Timeout
 
+from ..core.checkpoint import Checkpoint, CheckpointError, saved, write_whole
 from ..core.optim import keras_adam
 from ..core.precision import DeviceMixedPrecision
 from ..data.datasets import get_dls
@@ -68,7 +72,7 @@ def _schedule(cfg):
     if cfg.sched == 'step': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * cfg.epochs / 30 + 1e-9)})] # `done`, a share, is a rounded number
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []
 
-# %% ../../nbs/experiments/81_runner.ipynb #a6cbd50e
+# %% ../../nbs/experiments/81_runner.ipynb #776a6cba
 class RunRecorder(Callback):
     "Per-epoch history, counts of steps and passes, and a stop at the first loss that is NaN or infinite."
     order = Recorder.order + 1
@@ -123,6 +127,9 @@ class RunRecorder(Callback):
         self.rows.append(self._row)
         if self.on_epoch: self.on_epoch(self.rows)
 
+    def state_dict(self): return dict(rows=self.rows, counts=self.counts)
+    def load_state_dict(self, state): self.rows, self.counts = list(state['rows']), dict(state['counts'])
+
     def unhook(self):
         "Take the counters off again."
         for o, k in ((self.learn.opt, 'step'), (self.learn, '_backward')): vars(o).pop(k, None)
@@ -160,7 +167,7 @@ def first_layer_histogram(
     edges, counts = next(iter(weight_histograms(model, bins).values()))
     return dict(edges=[round(e, 6) for e in edges.tolist()], counts=counts.tolist())
 
-# %% ../../nbs/experiments/81_runner.ipynb #62afa44d
+# %% ../../nbs/experiments/81_runner.ipynb #c21f34a3
 def _versions():
     names = ('torch', 'torchvision', 'fastai', 'fastcore', 'numpy', 'scikit-learn')
     return dict(python=platform.python_version(), **{n: importlib.metadata.version(n) for n in names})
@@ -186,11 +193,7 @@ def provenance(
 
 def write_json(path, obj):
     "Write a file completely or not at all."
-    path = Path(path)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    with os.fdopen(fd, 'w') as f: json.dump(obj, f, indent=1)
-    os.chmod(tmp, 0o644)
-    os.replace(tmp, path)
+    write_whole(Path(path), json.dumps(obj, indent=1).encode())
 
 def keep_pages():
     """Ask glibc to keep freed memory. A training step frees and asks for the same hundreds of megabytes again and again; giving
@@ -201,17 +204,49 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #cc1cbac9
+# %% ../../nbs/experiments/81_runner.ipynb #f65a8dbf
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
+class RunBusy(RunError):
+    "Another process is training this run."
+
+@contextmanager
+def _writing(root):
+    "What the disk refuses, as an error that says what to do."
+    try: yield
+    except OSError as e: raise RunError(f'cannot write to {root} ({e.strerror}); choose another root, or make room: the same command then continues') from None
+
+@contextmanager
+def _lock(cfg, root):
+    "While this process trains the run nobody else does. The operating system takes the lock from a process that dies."
+    with _writing(root): (folder := Path(root) / '.locks').mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / cfg.name)
+    try: lock.acquire(timeout=0)
+    except Timeout: raise RunBusy(f'{cfg.name}: another process is training it; wait for its result, or take another root') from None
+    except OSError as e: raise RunError(f'cannot write to {root} ({e.strerror}); choose another root') from None
+    try: yield
+    finally: lock.release()
+
 def _folder(cfg, root):
-    try:
+    "The run's folder, without what a killed process left half-written."
+    with _writing(root):
         folder = Path(root) / cfg.name
         folder.mkdir(parents=True, exist_ok=True)
+        for f in folder.glob('.*'): f.unlink()
         write_json(folder / 'config.json', cfg.to_dict())
-    except OSError as e: raise RunError(f'cannot write to {root} ({e.strerror}); choose another root') from None
     return folder
+
+def _check_config(cfg, root):
+    "The folder's name is made of what differs from the defaults. Another version of the library may have had others."
+    try: stored = json.loads((Path(root) / cfg.name / 'config.json').read_text())
+    except (OSError, ValueError): return
+    mine = cfg.to_dict()
+    if stored == mine: return
+    try: same = Run.from_dict(stored) == cfg
+    except (TypeError, ValueError): same = False
+    differ = ', '.join(f'{k} {stored.get(k, "unknown")!r}, not {mine.get(k, "unknown")!r}' for k in sorted({*stored, *mine}) if stored.get(k, "unknown") != mine.get(k, "unknown"))
+    if not same: raise RunError(f'{cfg.name}: its folder holds another configuration ({differ}); take another root, or train it anew with force=True (--force)')
 
 def read_result(
     cfg:Run, # The configuration
@@ -302,45 +337,66 @@ def _beside_teacher(learn):
     return dict(teacher=dict(accuracy=evaluate(pair[1], learn.dls[2])['accuracy'], **{
         f'{name}_{part}': f(*pair, dl) for name, f in (('logit_mse', logit_mse), ('agreement', agreement)) for part, dl in (('train', plain), ('test', learn.dls[2]))}))
 
-def run(
-    cfg:Run,         # What to train
-    root='runs',     # Folder of all results
-    force=False,     # Train again even if a finished result is there
-    progress=True,   # Show a progress bar
-    device=None,     # fastai's default device if `None`
-) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
-    """Train one configuration and store everything, or read what is stored. Teachers that are missing are trained first.
-
-    Raises `RunError` if the loss stops being finite or the folder cannot be written, `ValueError` for data that do not fit."""
-    if not force and (done := read_result(cfg, root)): return done
-    for t in cfg.teachers:
-        if not is_trained(t, root): run(t, root, True, progress, device)
+def _train(cfg, root, force, progress, device, minutes):
+    "Train, evaluate, store; the caller holds the lock."
     keep_pages()
-    recorder = RunRecorder(on_epoch=lambda rows: write_json(folder / 'history.json', rows))
-    started = time.time()
-    def store(status, **more):
-        result = dict(status=status, **more, **recorder_counts(), **provenance(torch.device(device or default_device())),
-                      started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(started)), wall_seconds=time.time() - started)
-        write_json(folder / 'result.json', result)
-        return result
-    def recorder_counts():
-        return dict(epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}))
+    def put(name, obj):
+        with _writing(root): write_json(folder / name, obj)
+    recorder, started = RunRecorder(on_epoch=partial(put, 'history.json')), time.time()
     learn = make_learner(cfg, device, [recorder, *([Recorder(), ProgressCallback()] if progress else [])], root)
     folder = _folder(cfg, root)
+    checkpoint = Checkpoint(folder / 'checkpoint.pt', minutes=minutes, tag=f'{cfg.key}, code {_code()["source"]}, torch {torch.__version__}')
+    if force and (is_trained(cfg, root) or not checkpoint.fits(cfg.epochs)): checkpoint.remove()
+    def store(status, **more):
+        result = dict(status=status, **more, epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}), resumed=checkpoint.start,
+                      **provenance(torch.device(device or default_device())), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(started)), wall_seconds=time.time() - started)
+        put('result.json', result)
+        return result
     try:
-        learn.fit(cfg.epochs)
-        if recorder.failed:
-            store('diverged', error=recorder.failed)
-            raise RunError(f'{cfg.name}: {recorder.failed}')
-        plain, test = learn.model, learn.dls[2]
-        a = b = evaluate(plain, test)
-        if cfg.epochs: # the statistics of a network that was not trained here are somebody's choice
-            b = evaluate(reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new()), test)
-        torch.save(plain.state_dict(), folder / 'weights.pt')
-        return store('finished', accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'],
-                     parameters=sum(p.numel() for p in plain.parameters()), first_layer=first_layer_histogram(plain),
-                     **_selected(learn), **_beside_teacher(learn))
+        learn.fit(cfg.epochs, cbs=checkpoint)
+        if recorder.failed: store('diverged', error=recorder.failed)
+        else: result = store('finished', **_results(cfg, learn, folder))
+        checkpoint.remove()
     except KeyboardInterrupt:
         store('interrupted')
         raise
+    except CheckpointError as e: raise RunError(f'{cfg.name} cannot continue: {_said(e)}; force=True (--force) trains it anew') from None
+    except RunError as e: raise RunError(_said(e)) from None
     finally: recorder.unhook()
+    if recorder.failed: raise RunError(f'{cfg.name}: {recorder.failed}')
+    return result
+
+def _said(e): return str(e).split('\n\t')[-1] # fastai puts a line of its own before what a callback raises
+
+def _results(cfg, learn, folder):
+    "Evaluate what was trained, and keep its weights."
+    plain, test = learn.model, learn.dls[2]
+    a = b = evaluate(plain, test)
+    if cfg.epochs: # the statistics of a network that was not trained here are somebody's choice
+        b = evaluate(reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new()), test)
+    with _writing(folder.parent): write_whole(folder / 'weights.pt', saved(plain.state_dict()))
+    return dict(accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'], parameters=sum(p.numel() for p in plain.parameters()),
+                first_layer=first_layer_histogram(plain), **_selected(learn), **_beside_teacher(learn))
+
+# %% ../../nbs/experiments/81_runner.ipynb #70fa02fa
+def run(
+    cfg:Run,         # What to train
+    root='runs',     # Folder of all results
+    force=False,     # Train again even if a finished result is there; leave out a checkpoint or configuration that does not fit
+    progress=True,   # Show a progress bar
+    device=None,     # fastai's default device if `None`
+    minutes=1.,      # Store a checkpoint after an epoch, but not more often than this; 0: after every epoch
+    weights=False,   # A finished result is not enough: its weights must be there, too, as a teacher's
+) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
+    """Train one configuration and store everything, or read what is stored. Teachers that are missing are trained first. What was
+    interrupted, even by `kill -9`, continues from its last checkpoint, and on a CPU ends with the same bits.
+
+    Raises `RunError` if the loss stops being finite, the folder cannot be written or is that of another configuration, or the checkpoint
+    is of another version of the code; `RunBusy` if another process is training this run; `ValueError` for data that do not fit."""
+    if not force: _check_config(cfg, root)
+    def done(): return None if force or (weights and not is_trained(cfg, root)) else read_result(cfg, root)
+    if r := done(): return r
+    for t in cfg.teachers: run(t, root, False, progress, device, minutes, weights=True)
+    with _lock(cfg, root):
+        if r := done(): return r # somebody was faster
+        return _train(cfg, root, force, progress, device, minutes)

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 
 from ..core.teachers import Ensemble
 
-# %% ../../nbs/methods/31_born_again.ipynb #ff94dfbd
+# %% ../../nbs/methods/31_born_again.ipynb #4bdd9568
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 class KeepBest(Callback):
@@ -45,6 +45,9 @@ class KeepBest(Callback):
     def after_fit(self):
         if self._weights is not None: self.learn.model.load_state_dict(self._weights)
         self._weights = None
+
+    def state_dict(self): return dict(best=self.best, epoch_kept=self.epoch_kept, last=self.last, weights=self._weights)
+    def load_state_dict(self, state): self.best, self.epoch_kept, self.last, self._weights = (state[k] for k in ('best', 'epoch_kept', 'last', 'weights'))
 
 # %% ../../nbs/methods/31_born_again.ipynb #6aef965c
 class Generations(NamedTuple):

@@ -11,7 +11,7 @@ import warnings
 # %% ../../nbs/experiments/84_cli.ipynb #651cfc56
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
-# %% ../../nbs/experiments/84_cli.ipynb #c6e6d1cd
+# %% ../../nbs/experiments/84_cli.ipynb #80bac39a
 import argparse, json, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -19,12 +19,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 from fastcore.docments import docments
+from fastai.torch_core import default_device
 from fastprogress.fastprogress import progress_bar
 
 from .config import Run
-from .grid import run_ensemble, run_grid
+from .cost import estimated_seconds, probe_machine, run_cost
+from .grid import duration, run_ensemble, run_grid
 from .measure import measure_run
+from .pages import comparison, write_pages
 from .papers import PAPER_GRIDS, paper_ensembles, paper_grid
 from .report import labels, load_results, plot_runs, results_table
 from .runner import RunError, is_trained, read_result, run
@@ -123,32 +127,46 @@ def sadt_train(
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #3afc8cca
+# %% ../../nbs/experiments/84_cli.ipynb #a60e4718
+def _list_tables(device=None):
+    "Every preset with its runs, its passes, and the time that one run after the other would take here."
+    print('measuring this machine for a few seconds', file=sys.stderr)
+    machine = probe_machine(device)
+    print(f'{"table":26} {"runs":>5} {"million passes":>15}   time on this {"GPU" if torch.device(device or default_device()).type == "cuda" else "CPU"}, roughly')
+    for n in PAPER_GRIDS:
+        runs = {r for c in paper_grid(n) for r in (c.run, *c.run.teachers)}
+        try: print(f'{n:26} {len(runs):5} {sum(run_cost(r).passes for r in runs) / 1e6:15.2f}   {duration(estimated_seconds(runs, machine))}')
+        except ImportError as e: print(f'{n:26} {len(runs):5} {"":15}   {e}')
+
 @command
 def sadt_grid(
     name:str='',        # A published table, such as sadt/notebook20; --list shows all
     root:Path='runs',   # Folder for the results; finished runs are not repeated
     workers:int=1,      # Processes that train at the same time
+    scale:float=1.,     # Share of the published epochs, to see in an hour where a day would lead; everything is marked as scaled
+    samples:int=1000,   # Training images for the measures that a figure needs
     minutes:float=1.,   # Runs store a checkpoint after an epoch, but not more often than this
     force:bool=False,   # Train finished runs again
-    list:bool=False,    # Show the tables and their number of runs, and stop
+    list:bool=False,    # Show the tables with their runs, passes and time, and stop
 ):
     "Train every run of a published table that is not finished yet, then print the table beside the published values."
-    if list or not name:
-        for n in PAPER_GRIDS: print(f'{n:24} {len(paper_grid(n)):4} runs')
-        return
-    cells = paper_grid(name)
+    if list or not name: return _list_tables()
+    cells = paper_grid(name, scale)
     failed = [r for r in run_grid([c.run for c in cells], root, workers, force, minutes=minutes) if isinstance(r, Exception)]
     if len(failed) == len(cells): raise RunError(f'no run could be made; the first failed with: {str(failed[0]).splitlines()[-1]}')
-    print(_published_table(name, root).to_string())
-    for e in paper_ensembles(name):
+    for c in cells:
+        if c.measures and is_trained(c.run, root):
+            print(f'measuring {c.label}', flush=True)
+            measure_run(c.run, root, c.measures, samples)
+    print(_published_table(name, root, scale).to_string())
+    for e in paper_ensembles(name, scale):
         if all(is_trained(m, root) for m in e.members): print(f'ensemble of {e.label}: accuracy {run_ensemble(e.members, root)["accuracy"]:.3f}')
     if failed: print(f'{len(failed)} of {len(cells)} runs failed, see above', file=sys.stderr)
 
-def _published_table(name, root):
+def _published_table(name, root, scale=1.):
     "A table's finished runs beside the published values."
     rows = []
-    for c in paper_grid(name):
+    for c in paper_grid(name, scale):
         r = read_result(c.run, root) or {}
         pct = lambda v: '-' if v is None else f'{100 * v:.1f}'
         published = pct(c.published) if c.spread is None else f'{100 * c.published:.2f} ± {100 * c.spread:.2f}'
@@ -160,27 +178,34 @@ def _published_table(name, root):
 def sadt_report(
     name:str='',       # A published table, such as sadt/notebook20; without it, all runs in the folder
     root:Path='runs',  # Folder of the results
+    to:Path=None,      # Folder for the table's pages, HTML and Markdown; root if not given
+    scale:float=1.,    # Share of the published epochs that was trained
     figure:Path=None,  # Save the training curves to this file
 ):
-    "Print stored results: a published table with our numbers beside it, or everything in a folder."
-    print((_published_table(name, root) if name else results_table(load_results(root))).to_string())
+    "Print stored results: everything in a folder, or a published table with our numbers beside it, a verdict for each row, and pages of it."
+    plt.switch_backend('agg') # commands save figures, they do not show them
+    if name:
+        print(_published_table(name, root, scale).to_string())
+        table = comparison(name, load_results(root), scale)
+        print('\n' + table[[c for c in ('row', 'where', 'n', 'published difference', 'our difference', 'verdict') if c in table and (table[c] != '').any()]].to_string(index=False))
+        print('\npages: ' + ', '.join(str(p) for p in write_pages(name, root, to, scale)))
+    else: print(results_table(load_results(root)).to_string())
     if figure:
         results = load_results(root)
         if name: # only this table's runs, under their own names
-            names = {c.run: c.label for c in paper_grid(name)}
+            names = {c.run: c.label for c in paper_grid(name, scale)}
             results = results[results['run'].isin(names.keys())]
             if results.empty: raise ValueError(f'no run of {name} is in {root}')
             by = [names[r] for r in results['run']]
         else: by = labels(results)
-        plt.switch_backend('agg') # commands save figures, they do not show them
         plot_runs(results, by)[0].figure.savefig(figure, dpi=120)
         print(f'saved {figure}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #23342a26
+# %% ../../nbs/experiments/84_cli.ipynb #4c9955ee
 @command
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:str='',     # Which, separated by spaces; without them all but spectrum and top100, which are slow
+    measures:str='',     # Which, separated by spaces; without them all but spectrum, top100 and surface, which are slow
     samples:int=1000,    # Measure on so many training images
     force:bool=False,    # Measure again what is stored
 ):

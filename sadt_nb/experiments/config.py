@@ -16,9 +16,9 @@ from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #8e17fd80
+# %% ../../nbs/experiments/80_config.ipynb #48f541a9
 OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
-SCHEDULES = ('cosine', 'constant', 'step', 'restart')
+SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart')
 SELECT = ('last', 'valid', 'test')
 
 def _pairs(d): return tuple(sorted(dict(d).items()))
@@ -47,7 +47,7 @@ class Run:
     method_args: tuple = ()      # Options of the method: `rho`, `spec`
     opt: str = 'adam'            # 'adam', 'keras_adam' (TensorFlow's) or 'sgd'
     opt_args: tuple = ()         # `weight_decay` and, for sgd, `momentum`
-    sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, or 'restart': the released SADT notebook's
+    sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, 'thirds': after every third of them, or 'restart': the released SADT notebook's
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
     n_train: int | None = None   # Train on so many images only
     cutmix: float = 0.           # Alpha of CutMix, 0 for none
@@ -61,6 +61,7 @@ class Run:
     autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
     cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
     amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
+    track: int = 0               # Record SAM's sharpness (radius 0.05, 1,000 training images without augmentation) after every so many epochs; 0 for never
     teachers: tuple = ()         # The `Run`s of a distillation's teachers, or one `Run`; their logits are averaged
 
     def __post_init__(self):
@@ -74,6 +75,7 @@ class Run:
         if not 0 <= self.rotate <= 180 or self.cutout < 0: raise ValueError(f'`rotate` must lie in [0, 180] and `cutout` must not be negative, got {self.rotate} and {self.cutout}')
         if self.autoaugment: AutoAugment(self.autoaugment)
         if self.amp not in ('', 'bf16', 'fp16'): raise ValueError(f"`amp` must be 'bf16', 'fp16' or empty, got {self.amp!r}")
+        if not isinstance(self.track, int) or self.track < 0: raise ValueError(f'`track` must be a whole number of at least 0, got {self.track!r}')
         if self.clip < 0: raise ValueError(f'`clip` must not be negative, got {self.clip}')
         for k, known in (('model', MODELS), ('method', METHODS), ('opt', OPTIMIZERS), ('sched', SCHEDULES), ('select', SELECT)):
             if getattr(self, k) not in known: raise ValueError(f'unknown {k} {getattr(self, k)!r}; choose one of {", ".join(known)}')

@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SLOW', 'measure_run']
 
-# %% ../../nbs/experiments/86_measure.ipynb #f9cb13a6
+# %% ../../nbs/experiments/86_measure.ipynb #23be60d9
 import json, time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .config import Run
 from .runner import RunError, is_trained, provenance, read_result, stored_learner, write_json
 from ..measures.hessian import Eigenvalues, SpectralDensity, hessian_trace, spectral_density, top_eigenvalues
+from ..measures.landscape import Surface, loss_surface
 from ..measures.robustness import calibration_error, corrupted_accuracy
 from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 
-# %% ../../nbs/experiments/86_measure.ipynb #6d85a8a4
+# %% ../../nbs/experiments/86_measure.ipynb #66c3fdce
 def _stored(e):
     "A measure's answer as JSON holds it."
     if isinstance(e, float): return dict(value=e)
@@ -26,6 +28,9 @@ def _stored(e):
         value = squares.mean().sqrt().item()
         return dict(value=value, error=squares.std().item() / len(squares)**.5 / (2 * value), n=e.n, converged=e.converged, **{k: [[float(f'{x:.6g}') for x in v] for v in getattr(e, k)] for k in ('nodes', 'weights')})
     if isinstance(e, Eigenvalues): return dict(value=e.values[0].item(), error=e.error[0].item(), n=e.n, converged=e.converged, **(dict(values=e.values.tolist()) if len(e.values) > 1 else {}))
+    if isinstance(e, Surface): # how far the loss rises on average stands for it
+        rows = lambda a: [[float(f'{x:.6g}') for x in row] for row in a]
+        return dict(value=float(np.nanmean(e.loss) - e.loss[len(e.x) // 2, len(e.y) // 2]), n=e.loss.size, x=e.x.tolist(), y=e.y.tolist(), loss=rows(e.loss), about=e.about)
     return {k: getattr(e, k) for k in ('value', 'error', 'n', 'converged') if hasattr(e, k)}
 
 MEASURES = dict( # Name to function `(learn, samples)`, which returns a number or an estimate
@@ -38,9 +43,10 @@ MEASURES = dict( # Name to function `(learn, samples)`, which returns a number o
     calibration_error=lambda learn, samples: calibration_error(learn, learn.dls[2]),
     corrupted_accuracy=lambda learn, samples: float(corrupted_accuracy(learn, dl=learn.dls[2], samples=samples, mean=0., std=1.).mean(axis=None)),
     spectrum=lambda learn, samples: spectral_density(learn, samples=samples),
-    top100=lambda learn, samples: top_eigenvalues(learn, 100, samples=samples, tol=1e-2))
+    top100=lambda learn, samples: top_eigenvalues(learn, 100, samples=samples, tol=1e-2),
+    surface=lambda learn, samples: loss_surface(learn, points=25, samples=samples))
 
-SLOW = ('spectrum', 'top100') # hundreds of products
+SLOW = ('spectrum', 'top100', 'surface') # hundreds of passes
 
 # %% ../../nbs/experiments/86_measure.ipynb #f972cf65
 def measure_run(

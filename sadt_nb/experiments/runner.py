@@ -7,8 +7,8 @@ __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first
            'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
            'stored_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #9176a6f0
-import ctypes, hashlib, importlib.metadata, json, os, platform, time, warnings
+# %% ../../nbs/experiments/81_runner.ipynb #03210990
+import ctypes, hashlib, importlib.metadata, json, os, platform, time, warnings, zlib
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -31,14 +31,14 @@ from ..core.optim import keras_adam
 from ..core.precision import DeviceMixedPrecision
 from ..data.datasets import get_dls
 from .config import Run
-from ..measures.sharpness import weight_histograms
+from ..measures.sharpness import FlatnessRecorder, weight_histograms
 from ..measures.similarity import agreement, logit_mse
 from ..methods.born_again import KeepBest
 from ..methods.registry import make_method
 from ..models.registry import make_model
 from ..models.weights import load_weights
 
-# %% ../../nbs/experiments/81_runner.ipynb #4a3e0163
+# %% ../../nbs/experiments/81_runner.ipynb #c5a5628c
 def _opt_func(cfg):
     args = dict(cfg.opt_args)
     if cfg.opt == 'keras_adam': return partial(keras_adam, **args)
@@ -69,6 +69,7 @@ class RestartEveryEpoch(Callback):
 
 def _schedule(cfg):
     if cfg.sched == 'cosine': return [ParamScheduler({'lr': SchedCos(cfg.lr, 0.)})]
+    if cfg.sched == 'thirds': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * 3 + 1e-9)})]
     if cfg.sched == 'step': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * cfg.epochs / 30 + 1e-9)})] # `done`, a share, is a rounded number
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []
 
@@ -204,7 +205,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #f65a8dbf
+# %% ../../nbs/experiments/81_runner.ipynb #5d5a5542
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -310,7 +311,8 @@ def make_learner(
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=_opt_func(cfg), lr=cfg.lr, default_cbs=False,
                     cbs=[TrainEvalCallback(), *_schedule(cfg), *method, *([DeviceMixedPrecision(cfg.amp)] if cfg.amp else []), *([GradientClip(cfg.clip)] if cfg.clip else []),
-                         *([KeepBest(cfg.select)] if cfg.select != 'last' else []), *cbs])
+                         *([KeepBest(cfg.select)] if cfg.select != 'last' else []),
+                         *([FlatnessRecorder(every=cfg.track, dl=dls.train.new(shuffle=False, drop_last=False, tfms=[]), samples=1000)] if cfg.track else []), *cbs])
     try: learn.create_opt()
     except TypeError as e: raise ValueError(f'optimizer {cfg.opt} does not take {dict(cfg.opt_args)}: {e}') from None
     torch.manual_seed(cfg.seed + 1) # dropout: the same masks whatever it took to make the model
@@ -325,6 +327,13 @@ def stored_learner(
     dls = _loaders(cfg, device)
     dls.loaders[0] = dls.train.new(shuffle=False, drop_last=False, tfms=[])
     return Learner(dls, load_model(cfg, root, dls.c, dls.device), loss_func=nn.CrossEntropyLoss(), default_cbs=False)
+
+def _data_facts(dls):
+    "How many images, and a checksum of the test images and labels: the same name may stand for other pixels."
+    test = dls[2].dataset
+    facts = dict(train=len(dls.train.dataset), test=len(test))
+    if isinstance(x := getattr(test, 'x', None), torch.Tensor): facts['test_crc32'] = f'{zlib.crc32(test.y.cpu().numpy().tobytes(), zlib.crc32(x.cpu().numpy().tobytes())):08x}'
+    return facts
 
 def _selected(learn):
     "Which epoch's weights were kept, the accuracy that they were kept for, and beside it that of the last epoch."
@@ -375,8 +384,8 @@ def _results(cfg, learn, folder):
     if cfg.epochs: # the statistics of a network that was not trained here are somebody's choice
         b = evaluate(reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new()), test)
     with _writing(folder.parent): write_whole(folder / 'weights.pt', saved(plain.state_dict()))
-    return dict(accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'], parameters=sum(p.numel() for p in plain.parameters()),
-                first_layer=first_layer_histogram(plain), **_selected(learn), **_beside_teacher(learn))
+    return dict(accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'], parameters=sum(p.numel() for p in plain.parameters()), data_facts=_data_facts(learn.dls),
+                first_layer=first_layer_histogram(plain), **(dict(tracked=learn.flatness_recorder.rows) if cfg.track else {}), **_selected(learn), **_beside_teacher(learn))
 
 # %% ../../nbs/experiments/81_runner.ipynb #70fa02fa
 def run(

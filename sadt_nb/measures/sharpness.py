@@ -87,7 +87,7 @@ def average_sharpness(
     v = torch.tensor(rises, dtype=torch.float64)
     return AverageSharpness(v.mean().item(), v.std().item() / math.sqrt(len(v)), len(v), len(v) == pairs)
 
-# %% ../../nbs/measures/51_sharpness.ipynb #f76e5f71
+# %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
 class FlatnessRecorder(Callback):
     """Measure the network after every `every`-th epoch and after the last; `rows` has one dictionary per time, `table()` shows them.
 
@@ -116,6 +116,9 @@ class FlatnessRecorder(Callback):
             self.rows.append(dict(epoch=self.epoch + 1, loss=FixedLoss(self.learn, self._batches)(), **{name: float(getattr(v, 'value', v)) for name, v in found.items()}))
         finally:
             for m, mode in modes: m.training = mode
+
+    def state_dict(self): return dict(rows=self.rows)
+    def load_state_dict(self, state): self.rows = list(state['rows'])
 
     def table(self) -> pd.DataFrame: # One row per measurement: `epoch`, `loss` on the samples measured, and the measures
         "The measurements as a table."

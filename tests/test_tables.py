@@ -1,0 +1,130 @@
+"Tables as one command: scaled, measured, estimated, and held against the paper by a fixed rule."
+import json
+
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import CancelBatchException
+from sadt_nb.experiments import cli
+from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.cost import Machine, estimated_seconds, run_cost
+from sadt_nb.experiments.grid import duration, run_grid
+from sadt_nb.experiments.measure import measure_run
+from sadt_nb.experiments.pages import comparison, interval, verdict
+from sadt_nb.experiments.papers import PAPER_GRIDS, PaperRun, paper_grid, scaled
+from sadt_nb.experiments.report import load_results
+from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
+from sadt_nb.measures.landscape import loss_surface
+from sadt_nb.measures.sharpness import sam_sharpness
+from sadt_nb.models.registry import make_model
+from scipy import stats
+from torch import nn
+
+SMALL = Run(epochs=2, n_train=60, bs=30, model_args=dict(dropout=0.))
+quiet = dict(progress=False)
+
+
+@pytest.fixture
+def miniature(monkeypatch):
+    "A table of two places, two methods and three repetitions, with claims of both signs; one figure measures."
+    def table():
+        return [PaperRun(f'{what} · rate {lr:g} · seed {s}', SMALL.but(method=method, lr=lr, seed=s, epochs=20), claim, spread=.01, measures=('gradient_norm',) if s == 0 else ())
+                for lr, claims in ((1e-3, (.5, .6)), (2e-3, (.6, .5))) for (what, method), claim in zip((('plain', 'baseline'), ('SAM', 'sam')), claims) for s in range(3)]
+    monkeypatch.setitem(PAPER_GRIDS, 'miniature', table)
+    return table
+
+
+def test_the_interval_is_that_of_a_paired_t_test():
+    a, b = np.random.default_rng(0).normal(size=(2, 7))
+    oracle = stats.ttest_rel(a, b).confidence_interval(.95)
+    assert interval(a - b) == pytest.approx(((a - b).mean(), oracle.low, oracle.high), rel=1e-12)
+    assert np.isnan(interval([1.])[1:]).all() and interval([2., 2.]) == (2., 2., 2.)
+    assert verdict(.1, 2., 2.) == 'reproduced' and verdict(.1, 0., 2.) == verdict(-.1, -2., 0.) == 'not decidable here' and verdict(0., 1., 2.) == ''
+
+
+def test_a_scaled_table_from_the_shell_to_the_page(miniature, tmp_path, capsys):
+    cli.sadt_grid('miniature', root=tmp_path, scale=.1)
+    said = capsys.readouterr()
+    assert '0.1 of the epochs' in said.out and 'measuring SAM · rate 0.001 · seed 0' in said.out
+    results = load_results(tmp_path)
+    assert set(results['epochs']) == {2} and (results['measures'].map(bool) == (results['seed'] == 0)).all()
+    with pytest.raises(ValueError, match='no run of miniature is finished'): comparison('miniature', results)
+    table = comparison('miniature', results, .1)
+    acc = {c.label: 100 * next(r for _, r in results.iterrows() if r['run'] == c.run)['accuracy'] for c in paper_grid('miniature', .1)}
+    for (_, row), where in zip(table.iloc[[1, 3]].iterrows(), ('rate 0.001', 'rate 0.002')):
+        d = [acc[f'SAM · {where} · seed {s}'] - acc[f'plain · {where} · seed {s}'] for s in range(3)]
+        low, high = stats.ttest_1samp(d, 0).confidence_interval(.95)
+        assert row['row'] == 'SAM' and row['where'] == where and row['our difference'] == f'{np.mean(d):+.2f} [{low:+.2f}, {high:+.2f}]'
+        claim = {'rate 0.001': 10., 'rate 0.002': -10.}[where]
+        assert row['published difference'] == f'{claim:+.2f}' and row['verdict'] == verdict(claim, low, high)
+    cli.sadt_report('miniature', root=tmp_path, to=tmp_path / 'pages', scale=.1)
+    assert 'not decidable here' in (said := capsys.readouterr().out) or 'reproduced' in said
+    page, text = (next((tmp_path / 'pages').glob(f'*{s}')).read_text() for s in ('.html', '.md'))
+    for t in (page, text): assert 'scaled to 0.1 of the epochs' in t and '0.1 of the epochs' in t and 'checksum of the test set' in t and 'torch' in t and 'source' in t
+    assert 'data:image/png' in page and 'http' not in page and text.count('| --- ') == text.count('\n| --- ') * len(text.split('\n| --- ')[1].split('\n')[0].split('|')[:-1])
+
+
+def test_one_repetition_decides_nothing(miniature, tmp_path):
+    run_grid([c.run for c in miniature() if c.label.endswith('seed 1')], tmp_path, **quiet)
+    table = comparison('miniature', load_results(tmp_path))
+    assert table['verdict'].tolist() == ['', 'not decidable here'] * 2 and table['n'].tolist() == ['1 of 3'] * 4
+
+
+def test_scaling_shortens_teachers_and_keeps_falls_of_the_rate():
+    teacher = SMALL.but(epochs=90, sched='step', split=0)
+    student = teacher.but(method='distillation', teachers=teacher, seed=1)
+    short = scaled(student, .2)
+    assert (short.epochs, short.sched, short.teachers[0]) == (18, 'thirds', scaled(teacher, .2)) and scaled(student, 1) is student and scaled(teacher, .001).epochs == 1
+    for bad in (0, 1.5, -1):
+        with pytest.raises(ValueError, match=r'\(0, 1\]'): scaled(student, bad)
+    seen = []
+    class See(Callback):
+        order = 70 # after the scheduler
+        def before_batch(self):
+            if self.training: seen.append((self.epoch, self.opt.hypers[-1]['lr']))
+            raise CancelBatchException()
+    make_learner(scaled(teacher, .2)).fit(18, cbs=See())
+    assert all(lr == pytest.approx(1e-3 * .1**(epoch // 6), rel=1e-12) for epoch, lr in seen) and len(seen) == 36
+
+
+@pytest.mark.parametrize('model', ['resnet18', 'simple_cnn', 'wide_resnet_28_10'])
+def test_operations_are_counted_right(model):
+    "Layer by layer: two operations for each product of a kernel and an output."
+    net, count = make_model(model, 10).eval(), []
+    def listen(m, inputs, out):
+        per_output = m.weight[0].numel()
+        count.append(2 * per_output * out.numel())
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_hook(listen)
+    with torch.no_grad(): net(torch.zeros(1, 3, 32, 32))
+    one = run_cost(Run(data='cifar10', model=model, epochs=1, bs=100, valid=.1))
+    assert one.passes == 450 and one.flops == 45_000 * 3 * sum(count)
+
+
+def test_costs_add_up():
+    base = Run(data='cifar10', epochs=3, bs=128, valid=.1, split=0)
+    c = run_cost(base)
+    assert run_cost(base.but(method='sadt2')).flops == pytest.approx(3 * c.flops) and run_cost(base.but(epochs=6)).passes == 2 * c.passes
+    two = base.but(method='distillation', teachers=(base, base.but(seed=1)))
+    assert run_cost(two).flops == pytest.approx(c.flops * (1 + 2 / 3)), 'a teacher makes a forward, a third of a pass'
+    assert estimated_seconds([base, base], Machine(.1, 1e9)) == pytest.approx(2 * (c.passes * .1 + c.flops / 1e9))
+    with pytest.raises(ValueError, match='how many images'): run_cost(Run(data='some/folder'))
+    assert [duration(s) for s in (3, 99, 130, 5999, 12_000, 1e6)] == ['3 s', '99 s', '2 min', '1 h 40 min', '3 h 20 min', '12 days']
+
+
+def test_tracking_does_not_disturb_and_is_right(tmp_path):
+    tracked = SMALL.but(epochs=4, track=2, crop=2, flip=True, model_args=dict(dropout=.2))
+    a, b = run(tracked, tmp_path, **quiet), run(tracked.but(track=0), tmp_path, **quiet)
+    wa, wb = (torch.load(tmp_path / c.name / 'weights.pt', weights_only=True) for c in (tracked, tracked.but(track=0)))
+    assert all(torch.equal(wa[k], wb[k]) for k in wa) and a['accuracy'] == b['accuracy'] and 'tracked' not in b
+    assert [r['epoch'] for r in a['tracked']] == [2, 4]
+    assert a['tracked'][-1]['sharpness'] == pytest.approx(sam_sharpness(stored_learner(tracked, tmp_path), samples=1000), rel=1e-4)
+    with pytest.raises(ValueError, match='`track`'): SMALL.but(track=-1)
+
+
+def test_a_stored_surface_is_the_surface(tmp_path):
+    run(SMALL, tmp_path, **quiet)
+    m = measure_run(SMALL, tmp_path, ('surface',), samples=20)['measures']['surface']
+    s = loss_surface(stored_learner(SMALL, tmp_path), points=25, samples=20, progress=False)
+    assert np.allclose(m['loss'], s.loss, rtol=1e-5) and m['x'] == s.x.tolist() and m['value'] == pytest.approx(s.loss.mean() - s.loss[12, 12], rel=1e-5) and m['about'] == s.about
+    json.dumps(m, allow_nan=False)

@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -70,7 +72,7 @@ def interrupted(cfg, root, monkeypatch, at=((1, 0), (3, 2))):
 
 
 @pytest.mark.filterwarnings('ignore:this processor emulates')
-@pytest.mark.parametrize('cfg', [*map(of, METHODS), *VARIANTS.values()], ids=[*METHODS, *VARIANTS])
+@pytest.mark.parametrize('cfg', [*map(of, METHODS), *(pytest.param(v, marks=pytest.mark.slow) if k == 'half precision' else v for k, v in VARIANTS.items())], ids=[*METHODS, *VARIANTS])
 def test_an_interrupted_run_ends_with_the_same_bits(cfg, tmp_path, monkeypatch):
     run(cfg, tmp_path / 'whole', **quiet)
     assert interrupted(cfg, tmp_path / 'cut', monkeypatch)['resumed'] == 3
@@ -428,3 +430,53 @@ def test_a_worker_that_is_killed_and_a_parent_that_is_killed(tmp_path):
     wait_for(lambda: not any(w.is_running() and w.status() != 'zombie' for w in workers), 60)
     results = run_grid(runs, tmp_path, **quiet)
     assert all(r['status'] == 'finished' for r in results) and any(r['resumed'] > 0 for r in results)
+
+
+TOGETHER = '''
+import sys, warnings
+warnings.simplefilter('ignore')
+from fastai.torch_core import defaults
+defaults.use_cuda = False
+import json
+from pathlib import Path
+from sadt_nb.core.passes import this_rank
+from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.runner import RunError, run
+try: r = run(Run.from_dict(json.loads(sys.argv[2])), sys.argv[1], progress=False, minutes=0)
+except RunError as e: r = dict(error=str(e))
+Path(sys.argv[1], f'rank{this_rank()}').write_text(json.dumps(r))
+'''
+
+
+def together(cfg, root):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '--no-python', sys.executable, '-c', TOGETHER, str(root), json.dumps(cfg.to_dict())]
+    return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize('cfg', [of('sadt1').but(select='valid', epochs=12, bs=14), pytest.param(of('saf').but(valid=0., n_train=120, bs=20, epochs=12), marks=pytest.mark.slow)], ids=['sadt1', 'saf without validation'])
+def test_several_processes_make_one_run_and_continue_it(cfg, tmp_path):
+    pytest.importorskip('accelerate', reason='fastai distributes through accelerate: pip install sadt_nb[distributed]')
+    psutil = pytest.importorskip('psutil', reason='psutil is not installed')
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    for root in (whole, cut): root.mkdir()
+    p = together(cfg, whole)
+    assert p.wait(300) == 0, p.stderr.read()[-3000:]
+    first, second = (json.loads((whole / f'rank{i}').read_text()) for i in range(2))
+    assert first == second == read_result(cfg, whole) and first['processes'] == 2
+    p = together(cfg, cut)
+    wait_for(lambda: (cut / cfg.name / 'checkpoint.pt.previous').exists())
+    family = [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
+    for q in family: q.kill()
+    psutil.wait_procs(family)
+    assert read_result(cfg, cut) is None
+    p = together(cfg, cut)
+    assert p.wait(300) == 0, p.stderr.read()[-3000:]
+    assert read_result(cfg, cut)['resumed'] > 0 and same(outcome(cfg, whole), outcome(cfg, cut))
+
+
+def test_several_processes_stop_together(tmp_path):
+    pytest.importorskip('accelerate', reason='fastai distributes through accelerate: pip install sadt_nb[distributed]')
+    p = together(SHORT.but(opt='sgd', lr=1e30, sched='constant', bs=14), tmp_path)
+    assert p.wait(300) == 0, p.stderr.read()[-3000:]
+    for i in range(2): assert 'the loss became NaN or infinite in epoch 1' in json.loads((tmp_path / f'rank{i}').read_text())['error']
+    assert json.loads((tmp_path / SHORT.but(opt='sgd', lr=1e30, sched='constant', bs=14).name / 'result.json').read_text())['status'] == 'diverged'

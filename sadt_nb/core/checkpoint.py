@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'training_state', 'load_training_state', 'write_whole', 'saved', 'Checkpoint']
 
-# %% ../../nbs/core/08_checkpoint.ipynb #a5ec4926
+# %% ../../nbs/core/08_checkpoint.ipynb #db621dbf
 import io, math, os, random, time, warnings, zipfile
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
-from .passes import _get_rng, _set_rng
+from .passes import _get_rng, _set_rng, n_ranks, this_rank
 from .perturb import unwrapped
 
-# %% ../../nbs/core/08_checkpoint.ipynb #03af2b37
+# %% ../../nbs/core/08_checkpoint.ipynb #b91f13cb
 def _plain(x, where):
     "The same in tensors, numbers, strings, and lists, tuples and dicts of them."
     if isinstance(x, Tensor): return x.detach().as_subclass(Tensor)
@@ -46,12 +46,14 @@ def _load_callback(cb, state):
         if n == 'smooth_loss': vars(cb.smooth_loss).update(v)
         else: setattr(cb, n, v)
 
+def _bare(dl): return vars(dl).get('dl', dl) # distributed training wraps the loader
+
 def _loader_state(dl):
-    if hasattr(dl, 'state_dict'): return dl.state_dict()
+    if hasattr(dl := _bare(dl), 'state_dict'): return dl.state_dict()
     return dl.rng.getstate() if isinstance(getattr(dl, 'rng', None), random.Random) else None
 
 def _load_loader(dl, state):
-    if hasattr(dl, 'state_dict'): dl.load_state_dict(state)
+    if hasattr(dl := _bare(dl), 'state_dict'): dl.load_state_dict(state)
     elif state is not None: dl.rng.setstate(state)
 
 def _random_state(device):
@@ -62,19 +64,16 @@ def _load_random(state, device):
     np.random.set_state(tuple(state['numpy']))
     random.setstate(state['python'])
 
-# %% ../../nbs/core/08_checkpoint.ipynb #1273b18e
+# %% ../../nbs/core/08_checkpoint.ipynb #e339040b
 class CheckpointError(ValueError):
     "A checkpoint that does not fit; the message says why."
 
 def _gathered(mine):
     "What every process has, for the first one; `None` for the others."
-    if not (distributed.is_available() and distributed.is_initialized()): return [mine]
-    out = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+    if n_ranks() == 1: return [mine]
+    out = [None] * n_ranks() if this_rank() == 0 else None
     distributed.gather_object(mine, out)
     return out
-
-def _rank(): return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-def _processes(): return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 def training_state(
     learn:Learner, # Between two epochs of a `fit`
@@ -95,8 +94,8 @@ def load_training_state(
 ):
     "Put everything back. Raises `CheckpointError` if the Learner is another one: its weights, callbacks or number of processes."
     model, device = unwrapped(learn.model), next(learn.model.parameters()).device
-    if len(state['processes']) != _processes(): raise CheckpointError(f"the checkpoint is of training with {len(state['processes'])} processes, not {_processes()}")
-    mine = state['processes'][_rank()]
+    if len(state['processes']) != n_ranks(): raise CheckpointError(f"the checkpoint is of training with {len(state['processes'])} processes, not {n_ranks()}")
+    mine = state['processes'][this_rank()]
     stored, stateful = ([c for c in cs if c[0] != 'Recorder'] for cs in (mine['callbacks'], [(type(cb).__name__, cb) for cb in learn.cbs if _has_state(cb)]))
     theirs, ours = ([name for name, _ in cs] for cs in (stored, stateful))
     if theirs != ours: raise CheckpointError(f'the checkpoint was made with the callbacks {", ".join(theirs) or "none"}; the Learner has {", ".join(ours) or "none"}')
@@ -160,7 +159,7 @@ def _newest(file):
         instead = 'the one before it is taken' if f == file and _previous(file).exists() else 'training starts anew'
         warnings.warn(f'the checkpoint {f.name} is damaged; {instead}', stacklevel=2)
 
-# %% ../../nbs/core/08_checkpoint.ipynb #4ae45740
+# %% ../../nbs/core/08_checkpoint.ipynb #ba3f09e1
 class Checkpoint(Callback):
     """Stores the state of training after epochs, and continues from it: `learn.fit(n, cbs=Checkpoint(file))`, and after a crash the same again.
 
@@ -191,8 +190,8 @@ class Checkpoint(Callback):
 
     def _read(self, n_epoch):
         if not self.file.parent.is_dir(): raise CheckpointError(f'there is no folder {self.file.parent} for checkpoints; make it first')
-        found = [_newest(self.file)] if _rank() == 0 else [None]
-        if _processes() > 1: distributed.broadcast_object_list(found)
+        found = [_newest(self.file)] if this_rank() == 0 else [None]
+        if n_ranks() > 1: distributed.broadcast_object_list(found)
         if found[0] is None: return None
         try: state = torch.load(found[0], weights_only=True)
         except Exception as e: raise CheckpointError(f'{self.file.name} is whole but cannot be loaded here: {e}') from None
@@ -226,7 +225,7 @@ class Checkpoint(Callback):
         if (self._done - (self._stored or self.start)) < self.epochs or time.monotonic() - self._since < 60 * self.minutes: return
         state = dict(training_state(self.learn), epoch=self._done, of=self.n_epoch, tag=self.tag)
         self._stored, self._since = self._done, time.monotonic()
-        if _rank() != 0: return
+        if this_rank() != 0: return
         try: write_whole(self.file, saved(state), _previous(self.file))
         except OSError as e: warnings.warn(f'the checkpoint after epoch {self._done} could not be written ({e.strerror}); training goes on without it')
 

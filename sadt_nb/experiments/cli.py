@@ -11,7 +11,7 @@ import warnings
 # %% ../../nbs/experiments/84_cli.ipynb #651cfc56
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
-# %% ../../nbs/experiments/84_cli.ipynb #80bac39a
+# %% ../../nbs/experiments/84_cli.ipynb #5aa20e34
 import argparse, json, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -24,6 +24,7 @@ from fastcore.docments import docments
 from fastai.torch_core import default_device
 from fastprogress.fastprogress import progress_bar
 
+from ..core.passes import this_rank
 from .config import Run
 from .cost import estimated_seconds, probe_machine, run_cost
 from .grid import duration, run_ensemble, run_grid
@@ -78,7 +79,7 @@ def _options(text):
         out[k] = v
     return out
 
-# %% ../../nbs/experiments/84_cli.ipynb #be9e86b1
+# %% ../../nbs/experiments/84_cli.ipynb #94197a09
 def _taught(folder, root):
     "Fields of a student whose teacher is the run in `folder`: the same split, so that its validation images are new to both."
     if folder is None: return {}
@@ -123,6 +124,7 @@ def sadt_train(
               valid=valid, n_train=n_train, rotate=rotate, autoaugment=autoaugment, cutout=cutout, method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
               opt_args=_options(opt_args), amp=amp, clip=clip, select=select, **_taught(teacher, root))
     r = run(cfg, root, force=force, minutes=minutes)
+    if this_rank(): return # under `accelerate launch` the first process speaks
     print(f'{method} on {data}: test accuracy {r["accuracy"]:.3f}, with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')

@@ -7,15 +7,16 @@ __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first
            'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
            'stored_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #03210990
+# %% ../../nbs/experiments/81_runner.ipynb #15842cae
 import ctypes, hashlib, importlib.metadata, json, os, platform, time, warnings, zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.optim.swa_utils import update_bn
 from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
@@ -23,11 +24,12 @@ from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import default_device
+from fastai.torch_core import default_device, num_distrib
 from filelock import FileLock, Timeout
 
 from ..core.checkpoint import Checkpoint, CheckpointError, saved, write_whole
 from ..core.optim import keras_adam
+from ..core.passes import n_ranks, over_ranks, this_rank
 from ..core.precision import DeviceMixedPrecision
 from ..data.datasets import get_dls
 from .config import Run
@@ -73,7 +75,7 @@ def _schedule(cfg):
     if cfg.sched == 'step': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * cfg.epochs / 30 + 1e-9)})] # `done`, a share, is a rounded number
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []
 
-# %% ../../nbs/experiments/81_runner.ipynb #776a6cba
+# %% ../../nbs/experiments/81_runner.ipynb #6993383e
 class RunRecorder(Callback):
     "Per-epoch history, counts of steps and passes, and a stop at the first loss that is NaN or infinite."
     order = Recorder.order + 1
@@ -109,12 +111,14 @@ class RunRecorder(Callback):
         self._bad = torch.where((self._bad < 0) & ~torch.isfinite(self.loss), self.iter, self._bad)
         if self.loss.device.type == 'cpu' or self.iter % 50 == 49: self._check()
 
-    def _check(self):
-        if (i := int(self._bad)) >= 0:
+    def _check(self): # all processes stop together
+        if (i := int(over_ranks(self._bad, 'max'))) >= 0:
             self.failed = f'the loss became NaN or infinite in epoch {self.epoch + 1}, batch {i + 1}; lower the learning rate or rho'
             raise CancelFitException()
 
-    def _mean(self): return [v / max(1, self._n) for v in self._sums.tolist()]
+    def _mean(self):
+        *sums, n = over_ranks(torch.cat([self._sums, self._sums.new_tensor([self._n])])).tolist()
+        return [v / max(1, n) for v in sums]
 
     def after_train(self):
         self._check()
@@ -205,7 +209,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #5d5a5542
+# %% ../../nbs/experiments/81_runner.ipynb #44af66bb
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -303,7 +307,9 @@ def make_learner(
 ) -> Learner: # Ready for `fit(cfg.epochs)`; `learn.dls[2]` is the test set
     "A Learner in exactly the state in which `run` starts training."
     dls = _loaders(cfg, device)
+    if cfg.bs % n_ranks(): raise ValueError(f'{n_ranks()} processes cannot share batches of {cfg.bs}; take a multiple')
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
+    if n_ranks() > 1: dls.loaders[:2] = dls.train.new(bs=cfg.bs // n_ranks()), dls[1] or dls[2].new(dls[2].dataset.new_empty())
     if cfg.amp: _warn_emulated(dls.device)
     method = _method(cfg, root, dls)
     torch.manual_seed(cfg.seed)
@@ -315,7 +321,7 @@ def make_learner(
                          *([FlatnessRecorder(every=cfg.track, dl=dls.train.new(shuffle=False, drop_last=False, tfms=[]), samples=1000)] if cfg.track else []), *cbs])
     try: learn.create_opt()
     except TypeError as e: raise ValueError(f'optimizer {cfg.opt} does not take {dict(cfg.opt_args)}: {e}') from None
-    torch.manual_seed(cfg.seed + 1) # dropout: the same masks whatever it took to make the model
+    torch.manual_seed(cfg.seed + 1 + 1_000_003 * this_rank()) # dropout: the same masks whatever it took to make the model
     return learn
 
 def stored_learner(
@@ -346,28 +352,63 @@ def _beside_teacher(learn):
     return dict(teacher=dict(accuracy=evaluate(pair[1], learn.dls[2])['accuracy'], **{
         f'{name}_{part}': f(*pair, dl) for name, f in (('logit_mse', logit_mse), ('agreement', agreement)) for part, dl in (('train', plain), ('test', learn.dls[2]))}))
 
+def _join(device):
+    "Meet the other processes, if `accelerate launch` or torchrun has started several."
+    if num_distrib() < 2 or distributed.is_initialized(): return
+    try: from accelerate import PartialState
+    except ImportError: raise ImportError('several processes need accelerate: pip install sadt_nb[distributed]') from None
+    PartialState(cpu=torch.device(device or default_device()).type == 'cpu')
+
+def _once(f):
+    "What `f()` returns or raises in the first process, for all of them."
+    if n_ranks() == 1: return f()
+    said = [None]
+    if this_rank() == 0:
+        try: said = [(f(), None)]
+        except Exception as e: said = [(None, e)]
+    distributed.broadcast_object_list(said)
+    result, error = said[0]
+    if error is not None: raise error
+    return result
+
+@contextmanager
+def _several(learn):
+    "fastai's context for distributed training, with BatchNorm over the whole batch where PyTorch can do that."
+    if n_ranks() == 1: yield; return
+    from fastai.distributed import DistributedDL
+    class Share(DistributedDL): # fastai's sends the order through a GPU, and does not say how many samples there are
+        n = property(lambda self: vars(self).get('n', len(self.dl.dataset)), lambda self, n: vars(self).update(n=n))
+        def _broadcast(self, t, rank): return over_ranks(torch.as_tensor(np.asarray(t), device=self.device), 'first').tolist()
+        def get_idxs(self): return super().get_idxs() if len(self.dl) else []
+    bare, cpu = learn.dls.loaders, learn.dls.device.type == 'cpu'
+    learn.dls.loaders = [Share(dl, device=learn.dls.device) for dl in bare]
+    try:
+        with learn.distrib_ctx(sync_bn=not cpu, cpu=cpu): yield
+    finally: learn.dls.loaders = bare
+
 def _train(cfg, root, force, progress, device, minutes):
     "Train, evaluate, store; the caller holds the lock."
     keep_pages()
     def put(name, obj):
         with _writing(root): write_json(folder / name, obj)
-    recorder, started = RunRecorder(on_epoch=partial(put, 'history.json')), time.time()
+    recorder, started = RunRecorder(on_epoch=lambda rows: _once(lambda: put('history.json', rows))), time.time()
     learn = make_learner(cfg, device, [recorder, *([Recorder(), ProgressCallback()] if progress else [])], root)
-    folder = _folder(cfg, root)
+    folder = _once(lambda: _folder(cfg, root))
     checkpoint = Checkpoint(folder / 'checkpoint.pt', minutes=minutes, tag=f'{cfg.key}, code {_code()["source"]}, torch {torch.__version__}')
     if force and (is_trained(cfg, root) or not checkpoint.fits(cfg.epochs)): checkpoint.remove()
     def store(status, **more):
         result = dict(status=status, **more, epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}), resumed=checkpoint.start,
                       **provenance(torch.device(device or default_device())), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(started)), wall_seconds=time.time() - started)
+        if n_ranks() > 1: result['processes'] = n_ranks()
         put('result.json', result)
         return result
     try:
-        learn.fit(cfg.epochs, cbs=checkpoint)
-        if recorder.failed: store('diverged', error=recorder.failed)
-        else: result = store('finished', **_results(cfg, learn, folder))
+        with _several(learn): learn.fit(cfg.epochs, cbs=checkpoint)
+        if recorder.failed: _once(lambda: store('diverged', error=recorder.failed))
+        else: result = _once(lambda: store('finished', **_results(cfg, learn, folder)))
         checkpoint.remove()
     except KeyboardInterrupt:
-        store('interrupted')
+        if this_rank() == 0: store('interrupted')
         raise
     except CheckpointError as e: raise RunError(f'{cfg.name} cannot continue: {_said(e)}; force=True (--force) trains it anew') from None
     except RunError as e: raise RunError(_said(e)) from None
@@ -387,7 +428,7 @@ def _results(cfg, learn, folder):
     return dict(accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'], parameters=sum(p.numel() for p in plain.parameters()), data_facts=_data_facts(learn.dls),
                 first_layer=first_layer_histogram(plain), **(dict(tracked=learn.flatness_recorder.rows) if cfg.track else {}), **_selected(learn), **_beside_teacher(learn))
 
-# %% ../../nbs/experiments/81_runner.ipynb #70fa02fa
+# %% ../../nbs/experiments/81_runner.ipynb #076ee526
 def run(
     cfg:Run,         # What to train
     root='runs',     # Folder of all results
@@ -398,14 +439,21 @@ def run(
     weights=False,   # A finished result is not enough: its weights must be there, too, as a teacher's
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
     """Train one configuration and store everything, or read what is stored. Teachers that are missing are trained first. What was
-    interrupted, even by `kill -9`, continues from its last checkpoint, and on a CPU ends with the same bits.
+    interrupted, even by `kill -9`, continues from its last checkpoint, and on a CPU ends with the same bits. Started by `accelerate launch`
+    in several processes, they share every batch; the first of them keeps the files.
 
     Raises `RunError` if the loss stops being finite, the folder cannot be written or is that of another configuration, or the checkpoint
     is of another version of the code; `RunBusy` if another process is training this run; `ValueError` for data that do not fit."""
-    if not force: _check_config(cfg, root)
+    _join(device)
     def done(): return None if force or (weights and not is_trained(cfg, root)) else read_result(cfg, root)
-    if r := done(): return r
+    def known():
+        if not force: _check_config(cfg, root)
+        return done()
+    if r := _once(known): return r
     for t in cfg.teachers: run(t, root, False, progress, device, minutes, weights=True)
-    with _lock(cfg, root):
-        if r := done(): return r # somebody was faster
+    with ExitStack() as held:
+        def take(): # the first process holds the lock for all
+            held.enter_context(_lock(cfg, root))
+            return done()
+        if r := _once(take): return r # somebody was faster
         return _train(cfg, root, force, progress, device, minutes)

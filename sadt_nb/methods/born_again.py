@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['SELECT', 'KeepBest', 'Generations', 'born_again']
 
-# %% ../../nbs/methods/31_born_again.ipynb #00199dbc
+# %% ../../nbs/methods/31_born_again.ipynb #694ce20a
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from fastai.callback.core import Callback
 
+from ..core.passes import over_ranks
+from ..core.perturb import unwrapped
 from ..core.teachers import Ensemble
 
-# %% ../../nbs/methods/31_born_again.ipynb #4bdd9568
+# %% ../../nbs/methods/31_born_again.ipynb #c991166c
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 class KeepBest(Callback):
@@ -36,14 +38,15 @@ class KeepBest(Callback):
 
     @torch.no_grad()
     def after_epoch(self):
-        model, right, n = self.learn.model.eval(), 0, 0 # the next epoch sets training mode
-        for x, y in self.learn.dls.loaders[SELECT[self.select]]: right, n = right + (model(x).argmax(1) == y).sum(), n + len(y)
-        self.last = float(right) / n
+        model, right, n = unwrapped(self.learn.model.eval()), 0, 0 # the next epoch sets training mode
+        loader = self.learn.dls.loaders[SELECT[self.select]]
+        for x, y in vars(loader).get('dl', loader): right, n = right + (model(x).argmax(1) == y).sum(), n + len(y) # all of it, in each process
+        self.last = float(over_ranks(right, 'first')) / n # processes have seen other batches, and must agree
         if self.last <= self.best: return
         self.best, self.epoch_kept, self._weights = self.last, self.epoch, {k: v.clone() for k, v in model.state_dict().items()}
 
     def after_fit(self):
-        if self._weights is not None: self.learn.model.load_state_dict(self._weights)
+        if self._weights is not None: unwrapped(self.learn.model).load_state_dict(self._weights)
         self._weights = None
 
     def state_dict(self): return dict(best=self.best, epoch_kept=self.epoch_kept, last=self.last, weights=self._weights)

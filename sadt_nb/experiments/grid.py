@@ -74,7 +74,7 @@ class _Here:
 
     def stop(self, busy): pass
 
-# %% ../../nbs/experiments/85_grid.ipynb #43a373d2
+# %% ../../nbs/experiments/85_grid.ipynb #51926855
 def _plan(runs, root, force):
     "What to train: configuration to `run`'s arguments `force` and `weights`; with the teachers that are missing."
     plan = {}
@@ -106,7 +106,7 @@ class _Progress:
     "A line for every run that ends; in a terminal, below them, a table of those under way."
     def __init__(self, plan, root, show):
         self.root, self.show, self.n, self.ended, self.failed, self.running = root, show, len(plan), 0, 0, {}
-        self.left = {cfg: _work(cfg) for cfg, how in plan.items() if how['force'] or not read_result(cfg, root)}
+        self.left = {cfg: _work(cfg) for cfg, how in plan.items() if how['force'] or not (is_trained if how['weights'] else read_result)(cfg, root)}
         self.before, self.start = {}, time.time()
         self.done, console = 0., Console()
         terminal = show and sys.stdout is sys.__stdout__ and sys.stdout.isatty() # a notebook says that it is a terminal

@@ -19,7 +19,7 @@ from ..measures.landscape import Surface, loss_surface
 from ..measures.robustness import calibration_error, corrupted_accuracy
 from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 
-# %% ../../nbs/experiments/86_measure.ipynb #66c3fdce
+# %% ../../nbs/experiments/86_measure.ipynb #acf63586
 def _stored(e):
     "A measure's answer as JSON holds it."
     if isinstance(e, float): return dict(value=e)
@@ -34,7 +34,7 @@ def _stored(e):
     return {k: getattr(e, k) for k in ('value', 'error', 'n', 'converged') if hasattr(e, k)}
 
 MEASURES = dict( # Name to function `(learn, samples)`, which returns a number or an estimate
-    trace=lambda learn, samples: hessian_trace(learn, samples=samples),
+    trace=lambda learn, samples: hessian_trace(learn, samples=samples, tol=.1),
     eigenvalue=lambda learn, samples: top_eigenvalues(learn, samples=samples, tol=1e-2),
     sharpness=lambda learn, samples: sam_sharpness(learn, samples=samples),
     adaptive_sharpness=lambda learn, samples: sam_sharpness(learn, .5, samples=samples, adaptive=True),

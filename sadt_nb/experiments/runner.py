@@ -7,9 +7,9 @@ __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first
            'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
            'stored_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #15842cae
+# %% ../../nbs/experiments/81_runner.ipynb #d45a45fe
 import ctypes, hashlib, importlib.metadata, json, os, platform, time, warnings, zlib
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path

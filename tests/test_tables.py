@@ -45,7 +45,7 @@ def test_the_interval_is_that_of_a_paired_t_test():
 def test_a_scaled_table_from_the_shell_to_the_page(miniature, tmp_path, capsys):
     cli.sadt_grid('miniature', root=tmp_path, scale=.1)
     said = capsys.readouterr()
-    assert '0.1 of the epochs' in said.out and 'measuring SAM · rate 0.001 · seed 0' in said.out
+    assert '0.1 of the epochs' in said.out
     results = load_results(tmp_path)
     assert set(results['epochs']) == {2} and (results['measures'].map(bool) == (results['seed'] == 0)).all()
     with pytest.raises(ValueError, match='no run of miniature is finished'): comparison('miniature', results)
@@ -128,3 +128,17 @@ def test_a_stored_surface_is_the_surface(tmp_path):
     s = loss_surface(stored_learner(SMALL, tmp_path), points=25, samples=20, progress=False)
     assert np.allclose(m['loss'], s.loss, rtol=1e-5) and m['x'] == s.x.tolist() and m['value'] == pytest.approx(s.loss.mean() - s.loss[12, 12], rel=1e-5) and m['about'] == s.about
     json.dumps(m, allow_nan=False)
+    assert set(measure_run(SMALL, tmp_path, ('gradient_norm',), 20, force=True)['measures']) == {'surface', 'gradient_norm'}
+
+
+def test_what_is_measured_is_trained_again_only_if_it_must(tmp_path):
+    weights, started = tmp_path / SMALL.name / 'weights.pt', lambda: json.loads((tmp_path / SMALL.name / 'result.json').read_text())['wall_seconds']
+    def grid(*names, samples=20): return run_grid([SMALL], tmp_path, measures={SMALL: names}, samples=samples, **quiet)
+    grid('gradient_norm')
+    first = started()
+    weights.unlink()
+    grid('gradient_norm')
+    assert started() == first and not weights.exists(), 'everything is there'
+    grid('gradient_norm', 'sharpness')
+    assert started() != first and set(json.loads((tmp_path / SMALL.name / 'measures.json').read_text())['measures']) == {'gradient_norm', 'sharpness'}
+    with pytest.raises(ValueError, match='unknown measure'): grid('flatness')

@@ -129,7 +129,7 @@ def sadt_train(
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #a60e4718
+# %% ../../nbs/experiments/84_cli.ipynb #9df12d42
 def _list_tables(device=None):
     "Every preset with its runs, its passes, and the time that one run after the other would take here."
     print('measuring this machine for a few seconds', file=sys.stderr)
@@ -154,16 +154,14 @@ def sadt_grid(
     "Train every run of a published table that is not finished yet, then print the table beside the published values."
     if list or not name: return _list_tables()
     cells = paper_grid(name, scale)
-    failed = [r for r in run_grid([c.run for c in cells], root, workers, force, minutes=minutes) if isinstance(r, Exception)]
-    if len(failed) == len(cells): raise RunError(f'no run could be made; the first failed with: {str(failed[0]).splitlines()[-1]}')
-    for c in cells:
-        if c.measures and is_trained(c.run, root):
-            print(f'measuring {c.label}', flush=True)
-            measure_run(c.run, root, c.measures, samples)
+    measures = {}
+    for c in cells: measures[c.run] = (*measures.get(c.run, ()), *c.measures)
+    failed = [r for r in run_grid([*measures], root, workers, force, minutes=minutes, measures=measures, samples=samples) if isinstance(r, Exception)]
+    if len(failed) == len(measures): raise RunError(f'no run could be made; the first failed with: {str(failed[0]).splitlines()[-1]}')
     print(_published_table(name, root, scale).to_string())
     for e in paper_ensembles(name, scale):
         if all(is_trained(m, root) for m in e.members): print(f'ensemble of {e.label}: accuracy {run_ensemble(e.members, root)["accuracy"]:.3f}')
-    if failed: print(f'{len(failed)} of {len(cells)} runs failed, see above', file=sys.stderr)
+    if failed: print(f'{len(failed)} of {len(measures)} runs failed, see above', file=sys.stderr)
 
 def _published_table(name, root, scale=1.):
     "A table's finished runs beside the published values."

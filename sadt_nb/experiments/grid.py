@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['duration', 'run_grid', 'run_ensemble']
 
-# %% ../../nbs/experiments/85_grid.ipynb #c9639f8b
+# %% ../../nbs/experiments/85_grid.ipynb #f9b67a35
 import hashlib, json, os, signal, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,11 +22,12 @@ from rich.table import Table
 from ..core.teachers import Ensemble
 from ..data.datasets import get_dls
 from .config import Run
+from .measure import measure_run, missing_measures
 from .runner import RunBusy, RunError, evaluate, is_trained, load_model, read_result, run, write_json
 from ..measures.similarity import diversity
 from ..methods.registry import METHODS
 
-# %% ../../nbs/experiments/85_grid.ipynb #c012d843
+# %% ../../nbs/experiments/85_grid.ipynb #d1edce53
 _training = False # in a worker: is it in the middle of a run?
 
 def _interrupt(*_):
@@ -43,10 +44,14 @@ def _start_worker(threads):
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
 
-def _train(*args, **kwargs):
+def _job(cfg, root, measures, samples, **kwargs):
+    "Train, and measure what was trained."
     global _training
     _training = True
-    try: return run(*args, **kwargs)
+    try:
+        result = run(cfg, root, progress=False, **kwargs)
+        if missing_measures(cfg, root, measures, samples): measure_run(cfg, root, measures, samples)
+        return result
     finally: _training = False
 
 class _Worker:
@@ -55,7 +60,7 @@ class _Worker:
 
     def submit(self, *args, **kwargs):
         if self.pool is None: self.pool = ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (self.threads,))
-        return self.pool.submit(_train, *args, **kwargs)
+        return self.pool.submit(_job, *args, **kwargs)
 
     def renew(self): self.pool = None
 
@@ -68,14 +73,14 @@ class _Here:
     "The same without a process."
     def submit(self, *args, **kwargs):
         f = Future()
-        try: f.set_result(run(*args, **kwargs))
+        try: f.set_result(_job(*args, **kwargs))
         except Exception as e: f.set_exception(e)
         return f
 
     def stop(self, busy): pass
 
-# %% ../../nbs/experiments/85_grid.ipynb #51926855
-def _plan(runs, root, force):
+# %% ../../nbs/experiments/85_grid.ipynb #f6b007a0
+def _plan(runs, root, force, needed=lambda cfg: False):
     "What to train: configuration to `run`'s arguments `force` and `weights`; with the teachers that are missing."
     plan = {}
     def add(cfg, again, weights):
@@ -84,7 +89,7 @@ def _plan(runs, root, force):
         if not again and (is_trained(cfg, root) if weights else read_result(cfg, root)): return
         for t in cfg.teachers:
             if not is_trained(t, root): add(t, False, True)
-    for cfg in runs: add(cfg, force, False)
+    for cfg in runs: add(cfg, force, needed(cfg))
     return plan
 
 def _work(cfg): return max(1, cfg.epochs) * METHODS[cfg.method].passes * (cfg.n_train or 1)
@@ -149,7 +154,7 @@ class _Progress:
             t.add_row(cfg.name, str(cfg.seed), f'{len(rows)}/{cfg.epochs}', pct('train_accuracy'), pct('valid_accuracy'), f'{last["seconds"]:.1f}' if last else '')
         return t
 
-# %% ../../nbs/experiments/85_grid.ipynb #75f9951d
+# %% ../../nbs/experiments/85_grid.ipynb #87e54156
 def run_grid(
     runs,          # Configurations
     root='runs',   # Folder of all results
@@ -158,11 +163,14 @@ def run_grid(
     progress=True, # Print a line per run, and in a terminal a table of those under way
     minutes=1.,    # Runs store a checkpoint after an epoch, but not more often than this
     attempts=3,    # So often a run is begun or continued whose process dies
+    measures=None, # Run to names in `MEASURES`: what is measured once it is trained; it is trained again if its weights are missing
+    samples=1000,  # Measure on so many training images
 ) -> list: # A result, or the `Exception`, per run, in the order of `runs`
     "Run all that are not finished yet; failures are returned, not raised. Ctrl-C stops; the same call continues."
     if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
     runs, out, jobs, deaths, later = list(runs), {}, {}, {}, {}
-    plan = _plan(runs, root, force)
+    measures = measures or {}
+    plan = _plan(runs, root, force, lambda cfg: bool(missing_measures(cfg, root, measures.get(cfg, ()), samples)))
     waiting, say = list(plan), _Progress(plan, root, progress)
     free = [_Here()] if workers == 1 else [_Worker(max(1, torch.get_num_threads() // workers)) for _ in range(workers)]
     crew = list(free)
@@ -191,7 +199,7 @@ def run_grid(
                 while free and (cfg := next_ready()):
                     say.begins(cfg)
                     worker = free.pop()
-                    jobs[worker.submit(cfg, root, progress=False, minutes=minutes, **plan[cfg])] = cfg, worker
+                    jobs[worker.submit(cfg, root, measures.get(cfg, ()), samples, minutes=minutes, **plan[cfg])] = cfg, worker
                 if not jobs: time.sleep(.2) # others are busy with all that is left
                 for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED).done:
                     cfg, worker = jobs.pop(job)

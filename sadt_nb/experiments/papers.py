@@ -309,14 +309,16 @@ def _distill_cifar_small():
         for r, run in enumerate(rounds(t, .5, 2), start=1): yield PaperRun(f'alpha 0.5, round {r} · seed {seed}', run)
         for i, run in enumerate(independent(t, 3)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
 
-# %% ../../nbs/experiments/83_papers.ipynb #7097c5af
+# %% ../../nbs/experiments/83_papers.ipynb #d4b137a4
 _FLATNESS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa')
+_FLAT = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness', 'gradient_norm', 'calibration_error', 'corrupted_accuracy')
 
 def _flatness(base, methods, seeds):
     for seed in seeds:
-        t = base.but(seed=seed)
-        for m in methods: yield PaperRun(f'{m} · seed {seed}', t.but(method=m), note='published as points in figures')
-        for r, run in enumerate(rounds(t, .5, 2), start=1): yield PaperRun(f'round {r} · seed {seed}', run, note='published as points in figures')
+        t, pictures = base.but(seed=seed), ('spectrum', 'surface') if seed == seeds[0] else ()
+        def cell(label, run): return PaperRun(f'{label} · seed {seed}', run, note='published as points in figures', measures=_FLAT + (pictures if label in ('baseline', 'sam', 'round 1', 'round 2') else ()))
+        for m in methods: yield cell(m, t.but(method=m))
+        for r, run in enumerate(rounds(t, .5, 2), start=1): yield cell(f'round {r}', run)
 
 def _flatness_digits(): return _flatness(_noisy(0.), _FLATNESS, range(0, 50, 10))
 def _flatness_simple_cnn(): return _flatness(_CIFAR_SMALL.but(model='simple_cnn', model_args=dict(dropout=0.), opt='adam', opt_args={}, lr=1e-3, clip=0.), _FLATNESS, (0, 10, 20))

@@ -11,17 +11,21 @@ import time
 import warnings
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
 from fastai.learner import Recorder
+from fastai.optimizer import SGD
 from sadt_nb.core import checkpoint
 from sadt_nb.core.checkpoint import Checkpoint, CheckpointError
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
 from sadt_nb.experiments.runner import RunBusy, RunError, RunRecorder, read_result, run
+from sadt_nb.methods.born_again import KeepBest
 from sadt_nb.methods.registry import METHODS
 
 quiet = dict(progress=False, minutes=0)
@@ -132,6 +136,29 @@ def test_callbacks_of_fastai_continue(tmp_path, monkeypatch):
     assert 3 < len(learn.recorder.values) and learn.early_stopping.best == whole.early_stopping.best and learn.early_stopping.wait == whole.early_stopping.wait
     grads = torch.load(tmp_path / 'True.pt', weights_only=True)['grads']
     assert grads, 'six batches of twenty and a rest: some gradients wait for their step'
+
+
+@pytest.mark.parametrize('kind', ['list', 'fastai', 'torch'])
+def test_any_loader(kind, tmp_path):
+    "Batches in a list, fastai's and PyTorch's own loaders, with this library's choice of an epoch beside them."
+    from fastai.callback.core import Callback
+    from fastai.data.load import DataLoader
+    class Stop(Callback):
+        def before_batch(self):
+            if self.epoch == 2 and self.training: raise KeyboardInterrupt()
+    def train(file, *cbs):
+        learn = conftest.learner(conftest.cnn(), [KeepBest('valid')], opt_func=lambda p, lr: SGD(p, lr=lr, mom=.9))
+        items = [(x[i], y[i]) for x, y in conftest.batches(conv=True) for i in range(len(x))]
+        if kind == 'fastai': loader = DataLoader(items, bs=8, shuffle=True)
+        elif kind == 'torch': loader = torch.utils.data.DataLoader(items, 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+        else: loader = conftest.batches(conv=True)
+        if kind == 'fastai': loader.rng = random.Random(3)
+        learn.dls = DataLoaders(loader, conftest.batches(conv=True))
+        try: learn.fit(5, cbs=[Checkpoint(tmp_path / file), *cbs])
+        except KeyboardInterrupt: pass
+        return conftest.flat(learn.model)
+    whole = train('whole.pt')
+    assert not torch.equal(train('cut.pt', Stop()), whole) and torch.equal(train('cut.pt'), whole)
 
 
 def test_teachers_continue_too(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'training_state', 'load_training_state', 'write_whole', 'saved', 'Checkpoint']
 
-# %% ../../nbs/core/08_checkpoint.ipynb #db621dbf
+# %% ../../nbs/core/08_checkpoint.ipynb #16a89c2e
 import io, math, os, random, time, warnings, zipfile
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
-from .passes import _get_rng, _set_rng, n_ranks, this_rank
+from .passes import _get_rng, _set_rng, bare_loader, n_ranks, this_rank
 from .perturb import unwrapped
 
-# %% ../../nbs/core/08_checkpoint.ipynb #b91f13cb
+# %% ../../nbs/core/08_checkpoint.ipynb #0b37c835
 def _plain(x, where):
     "The same in tensors, numbers, strings, and lists, tuples and dicts of them."
     if isinstance(x, Tensor): return x.detach().as_subclass(Tensor)
@@ -46,14 +46,16 @@ def _load_callback(cb, state):
         if n == 'smooth_loss': vars(cb.smooth_loss).update(v)
         else: setattr(cb, n, v)
 
-def _bare(dl): return vars(dl).get('dl', dl) # distributed training wraps the loader
-
 def _loader_state(dl):
-    if hasattr(dl := _bare(dl), 'state_dict'): return dl.state_dict()
+    dl = bare_loader(dl)
+    if hasattr(dl, 'state_dict'): return dl.state_dict()
+    if isinstance(g := getattr(dl, 'generator', None), torch.Generator): return g.get_state()
     return dl.rng.getstate() if isinstance(getattr(dl, 'rng', None), random.Random) else None
 
 def _load_loader(dl, state):
-    if hasattr(dl := _bare(dl), 'state_dict'): dl.load_state_dict(state)
+    dl = bare_loader(dl)
+    if hasattr(dl, 'state_dict'): dl.load_state_dict(state)
+    elif isinstance(state, Tensor): dl.generator.set_state(state)
     elif state is not None: dl.rng.setstate(state)
 
 def _random_state(device):

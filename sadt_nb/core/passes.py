@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'replaying', 'replayed_rows', 'replays_other_loss', 'replay', 'ExtraPass', 'sync_gradients', 'n_ranks',
-           'this_rank', 'over_ranks', 'average_over_ranks', 'PerturbedPass', 'StepGrads', 'step_unscaled',
-           'shared_forward']
+           'this_rank', 'bare_loader', 'over_ranks', 'average_over_ranks', 'PerturbedPass', 'StepGrads',
+           'step_unscaled', 'shared_forward']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -162,7 +162,7 @@ class ExtraPass(Callback):
     def load_state_dict(self, state:dict):
         "Restore what `state_dict` gave."
 
-# %% ../../nbs/core/01_passes.ipynb #f89500ee
+# %% ../../nbs/core/01_passes.ipynb #d433d3b4
 def _ddp(model):
     "The `DistributedDataParallel` around the network, compiled or not; `None` in a single process."
     return next((m for m in (model, getattr(model, '_orig_mod', None)) if isinstance(m, DistributedDataParallel)), None)
@@ -181,6 +181,12 @@ def n_ranks() -> int: # 1 outside distributed training
 def this_rank() -> int: # From 0
     "Which of them is this one? The first one keeps the files."
     return distributed.get_rank() if n_ranks() > 1 else 0
+
+def bare_loader(
+    dl, # Any iterable of batches
+): # The loader itself, if fastai has wrapped it for distributed training
+    "The loader that goes over all samples in every process."
+    return getattr(dl, '__dict__', {}).get('dl', dl)
 
 def over_ranks(
     tensor:Tensor, # Of one shape in all processes; overwritten

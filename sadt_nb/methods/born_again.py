@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['SELECT', 'KeepBest', 'Generations', 'born_again']
 
-# %% ../../nbs/methods/31_born_again.ipynb #694ce20a
+# %% ../../nbs/methods/31_born_again.ipynb #1d01c30d
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from fastai.callback.core import Callback
 
-from ..core.passes import over_ranks
+from ..core.passes import bare_loader, over_ranks
 from ..core.perturb import unwrapped
 from ..core.teachers import Ensemble
 
-# %% ../../nbs/methods/31_born_again.ipynb #c991166c
+# %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 class KeepBest(Callback):
@@ -39,8 +39,7 @@ class KeepBest(Callback):
     @torch.no_grad()
     def after_epoch(self):
         model, right, n = unwrapped(self.learn.model.eval()), 0, 0 # the next epoch sets training mode
-        loader = self.learn.dls.loaders[SELECT[self.select]]
-        for x, y in vars(loader).get('dl', loader): right, n = right + (model(x).argmax(1) == y).sum(), n + len(y) # all of it, in each process
+        for x, y in bare_loader(self.learn.dls.loaders[SELECT[self.select]]): right, n = right + (model(x).argmax(1) == y).sum(), n + len(y) # all of it, in each process
         self.last = float(over_ranks(right, 'first')) / n # processes have seen other batches, and must agree
         if self.last <= self.best: return
         self.best, self.epoch_kept, self._weights = self.last, self.epoch, {k: v.clone() for k, v in model.state_dict().items()}

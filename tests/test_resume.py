@@ -81,7 +81,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(cfg, tmp_path, monkeypatch):
     run(cfg, tmp_path / 'whole', **quiet)
     assert interrupted(cfg, tmp_path / 'cut', monkeypatch)['resumed'] == 3
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
-    assert sorted(f.name for f in (tmp_path / 'cut' / cfg.name).iterdir()) == ['config.json', 'history.json', 'result.json', 'weights.pt']
+    assert sorted(f.name for f in (tmp_path / 'cut' / cfg.name).glob('[!.]*')) == ['config.json', 'history.json', 'result.json', 'weights.pt']
 
 
 @pytest.mark.parametrize('forget', ['_load_callback', '_load_loader', '_load_random', 'opt', 'scaler'])
@@ -349,7 +349,7 @@ def check_after_kills(runs, tmp_path, times, longest, least):
     assert p.exitcode == 0 and kills >= least
     for cfg in runs: assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut')), cfg.name
     left = {f.name for c in runs for f in (tmp_path / 'cut' / c.name).iterdir()}
-    assert left == {'config.json', 'history.json', 'result.json', 'weights.pt'}
+    assert left == {'.lock', 'config.json', 'history.json', 'result.json', 'weights.pt'}
     return kills, sum(read_result(c, tmp_path / 'cut')['resumed'] > 0 for c in runs)
 
 
@@ -412,12 +412,17 @@ def test_a_full_disk(room, tmp_path):
     p = child(with_a_small_disk, cfg, tmp_path / 'cut', limit, out)
     answer, said = out.get(timeout=300)
     p.join()
-    assert not [f for f in (tmp_path / 'cut' / cfg.name).iterdir() if f.name.startswith('.')] and not (tmp_path / 'cut' / cfg.name / 'checkpoint.pt').exists()
+    assert not [f for f in (tmp_path / 'cut' / cfg.name).iterdir() if f.name.startswith('.') and f.name != '.lock'] and not (tmp_path / 'cut' / cfg.name / 'checkpoint.pt').exists()
     whole_files(tmp_path / 'cut')
     if room == 'no checkpoint': assert answer == 'finished' and 'could not be written (File too large); training goes on' in said[0]
     else: assert 'cannot write to' in answer and 'File too large' in answer and read_result(cfg, tmp_path / 'cut') is None
     run(cfg, tmp_path / 'cut', **quiet)
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
+
+
+def test_a_run_that_cannot_be_begun_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match='above the number of training images'): run(SHORT.but(bs=5000), tmp_path, **quiet)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_root_that_cannot_be_written():
@@ -438,7 +443,10 @@ def wait_for(condition, seconds=120):
 
 def descendants(pid):
     import psutil
-    return [p for p in psutil.Process(pid).children(recursive=True) if 'spawn_main' in ' '.join(p.cmdline())]
+    def works(p):
+        try: return 'spawn_main' in ' '.join(p.cmdline())
+        except psutil.Error: return False # gone, or about to
+    return [p for p in psutil.Process(pid).children(recursive=True) if works(p)]
 
 
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for processes as Linux lists them')

@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'digits', 'noisy_digits', 'cifar10', 'cifar100', 'svhn', 'tiny_imagenet', 'imagenet', 'load_data',
            'get_dls']
 
-# %% ../../nbs/data/72_datasets.ipynb #7d3f9eef
+# %% ../../nbs/data/72_datasets.ipynb #a4636d64
 import hashlib, io, json, os, sys, tarfile, tempfile
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
-from .augment import AutoAugment, CropFlip, CutMix, Cutout, Rotate
+from .augment import AutoAugment, CropFlip, CutMix, Cutout, ResizedCrop, Rotate
 from .loader import ImageData, TensorDL
 from .mapped import MappedImages, mapped_folder
 
@@ -248,7 +248,7 @@ def load_data(
     size = kwargs.get('size')
     return _cached(source, size, lambda: _read(source, size))
 
-# %% ../../nbs/data/72_datasets.ipynb #8bd920d4
+# %% ../../nbs/data/72_datasets.ipynb #9abd45b8
 def get_dls(
     name_or_path,       # A name in `DATASETS`, an image folder, or a tar archive of one
     bs:int=128,         # Images per training batch, at least 1, at most the number of training images
@@ -256,6 +256,7 @@ def get_dls(
     n_train:int|None=None, # Use only so many training images (after the validation split), stratified
     crop:int=0,         # Zero padding in pixels for random crops; 0 for none
     flip=False,         # Mirror half of the training images?
+    resized_crop:float=0., # Least share of an image's area that is cut out at random and enlarged, in (0, 1]; 0 for none
     rotate:float=0.,    # Largest angle, in degrees, by which training images are turned either way; 0 for none
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
     cutout:int=0,       # Side in pixels of the square that Cutout hides with the colour `mean`, at most the images' shorter side; 0 for none
@@ -283,7 +284,8 @@ def get_dls(
         train = train.subset(_split(train.y, n_train, split)[1])
     if bs > len(train): raise ValueError(f'the batch size {bs} is above the number of training images, {len(train)}; choose a smaller one')
     if cutout > min(train.x.shape[1:3]): raise ValueError(f'`cutout` must be at most {min(train.x.shape[1:3])}, the shorter side of the images, got {cutout}')
-    tfms = [CropFlip(crop, flip)] if crop or flip else []
+    if resized_crop and crop: raise ValueError('`crop` and `resized_crop` are two ways to cut; use one of them')
+    tfms = [ResizedCrop(resized_crop, flip)] if resized_crop else [CropFlip(crop, flip)] if crop or flip else []
     if rotate: tfms.append(Rotate(rotate))
     if autoaugment: tfms.append(AutoAugment(autoaugment))
     if cutout: tfms.append(Cutout(cutout, np.clip(np.round(255 * np.asarray(mean, dtype=float)), 0, 255))) # zero after normalisation

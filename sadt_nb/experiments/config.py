@@ -16,8 +16,8 @@ from ..data.augment import AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
-# %% ../../nbs/experiments/80_config.ipynb #48f541a9
-OPTIMIZERS = ('keras_adam', 'adam', 'sgd')
+# %% ../../nbs/experiments/80_config.ipynb #fb6b06de
+OPTIMIZERS = ('keras_adam', 'adam', 'adamw', 'sgd')
 SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart')
 SELECT = ('last', 'valid', 'test')
 
@@ -45,7 +45,7 @@ class Run:
     data_args: tuple = ()        # Options of the data set: `noise`
     model_args: tuple = ()       # Options of the model: `init`, `bottleneck`, `dropout`
     method_args: tuple = ()      # Options of the method: `rho`, `spec`
-    opt: str = 'adam'            # 'adam', 'keras_adam' (TensorFlow's) or 'sgd'
+    opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam' (TensorFlow's) or 'sgd'
     opt_args: tuple = ()         # `weight_decay` and, for sgd, `momentum`
     sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, 'thirds': after every third of them, or 'restart': the released SADT notebook's
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
@@ -61,6 +61,7 @@ class Run:
     autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
     cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
     amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
+    resized_crop: float = 0.     # Least share of an image's area that is cut out at random and enlarged, 0.08 for Inception's; 0 for none; not together with `crop`
     track: int = 0               # Record SAM's sharpness (radius 0.05, 1,000 training images without augmentation) after every so many epochs; 0 for never
     teachers: tuple = ()         # The `Run`s of a distillation's teachers, or one `Run`; their logits are averaged
 
@@ -75,6 +76,7 @@ class Run:
         if not 0 <= self.rotate <= 180 or self.cutout < 0: raise ValueError(f'`rotate` must lie in [0, 180] and `cutout` must not be negative, got {self.rotate} and {self.cutout}')
         if self.autoaugment: AutoAugment(self.autoaugment)
         if self.amp not in ('', 'bf16', 'fp16'): raise ValueError(f"`amp` must be 'bf16', 'fp16' or empty, got {self.amp!r}")
+        if not 0 <= self.resized_crop <= 1 or (self.resized_crop and self.crop): raise ValueError(f'`resized_crop` must lie in [0, 1], and `crop` be 0 with it, got {self.resized_crop} and {self.crop}')
         if not isinstance(self.track, int) or self.track < 0: raise ValueError(f'`track` must be a whole number of at least 0, got {self.track!r}')
         if self.clip < 0: raise ValueError(f'`clip` must not be negative, got {self.clip}')
         for k, known in (('model', MODELS), ('method', METHODS), ('opt', OPTIMIZERS), ('sched', SCHEDULES), ('select', SELECT)):

@@ -7,8 +7,8 @@ __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first
            'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
            'stored_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #d45a45fe
-import ctypes, hashlib, importlib.metadata, json, os, platform, time, warnings, zlib
+# %% ../../nbs/experiments/81_runner.ipynb #9da7d9ec
+import ctypes, hashlib, importlib.metadata, json, os, platform, shutil, time, warnings, zlib
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -40,11 +40,11 @@ from ..methods.registry import make_method
 from ..models.registry import make_model
 from ..models.weights import load_weights
 
-# %% ../../nbs/experiments/81_runner.ipynb #c5a5628c
+# %% ../../nbs/experiments/81_runner.ipynb #e970b593
 def _opt_func(cfg):
     args = dict(cfg.opt_args)
     if cfg.opt == 'keras_adam': return partial(keras_adam, **args)
-    cls = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}[cfg.opt]
+    cls = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'sgd': torch.optim.SGD}[cfg.opt]
     return partial(OptimWrapper, opt=cls, **args)
 
 class RestartEveryEpoch(Callback):
@@ -209,7 +209,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #44af66bb
+# %% ../../nbs/experiments/81_runner.ipynb #71c74c14
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -225,20 +225,23 @@ def _writing(root):
 @contextmanager
 def _lock(cfg, root):
     "While this process trains the run nobody else does. The operating system takes the lock from a process that dies."
-    with _writing(root): (folder := Path(root) / '.locks').mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / cfg.name)
+    folder = Path(root) / cfg.name
+    with _writing(root): folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / '.lock')
     try: lock.acquire(timeout=0)
     except Timeout: raise RunBusy(f'{cfg.name}: another process is training it; wait for its result, or take another root') from None
     except OSError as e: raise RunError(f'cannot write to {root} ({e.strerror}); choose another root') from None
     try: yield
-    finally: lock.release()
+    finally:
+        if [f.name for f in folder.iterdir()] == ['.lock']: shutil.rmtree(folder) # the run could not even be begun
+        lock.release()
 
 def _folder(cfg, root):
     "The run's folder, without what a killed process left half-written."
     with _writing(root):
         folder = Path(root) / cfg.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for f in folder.glob('.*'): f.unlink()
+        for f in folder.glob('.*'):
+            if f.name != '.lock': f.unlink()
         write_json(folder / 'config.json', cfg.to_dict())
     return folder
 
@@ -285,7 +288,7 @@ def load_model(
 def _loaders(cfg, device):
     try:
         dls = get_dls(cfg.data, bs=cfg.bs, valid=cfg.valid, n_train=cfg.n_train, crop=cfg.crop, flip=cfg.flip, cutmix=cfg.cutmix, seed=cfg.seed,
-                      rotate=cfg.rotate, autoaugment=cfg.autoaugment or None, cutout=cfg.cutout, split=cfg.split, channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
+                      rotate=cfg.rotate, resized_crop=cfg.resized_crop, autoaugment=cfg.autoaugment or None, cutout=cfg.cutout, split=cfg.split, channels_last=cfg.channels_last, device=device, **dict(cfg.data_args))
     except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
     return dls
 

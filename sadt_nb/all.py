@@ -14,20 +14,20 @@ __all__ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Mem
            'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows',
            'replaying', 'shared_forward', 'ascent', 'global_dot', 'global_norm', 'perturbed', 'trainable_params',
            'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet',
-           'zero_shot_weights', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls',
-           'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'run_cost',
-           'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'scaled',
-           'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results',
-           'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state',
-           'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'agreement',
-           'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
-           'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM',
-           'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise',
+           'zero_shot_weights', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS',
+           'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'run_cost',
+           'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory',
+           'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS',
+           'load_results', 'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError',
+           'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
+           'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations',
+           'KeepBest', 'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization',
+           'GSAM', 'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise',
            'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS',
            'make_model', 'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16',
            'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #8ff31fd5
+# %% ../nbs/all.ipynb #ce51f0fa
 from .core.checkpoint import Checkpoint, CheckpointError, load_training_state, training_state
 from .core.fixed_loss import FixedLoss, collect_batches
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
@@ -37,7 +37,7 @@ from .core.passes import ORDERS, ExtraPass, PerturbedPass, StepGrads, replay, re
 from .core.perturb import ascent, global_dot, global_norm, perturbed, trainable_params, weight_sizes
 from .core.precision import DeviceMixedPrecision
 from .core.teachers import Ensemble
-from .data.augment import AutoAugment, CropFlip, CutMix, Cutout, Rotate
+from .data.augment import AutoAugment, CropFlip, CutMix, Cutout, ResizedCrop, Rotate
 from .data.datasets import DATASETS, get_dls, load_data
 from .data.loader import ImageData, TensorDL
 from .data.mapped import MappedImages, mapped_folder
@@ -46,7 +46,7 @@ from .experiments.cost import estimated_seconds, probe_machine, run_cost
 from .experiments.grid import run_ensemble, run_grid
 from .experiments.measure import MEASURES, measure_run
 from .experiments.pages import comparison, plot_comparison, write_pages
-from .experiments.papers import PAPER_GRIDS, PaperEnsemble, PaperRun, paper_ensembles, paper_grid, scaled
+from .experiments.papers import PAPER_GRIDS, PaperEnsemble, PaperRun, extra_memory, paper_ensembles, paper_grid, scaled
 from .experiments.report import COLORS, load_results, plot_runs, results_table
 from .experiments.runner import RunBusy, RunError, load_model, make_learner, run, stored_learner
 from .measures.hessian import Eigenvalues, SpectralDensity, Trace, hessian_trace, plot_density, smoothed_density, spectral_density, top_eigenvalues, top_eigenvectors
@@ -81,7 +81,7 @@ from .models.vit import vit
 from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #d9c69b53
+# %% ../nbs/all.ipynb #60c90262
 _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memorisation', 'calibration_error', 'corrupt', 'corrupted_accuracy', 'effective_robustness',
          'memorisation', 'plot_reliability', 'plot_robustness', 'shifted_accuracy', 'MEASURES', 'measure_run', 'stored_learner',
          'FixedLoss', 'collect_batches', 'Eigenvalues', 'SpectralDensity', 'Trace', 'hessian_trace', 'plot_density', 'smoothed_density', 'spectral_density', 'top_eigenvalues',
@@ -90,8 +90,8 @@ _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memor
          'LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
          'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
-         'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
-         'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results',
+         'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
+         'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results',
          'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
          'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',

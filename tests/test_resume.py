@@ -294,6 +294,15 @@ def child(target, *args):
     return p
 
 
+@pytest.fixture
+def one_thread():
+    "As in the children: a sum over two threads has other bits."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 def begin():
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
@@ -402,7 +411,7 @@ def with_a_small_disk(cfg, root, limit, out):
 
 
 @pytest.mark.parametrize('room', ['no checkpoint', 'no weights', 'no history'])
-def test_a_full_disk(room, tmp_path):
+def test_a_full_disk(room, one_thread, tmp_path):
     "The system refuses every file above a size, at some byte in its middle, as a full disk does."
     cfg = of('baseline')
     run(cfg, tmp_path / 'whole', **quiet)

@@ -79,7 +79,7 @@ class _Here:
 
     def stop(self, busy): pass
 
-# %% ../../nbs/experiments/85_grid.ipynb #f6b007a0
+# %% ../../nbs/experiments/85_grid.ipynb #802d6a19
 def _plan(runs, root, force, needed=lambda cfg: False):
     "What to train: configuration to `run`'s arguments `force` and `weights`; with the teachers that are missing."
     plan = {}
@@ -134,7 +134,7 @@ class _Progress:
         if self.show: self.print(f'[{self.ended}/{self.n}] {cfg.name} seed {cfg.seed}: {text}{left}')
 
     def under_way(self, cfg):
-        "Epochs done since this grid began, and all."
+        "Epochs done since this grid began."
         rows = _history(cfg, self.root)
         return max(0, len(rows) - self.before[cfg]) if rows and os.path.getmtime(Path(self.root) / cfg.name / 'history.json') > self.running[cfg] else 0
 

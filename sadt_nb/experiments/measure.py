@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SLOW', 'missing_measures', 'measure_run']
 
-# %% ../../nbs/experiments/86_measure.ipynb #23be60d9
-import json, time
+# %% ../../nbs/experiments/86_measure.ipynb #4dc921f5
+import json, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,10 +48,17 @@ MEASURES = dict( # Name to function `(learn, samples)`, which returns a number o
 
 SLOW = ('spectrum', 'top100', 'surface') # hundreds of passes
 
-# %% ../../nbs/experiments/86_measure.ipynb #3fb34cb9
+# %% ../../nbs/experiments/86_measure.ipynb #7a312ba7
+def _weights(cfg, root):
+    "A checksum of the stored weights, `None` without them."
+    file = Path(root) / cfg.name / 'weights.pt'
+    return f'{zlib.crc32(file.read_bytes()):08x}' if file.is_file() else None
+
 def _known(cfg, root):
-    try: return json.loads((Path(root) / cfg.name / 'measures.json').read_text())
+    "What was measured of these weights; where there are none, of those that once were."
+    try: stored = json.loads((Path(root) / cfg.name / 'measures.json').read_text())
     except (OSError, ValueError): return {}
+    return stored if _weights(cfg, root) in (None, stored.get('weights')) else {} # trained again, perhaps to another end
 
 def missing_measures(
     cfg:Run,       # Any run
@@ -85,6 +92,6 @@ def measure_run(
         started = time.time()
         found = _stored(MEASURES[n](learn, samples))
         known = {**known, n: dict(**found, samples=samples, seconds=round(time.time() - started, 1))}
-        stored = dict(measures=known, **provenance(learn.dls.device))
+        stored = dict(measures=known, weights=_weights(cfg, root), **provenance(learn.dls.device))
         write_json(Path(root) / cfg.name / 'measures.json', stored)
     return stored

@@ -69,6 +69,7 @@ readme: $(READY)
 bench: $(READY)
 	$(QUIET) $(BIN)/python -m benchmarks.step_cost
 	$(QUIET) $(BIN)/python -m benchmarks.data_throughput
+	$(QUIET) $(BIN)/python -m benchmarks.throughput
 	$(QUIET) $(BIN)/python -m benchmarks.landscape
 
 clean:

@@ -36,14 +36,14 @@ CASES = {name: (name, READY.get(name, {})) for name in METHODS} | {'sadt2 (code)
 CYCLE = dict(looksam=5) # steps after which the cost repeats
 
 
-def network(model, device):
+def network(model, device, classes=10):
     torch.manual_seed(0)
-    return make_model(model, **(dict(init='keras') if 'init' in inspect.signature(MODELS[model]).parameters else {})).to(device, memory_format=torch.channels_last)
+    return make_model(model, classes, **(dict(init='keras') if 'init' in inspect.signature(MODELS[model]).parameters else {})).to(device, memory_format=torch.channels_last)
 
 
-def loader(bs, device):
+def loader(bs, device, classes=10):
     g = torch.Generator().manual_seed(0)
-    data = ImageData(torch.randint(0, 256, (bs, 32, 32, 3), generator=g, dtype=torch.uint8), torch.randint(0, 10, (bs,), generator=g), [str(i) for i in range(10)])
+    data = ImageData(torch.randint(0, 256, (bs, 32, 32, 3), generator=g, dtype=torch.uint8), torch.randint(0, classes, (bs,), generator=g), [str(i) for i in range(classes)])
     return TensorDL(data, bs=bs, device=device)
 
 
@@ -82,11 +82,13 @@ def persistent(learn):
     return sum(seen.values())
 
 
-def stepper(method, options, model, bs, device):
+def stepper(method, options, model, bs, device, classes=10, compile=''):
     "A function that makes one training step of a Learner in the middle of a fit, and the Learner."
-    dl = loader(bs, device)
-    if METHODS[method].taught: options = dict(options, teacher=network(model, device))
-    learn = Learner(DataLoaders(dl, dl), network(model, device), loss_func=torch.nn.CrossEntropyLoss(), opt_func=keras_adam, lr=1e-4, default_cbs=False,
+    dl = loader(bs, device, classes)
+    if METHODS[method].taught: options = dict(options, teacher=network(model, device, classes))
+    net = network(model, device, classes)
+    if compile: net = torch.compile(net, mode=compile)
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=torch.nn.CrossEntropyLoss(), opt_func=keras_adam, lr=1e-4, default_cbs=False,
                     cbs=[TrainEvalCallback(), *make_method(method, **options)])
     learn.create_opt()
     learn.n_epoch, learn.epoch, learn.dl, learn.n_iter = 1, 0, learn.dls.train, 10**9
@@ -96,15 +98,21 @@ def stepper(method, options, model, bs, device):
     return lambda: learn.one_batch(0, batch), learn
 
 
-def bare(model, bs, device, peer=False):
-    "The same step without a Learner; with `peer`, SAM of pytorch_optimizer."
-    net, (x, y) = network(model, device).train(), next(iter(loader(bs, device)))
+def bare(model, bs, device, peer=False, classes=10, reports=False):
+    "The same step without a Learner; with `peer`, SAM of pytorch_optimizer; with `reports`, as torchvision's reference training has it: top-1 and top-5 accuracy and the loss as numbers after every step."
+    net, (x, y) = network(model, device, classes).train(), next(iter(loader(bs, device, classes)))
     groups = list(net.parameters())
     opt = keras_adam(groups, lr=1e-4)
     loss_of = lambda: torch.nn.functional.cross_entropy(net(x), y)
     def step():
         opt.zero_grad(); loss_of().backward(); opt.step()
-    if not peer: return step
+    def reported():
+        out = net(x)
+        loss = torch.nn.functional.cross_entropy(out, y)
+        opt.zero_grad(); loss.backward(); opt.step()
+        right = out.topk(5, 1)[1] == y[:, None]
+        return [t.item() for t in (right[:, :1].float().sum() * (100 / len(y)), right.float().sum() * (100 / len(y)), loss)]
+    if not peer: return reported if reports else step
     sam = PeerSAM(groups, torch.optim.Adam, rho=.05, lr=1e-4)
     def two_passes():
         loss_of().backward(); sam.first_step(zero_grad=True)

@@ -18,16 +18,17 @@ __all__ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Mem
            'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'run_cost',
            'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory',
            'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS',
-           'load_results', 'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError',
-           'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
-           'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations',
-           'KeepBest', 'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization',
-           'GSAM', 'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise',
-           'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS',
-           'make_model', 'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16',
-           'vgg16_slim', 'vit', 'wide_resnet_28_10']
+           'load_results', 'publish', 'published', 'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint',
+           'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run',
+           'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep', 'agreement', 'collect_logits', 'diversity',
+           'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
+           'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA',
+           'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step',
+           'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
+           'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit',
+           'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #ce51f0fa
+# %% ../nbs/all.ipynb #8962a2ed
 from .core.checkpoint import Checkpoint, CheckpointError, load_training_state, training_state
 from .core.fixed_loss import FixedLoss, collect_batches
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
@@ -47,8 +48,9 @@ from .experiments.grid import run_ensemble, run_grid
 from .experiments.measure import MEASURES, measure_run
 from .experiments.pages import comparison, plot_comparison, write_pages
 from .experiments.papers import PAPER_GRIDS, PaperEnsemble, PaperRun, extra_memory, paper_ensembles, paper_grid, scaled
-from .experiments.report import COLORS, load_results, plot_runs, results_table
+from .experiments.report import COLORS, load_results, plot_runs, publish, published, results_table
 from .experiments.runner import RunBusy, RunError, load_model, make_learner, run, stored_learner
+from .experiments.sweep import at_equal_passes, finals, sweep
 from .measures.hessian import Eigenvalues, SpectralDensity, Trace, hessian_trace, plot_density, smoothed_density, spectral_density, top_eigenvalues, top_eigenvectors
 from .measures.landscape import (Line, Surface, direction_between, loss_line, loss_surface, plot_ecdf, plot_evolution, plot_line,
                                         plot_surface, random_direction)
@@ -67,7 +69,7 @@ from .methods.gsam import GSAM, gsam_step
 from .methods.looksam import LookSAM
 from .methods.mesa import MESA
 from .methods.registry import METHODS, make_method
-from .methods.sadt import SADT, gradient_ascent, layer_noise, sadt_step, weight_noise
+from .methods.sadt import SADT, gradient_ascent, layer_noise, normalized_ascent, sadt_step, weight_noise
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
 from .models.clip import clip_resnet, zero_shot_weights
@@ -81,7 +83,7 @@ from .models.vit import vit
 from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #60c90262
+# %% ../nbs/all.ipynb #8d8ea237
 _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memorisation', 'calibration_error', 'corrupt', 'corrupted_accuracy', 'effective_robustness',
          'memorisation', 'plot_reliability', 'plot_robustness', 'shifted_accuracy', 'MEASURES', 'measure_run', 'stored_learner',
          'FixedLoss', 'collect_batches', 'Eigenvalues', 'SpectralDensity', 'Trace', 'hessian_trace', 'plot_density', 'smoothed_density', 'spectral_density', 'top_eigenvalues',
@@ -91,10 +93,10 @@ _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memor
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
          'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
          'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
-         'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results',
-         'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid',
+         'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results', 'publish', 'published',
+         'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
          'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
-         'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'sadt_step', 'weight_noise',
+         'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step', 'weight_noise',
          'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20',
          'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']

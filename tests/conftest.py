@@ -87,3 +87,12 @@ def flat(net, buffers=False):
     "All parameters (and buffers) as one vector."
     ts = list(net.parameters()) + (list(net.buffers()) if buffers else [])
     return torch.cat([t.detach().double().flatten() for t in ts])
+
+
+@pytest.fixture
+def one_thread():
+    "As in processes of their own: a sum over two threads has other bits."
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)

@@ -294,15 +294,6 @@ def child(target, *args):
     return p
 
 
-@pytest.fixture
-def one_thread():
-    "As in the children: a sum over two threads has other bits."
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def begin():
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')

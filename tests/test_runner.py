@@ -9,7 +9,7 @@ from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
 from sadt_nb.experiments.report import load_results, results_table
-from sadt_nb.experiments.runner import make_learner, read_result, run
+from sadt_nb.experiments.runner import RunRecorder, make_learner, read_result, run
 from sadt_nb.models.vit import vit
 
 SMALL = Run(epochs=2, n_train=200, bs=50)
@@ -120,3 +120,29 @@ def test_half_precision_that_is_emulated_is_warned_of(capability, warned, monkey
             warnings.simplefilter('always')
             make_learner(SMALL.but(amp=amp))
         assert any('emulates half precision' in str(w.message) for w in seen) == (warned and bool(amp))
+
+
+def test_a_compiled_network_is_trained_stored_and_continued(tmp_path, monkeypatch):
+    "Traced, with the operations left as they are: so the bits are those of the network that is not compiled."
+    graphs, compile = [], torch.compile
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm.forward
+    monkeypatch.setattr(torch, 'compile', lambda model, mode: compile(model, backend=backend))
+    plain = SMALL.but(method='sadt1', model_args=dict(dropout=0.), epochs=3)
+    cfg = plain.but(compile=True)
+    a, b = run(plain, tmp_path, **quiet), run(cfg, tmp_path, **quiet)
+    assert graphs, 'the network was compiled'
+    skip = ('seconds', 'train_seconds', 'wall_seconds', 'started')
+    assert {k: v for k, v in a.items() if k not in skip} == {k: v for k, v in b.items() if k not in skip}
+    x, y = (torch.load(tmp_path / c.name / 'weights.pt', weights_only=True) for c in (plain, cfg))
+    assert x.keys() == y.keys() and all(torch.equal(v, y[k]) for k, v in x.items()), 'named as those of the network itself'
+    taught = SMALL.but(method='distillation', teachers=cfg, compile=True)
+    assert run(taught, tmp_path, **quiet)['status'] == 'finished'
+
+
+def test_tf32_is_for_one_run(tmp_path, monkeypatch):
+    seen, before = [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(RunRecorder, 'before_train', lambda self, real=RunRecorder.before_train: (seen.append(torch.get_float32_matmul_precision()), real(self)))
+    for tf32 in (False, True): run(SMALL.but(tf32=tf32, epochs=1), tmp_path, **quiet)
+    assert seen == [before, 'high'] and torch.get_float32_matmul_precision() == before

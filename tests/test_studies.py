@@ -1,15 +1,15 @@
 "The results that are committed as data: complete, unedited by hand as far as their hashes tell, and part of a published table."
 import json
-from pathlib import Path
 
 import pytest
+from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.papers import PAPER_GRIDS, paper_grid
+from sadt_nb.experiments.report import load_results, published
+from sadt_nb.experiments.runner import evaluate, load_model
 
-STORED = Path(__file__).parents[1] / 'nbs' / 'studies' / 'results'
+STORED = published()
 FOLDERS = sorted(f.parent for f in STORED.glob('*/*/config.json'))
-pytestmark = pytest.mark.skipif(not FOLDERS, reason='no stored results: this is not a checkout')
-
 
 def test_every_stored_run_is_whole_and_is_where_its_configuration_says():
     for folder in FOLDERS:
@@ -19,9 +19,29 @@ def test_every_stored_run_is_whole_and_is_where_its_configuration_says():
         assert {'torch', 'fastai'} <= result['versions'].keys() and result['hardware']['cpu'] and result['code']['source']
         assert history[-1]['steps'] == result['steps'] and history[-1]['forwards'] == result['forwards']
         assert 0 <= result['accuracy'] <= 1 and 0 <= result['accuracy_bn'] <= 1
-        assert {f.name for f in folder.iterdir()} <= {'config.json', 'result.json', 'history.json', 'weights.pt'}
+        assert {f.name for f in folder.iterdir()} <= {'config.json', 'result.json', 'history.json', 'measures.json', 'weights.safetensors', 'weights.sha256'}
 
 
 def test_every_stored_run_belongs_to_a_table():
     known = {p.run.name for name in PAPER_GRIDS for p in paper_grid(name)}
     assert {f.name for f in FOLDERS} <= known
+
+
+def test_published_results_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(load_results('published')) == len(FOLDERS)
+    assert len(load_results('published/cifar_small')) == len([f for f in FOLDERS if f.parent.name == 'cifar_small'])
+    with pytest.raises(FileNotFoundError, match='no published study .flowers.; choose one of cifar_small, '): load_results('published/flowers')
+    (tmp_path / 'published').mkdir()
+    with pytest.raises(FileNotFoundError, match='no runs below published'): load_results('published')
+
+
+@pytest.mark.parametrize('file', sorted(STORED.rglob('weights.safetensors')), ids=lambda f: f.parent.name)
+def test_published_weights_have_the_accuracy_that_stands_beside_them(file):
+    pytest.importorskip('safetensors', reason='published weights need pip install sadt_nb[weights]')
+    run = Run.from_dict(json.loads((file.parent / 'config.json').read_text()))
+    try: test = get_dls(run.data, bs=500, device='cpu')[2]
+    except FileNotFoundError: pytest.skip('CIFAR-10 is not at hand; set SADT_DATA')
+    found = evaluate(load_model(run, file.parents[1], 10), test)
+    stored = json.loads((file.parent / 'result.json').read_text())
+    assert found['accuracy'] == pytest.approx(stored['accuracy'], abs=3e-4) and found['loss'] == pytest.approx(stored['loss'], rel=1e-3), 'other roundings may turn a few of 10,000 images'

@@ -11,11 +11,12 @@ from sadt_nb.experiments.cost import Machine, estimated_seconds, run_cost
 from sadt_nb.experiments.grid import duration, run_grid
 from sadt_nb.experiments.measure import measure_run
 from sadt_nb.experiments.pages import comparison, interval, verdict
-from sadt_nb.experiments.papers import PAPER_GRIDS, PaperRun, paper_grid, scaled
+from sadt_nb.experiments.papers import PAPER_GRIDS, PaperRun, extra_memory, paper_grid, scaled
 from sadt_nb.experiments.report import load_results
 from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
 from sadt_nb.measures.landscape import loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness
+from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
 from scipy import stats
 from torch import nn
@@ -152,3 +153,48 @@ def test_what_is_measured_is_trained_again_only_if_it_must(tmp_path):
     grid('gradient_norm')
     other = json.loads((tmp_path / SMALL.name / 'measures.json').read_text())['measures']
     assert set(other) == {'gradient_norm'} and other['gradient_norm']['value'] != before, 'numbers of two networks do not mix'
+
+
+def test_what_saf_and_mesa_hold_is_counted(tmp_path, monkeypatch, capsys):
+    "Against a count by hand, and in the table beside the published and the computed number."
+    saf, mesa, plain = (SMALL.but(method=m, epochs=2, method_args=o) for m, o in (('saf', dict(start_epoch=0, lag=3)), ('mesa', dict(start_epoch=0)), ('baseline', {})))
+    n, weights = SMALL.n_train, sum(t.nbytes for t in make_model(SMALL.model, 10).state_dict().values())
+    held = {c.method: run(c, tmp_path, progress=False)['method_bytes'] for c in (saf, mesa, plain)}
+    assert held == dict(saf=3 * n * (10 * 2 + 2), mesa=weights, baseline=0)
+    cells = lambda: [PaperRun(f'{c.method} · digits', c, memory=2**20 * 7., formula=extra_memory(n, 10, weights // 4)[c.method]) for c in (saf, mesa)]
+    monkeypatch.setitem(PAPER_GRIDS, 'memory', cells)
+    cli.sadt_report('memory', root=tmp_path, to=tmp_path / 'pages')
+    assert 'held MB' in capsys.readouterr().out
+    table = comparison('memory', load_results(tmp_path))
+    assert table['published MB'].tolist() == ['7', '7'] and table['held MB'].tolist() == [f'{held[m] / 2**20:,.0f}' for m in ('saf', 'mesa')]
+
+
+def test_memory_of_the_published_table():
+    published = {c.label: (c.memory / 2**20, c.formula / 2**20) for c in paper_grid('saf/table2')}
+    assert published.keys() == {'saf · imagenet · resnet50', 'mesa · imagenet · resnet50', 'saf · cifar100 · resnet18'}
+    for label, (said, computed) in published.items(): assert abs(said - computed) < .006 * said, label
+
+
+HYPERPARAMETERS = { # SAF paper, Tables 4 and 5: epochs, batch, rate, weight decay (of SAF and MESA if another), rho, beta, lambda of SAF and MESA, starting epoch, optimizer
+    'resnet18': (200, 128, .05, (5e-4, 5e-4), .05, .9995, (.3, .8), 5, 'sgd'), 'resnet101': (200, 128, .05, (5e-4, 5e-4), .05, .9995, (.3, .8), 5, 'sgd'),
+    'wide_resnet_28_10': (200, 128, .05, (1e-3, 1e-3), .1, .9995, (.3, .8), 5, 'sgd'), 'pyramidnet_110': (200, 128, .05, (5e-4, 5e-4), .2, .9995, (.3, .8), 5, 'sgd'),
+    ('imagenet', 'resnet50'): (90, 4096, 1.4, (3e-5, 1e-4), .05, .9998, (.3, .3), 10, 'sgd'), ('imagenet', 'resnet101'): (90, 4096, 1.4, (3e-5, 3e-5), .05, .9998, (.3, .3), 10, 'sgd'),
+    ('imagenet', 'resnet152'): (90, 4096, 1.4, (3e-5, 3e-5), .05, .9998, (.3, .3), 10, 'sgd'), ('imagenet', 'vit_s32'): (300, 4096, 3e-3, (.3, .3), .05, .9998, (.3, .3), 150, 'adamw'),
+}
+
+
+@pytest.mark.parametrize('table', ['saf/table1', 'saf/table3'])
+def test_hyperparameters_of_the_saf_paper(table):
+    cells, seen = paper_grid(table), set()
+    for r in (c.run for c in cells):
+        epochs, bs, lr, decay, rho, beta, lam, start, opt = HYPERPARAMETERS[(r.data, r.model) if r.data == 'imagenet' else r.model]
+        seen.add((r.data, r.model))
+        late = r.method in ('saf', 'mesa')
+        assert (r.epochs, r.bs, r.lr, r.opt, r.sched, dict(r.opt_args)['weight_decay']) == (epochs, bs, lr, opt, 'cosine', decay[late]), r
+        assert r.flip and (r.resized_crop == .08 if r.data == 'imagenet' else r.crop == 4)
+        method = make_method(r.method, **dict(r.method_args))
+        of = {type(m).__name__: m for m in method}
+        if r.method == 'sam': assert of['SAM'].rho == rho
+        if r.method == 'saf': assert (of['SAF'].lam, of['SAF'].tau, of['SAF'].lag, of['SAF'].start_epoch) == (lam[0], 5, 3, start)
+        if r.method == 'mesa': assert (of['MESA'].lam, of['MESA'].tau, of['MESA'].beta, of['MESA'].start_epoch) == (lam[1], 5, beta, start)
+    assert len(seen) == (4 if table == 'saf/table1' else 8)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['duration', 'run_grid', 'run_ensemble']
 
-# %% ../../nbs/experiments/85_grid.ipynb #f9b67a35
-import hashlib, json, os, signal, sys, threading, time
+# %% ../../nbs/experiments/85_grid.ipynb #518ee217
+import hashlib, json, os, platform, signal, socket, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -23,11 +23,11 @@ from ..core.teachers import Ensemble
 from ..data.datasets import get_dls
 from .config import Run
 from .measure import measure_run, missing_measures
-from .runner import RunBusy, RunError, evaluate, is_trained, load_model, read_result, run, write_json
+from .runner import RunBusy, RunError, _code, evaluate, is_trained, load_model, read_result, run, write_json
 from ..measures.similarity import diversity
 from ..methods.registry import METHODS
 
-# %% ../../nbs/experiments/85_grid.ipynb #d1edce53
+# %% ../../nbs/experiments/85_grid.ipynb #9abcd551
 _training = False # in a worker: is it in the middle of a run?
 
 def _interrupt(*_):
@@ -54,20 +54,35 @@ def _job(cfg, root, measures, samples, **kwargs):
         return result
     finally: _training = False
 
+class _Died(Exception):
+    "The process that trained a run is gone."
+
 class _Worker:
     "One process that trains; a new one if it dies."
     def __init__(self, threads): self.threads, self.pool = threads, None
 
     def submit(self, *args, **kwargs):
         if self.pool is None: self.pool = ProcessPoolExecutor(1, get_context('spawn'), _start_worker, (self.threads,))
-        return self.pool.submit(_job, *args, **kwargs)
+        return _told(self.pool.submit(_job, *args, **kwargs), self._explained)
 
-    def renew(self): self.pool = None
+    def _explained(self, e):
+        if not isinstance(e, BrokenProcessPool): return e
+        self.pool = None
+        return _Died('is there enough memory for all workers at once?')
 
     def stop(self, busy):
         if self.pool is None: return
         for p in list((self.pool._processes or {}).values()) if busy else (): p.terminate()
         self.pool.shutdown()
+
+def _told(job, explained):
+    "The same job, its failure as `explained` puts it."
+    f = Future()
+    def done(job):
+        if e := job.exception(): f.set_exception(explained(e))
+        else: f.set_result(job.result())
+    job.add_done_callback(done)
+    return f
 
 class _Here:
     "The same without a process."
@@ -78,6 +93,64 @@ class _Here:
         return f
 
     def stop(self, busy): pass
+
+# %% ../../nbs/experiments/85_grid.ipynb #f4ea7a87
+def _elsewhere(source, threads, cfg, *args, **kwargs):
+    "The job, on a machine of the cluster."
+    if (here := _code()['source']) != source: raise RunError(f'{cfg.name}: {platform.node()} has other code of sadt_nb ({here}, here {source}); install the same version everywhere')
+    torch.set_num_threads(threads)
+    return _job(cfg, *args, **kwargs)
+
+@contextmanager
+def _cluster(address):
+    "Ray, connected; what was connected before stays so."
+    try: import ray
+    except ImportError: raise ImportError('more than one machine needs Ray: pip install sadt_nb[ray]') from None
+    mine = not ray.is_initialized()
+    if mine:
+        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0') # of a cluster that is started here; nothing leaves the machine unasked
+        host, _, port = address.removeprefix('ray://').rpartition(':')
+        try:
+            if host: socket.create_connection((host, int(port)), 10).close() # Ray itself would wait for minutes
+            ray.init(address, log_to_driver=False, logging_level='ERROR')
+        except (OSError, ValueError) as e: raise RunError(f'no Ray cluster at {address!r} ({str(e).strip().splitlines()[0]}); start one with `ray start --head`') from None
+    try: yield ray
+    finally:
+        if mine: ray.shutdown()
+
+def _shares(nodes, workers):
+    "CPUs and GPUs of each of `workers` jobs on machines with these resources: equal parts, and of one GPU at most."
+    cpus, gpus = ([n.get(k, 0) for n in nodes] for k in ('CPU', 'GPU'))
+    return max(1, min(int(sum(cpus)) // workers, int(max(cpus, default=0)))), 1 / max(1, -(-workers // int(sum(gpus)))) if sum(gpus) else 0
+
+class _RayWorker:
+    "A share of a cluster."
+    def __init__(self, ray, workers):
+        cpus, gpus = _shares([n['Resources'] for n in ray.nodes() if n['Alive']], workers)
+        self.ray, self.job = ray, None
+        self.task = partial(ray.remote(_elsewhere).options(num_cpus=cpus, num_gpus=gpus, max_retries=0).remote, _code()['source'], cpus) # the grid itself tries again
+
+    def submit(self, cfg, root, *args, **kwargs):
+        def explained(e):
+            if isinstance(e, self.ray.exceptions.RayTaskError): return e.cause
+            return _Died(str(e).strip().splitlines()[0]) if isinstance(e, self.ray.exceptions.RayError) else e
+        self.job = self.task(cfg, Path(root).absolute(), *args, **kwargs)
+        return _told(self.job.future(), explained)
+
+    def stop(self, busy):
+        if not busy: return
+        self.ray.cancel(self.job) # raises KeyboardInterrupt there
+        self.ray.wait([self.job], timeout=10)
+
+@contextmanager
+def _crew(workers, cluster):
+    "A list of idle workers. Those that are not in it at the end are busy, and are interrupted."
+    if cluster: crew = [_RayWorker(cluster, workers) for _ in range(workers)]
+    else: crew = [_Here()] if workers == 1 else [_Worker(max(1, torch.get_num_threads() // workers)) for _ in range(workers)]
+    free = list(crew)
+    try: yield free
+    finally:
+        for worker in crew: worker.stop(busy=worker not in free)
 
 # %% ../../nbs/experiments/85_grid.ipynb #802d6a19
 def _plan(runs, root, force, needed=lambda cfg: False):
@@ -154,7 +227,7 @@ class _Progress:
             t.add_row(cfg.name, str(cfg.seed), f'{len(rows)}/{cfg.epochs}', pct('train_accuracy'), pct('valid_accuracy'), f'{last["seconds"]:.1f}' if last else '')
         return t
 
-# %% ../../nbs/experiments/85_grid.ipynb #87e54156
+# %% ../../nbs/experiments/85_grid.ipynb #1c30e5c8
 def run_grid(
     runs,          # Configurations
     root='runs',   # Folder of all results
@@ -165,6 +238,7 @@ def run_grid(
     attempts=3,    # So often a run is begun or continued whose process dies
     measures=None, # Run to names in `MEASURES`: what is measured once it is trained; it is trained again if its weights are missing
     samples=1000,  # Measure on so many training images
+    ray=None,      # Address of a Ray cluster that trains, 'auto' for the one this machine belongs to, 'local' for one of this machine alone; `root` must be a folder that its machines share, and `workers` counts over all of them
 ) -> list: # A result, or the `Exception`, per run, in the order of `runs`
     "Run all that are not finished yet; failures are returned, not raised. Ctrl-C stops; the same call continues."
     if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
@@ -172,8 +246,6 @@ def run_grid(
     measures = measures or {}
     plan = _plan(runs, root, force, lambda cfg: bool(missing_measures(cfg, root, measures.get(cfg, ()), samples)))
     waiting, say = list(plan), _Progress(plan, root, progress)
-    free = [_Here()] if workers == 1 else [_Worker(max(1, torch.get_num_threads() // workers)) for _ in range(workers)]
-    crew = list(free)
     def end(cfg, r): say.ends(cfg, out.setdefault(cfg, r))
     def next_ready(): # whose teachers are done, and which nobody else was training a moment ago
         for cfg in list(waiting):
@@ -181,32 +253,30 @@ def run_grid(
             waiting.remove(cfg)
             if not (failed := [t.name for t in cfg.teachers if isinstance(out.get(t), Exception)]): return cfg
             end(cfg, RunError(f'{cfg.name}: its teacher {failed[0]} failed'))
-    def collect(cfg, job, worker):
+    def collect(cfg, job):
         say.pauses(cfg)
-        try: end(cfg, job.result())
+        try:
+            r = job.result()
+            end(cfg, r if read_result(cfg, root) else RunError(f'{cfg.name} was trained, but its result is not in {root}; all machines must share that folder'))
         except RunBusy:
             later[cfg] = time.time() + 1
             waiting.append(cfg)
-        except BrokenProcessPool:
-            worker.renew()
+        except _Died as e:
             deaths[cfg] = deaths.get(cfg, 0) + 1
             if deaths[cfg] < attempts: waiting.insert(0, cfg)
-            else: end(cfg, RunError(f'{cfg.name}: its process was killed {attempts} times; is there enough memory for {workers} at once?'))
+            else: end(cfg, RunError(f'{cfg.name}: its process was killed {attempts} times; {e}'))
         except Exception as e: end(cfg, e)
-    try:
-        with say.live:
-            while waiting or jobs:
-                while free and (cfg := next_ready()):
-                    say.begins(cfg)
-                    worker = free.pop()
-                    jobs[worker.submit(cfg, root, measures.get(cfg, ()), samples, minutes=minutes, **plan[cfg])] = cfg, worker
-                if not jobs: time.sleep(.2) # others are busy with all that is left
-                for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED).done:
-                    cfg, worker = jobs.pop(job)
-                    free.append(worker)
-                    collect(cfg, job, worker)
-    finally:
-        for worker in crew: worker.stop(busy=worker not in free)
+    with _cluster(ray) if ray else nullcontext() as cluster, _crew(workers, cluster) as free, say.live:
+        while waiting or jobs:
+            while free and (cfg := next_ready()):
+                say.begins(cfg)
+                worker = free.pop()
+                jobs[worker.submit(cfg, root, measures.get(cfg, ()), samples, minutes=minutes, **plan[cfg])] = cfg, worker
+            if not jobs: time.sleep(.2) # others are busy with all that is left
+            for job in wait(jobs, timeout=1, return_when=FIRST_COMPLETED).done:
+                cfg, worker = jobs.pop(job)
+                free.append(worker)
+                collect(cfg, job)
     return [out[cfg] for cfg in runs]
 
 # %% ../../nbs/experiments/85_grid.ipynb #9101d1b2

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SLOW', 'missing_measures', 'measure_run']
 
-# %% ../../nbs/experiments/86_measure.ipynb #4dc921f5
+# %% ../../nbs/experiments/86_measure.ipynb #b89fa417
 import json, time, zlib
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .config import Run
-from .runner import RunError, is_trained, provenance, read_result, stored_learner, write_json
+from .runner import RunError, _weights_file, is_trained, provenance, read_result, stored_learner, write_json
 from ..measures.hessian import Eigenvalues, SpectralDensity, hessian_trace, spectral_density, top_eigenvalues
 from ..measures.landscape import Surface, loss_surface
 from ..measures.robustness import calibration_error, corrupted_accuracy
@@ -48,10 +48,10 @@ MEASURES = dict( # Name to function `(learn, samples)`, which returns a number o
 
 SLOW = ('spectrum', 'top100', 'surface') # hundreds of passes
 
-# %% ../../nbs/experiments/86_measure.ipynb #7a312ba7
+# %% ../../nbs/experiments/86_measure.ipynb #f5be0559
 def _weights(cfg, root):
     "A checksum of the stored weights, `None` without them."
-    file = Path(root) / cfg.name / 'weights.pt'
+    file = _weights_file(cfg, root)
     return f'{zlib.crc32(file.read_bytes()):08x}' if file.is_file() else None
 
 def _known(cfg, root):

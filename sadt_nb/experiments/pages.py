@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['interval', 'verdict', 'comparison', 'plot_comparison', 'write_pages']
 
-# %% ../../nbs/experiments/88_pages.ipynb #ab1685c2
+# %% ../../nbs/experiments/88_pages.ipynb #6b54c134
 import base64, html, io
 from pathlib import Path
 
@@ -15,10 +15,10 @@ import pandas as pd
 from scipy import stats
 
 from ..core.checkpoint import write_whole
-from .papers import paper_grid
+from .papers import memory_columns, paper_grid
 from .report import COLORS, load_results
 
-# %% ../../nbs/experiments/88_pages.ipynb #5539497a
+# %% ../../nbs/experiments/88_pages.ipynb #b2fe4f2c
 def interval(
     v, # Differences, one per repetition
 ) -> tuple: # Mean, lower and upper end; the ends are NaN for fewer than two
@@ -67,6 +67,7 @@ def comparison(
             row = {'row': what, 'where': where, 'published': f'{np.mean(paper):.2f}' + (f' ± {100 * spread:.2f}' if spread is not None else '') if paper else '',
                    'ours': '' if not ours else f'{np.mean(ours):.2f}' + (f' ± {np.std(ours, ddof=1):.2f}' if len(ours) > 1 else ''), 'n': f'{len(ours)} of {len(g)}',
                    'ours minus published': f'{np.mean(ours) - np.mean(paper):+.2f}' if ours and paper else ''}
+            row |= memory_columns(g['cell'].iloc[0], next((r for r in g['result'] if r is not None), {}))
             if plain and what != plain[0]:
                 pairs = [acc[what][s] - acc[plain[0]][s] for s in acc[what] if s in acc[plain[0]]]
                 claim = np.mean(paper) - np.mean(said[plain[0]]) if paper and said[plain[0]] else None

@@ -7,7 +7,7 @@ __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first
            'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
            'stored_learner', 'run']
 
-# %% ../../nbs/experiments/81_runner.ipynb #9da7d9ec
+# %% ../../nbs/experiments/81_runner.ipynb #ec4e2474
 import ctypes, hashlib, importlib.metadata, json, os, platform, shutil, time, warnings, zlib
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import distributed, nn
 from torch.optim.swa_utils import update_bn
+from torch.utils._pytree import tree_leaves
 from fastai.callback.core import Callback, CancelFitException, TrainEvalCallback
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -30,6 +31,7 @@ from filelock import FileLock, Timeout
 from ..core.checkpoint import Checkpoint, CheckpointError, saved, write_whole
 from ..core.optim import keras_adam
 from ..core.passes import n_ranks, over_ranks, this_rank
+from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
 from ..data.datasets import get_dls
 from .config import Run
@@ -75,7 +77,11 @@ def _schedule(cfg):
     if cfg.sched == 'step': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * cfg.epochs / 30 + 1e-9)})] # `done`, a share, is a rounded number
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []
 
-# %% ../../nbs/experiments/81_runner.ipynb #6993383e
+# %% ../../nbs/experiments/81_runner.ipynb #bf920683
+def _kept_bytes(learn):
+    "Bytes of the tensors that callbacks take from one step to the next."
+    return sum(t.nbytes for cb in learn.cbs if hasattr(type(cb), 'state_dict') and not isinstance(cb, (RunRecorder, KeepBest)) for t in tree_leaves(cb.state_dict()) if isinstance(t, torch.Tensor))
+
 class RunRecorder(Callback):
     "Per-epoch history, counts of steps and passes, and a stop at the first loss that is NaN or infinite."
     order = Recorder.order + 1
@@ -84,7 +90,7 @@ class RunRecorder(Callback):
     ): self.on_epoch, self.rows, self.failed = on_epoch, [], None
 
     def before_fit(self):
-        self.rows, self.failed, self.counts = [], None, dict(steps=0, forwards=0, backwards=0)
+        self.rows, self.failed, self.kept, self.counts = [], None, 0, dict(steps=0, forwards=0, backwards=0)
         def counting(key, f):
             def counted(*args, **kwargs): self.counts[key] += 1; return f(*args, **kwargs)
             return counted
@@ -130,10 +136,11 @@ class RunRecorder(Callback):
 
     def after_epoch(self):
         self.rows.append(self._row)
+        self.kept = max(self.kept, _kept_bytes(self.learn))
         if self.on_epoch: self.on_epoch(self.rows)
 
-    def state_dict(self): return dict(rows=self.rows, counts=self.counts)
-    def load_state_dict(self, state): self.rows, self.counts = list(state['rows']), dict(state['counts'])
+    def state_dict(self): return dict(rows=self.rows, counts=self.counts, kept=self.kept)
+    def load_state_dict(self, state): self.rows, self.counts, self.kept = list(state['rows']), dict(state['counts']), state['kept']
 
     def unhook(self):
         "Take the counters off again."
@@ -209,7 +216,7 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #71c74c14
+# %% ../../nbs/experiments/81_runner.ipynb #82b9ccae
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
 
@@ -265,12 +272,17 @@ def read_result(
     except (OSError, ValueError): return None
     return result if result.get('status') == 'finished' else None
 
+def _weights_file(cfg, root):
+    "Where the weights of a run are: as `run` writes them, or as they come with the package."
+    pt, packaged = (Path(root) / cfg.name / f for f in ('weights.pt', 'weights.safetensors'))
+    return packaged if packaged.is_file() and not pt.is_file() else pt
+
 def is_trained(
     cfg:Run, # The configuration
     root,    # Where its folder would be
 ) -> bool: # Finished, and its weights are there: it can teach
     "Can this run serve as a teacher? Stored results may come without weights."
-    return read_result(cfg, root) is not None and (Path(root) / cfg.name / 'weights.pt').is_file()
+    return read_result(cfg, root) is not None and _weights_file(cfg, root).is_file()
 
 def load_model(
     cfg:Run,     # A run that `is_trained`
@@ -280,7 +292,9 @@ def load_model(
 ) -> nn.Module: # In evaluation mode
     "The network of a finished run. Raises `RunError` if its weights are missing or do not fit."
     model = make_model(cfg.model, classes, **dict(cfg.model_args))
-    try: load_weights(model, Path(root) / cfg.name / 'weights.pt')
+    file = _weights_file(cfg, root)
+    if (known := file.with_name('weights.sha256')).is_file() and file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() != known.read_text().strip(): raise RunError(f'{cfg.name}: {file.name} is damaged, its hash is another than in {known.name}')
+    try: load_weights(model, file)
     except (OSError, ValueError) as e: raise RunError(f'{cfg.name}: {e}') from None
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
@@ -318,6 +332,7 @@ def make_learner(
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, dls.c, **dict(cfg.model_args)).to(dls.device)
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
+    if cfg.compile: model = torch.compile(model, mode=cfg.compile)
     learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=_opt_func(cfg), lr=cfg.lr, default_cbs=False,
                     cbs=[TrainEvalCallback(), *_schedule(cfg), *method, *([DeviceMixedPrecision(cfg.amp)] if cfg.amp else []), *([GradientClip(cfg.clip)] if cfg.clip else []),
                          *([KeepBest(cfg.select)] if cfg.select != 'last' else []),
@@ -351,7 +366,7 @@ def _selected(learn):
 def _beside_teacher(learn):
     "How far the student is from its teacher, on training images without augmentation and on test images."
     if not hasattr(learn, 'distillation'): return {}
-    pair, plain = (learn.model, learn.distillation.teacher), learn.dls.train.new(shuffle=False, drop_last=False, tfms=[])
+    pair, plain = (unwrapped(learn.model), learn.distillation.teacher), learn.dls.train.new(shuffle=False, drop_last=False, tfms=[])
     return dict(teacher=dict(accuracy=evaluate(pair[1], learn.dls[2])['accuracy'], **{
         f'{name}_{part}': f(*pair, dl) for name, f in (('logit_mse', logit_mse), ('agreement', agreement)) for part, dl in (('train', plain), ('test', learn.dls[2]))}))
 
@@ -389,6 +404,13 @@ def _several(learn):
         with learn.distrib_ctx(sync_bn=not cpu, cpu=cpu): yield
     finally: learn.dls.loaders = bare
 
+@contextmanager
+def _tf32(on):
+    before = torch.get_float32_matmul_precision()
+    if on: torch.set_float32_matmul_precision('high')
+    try: yield
+    finally: torch.set_float32_matmul_precision(before)
+
 def _train(cfg, root, force, progress, device, minutes):
     "Train, evaluate, store; the caller holds the lock."
     keep_pages()
@@ -400,13 +422,13 @@ def _train(cfg, root, force, progress, device, minutes):
     checkpoint = Checkpoint(folder / 'checkpoint.pt', minutes=minutes, tag=f'{cfg.key}, code {_code()["source"]}, torch {torch.__version__}')
     if force and (is_trained(cfg, root) or not checkpoint.fits(cfg.epochs)): checkpoint.remove()
     def store(status, **more):
-        result = dict(status=status, **more, epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}), resumed=checkpoint.start,
+        result = dict(status=status, **more, epochs=len(recorder.rows), train_seconds=sum(r['seconds'] for r in recorder.rows), **getattr(recorder, 'counts', {}), method_bytes=getattr(recorder, 'kept', 0), resumed=checkpoint.start,
                       **provenance(torch.device(device or default_device())), started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(started)), wall_seconds=time.time() - started)
         if n_ranks() > 1: result['processes'] = n_ranks()
         put('result.json', result)
         return result
     try:
-        with _several(learn): learn.fit(cfg.epochs, cbs=checkpoint)
+        with _several(learn), _tf32(cfg.tf32): learn.fit(cfg.epochs, cbs=checkpoint)
         if recorder.failed: _once(lambda: store('diverged', error=recorder.failed))
         else: result = _once(lambda: store('finished', **_results(cfg, learn, folder)))
         checkpoint.remove()
@@ -423,7 +445,7 @@ def _said(e): return str(e).split('\n\t')[-1] # fastai puts a line of its own be
 
 def _results(cfg, learn, folder):
     "Evaluate what was trained, and keep its weights."
-    plain, test = learn.model, learn.dls[2]
+    plain, test = unwrapped(learn.model), learn.dls[2]
     a = b = evaluate(plain, test)
     if cfg.epochs: # the statistics of a network that was not trained here are somebody's choice
         b = evaluate(reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new()), test)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 
-# %% ../../nbs/models/59_weights.ipynb #afb99393
+# %% ../../nbs/models/59_weights.ipynb #4a5b43b5
 def _differences(state, own):
     "In words, what keeps the tensors `state` from fitting a network with the tensors `own`; '' for nothing."
     shapes = {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}
@@ -19,16 +19,22 @@ def _differences(state, own):
     def example(keys): return f'{(k := min(keys))!r}' + (f' with {tuple(state[k].shape)} in place of {tuple(own[k].shape)}' if keys is shapes else '')
     return '; '.join(f'{len(keys)} {what}, such as {example(keys)}' for what, keys in groups if keys)
 
+def _read_safetensors(file):
+    try: from safetensors.torch import load_file
+    except ImportError: raise ImportError(f'reading {Path(file).name} needs safetensors: pip install sadt_nb[weights]') from None
+    return load_file(file)
+
 def load_weights(
     model:nn.Module, # Gets the weights, all or none
-    file,            # As `torch.save(model.state_dict(), file)` or fastai's `learn.save` write it
+    file,            # As `torch.save(model.state_dict(), file)` or fastai's `learn.save` write it, or `.safetensors`
     fresh:str='',    # Start of names, such as 'head.', that stay as they are if the file has none or others there; '' for no such names
 ) -> nn.Module: # The same network
     """Load a plain weights file; on the meta device, only check it.
 
     Raises `FileNotFoundError`, or `ValueError` if the file holds anything but tensors or belongs to another network."""
     if not Path(file).is_file(): raise FileNotFoundError(f'{file} does not exist')
-    try: state = torch.load(file, map_location='cpu', weights_only=True)
+    try: state = _read_safetensors(file) if Path(file).suffix == '.safetensors' else torch.load(file, map_location='cpu', weights_only=True)
+    except ImportError: raise
     except Exception: raise ValueError(f'{file} is not a plain weights file and was not opened; write it with torch.save(model.state_dict(), file)') from None
     if isinstance(state, dict) and isinstance(state.get('model'), dict): state = state['model'] # fastai keeps the optimizer beside it
     if not (isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values())):

@@ -1,0 +1,134 @@
+"A grid on a Ray cluster: processes and machines of it die, runs are taken up again, and end with the same bits."
+import json
+import os
+import sys
+import threading
+import time
+
+import pytest
+
+from sadt_nb.experiments import grid
+from sadt_nb.experiments.grid import run_grid
+from sadt_nb.experiments.runner import RunError, read_result, run
+from test_resume import of, outcome, quiet, same, wait_for
+
+psutil = pytest.importorskip('psutil', reason='psutil is not installed')
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    ray = pytest.importorskip('ray', reason='the cluster needs pip install sadt_nb[ray]')
+    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
+    ray.init(address='local', num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level='ERROR')
+    yield ray
+    ray.shutdown()
+
+
+def training():
+    def name(p):
+        try: return ' '.join(p.cmdline())
+        except psutil.Error: return '' # it has just ended
+    return [p for p in psutil.Process().children(recursive=True) if '_elsewhere' in name(p)]
+
+
+def in_background(*args, **kwargs):
+    out = []
+    t = threading.Thread(target=lambda: out.extend(run_grid(*args, **kwargs, **quiet)), daemon=True)
+    t.start()
+    return t, out
+
+
+def test_a_process_dies_in_mid_run(cluster, one_thread, tmp_path):
+    runs = [of('sadt1').but(epochs=20, n_train=120, seed=s) for s in range(2)]
+    t, out = in_background(runs, tmp_path / 'cut', 2, ray='auto')
+    wait_for(lambda: all((tmp_path / 'cut' / r.name / 'checkpoint.pt.previous').exists() for r in runs))
+    victims = training()
+    assert len(victims) == 2
+    victims[0].kill()
+    t.join(300)
+    assert [r['status'] for r in out] == ['finished'] * 2 and sorted(r['resumed'] > 0 for r in out) == [False, True], 'one was taken up again, the other went on'
+    for r in runs:
+        run(r, tmp_path / 'whole', **quiet)
+        assert same(outcome(r, tmp_path / 'cut'), outcome(r, tmp_path / 'whole'))
+    assert cluster.is_initialized(), 'what was connected before stays so'
+
+
+def test_a_process_dies_every_time(cluster, tmp_path):
+    cfg = of('sam').but(epochs=400)
+    t, out = in_background([cfg], tmp_path, ray='auto', attempts=2)
+    killed = set()
+    while t.is_alive():
+        for p in training():
+            if p.pid not in killed and (tmp_path / cfg.name / 'history.json').exists():
+                p.kill()
+                killed.add(p.pid)
+        time.sleep(.2)
+    assert len(killed) == 2 and isinstance(out[0], RunError) and 'was killed 2 times' in str(out[0])
+
+
+def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tmp_path):
+    torn, taught = of('baseline').but(opt='sgd', lr=1e12, sched='constant'), of('distillation')
+    out = run_grid([torn, taught], tmp_path, 2, ray='auto', **quiet)
+    assert type(out[0]) is RunError and 'the loss became NaN or infinite' in str(out[0]) and 'Traceback' not in str(out[0])
+    assert out[1]['status'] == 'finished' and read_result(taught.teachers[0], tmp_path)['started'] <= out[1]['started']
+    with monkeypatch.context() as m:
+        m.setattr(grid, '_code', lambda: dict(source='0123456789ab'))
+        assert 'has other code of sadt_nb' in str(run_grid([of('sam')], tmp_path, ray='auto', **quiet)[0]) and read_result(of('sam'), tmp_path) is None
+    with monkeypatch.context() as m:
+        m.setattr(grid, 'read_result', lambda cfg, root: None)
+        assert 'all machines must share that folder' in str(run_grid([of('sam')], tmp_path, ray='auto', **quiet)[0])
+
+
+def test_control_c_reaches_the_cluster(cluster, monkeypatch, tmp_path):
+    cfg = of('sam').but(epochs=400)
+    def wait(*args, **kwargs):
+        if (tmp_path / cfg.name / 'checkpoint.pt').exists(): raise KeyboardInterrupt()
+        time.sleep(.1)
+        return real(*args, **kwargs)
+    real = grid.wait
+    monkeypatch.setattr(grid, 'wait', wait)
+    with pytest.raises(KeyboardInterrupt): run_grid([cfg], tmp_path, ray='auto', **quiet)
+    assert json.loads((tmp_path / cfg.name / 'result.json').read_text())['status'] == 'interrupted'
+
+
+def test_shares_of_machines():
+    share = grid._shares
+    assert share([dict(CPU=16.)], 4) == (4, 0)
+    assert share([dict(CPU=16.), dict(CPU=8.)], 1) == (16, 0), 'a job does not spread over machines'
+    assert share([dict(CPU=2.)], 5) == (1, 0), 'more jobs than cores take turns'
+    assert share([dict(CPU=16., GPU=1.)], 4) == (4, .25)
+    assert share([dict(CPU=16., GPU=4.)], 4) == (4, 1) and share([dict(CPU=16., GPU=8.)], 2) == (8, 1)
+    assert share([dict(CPU=16., GPU=2.), dict(CPU=16., GPU=1.)], 4) == (8, .5), 'no job lies on two GPUs'
+
+
+def test_no_ray_no_cluster(monkeypatch, tmp_path, capsys):
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, 'ray', None)
+        with pytest.raises(ImportError, match=r'pip install sadt_nb\[ray\]'): run_grid([of('sam')], tmp_path, ray='auto', **quiet)
+    ray = pytest.importorskip('ray')
+    if ray.is_initialized(): ray.shutdown()
+    with pytest.raises(RunError, match='no Ray cluster at .127.0.0.1:1.'): run_grid([of('sam')], tmp_path, ray='127.0.0.1:1', **quiet)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_machine_dies(tmp_path, one_thread):
+    ray = pytest.importorskip('ray')
+    from ray.cluster_utils import Cluster
+    if ray.is_initialized(): ray.shutdown()
+    machines = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0))
+    try:
+        nodes = [machines.add_node(num_cpus=1) for _ in range(2)]
+        ray.init(address=machines.address, log_to_driver=False, logging_level='ERROR')
+        runs = [of('sadt1').but(epochs=30, n_train=120, seed=s) for s in range(2)]
+        t, out = in_background(runs, tmp_path / 'cut', 2, ray='auto')
+        wait_for(lambda: all((tmp_path / 'cut' / r.name / 'checkpoint.pt.previous').exists() for r in runs))
+        machines.remove_node(nodes[0], allow_graceful=False)
+        t.join(400)
+        assert [r['status'] for r in out] == ['finished'] * 2 and sum(r['resumed'] > 0 for r in out) == 1
+        for r in runs:
+            run(r, tmp_path / 'whole', **quiet)
+            assert same(outcome(r, tmp_path / 'cut'), outcome(r, tmp_path / 'whole'))
+    finally:
+        ray.shutdown()
+        machines.shutdown()

@@ -7,6 +7,7 @@ NEWEST  = .venv-newest
 QUIET   = PYTHONWARNINGS=ignore::FutureWarning
 # notebooks and tests run two at a time with one thread each: faster on few cores than one with two
 ONE     = OMP_NUM_THREADS=1
+TWO     = -n 2 --dist worksteal --durations=15
 
 .PHONY: demo test sync notebooks-test pytest test-all dist test-newest notebooks readme bench clean
 
@@ -36,11 +37,11 @@ notebooks-test: $(READY)
 	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest: $(READY)
-	$(QUIET) $(BIN)/python -m pytest -q tests
+	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests
 
 # The long matrices as well
 test-all: test
-	$(QUIET) $(BIN)/python -m pytest -q tests -m slow || test $$? -eq 5  # 5: there are none yet
+	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests -m slow
 
 # The sdist, and the wheel built from it
 dist: $(READY)
@@ -50,10 +51,10 @@ dist: $(READY)
 # The wheel without the development extras, on the newest fastai and fastcore that pip finds, under the same pytest suite
 test-newest: dist
 	$(PYTHON) -m venv --clear $(NEWEST)
-	$(NEWEST)/bin/pip install -q --disable-pip-version-check dist/*.whl pytest
+	$(NEWEST)/bin/pip install -q --disable-pip-version-check dist/*.whl pytest pytest-xdist
 	cd $(NEWEST) && bin/python -W ignore -c "import sadt_nb, fastai, fastcore; print('sadt_nb', sadt_nb.__version__, 'from the wheel, fastai', fastai.__version__, 'fastcore', fastcore.__version__)"
 	rm -rf $(NEWEST)/run && cp -r tests $(NEWEST)/run
-	cd $(NEWEST)/run && $(QUIET) ../bin/python -m pytest -q -p no:cacheprovider .
+	cd $(NEWEST)/run && $(ONE) $(QUIET) ../bin/python -m pytest -q $(TWO) -p no:cacheprovider .
 	cd $(NEWEST) && bin/sadt_train --epochs 1 --n_train 200 --bs 50 --root smoke 2>&1 | tail -2
 
 # Run notebooks and keep their outputs: make notebooks NB=nbs/methods/20_sam.ipynb

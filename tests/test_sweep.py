@@ -10,7 +10,7 @@ optuna = pytest.importorskip('optuna', reason='the search needs pip install sadt
 from sadt_nb.experiments import cli, grid
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import write_json
-from sadt_nb.experiments.sweep import at_equal_passes, finals, ranges, sweep
+from sadt_nb.experiments.sweep import SWEEPS, at_equal_passes, finals, ranges, sweep
 from sadt_nb.methods.registry import METHODS
 
 PLAIN = Run(epochs=12, n_train=60, bs=30, valid=.2)
@@ -106,6 +106,24 @@ def test_what_cannot_be_searched(hill, monkeypatch, tmp_path):
         with pytest.raises(ValueError, match=said): sweep(**{**dict(root=tmp_path, trials=3, progress=False), **bad})
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r'pip install sadt_nb\[sweep\]'): sweep(sam, tmp_path)
+
+
+def test_a_search_of_the_studies_by_name(hill, monkeypatch, tmp_path, capsys):
+    plain = PLAIN.but(n_train=None)
+    monkeypatch.setitem(SWEEPS, 'two', lambda: {'a': (plain, dict(lr=(1e-3, 1e-2))), 'b': (plain.but(method='sadt1', method_args=dict(rng='replay')), dict(rho=(.01, 1.)))})
+    cli.sadt_sweep('two', trials=2, seeds=2, root=tmp_path)
+    table = capsys.readouterr().out
+    assert 'rng=replay' in table and 'rho=' in table and {c.seed for c in hill} == {0, 1, 2} and len(hill) == 8
+    with pytest.raises(SystemExit): cli.sadt_sweep('flowers', root=tmp_path)
+    assert 'choose one of sadt_parts' in capsys.readouterr().err
+
+
+def test_the_parts_of_sadt_differ_in_one_thing_and_cost_the_same():
+    cases = SWEEPS['sadt_parts']()
+    assert len({run for run, space in cases.values() if 'rho' not in space and 'kl_weight' not in space}) == 8
+    for label, (run, space) in cases.items():
+        assert abs(run.epochs * METHODS[run.method].passes - 12) < 1e-9, label
+        assert {f: getattr(run, f) for f in ('data', 'data_args', 'bs', 'valid', 'split', 'seed')} == dict(data='noisy_digits', data_args=(('noise', .2),), bs=64, valid=.25, split=0, seed=0)
 
 
 def test_from_the_shell_with_real_training(tmp_path, capsys):

@@ -16,7 +16,7 @@ from sadt_nb.experiments.report import load_results
 from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
 from sadt_nb.measures.landscape import loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness
-from sadt_nb.methods.registry import make_method
+from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
 from scipy import stats
 from torch import nn
@@ -198,3 +198,16 @@ def test_hyperparameters_of_the_saf_paper(table):
         if r.method == 'saf': assert (of['SAF'].lam, of['SAF'].tau, of['SAF'].lag, of['SAF'].start_epoch) == (lam[0], 5, 3, start)
         if r.method == 'mesa': assert (of['MESA'].lam, of['MESA'].tau, of['MESA'].beta, of['MESA'].start_epoch) == (lam[1], 5, beta, start)
     assert len(seen) == (4 if table == 'saf/table1' else 8)
+
+
+@pytest.mark.parametrize('table, epochs, seeds', [('compare/digits', 15, 5), ('compare/cifar_small', 15, 3)])
+def test_all_methods_side_by_side(table, epochs, seeds):
+    cells = paper_grid(table)
+    assert len(cells) == 3 * seeds * len(METHODS)
+    for c in cells:
+        name, where, _ = c.label.split(' · ')
+        m, r = METHODS[name], c.run
+        done = dict(zip(('equal epochs', 'equal steps', 'equal passes'), (1, m.steps, m.passes)))[where] * r.epochs
+        assert r.method == name and abs(done - epochs) <= max(1, m.steps, m.passes) / 2, c.label
+        assert all(t.seed != r.seed and t.method == 'baseline' and t in {d.run for d in cells} for t in r.teachers), 'teachers are runs of the table, with other seeds'
+    assert len({(c.run.lr, c.run.opt, c.run.bs, c.run.split, c.run.select, c.run.data_args) for c in cells}) == 1

@@ -39,8 +39,9 @@ notebooks-test: $(READY)
 pytest: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests
 
-# The long matrices as well
+# The long matrices as well, and the comparisons of the methods' notebooks (cells with the directive slow)
 test-all: test
+	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --flags slow --path nbs/methods
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests -m slow
 
 # The sdist, and the wheel built from it

@@ -94,7 +94,7 @@ class _Here:
 
     def stop(self, busy): pass
 
-# %% ../../nbs/experiments/85_grid.ipynb #f4ea7a87
+# %% ../../nbs/experiments/85_grid.ipynb #23aba807
 def _elsewhere(source, threads, cfg, *args, **kwargs):
     "The job, on a machine of the cluster."
     if (here := _code()['source']) != source: raise RunError(f'{cfg.name}: {platform.node()} has other code of sadt_nb ({here}, here {source}); install the same version everywhere')
@@ -138,9 +138,9 @@ class _RayWorker:
         return _told(self.job.future(), explained)
 
     def stop(self, busy):
-        if not busy: return
-        self.ray.cancel(self.job) # raises KeyboardInterrupt there
-        self.ray.wait([self.job], timeout=10)
+        for _ in range(6 if busy else 0):
+            self.ray.cancel(self.job) # raises KeyboardInterrupt there, which a destructor that is running may swallow
+            if self.ray.wait([self.job], timeout=5)[0]: return
 
 @contextmanager
 def _crew(workers, cluster):

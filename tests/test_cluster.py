@@ -80,15 +80,18 @@ def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tm
 
 
 def test_control_c_reaches_the_cluster(cluster, monkeypatch, tmp_path):
-    cfg = of('sam').but(epochs=400)
+    cfg = of('sam').but(epochs=60)
     def wait(*args, **kwargs):
         if (tmp_path / cfg.name / 'checkpoint.pt').exists(): raise KeyboardInterrupt()
         time.sleep(.1)
         return real(*args, **kwargs)
     real = grid.wait
-    monkeypatch.setattr(grid, 'wait', wait)
-    with pytest.raises(KeyboardInterrupt): run_grid([cfg], tmp_path, ray='auto', **quiet)
-    assert json.loads((tmp_path / cfg.name / 'result.json').read_text())['status'] == 'interrupted'
+    with monkeypatch.context() as m:
+        m.setattr(grid, 'wait', wait)
+        with pytest.raises(KeyboardInterrupt): run_grid([cfg], tmp_path, ray='auto', **quiet)
+    wait_for(lambda: not training())
+    if (file := tmp_path / cfg.name / 'result.json').exists(): assert json.loads(file.read_text())['status'] == 'interrupted'
+    assert run(cfg, tmp_path, **quiet)['resumed'] > 0, 'the same command continues'
 
 
 def test_shares_of_machines():
@@ -106,7 +109,7 @@ def test_no_ray_no_cluster(monkeypatch, tmp_path, capsys):
         m.setitem(sys.modules, 'ray', None)
         with pytest.raises(ImportError, match=r'pip install sadt_nb\[ray\]'): run_grid([of('sam')], tmp_path, ray='auto', **quiet)
     ray = pytest.importorskip('ray')
-    if ray.is_initialized(): ray.shutdown()
+    monkeypatch.setattr(ray, 'is_initialized', lambda: False) # the cluster of the other tests may be there
     with pytest.raises(RunError, match='no Ray cluster at .127.0.0.1:1.'): run_grid([of('sam')], tmp_path, ray='127.0.0.1:1', **quiet)
     assert not list(tmp_path.iterdir())
 

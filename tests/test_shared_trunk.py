@@ -39,7 +39,9 @@ def check(net, names, x, scale=1.):
 def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize('model', MODELS)
+LARGE = ('resnet101', 'wide_resnet_28_10', 'pyramidnet_110', 'vit_b32', 'clip_resnet101') # in float64
+
+@pytest.mark.parametrize('model', [pytest.param(m, marks=pytest.mark.slow) if m in LARGE else m for m in MODELS])
 def test_our_models(model):
     if model.startswith('vit'): pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')
     if model.startswith('clip'): pytest.importorskip('open_clip', reason='open_clip, the extra sadt_nb[clip], is not installed')

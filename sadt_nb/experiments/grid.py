@@ -94,7 +94,7 @@ class _Here:
 
     def stop(self, busy): pass
 
-# %% ../../nbs/experiments/85_grid.ipynb #23aba807
+# %% ../../nbs/experiments/85_grid.ipynb #67cd41a6
 def _elsewhere(source, threads, cfg, *args, **kwargs):
     "The job, on a machine of the cluster."
     if (here := _code()['source']) != source: raise RunError(f'{cfg.name}: {platform.node()} has other code of sadt_nb ({here}, here {source}); install the same version everywhere')
@@ -138,9 +138,9 @@ class _RayWorker:
         return _told(self.job.future(), explained)
 
     def stop(self, busy):
-        for _ in range(6 if busy else 0):
-            self.ray.cancel(self.job) # raises KeyboardInterrupt there, which a destructor that is running may swallow
-            if self.ray.wait([self.job], timeout=5)[0]: return
+        for force in (False, True) if busy else (): # first a KeyboardInterrupt, then, if it was lost or takes too long, the end of that process; its checkpoint is there
+            self.ray.cancel(self.job, force=force)
+            if self.ray.wait([self.job], timeout=20)[0]: return
 
 @contextmanager
 def _crew(workers, cluster):

@@ -39,7 +39,7 @@ from .data_throughput import write_folder
 from .step_cost import CASES, PeerSAM, bare, stepper
 
 RECIPES = {'naive recipe': 'folder', 'TensorDL, NCHW': 'tensors', 'TensorDL, NCHW, pages kept': 'tensors pages', 'TensorDL, channels_last': 'tensors last', 'as `run` trains': 'tensors last pages'}
-METHODS = ('baseline', 'sam', 'sadt1', 'looksam', 'saf', 'mesa')
+SHOWN = ('baseline', 'sam', 'sadt1', 'looksam', 'saf', 'mesa')
 BATCHES, NETWORKS, CLASSES = (8, 32, 128, 512, 2048), ('resnet20', 'simple_cnn', 'resnet18', 'vgg16_slim'), (10, 100, 1000)
 
 
@@ -94,7 +94,7 @@ def in_turn(steps, repeats, device, least=.2):
     return {k: statistics.median(v) for k, v in times.items()}
 
 
-def loops(model, bs, device, classes=10, methods=METHODS):
+def loops(model, bs, device, classes=10, methods=SHOWN):
     "Everything that can train this network, ready to step."
     steps = {m: (stepper(*CASES[m], model, bs, device, classes)[0], 5 if m == 'looksam' else 1) for m in methods}
     steps['bare loop'] = bare(model, bs, device, classes=classes), 1

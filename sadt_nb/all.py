@@ -18,17 +18,17 @@ __all__ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Mem
            'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'run_cost',
            'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory',
            'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS',
-           'load_results', 'publish', 'published', 'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint',
-           'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run',
-           'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep', 'agreement', 'collect_logits', 'diversity',
-           'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
+           'load_results', 'publish', 'published', 'plot_runs', 'results_table', 'RunBusy', 'RunDiverged', 'RunError',
+           'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner',
+           'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep', 'agreement', 'collect_logits',
+           'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
            'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA',
            'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step',
            'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
            'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit',
            'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #8962a2ed
+# %% ../nbs/all.ipynb #3175c070
 from .core.checkpoint import Checkpoint, CheckpointError, load_training_state, training_state
 from .core.fixed_loss import FixedLoss, collect_batches
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
@@ -49,7 +49,7 @@ from .experiments.measure import MEASURES, measure_run
 from .experiments.pages import comparison, plot_comparison, write_pages
 from .experiments.papers import PAPER_GRIDS, PaperEnsemble, PaperRun, extra_memory, paper_ensembles, paper_grid, scaled
 from .experiments.report import COLORS, load_results, plot_runs, publish, published, results_table
-from .experiments.runner import RunBusy, RunError, load_model, make_learner, run, stored_learner
+from .experiments.runner import RunBusy, RunDiverged, RunError, load_model, make_learner, run, stored_learner
 from .experiments.sweep import at_equal_passes, finals, sweep
 from .measures.hessian import Eigenvalues, SpectralDensity, Trace, hessian_trace, plot_density, smoothed_density, spectral_density, top_eigenvalues, top_eigenvectors
 from .measures.landscape import (Line, Surface, direction_between, loss_line, loss_surface, plot_ecdf, plot_evolution, plot_line,
@@ -83,7 +83,7 @@ from .models.vit import vit
 from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #8d8ea237
+# %% ../nbs/all.ipynb #5dd9513b
 _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memorisation', 'calibration_error', 'corrupt', 'corrupted_accuracy', 'effective_robustness',
          'memorisation', 'plot_reliability', 'plot_robustness', 'shifted_accuracy', 'MEASURES', 'measure_run', 'stored_learner',
          'FixedLoss', 'collect_batches', 'Eigenvalues', 'SpectralDensity', 'Trace', 'hessian_trace', 'plot_density', 'smoothed_density', 'spectral_density', 'top_eigenvalues',
@@ -94,7 +94,7 @@ _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memor
          'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
          'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
          'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results', 'publish', 'published',
-         'plot_runs', 'results_table', 'RunBusy', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep',
+         'plot_runs', 'results_table', 'RunBusy', 'RunDiverged', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
          'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
          'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step', 'weight_noise',

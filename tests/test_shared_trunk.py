@@ -39,7 +39,7 @@ def check(net, names, x, scale=1.):
 def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dtype=torch.float64))
 
 
-LARGE = ('resnet101', 'wide_resnet_28_10', 'pyramidnet_110', 'vit_b32', 'clip_resnet101') # in float64
+LARGE = ('resnet101', 'wide_resnet_28_10', 'pyramidnet_110', 'vit_b32', 'clip_resnet101') # up to half a minute each in float64; what they share with the small ones is tested with those
 
 @pytest.mark.parametrize('model', [pytest.param(m, marks=pytest.mark.slow) if m in LARGE else m for m in MODELS])
 def test_our_models(model):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 from sadt_nb.data.datasets import get_dls
+from sadt_nb.experiments import cli
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.papers import PAPER_GRIDS, paper_grid
 from sadt_nb.experiments.report import load_results, published
@@ -32,6 +33,8 @@ def test_published_results_are_found_from_anywhere(tmp_path, monkeypatch):
     assert len(load_results('published')) == len(FOLDERS)
     assert len(load_results('published/cifar_small')) == len([f for f in FOLDERS if f.parent.name == 'cifar_small'])
     with pytest.raises(FileNotFoundError, match='no published study .flowers.; choose one of cifar_small, '): load_results('published/flowers')
+    cli.sadt_report('sadt/notebook20', root='published/notebook20')
+    assert (tmp_path / 'sadt-notebook20.html').exists() and not (tmp_path / 'published').exists(), 'pages go here, not into the package, and do not hide it'
     (tmp_path / 'published').mkdir()
     with pytest.raises(FileNotFoundError, match='no runs below published'): load_results('published')
 

@@ -9,7 +9,7 @@ optuna = pytest.importorskip('optuna', reason='the search needs pip install sadt
 
 from sadt_nb.experiments import cli, grid
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.runner import write_json
+from sadt_nb.experiments.runner import RunDiverged, RunError, write_json
 from sadt_nb.experiments.sweep import SWEEPS, at_equal_passes, finals, ranges, sweep
 from sadt_nb.methods.registry import METHODS
 
@@ -31,7 +31,7 @@ def hill(monkeypatch):
         folder = root / cfg.name
         if (folder / 'result.json').exists(): return json.loads((folder / 'result.json').read_text())
         trained.append(cfg)
-        if cfg.lr > 2e-2: raise grid.RunError(f'{cfg.name}: the loss became NaN')
+        if cfg.lr > 2e-2: raise RunDiverged(f'{cfg.name}: the loss became NaN')
         folder.mkdir(parents=True)
         write_json(folder / 'history.json', [dict(epoch=i + 1, valid_accuracy=height(cfg) * (i + 1) / cfg.epochs, seconds=1.) for i in range(cfg.epochs)])
         write_json(folder / 'result.json', result := dict(status='finished', accuracy=1 - height(cfg), train_seconds=1.))
@@ -73,6 +73,21 @@ def test_the_same_search_is_read_and_a_longer_one_goes_on(hill, tmp_path):
     assert {r for r in hill if r.lr <= 2e-2} == done
 
 
+def test_a_machine_that_fails_is_no_bad_proposal(hill, monkeypatch, tmp_path):
+    "The search ends with the error; once the disk has room, it goes on as if nothing had happened."
+    cases = dict(sam=PLAIN.but(method='sam'))
+    whole = sweep(cases, tmp_path / 'whole', trials=8, progress=False)['sam']
+    with monkeypatch.context() as m:
+        real, count = grid.run, []
+        def run(cfg, *args, **kwargs):
+            count.append(cfg)
+            if len(count) == 6: raise RunError('no space left')
+            return real(cfg, *args, **kwargs)
+        m.setattr(grid, 'run', run)
+        with pytest.raises(RunError, match='no space left'): sweep(cases, tmp_path / 'cut', trials=8, progress=False)
+    assert sweep(cases, tmp_path / 'cut', trials=8, progress=False)['sam'].trials.equals(whole.trials)
+
+
 def test_another_seed_proposes_others(hill, tmp_path):
     a, b = (sweep(dict(sam=PLAIN.but(method='sam')), tmp_path, trials=4, seed=s, progress=False)['sam'] for s in (0, 1))
     assert not set(a.trials['run']) & set(b.trials['run'])
@@ -102,7 +117,7 @@ def test_what_cannot_be_searched(hill, monkeypatch, tmp_path):
     sam = dict(sam=PLAIN.but(method='sam'))
     for bad, said in ((dict(cases=dict(a=PLAIN.but(valid=0.))), 'needs validation images'), (dict(cases=sam, trials=0), 'at least 1'), (dict(cases=sam, batch=0), 'at least 1'),
                       (dict(cases=sam, spaces=dict(sam=dict(rho=(.5, .1)))), 'range of rho'), (dict(cases=sam, spaces=dict(sam=dict(lr=(0., .1)))), 'range of lr'),
-                      (dict(cases=sam, spaces=dict(sam=dict(radius=(.1, .2)))), 'has no option .radius.'), (dict(cases=sam, spaces=dict(sam=dict(lr=(1., 2.)))), 'none of the trials could be trained; the first said: .*the loss became NaN')):
+                      (dict(cases=sam, spaces=dict(sam=dict(radius=(.1, .2)))), 'has no option .radius.'), (dict(cases=sam, spaces=dict(sam=dict(lr=(1., 2.)))), 'all trials diverged; the first said: .*the loss became NaN')):
         with pytest.raises(ValueError, match=said): sweep(**{**dict(root=tmp_path, trials=3, progress=False), **bad})
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=r'pip install sadt_nb\[sweep\]'): sweep(sam, tmp_path)

@@ -11,7 +11,7 @@ import warnings
 # %% ../../nbs/experiments/84_cli.ipynb #651cfc56
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
-# %% ../../nbs/experiments/84_cli.ipynb #a232b1e0
+# %% ../../nbs/experiments/84_cli.ipynb #1b2a6da1
 import argparse, json, sys
 from contextlib import contextmanager
 from functools import wraps
@@ -31,7 +31,7 @@ from .grid import duration, run_ensemble, run_grid
 from .measure import measure_run
 from .pages import comparison, write_pages
 from .papers import PAPER_GRIDS, memory_columns, paper_ensembles, paper_grid
-from .report import labels, load_results, plot_runs, results_table
+from .report import labels, load_results, plot_runs, results_folder, results_table
 from .runner import RunError, is_trained, read_result, run
 from .sweep import SWEEPS, at_equal_passes, finals, ranges, sweep
 from ..methods.registry import METHODS
@@ -132,7 +132,7 @@ def sadt_train(
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
     print(f'stored in {Path(root) / cfg.name}')
 
-# %% ../../nbs/experiments/84_cli.ipynb #b904397b
+# %% ../../nbs/experiments/84_cli.ipynb #8cd247ca
 def _list_tables(device=None):
     "Every preset with its runs, its passes, and the time that one run after the other would take here."
     print('measuring this machine for a few seconds', file=sys.stderr)
@@ -181,18 +181,19 @@ def _published_table(name, root, scale=1.):
 @command
 def sadt_report(
     name:str='',       # A published table, such as sadt/notebook20; without it, all runs in the folder
-    root:Path='runs',  # Folder of the results
-    to:Path=None,      # Folder for the table's pages, HTML and Markdown; root if not given
+    root:Path='runs',  # Folder of the results; 'published/notebook20' for those of a study that come with the package
+    to:Path=None,      # Folder for the table's pages, HTML and Markdown; root if not given, or this folder for published results
     scale:float=1.,    # Share of the published epochs that was trained
     figure:Path=None,  # Save the training curves to this file
 ):
     "Print stored results: everything in a folder, or a published table with our numbers beside it, a verdict for each row, and pages of it."
     plt.switch_backend('agg') # commands save figures, they do not show them
+    here, root = root, results_folder(root)
     if name:
         print(_published_table(name, root, scale).to_string())
         table = comparison(name, load_results(root), scale)
         print('\n' + table[[c for c in ('row', 'where', 'n', 'published difference', 'our difference', 'verdict') if c in table and (table[c] != '').any()]].to_string(index=False))
-        print('\npages: ' + ', '.join(str(p) for p in write_pages(name, root, to, scale)))
+        print('\npages: ' + ', '.join(str(p) for p in write_pages(name, root, to or (root if root == Path(here) else '.'), scale))) # the package's own folder is not for pages
     else: print(results_table(load_results(root)).to_string())
     if figure:
         results = load_results(root)

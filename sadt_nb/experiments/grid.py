@@ -27,7 +27,7 @@ from .runner import RunBusy, RunError, _code, evaluate, is_trained, load_model, 
 from ..measures.similarity import diversity
 from ..methods.registry import METHODS
 
-# %% ../../nbs/experiments/85_grid.ipynb #9abcd551
+# %% ../../nbs/experiments/85_grid.ipynb #7ebde772
 _training = False # in a worker: is it in the middle of a run?
 
 def _interrupt(*_):
@@ -70,9 +70,11 @@ class _Worker:
         self.pool = None
         return _Died('is there enough memory for all workers at once?')
 
-    def stop(self, busy):
+    def interrupt(self):
+        for p in list((self.pool._processes or {}).values()) if self.pool else (): p.terminate()
+
+    def stop(self):
         if self.pool is None: return
-        for p in list((self.pool._processes or {}).values()) if busy else (): p.terminate()
         self.pool.shutdown()
 
 def _told(job, explained):
@@ -92,9 +94,10 @@ class _Here:
         except Exception as e: f.set_exception(e)
         return f
 
-    def stop(self, busy): pass
+    def interrupt(self): pass
+    def stop(self): pass
 
-# %% ../../nbs/experiments/85_grid.ipynb #67cd41a6
+# %% ../../nbs/experiments/85_grid.ipynb #d1a3279e
 def _elsewhere(source, threads, cfg, *args, **kwargs):
     "The job, on a machine of the cluster."
     if (here := _code()['source']) != source: raise RunError(f'{cfg.name}: {platform.node()} has other code of sadt_nb ({here}, here {source}); install the same version everywhere')
@@ -120,8 +123,9 @@ def _cluster(address):
 
 def _shares(nodes, workers):
     "CPUs and GPUs of each of `workers` jobs on machines with these resources: equal parts, and of one GPU at most."
-    cpus, gpus = ([n.get(k, 0) for n in nodes] for k in ('CPU', 'GPU'))
-    return max(1, min(int(sum(cpus)) // workers, int(max(cpus, default=0)))), 1 / max(1, -(-workers // int(sum(gpus)))) if sum(gpus) else 0
+    cpus, gpus = ([int(n.get(k, 0)) for n in nodes] for k in ('CPU', 'GPU'))
+    jobs_per_gpu = -(-workers // sum(gpus)) if sum(gpus) else 0
+    return max(1, min(sum(cpus) // workers, max(cpus, default=0))), 1 / jobs_per_gpu if jobs_per_gpu else 0
 
 class _RayWorker:
     "A share of a cluster."
@@ -137,10 +141,12 @@ class _RayWorker:
         self.job = self.task(cfg, Path(root).absolute(), *args, **kwargs)
         return _told(self.job.future(), explained)
 
-    def stop(self, busy):
-        for force in (False, True) if busy else (): # first a KeyboardInterrupt, then, if it was lost or takes too long, the end of that process; its checkpoint is there
-            self.ray.cancel(self.job, force=force)
-            if self.ray.wait([self.job], timeout=20)[0]: return
+    def interrupt(self): self.ray.cancel(self.job) # raises KeyboardInterrupt there
+
+    def stop(self):
+        if self.job is None or self.ray.wait([self.job], timeout=20)[0]: return
+        self.ray.cancel(self.job, force=True) # the interrupt was lost, or takes too long; the checkpoint is there
+        self.ray.wait([self.job], timeout=20)
 
 @contextmanager
 def _crew(workers, cluster):
@@ -150,7 +156,9 @@ def _crew(workers, cluster):
     free = list(crew)
     try: yield free
     finally:
-        for worker in crew: worker.stop(busy=worker not in free)
+        for worker in crew:
+            if worker not in free: worker.interrupt() # all of them, before waiting for the first
+        for worker in crew: worker.stop()
 
 # %% ../../nbs/experiments/85_grid.ipynb #802d6a19
 def _plan(runs, root, force, needed=lambda cfg: False):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RestartEveryEpoch', 'RunRecorder', 'evaluate', 'reestimated', 'first_layer_histogram', 'provenance', 'write_json',
-           'keep_pages', 'RunError', 'RunBusy', 'read_result', 'is_trained', 'load_model', 'make_learner',
-           'stored_learner', 'run']
+           'keep_pages', 'RunError', 'RunDiverged', 'RunBusy', 'read_result', 'is_trained', 'load_model',
+           'make_learner', 'stored_learner', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #ec4e2474
 import ctypes, hashlib, importlib.metadata, json, os, platform, shutil, time, warnings, zlib
@@ -77,10 +77,10 @@ def _schedule(cfg):
     if cfg.sched == 'step': return [ParamScheduler({'lr': lambda done: cfg.lr * .1**int(done * cfg.epochs / 30 + 1e-9)})] # `done`, a share, is a rounded number
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []
 
-# %% ../../nbs/experiments/81_runner.ipynb #bf920683
+# %% ../../nbs/experiments/81_runner.ipynb #779993a0
 def _kept_bytes(learn):
     "Bytes of the tensors that callbacks take from one step to the next."
-    return sum(t.nbytes for cb in learn.cbs if hasattr(type(cb), 'state_dict') and not isinstance(cb, (RunRecorder, KeepBest)) for t in tree_leaves(cb.state_dict()) if isinstance(t, torch.Tensor))
+    return sum(t.nbytes for cb in learn.cbs if hasattr(type(cb), 'state_dict') and not isinstance(cb, KeepBest) for t in tree_leaves(cb.state_dict()) if isinstance(t, torch.Tensor))
 
 class RunRecorder(Callback):
     "Per-epoch history, counts of steps and passes, and a stop at the first loss that is NaN or infinite."
@@ -216,9 +216,12 @@ def keep_pages():
     libc.mallopt(M_MMAP_MAX, 0)         # large blocks from the heap too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # and never shrink it
 
-# %% ../../nbs/experiments/81_runner.ipynb #82b9ccae
+# %% ../../nbs/experiments/81_runner.ipynb #d3223fed
 class RunError(RuntimeError):
     "A run that could not be made or completed; the message says why and what to do."
+
+class RunDiverged(RunError):
+    "The loss became NaN or infinite: the settings are to blame, not the machine."
 
 class RunBusy(RunError):
     "Another process is training this run."
@@ -438,7 +441,7 @@ def _train(cfg, root, force, progress, device, minutes):
     except CheckpointError as e: raise RunError(f'{cfg.name} cannot continue: {_said(e)}; force=True (--force) trains it anew') from None
     except RunError as e: raise RunError(_said(e)) from None
     finally: recorder.unhook()
-    if recorder.failed: raise RunError(f'{cfg.name}: {recorder.failed}')
+    if recorder.failed: raise RunDiverged(f'{cfg.name}: {recorder.failed}')
     return result
 
 def _said(e): return str(e).split('\n\t')[-1] # fastai puts a line of its own before what a callback raises
@@ -453,7 +456,7 @@ def _results(cfg, learn, folder):
     return dict(accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'], parameters=sum(p.numel() for p in plain.parameters()), data_facts=_data_facts(learn.dls),
                 first_layer=first_layer_histogram(plain), **(dict(tracked=learn.flatness_recorder.rows) if cfg.track else {}), **_selected(learn), **_beside_teacher(learn))
 
-# %% ../../nbs/experiments/81_runner.ipynb #076ee526
+# %% ../../nbs/experiments/81_runner.ipynb #950c57cc
 def run(
     cfg:Run,         # What to train
     root='runs',     # Folder of all results
@@ -467,7 +470,7 @@ def run(
     interrupted, even by `kill -9`, continues from its last checkpoint, and on a CPU ends with the same bits. Started by `accelerate launch`
     in several processes, they share every batch; the first of them keeps the files.
 
-    Raises `RunError` if the loss stops being finite, the folder cannot be written or is that of another configuration, or the checkpoint
+    Raises `RunDiverged` if the loss stops being finite; `RunError` if the folder cannot be written or is that of another configuration, or the checkpoint
     is of another version of the code; `RunBusy` if another process is training this run; `ValueError` for data that do not fit."""
     _join(device)
     def done(): return None if force or (weights and not is_trained(cfg, root)) else read_result(cfg, root)

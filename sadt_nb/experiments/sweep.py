@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RATES', 'OPTION_RANGES', 'LINEAR', 'SWEEPS', 'ranges', 'at_equal_passes', 'Found', 'sweep', 'finals']
 
-# %% ../../nbs/experiments/89_sweep.ipynb #3985a5d6
+# %% ../../nbs/experiments/89_sweep.ipynb #1c262952
 import warnings
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ import pandas as pd
 
 from .config import Run
 from .grid import _history, run_grid
+from .runner import RunDiverged
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/89_sweep.ipynb #5c29939b
@@ -40,7 +41,7 @@ def _changed(run, values):
     options = {k: v for k, v in values.items() if k != 'lr'}
     return run.but(lr=values.get('lr', run.lr), **(dict(method_args={**dict(run.method_args), **options}) if options else {}))
 
-# %% ../../nbs/experiments/89_sweep.ipynb #67207e5b
+# %% ../../nbs/experiments/89_sweep.ipynb #de14a87e
 class Found(NamedTuple):
     "What a search has found."
     best: Run            # With the highest accuracy on validation images
@@ -72,14 +73,15 @@ def sweep(
 ) -> dict: # Name to `Found`
     """Search each case's best settings. Ctrl-C stops; the same call continues.
 
-    Raises `ValueError` for a case without validation images, a range or an option that is none, or if no trial of a case could be trained."""
+    Raises `ValueError` for a case without validation images, a range or an option that is none, or if all trials of a case diverged; and
+    whatever else stopped a run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # tqdm's, about widgets of Jupyter
             import optuna
     except ImportError: raise ImportError('a search needs Optuna: pip install sadt_nb[sweep]') from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    spaces = {label: {**ranges(run)} if label not in (spaces or {}) else dict(spaces[label]) for label, run in cases.items()}
+    spaces = {label: (spaces or {}).get(label) or ranges(run) for label, run in cases.items()}
     _check(cases, spaces, trials, batch)
     studies = {label: optuna.create_study(direction='maximize', sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, trials // 3))) for label in cases}
     made = {label: [] for label in cases}
@@ -92,13 +94,14 @@ def sweep(
                 asked.append((label, trial, values, _changed(run, values)))
         results = run_grid([c for *_, c in asked], root, workers, progress=progress, **kwargs)
         for (label, trial, values, cfg), r in zip(asked, results):
+            if isinstance(r, Exception) and not isinstance(r, RunDiverged): raise r # a full disk says nothing about the settings
             value = 0. if isinstance(r, Exception) else _history(cfg, root)[-1]['valid_accuracy']
             studies[label].tell(trial, value)
             made[label].append(dict(values, value=value, run=cfg, error=f'{r}' if isinstance(r, Exception) else ''))
     return {label: _found(label, pd.DataFrame(rows)) for label, rows in made.items()}
 
 def _found(label, trials):
-    if (trials['error'] != '').all(): raise ValueError(f'{label}: none of the trials could be trained; the first said: {trials["error"][0]}')
+    if (trials['error'] != '').all(): raise ValueError(f'{label}: all trials diverged; the first said: {trials["error"][0]}')
     top = trials.loc[trials['value'].idxmax()]
     return Found(top['run'], float(top['value']), trials, sum(c.epochs * METHODS[c.method].passes for c in trials['run']))
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['weight_noise', 'layer_noise', 'gradient_ascent', 'normalized_ascent', 'sadt_step', 'SADT']
 
-# %% ../../nbs/methods/40_sadt.ipynb #067db588
+# %% ../../nbs/methods/40_sadt.ipynb #467082bd
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.losses import kl_div
 from ..core.passes import ExtraPass, StepGrads, shared_forward, step_unscaled
-from ..core.perturb import global_norm, perturbed, trainable_params, unwrapped
+from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
 
-# %% ../../nbs/methods/40_sadt.ipynb #43f86050
+# %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator): return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
 
 class weight_noise:
@@ -63,8 +63,7 @@ class normalized_ascent:
         if rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
         self.rho = rho
     def __call__(self, params, grads, generator):
-        scale = self.rho / (global_norm(grads.values()) + 1e-12) # as `SAM`: no division by zero
-        return {n: g * scale for n, g in grads.items()}
+        return ascent({n: g.clone() for n, g in grads.items()}, self.rho) # a copy: the second step uses the gradient again
 
 # %% ../../nbs/methods/40_sadt.ipynb #1bdb1eb4
 def sadt_step(

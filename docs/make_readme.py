@@ -10,11 +10,12 @@ root = Path(__file__).parents[1]
 images = root / 'docs' / 'index_files'
 
 nb = nbformat.read(root / 'nbs' / 'index.ipynb', as_version=4)
-cells = []
+cells, alts = [], []
 for cell in nb['cells']:
     source = cell['source']
     if cell['cell_type'] == 'code' and re.search(r'^#\|\s*hide\b', source, re.M): continue
     if re.search(r'^#\|\s*echo: false', source, re.M): cell['metadata']['tags'] = ['output-only']
+    if alt := re.search(r'^#\| fig-alt: (.+)', source, re.M): alts.append(alt.group(1))
     cell['source'] = re.sub(r'^#\|.*\n?', '', source, flags=re.M)
     if cell['cell_type'] == 'code' and not cell['source'].strip(): continue
     cells.append(cell)
@@ -29,6 +30,7 @@ for old in images.iterdir():
     if old.name not in wanted: old.unlink()
 for name, data in wanted.items(): (images / name).write_bytes(data)
 body = re.sub(r'<style scoped>.*?</style>\n?', '', body, flags=re.S)
+body = re.sub(r'!\[png\]', lambda m: f'![{alts.pop(0)}]', body)
 body = re.sub(r'\n{3,}', '\n\n', body).strip() + '\n'
 note = '<!-- Written by docs/make_readme.py from nbs/index.ipynb; edit the notebook. -->\n\n'
 (root / 'README.md').write_text(note + body, encoding='utf-8')

@@ -1,6 +1,6 @@
 """What a training step of each method costs, as a ratio to the plain step of the same Learner.
 
-    python -m benchmarks.step_cost [--model simple_cnn] [--bs 512] [--repeats 9] [--only sam esam ...] [--out FILE]
+    python -m benchmarks.step_cost [--model simple_cnn] [--bs 512] [--repeats 9] [--only sam esam ...] [--out sadt_nb/published/step_cost/simple_cnn_512.json]
 
 All cases take turns within one process, round after round, so that a machine whose speed drifts is equally slow for all;
 the first round is not counted. Printed and stored: median, smallest and largest ratio over the rounds, passes per step, and

@@ -1,9 +1,11 @@
 "The notebooks as documents: the pattern of a method's notebook, and outputs that a reader may see."
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
+from sadt_nb.methods.registry import method_card
 
 NBS = Path(__file__).parents[1] / 'nbs'
 pytestmark = pytest.mark.skipif(not NBS.exists(), reason='the notebooks are not part of the installed library')
@@ -25,7 +27,17 @@ def test_method_notebooks_follow_the_pattern(path):
     heads = re.findall(r'^## (.+)$', text, re.M)
     places = [next((i for i, h in enumerate(heads) if h.startswith(p)), None) for p in PATTERN]
     assert None not in places and places == sorted(places), heads
-    assert re.search(r'^# .+\n\n> ', text, re.M) and '| extra memory |' in text, 'a title, one line, and the card'
+    assert re.search(r'^# .+\n\n> ', text, re.M), 'a title and one line'
+
+
+@pytest.mark.parametrize('path', METHODS, ids=ids(METHODS))
+def test_method_notebooks_show_their_card_of_today(path):
+    "The card is made of the registry and the stored benchmark; what a notebook shows is what they say now."
+    shown = [c for c in cells(path) if c['cell_type'] == 'code' and ''.join(c['source']).startswith('#| echo: false\nmethod_card(')]
+    assert len(shown) == 1 and '| extra memory |' in (stored := ''.join(shown[0]['outputs'][0]['data']['text/markdown']))
+    call = ast.parse(''.join(shown[0]['source'])).body[0].value
+    card = method_card(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords})
+    assert stored == card._repr_markdown_(), 'run the notebook again'
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))

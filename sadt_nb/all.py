@@ -23,12 +23,12 @@ __all__ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Mem
            'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep', 'agreement', 'collect_logits',
            'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
            'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA',
-           'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step',
-           'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model',
-           'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit',
-           'wide_resnet_28_10']
+           'METHODS', 'Method', 'make_method', 'method_card', 'methods_table', 'SADT', 'gradient_ascent', 'layer_noise',
+           'normalized_ascent', 'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim',
+           'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152',
+           'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
 
-# %% ../nbs/all.ipynb #3175c070
+# %% ../nbs/all.ipynb #2da91c7b
 from .core.checkpoint import Checkpoint, CheckpointError, load_training_state, training_state
 from .core.fixed_loss import FixedLoss, collect_batches
 from .core.loss_terms import LossTerm, SampleIds, TrajectoryLoss
@@ -68,7 +68,7 @@ from .methods.gradient_centralization import GradientCentralization
 from .methods.gsam import GSAM, gsam_step
 from .methods.looksam import LookSAM
 from .methods.mesa import MESA
-from .methods.registry import METHODS, make_method
+from .methods.registry import METHODS, Method, make_method, method_card, methods_table
 from .methods.sadt import SADT, gradient_ascent, layer_noise, normalized_ascent, sadt_step, weight_noise
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
@@ -83,7 +83,7 @@ from .models.vit import vit
 from .models.weights import Normalize, load_weights
 from .models.wide_resnet import wide_resnet_28_10
 
-# %% ../nbs/all.ipynb #5dd9513b
+# %% ../nbs/all.ipynb #7db8a1a4
 _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memorisation', 'calibration_error', 'corrupt', 'corrupted_accuracy', 'effective_robustness',
          'memorisation', 'plot_reliability', 'plot_robustness', 'shifted_accuracy', 'MEASURES', 'measure_run', 'stored_learner',
          'FixedLoss', 'collect_batches', 'Eigenvalues', 'SpectralDensity', 'Trace', 'hessian_trace', 'plot_density', 'smoothed_density', 'spectral_density', 'top_eigenvalues',
@@ -97,6 +97,6 @@ _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memor
          'plot_runs', 'results_table', 'RunBusy', 'RunDiverged', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
          'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
-         'LookSAM', 'MESA', 'METHODS', 'make_method', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step', 'weight_noise',
+         'LookSAM', 'MESA', 'METHODS', 'Method', 'make_method', 'method_card', 'methods_table', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step', 'weight_noise',
          'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20',
          'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']

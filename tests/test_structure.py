@@ -58,7 +58,7 @@ def test_star_import_needs_no_extras_and_exports_the_public_names():
               'ESAM', 'LookSAM', 'GSAM', 'gsam_step', 'SAF', 'MESA', 'resnet20', 'resnet18',
               'Distillation', 'born_again', 'Ensemble', 'logit_mse', 'Cutout', 'AutoAugment', 'CropFlip', 'resnet101', 'vgg16', 'wide_resnet_28_10', 'pyramidnet_110', 'vit',
               'hessian_trace', 'top_eigenvalues', 'spectral_density', 'sam_sharpness', 'average_sharpness', 'loss_line', 'loss_surface', 'FlatnessRecorder',
-              'corrupted_accuracy', 'shifted_accuracy', 'effective_robustness', 'calibration_error', 'measure_run'):
+              'corrupted_accuracy', 'shifted_accuracy', 'effective_robustness', 'calibration_error', 'measure_run', 'Method', 'method_card', 'methods_table'):
         assert n in names, n
 
 

@@ -200,6 +200,14 @@ def test_hyperparameters_of_the_saf_paper(table):
     assert len(seen) == (4 if table == 'saf/table1' else 8)
 
 
+def test_the_control_of_fewer_epochs_has_those_of_the_methods():
+    "Plain runs that differ from the table's in nothing but their epochs, which are those that others get at equal passes."
+    table, short = paper_grid('compare/digits'), paper_grid('compare/digits_short')
+    assert {c.run.epochs for c in short} == {c.run.epochs for c in table} - {15}
+    plain = {c.run.seed: c.run for c in table if c.label.startswith('baseline · equal epochs')}
+    assert len(short) == 4 * len(plain) and all(c.run == plain[c.run.seed].but(epochs=c.run.epochs) for c in short)
+
+
 @pytest.mark.parametrize('table, epochs, seeds', [('compare/digits', 15, 5), ('compare/cifar_small', 15, 3)])
 def test_all_methods_side_by_side(table, epochs, seeds):
     cells = paper_grid(table)

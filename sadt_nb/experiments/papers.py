@@ -380,7 +380,7 @@ def _flatness_tracked():
     return [PaperRun(f'{m} · {where} · seed {s}', base(s).but(method=m, track=1), note='published as a curve')
             for where, base, seeds in (('digits', lambda s: _noisy(0., s), range(0, 50, 10)), ('cifar10 · simple_cnn', lambda s: _CIFAR_CNN.but(seed=s), (0,))) for s in seeds for m in ('baseline', 'sam', 'saf', 'mesa')]
 
-# %% ../../nbs/experiments/83_papers.ipynb #4dbc5f83
+# %% ../../nbs/experiments/83_papers.ipynb #85333769
 def _compare(base, seeds):
     for i, seed in enumerate(seeds):
         plain = base.but(seed=seed)
@@ -391,6 +391,8 @@ def _compare(base, seeds):
 
 def _compare_digits(): return _compare(_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last'), range(0, 50, 10))
 def _compare_cifar_small(): return _compare(_CIFAR_CNN.but(model_args={}, select='last', epochs=15), (0, 10, 20))
+def _compare_digits_short():
+    return [replace(c, label=f'baseline, {n} epochs · fewer epochs · seed {c.run.seed}', run=c.run.but(epochs=n)) for c in _compare_digits() if c.label.startswith('baseline · equal epochs') for n in (5, 8, 11, 12)]
 
 # %% ../../nbs/experiments/83_papers.ipynb #218ed29d
 def _of(table, *parts, measures=(), seed=None):
@@ -421,7 +423,7 @@ _FIGURES = {
     'distill/figure13': partial(_chain, 'resnet20'), 'distill/figure14': _distill_figure8, 'distill/figure15': _distill_figure8, 'distill/figure16': partial(_chain, 'resnet18', measures=('top100',)),
 }
 
-# %% ../../nbs/experiments/83_papers.ipynb #ddd8690c
+# %% ../../nbs/experiments/83_papers.ipynb #530f613a
 PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/table1_controls': _table1_controls,
                'sam_study/a': _sam_study_a, 'sam_study/b': _sam_study_b, 'sam_study/c': _sam_study_c,
                'sam_study/a_small': partial(_sam_study_a, True), 'sam_study/b_small': partial(_sam_study_b, True), 'sam_study/c_small': partial(_sam_study_c, True),
@@ -429,7 +431,7 @@ PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/tab
                'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban, 'distill/robust_teacher': _distill_robust_teacher,
                'distill/digits': _distill_digits, 'distill/digits_ensembles': _distill_digits_ensembles, 'distill/digits_select': _distill_digits_select,
                'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small,
-               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'flatness/tracked': _flatness_tracked, 'compare/digits': _compare_digits, 'compare/cifar_small': _compare_cifar_small, **_FIGURES}
+               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'flatness/tracked': _flatness_tracked, 'compare/digits': _compare_digits, 'compare/digits_short': _compare_digits_short, 'compare/cifar_small': _compare_cifar_small, **_FIGURES}
 
 PAPER_ENSEMBLES = {'distill/ensembles': _distill_ensembles_groups, 'distill/ban': _distill_ban_groups, 'distill/digits': _distill_digits_groups,
                    'distill/digits_ensembles': _distill_digits_ensembles_groups, 'distill/cifar_small': _distill_cifar_small_groups}

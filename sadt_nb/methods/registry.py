@@ -30,7 +30,7 @@ from .sadt import SADT
 from .saf import SAF
 from .sam import SAM
 
-# %% ../../nbs/methods/99_registry.ipynb #33cc39e6
+# %% ../../nbs/methods/99_registry.ipynb #03ac667e
 @dataclass(frozen=True)
 class Method:
     "A method's factory and its facts; calling it makes the callback."
@@ -68,7 +68,7 @@ class Methods(UserDict):
         except Exception as e: warnings.warn(f'the method {ep.name!r} of the entry point {ep.value!r} is left out: {type(e).__name__}: {e}', stacklevel=2)
 
 _DU = '[Du et al. 2022](https://arxiv.org/abs/2205.14083), "Sharpness-Aware Training for Free", NeurIPS'
-_sadt = partial(Method, steps=2, memory='2 x weights', seeded=True, paper='Fahim & Boutellier 2022, Sharpness-Aware Distilled Teachers, [code](https://github.com/DeepUVaasa/SADT)',
+_sadt = partial(Method, steps=2, memory='2 x weights', seeded=True, paper='Sharpness-Aware Distilled Teachers, [Fahim & Boutellier 2022](https://arxiv.org/abs/2211.00310), HITY workshop, NeurIPS; [code](https://github.com/DeepUVaasa/SADT)',
                 avoid='before you have compared it with `repeat_step`, which makes the second step without any teacher')
 
 METHODS = Methods(dict(

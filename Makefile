@@ -9,7 +9,7 @@ QUIET   = PYTHONWARNINGS=ignore::FutureWarning
 ONE     = OMP_NUM_THREADS=1
 TWO     = -n 2 --dist worksteal --durations=15
 
-.PHONY: demo test sync notebooks-test pytest test-all dist test-newest notebooks readme bench clean
+.PHONY: demo test sync notebooks-test pytest test-all docs test-site dist test-newest notebooks readme bench clean
 
 # The development environment. torch and torchvision must come together from one place, or torchvision does not import.
 $(READY): settings.ini setup.py
@@ -44,6 +44,16 @@ test-all: test
 	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --flags slow --path nbs/methods
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests -m slow
 
+# The website, from the notebooks as they are: _build/html/index.html. Every warning is an error; nothing is fetched.
+docs: $(READY)
+	$(BIN)/python -W ignore docs/build.py
+
+# The website in a real browser: each page, each link, search, formulas, both colour modes, a phone's width
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-site: docs dist
+	@test -n "$(CHROMIUM)" || { echo 'no Chromium found: apt-get install chromium, or set CHROMIUM=/path/to/chrome'; exit 2; }
+	CHROMIUM=$(CHROMIUM) $(QUIET) $(BIN)/python -m pytest -q --durations=5 docs/test_site.py
+
 # The sdist, and the wheel built from it
 dist: $(READY)
 	rm -rf dist build
@@ -75,4 +85,4 @@ bench: $(READY)
 	$(QUIET) $(BIN)/python -m benchmarks.landscape
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) build dist _proc _build *.egg-info

@@ -57,3 +57,66 @@ def test_code_cells_were_run(path):
     for c in code:
         text = ''.join(c['source'])
         if ('plt.' in text and 'ax.set(' in text) or 'print(' in text: assert c['outputs'], text[:80]
+
+
+def links(path):
+    "Where the Markdown cells of a notebook lead, and the folder that relative links start from: the index is README.md, too."
+    text = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
+    text = re.sub(r'```.*?```', '', text, flags=re.S)
+    return re.findall(r'\]\(([^)\s]+)\)', text), NBS.parent if path.name == 'index.ipynb' else path.parent
+
+
+@pytest.mark.parametrize('path', every(), ids=ids(every()))
+def test_links_lead_somewhere(path):
+    found, folder = links(path)
+    for link in found:
+        if re.match(r'https://', link): continue
+        assert not re.match(r'\w+:', link), f'{link} is neither https nor in the checkout'
+        target, _, place = link.partition('#')
+        assert not target or (folder / target).exists(), link
+        if place and target.endswith('.ipynb'):
+            heads = {re.sub(r'[^\w\s-]', '', h).strip().lower().replace(' ', '-') for c in cells(folder / target) if c['cell_type'] == 'markdown' for h in re.findall(r'^#+ (.+)$', ''.join(c['source']), re.M)}
+            assert place in heads, f'{link}: no such heading'
+
+
+@pytest.mark.parametrize('path', every(), ids=ids(every()))
+def test_figures_have_an_alt_text(path):
+    for c in cells(path):
+        source = ''.join(c['source'])
+        if c['cell_type'] == 'code' and not source.startswith('#| hide') and any('image/png' in o.get('data', {}) for o in c['outputs']):
+            alt = re.search(r'^#\| fig-alt: (.{40,})$', source, re.M)
+            assert alt, source[:80]
+
+
+TUTORIALS = [p for p in every() if p.parent.name == 'tutorials']
+
+
+def test_the_course_is_complete(): assert [p.stem[:2] for p in TUTORIALS] == [f'{i:02}' for i in range(1, 10)]
+
+
+@pytest.mark.parametrize('path', TUTORIALS, ids=ids(TUTORIALS))
+def test_tutorials_follow_the_pattern(path):
+    "A button and a cell for readers elsewhere, a lead, exercises with hidden answers, a way on."
+    given = cells(path)
+    first, last = ''.join(given[0]['source']), ''.join(given[-1]['source'])
+    assert re.search(r'^# .+\n\n> ', first) and f'/blob/main/nbs/tutorials/{path.name})' in first and '(colab.svg)' in first
+    assert f'Tutorial {int(path.stem[:2])} of 9' in first
+    assert ''.join(given[1]['source']) == "from importlib.util import find_spec\nif not find_spec('sadt_nb'):\n    %pip install -q sadt_nb"
+    text = '\n'.join(''.join(c['source']) for c in given if c['cell_type'] == 'markdown')
+    heads = re.findall(r'^## (.+)$', text, re.M)
+    assert heads[-2:] == ['What to take home', 'Exercises']
+    exercises = text.split('## Exercises')[1]
+    assert exercises.count('<details>') == exercises.count('</details>') == exercises.count('<summary>Answer</summary>') == 2
+    following = next((p for p in TUTORIALS if p.stem > path.stem), None)
+    assert following is None or f']({following.name})' in exercises, 'the way on'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', TUTORIALS, ids=ids(TUTORIALS))
+def test_hidden_answers_run(path, monkeypatch, tmp_path):
+    "The code in the answers, after the notebook's own."
+    monkeypatch.chdir(tmp_path)
+    code = [''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code' and '%pip' not in ''.join(c['source'])]
+    answers = re.findall(r'```python\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown').split('## Exercises')[1], re.S)
+    space = {'__name__': '__main__'}
+    for source in [*code, *answers]: exec(compile(source, path.stem, 'exec'), space)

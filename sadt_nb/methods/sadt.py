@@ -65,7 +65,7 @@ class normalized_ascent:
     def __call__(self, params, grads, generator):
         return ascent({n: g.clone() for n, g in grads.items()}, self.rho) # a copy: the second step uses the gradient again
 
-# %% ../../nbs/methods/40_sadt.ipynb #1bdb1eb4
+# %% ../../nbs/methods/40_sadt.ipynb #a77616e8
 def sadt_step(
     model:nn.Module,   # Its parameters are those that `optimizer` steps
     closure,           # Called without arguments: runs the model on the batch, returns `(logits, loss)`
@@ -74,7 +74,9 @@ def sadt_step(
     kl='clean_to_aux', # KL(q || teacher), or 'aux_to_clean' for KL(teacher || q)
     generator=None,    # Source of the noise
 ) -> Tensor: # The loss of the first pass, detached
-    "One SADT batch in plain PyTorch: a step, the teachers' gradients at the perturbed weights, a second step."
+    """One SADT batch in plain PyTorch: a step, the teachers' gradients at the perturbed weights, a second step.
+
+    The closure runs in the model's own mode, so BatchNorm's averages move in the teachers' passes, too; the callback keeps them."""
     optimizer.zero_grad()
     logits, loss = closure()
     loss.backward()

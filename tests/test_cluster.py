@@ -9,7 +9,7 @@ import pytest
 
 from sadt_nb.experiments import grid
 from sadt_nb.experiments.grid import run_grid
-from sadt_nb.experiments.runner import RunError, read_result, run
+from sadt_nb.experiments.runner import RunDiverged, RunError, read_result, run
 from test_resume import of, outcome, quiet, same, wait_for
 
 psutil = pytest.importorskip('psutil', reason='psutil is not installed')
@@ -73,7 +73,7 @@ def test_a_process_dies_every_time(cluster, tmp_path):
 def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tmp_path):
     torn, taught = of('baseline').but(opt='sgd', lr=1e12, sched='constant'), of('distillation')
     out = run_grid([torn, taught], tmp_path, 2, ray='auto', **quiet)
-    assert type(out[0]) is RunError and 'the loss became NaN or infinite' in str(out[0]) and 'Traceback' not in str(out[0])
+    assert type(out[0]) is RunDiverged and 'the loss became NaN or infinite' in str(out[0]) and 'Traceback' not in str(out[0])
     assert out[1]['status'] == 'finished' and read_result(taught.teachers[0], tmp_path)['started'] <= out[1]['started']
     with monkeypatch.context() as m:
         m.setattr(grid, '_code', lambda: dict(source='0123456789ab'))

@@ -37,13 +37,11 @@ def pages(): return {(NBS / 'index.ipynb'): 'index', **{nb: page(nb) for nb in n
 
 # ---- what the library defines --------------------------------------------------------------------------------------
 
-def exported_names():
-    "Name to full name of everything public; a name that two modules use is left out."
-    found = {}
-    for module in sorted(p for p in (ROOT / 'sadt_nb').rglob('*.py') if p.stem not in ('all', '_modidx', '__init__')):
-        full = '.'.join(module.relative_to(ROOT).with_suffix('').parts)
-        for name in getattr(import_module(full), '__all__', ()): found.setdefault(name, []).append(f'{full}.{name}')
-    return {name: places[0] for name, places in found.items() if len(places) == 1}
+def exported():
+    "The full names of everything public, module by module."
+    for file in sorted(p for p in (ROOT / 'sadt_nb').rglob('*.py') if p.stem not in ('all', '_modidx', '__init__')):
+        module = '.'.join(file.relative_to(ROOT).with_suffix('').parts)
+        for name in getattr(import_module(module), '__all__', ()): yield f'{module}.{name}'
 
 def typed(value):
     "A default as it would be typed."
@@ -106,7 +104,9 @@ def api(module, name, links):
 class Links:
     "Doclinks and links between notebooks, as links between pages."
     def __init__(self, cfg):
-        self.cfg, self.lookup, self.own, self.pages = cfg, NbdevLookup(), exported_names(), pages()
+        self.cfg, self.lookup, self.pages, self.full_names = cfg, NbdevLookup(), pages(), list(exported())
+        short = [full.rpartition('.')[2] for full in self.full_names]
+        self.own = {n: full for n, full in zip(short, self.full_names) if short.count(n) == 1} # in prose a name must be enough
         self.files, self.problems = {nb.relative_to(ROOT).as_posix(): p for nb, p in self.pages.items()} | {file: f'{name}.md' for name, file in DOCS.items()}, []
 
     def names(self, line):
@@ -221,7 +221,7 @@ def api_page(links):
     "Everything public, by module, with the first line of what it says of itself."
     lines = ['# API', '', 'Everything public; `from sadt_nb.all import *` imports the names of all modules. Each name leads to its signature and parameters.', '']
     modules = {}
-    for full in links.own.values(): modules.setdefault(full.rpartition('.')[0], []).append(full)
+    for full in links.full_names: modules.setdefault(full.rpartition('.')[0], []).append(full)
     for module, names in sorted(modules.items()):
         rows = []
         for full in names:

@@ -30,6 +30,6 @@ html_context = dict(default_mode='auto')
 html_theme_options = dict(repository_url=settings['git_url'], use_repository_button=True, use_issues_button=True, use_download_button=False, use_fullscreen_button=False,
                           home_page_in_toc=True, navbar_persistent=[], show_navbar_depth=1, show_toc_level=2, article_header_start=['toggle-primary-sidebar'])
 html_copy_source = html_show_sourcelink = False
-mathjax_path = 'mathjax/tex-svg.js' # vendored: the site asks no other host
+mathjax_path = 'mathjax/tex-svg.js' # es5/tex-svg.js of MathJax 3.2.2, 2 MB in one file without fonts: the site asks no other host
 copybutton_prompt_text, copybutton_prompt_is_regexp = r'\$ |>>> ', True
 copybutton_exclude = '.linenos, .gp, .go'

@@ -125,7 +125,7 @@ def make_method(
     except TypeError as e: raise ValueError(f'method {name} does not take {options}: {e}') from None
     return [] if cb is None else [cb]
 
-# %% ../../nbs/methods/99_registry.ipynb #f71cf44c
+# %% ../../nbs/methods/99_registry.ipynb #d33c384b
 def _costs():
     "What a step was measured to cost, by network."
     files = sorted((Path(sadt_nb.__file__).parent / 'published' / 'step_cost').glob('*.json'))
@@ -157,8 +157,8 @@ def method_card(
     *names:str, # Names in `METHODS`, a column for each
     **facts,    # Fields of `Method` to say differently
 ) -> Card:
-    "Where a method comes from, what it costs, what to set, and when not to use it. Raises `ValueError` for an unknown name."
-    for n in names:
+    "Where a method comes from, what it costs, what to set, and when not to use it. Raises `ValueError` for an unknown name, or none."
+    for n in names or ['']:
         if n not in METHODS: raise ValueError(f'unknown method {n!r}; choose one of {", ".join(METHODS)}')
     columns = [dict(_facts(n, replace(METHODS[n], **facts))) for n in names]
     rows = [[what, said, *('the same' if c[what] == said else c[what] for c in columns[1:])] for what, said in columns[0].items() if any(c[what] for c in columns)]

@@ -51,6 +51,20 @@ def test_outputs_are_fit_to_be_read(path):
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
+def test_a_notebook_leaves_the_process_as_it_was(path):
+    "nbdev_test runs many notebooks in one process, and a reader may run two: a default changed in one is a wrong result in the next."
+    code = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code')
+    assert not (found := re.findall(r'set_default_dtype|set_default_device|set_default_tensor_type|set_grad_enabled\((?:True|False)\)\n|set_anomaly_enabled', code)), found
+
+
+@pytest.mark.parametrize('path', every(), ids=ids(every()))
+def test_nbdev_reads_the_title_cell(path):
+    "In the cell of the title nbdev takes list items with a colon for settings, and warns of those that are none."
+    title = next(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown' and re.search(r'^# \S', ''.join(c['source']), re.M))
+    assert not (found := re.findall(r'^-\s+(\S.*:.*\S)\s*$', title, re.M)), found
+
+
+@pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_code_cells_were_run(path):
     "A cell that shows something has its output stored, so that the website and GitHub show it too."
     code = [c for c in cells(path) if c['cell_type'] == 'code' and not re.match(r'#\| *(export|hide)', ''.join(c['source']))]

@@ -1,7 +1,7 @@
 "Package metadata lives in settings.ini, where nbdev keeps it; this file hands it to setuptools."
 from configparser import ConfigParser
 from pathlib import Path
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
@@ -12,7 +12,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['sadt_nb', 'sadt_nb.*']), include_package_data=True,
+    packages=find_namespace_packages(include=['sadt_nb', 'sadt_nb.*'], exclude=['*.__pycache__']), include_package_data=True, # folders of results have no __init__.py
     package_data={'sadt_nb': ['py.typed', 'published/**/*.json', 'published/**/*.safetensors']}, python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'distributed', 'bench', 'timm', 'clip', 'curvature', 'ray', 'weights', 'sweep')},

@@ -14,12 +14,12 @@ TWO     = -n 2 --dist worksteal --durations=15
 # The development environment. torch and torchvision must come together from one place, or torchvision does not import.
 $(READY): settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; set PYTHON=/path/to/python'; exit 2; }
-	@echo 'installing the development environment into $(VENV); this takes a few minutes'
+	@echo 'installing the development environment into $(VENV): a few minutes, 7 GB of disk'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# SAM, SADT and their controls on scanned digits: a table and a figure, about two minutes
+# SAM, SADT and their controls on scanned digits: a table and a figure, two to four minutes
 demo: $(READY)
 	$(BIN)/sadt_demo
 
@@ -39,9 +39,9 @@ notebooks-test: $(READY)
 pytest: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests
 
-# The long matrices as well, and the comparisons of the methods' notebooks (cells with the directive slow)
+# The long matrices as well, and the comparisons in notebooks of methods and tutorials (cells with the directive slow)
 test-all: test
-	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --flags slow --path nbs/methods
+	for p in methods tutorials; do $(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --flags slow --path nbs/$$p || exit 1; done
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests -m slow
 
 # The website, from the notebooks as they are: _build/html/index.html. Every warning is an error; nothing is fetched.

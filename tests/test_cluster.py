@@ -70,6 +70,7 @@ def test_a_process_dies_every_time(cluster, tmp_path):
     assert len(killed) == 2 and isinstance(out[0], RunError) and 'was killed 2 times' in str(out[0])
 
 
+@pytest.mark.slow
 def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tmp_path):
     torn, taught = of('baseline').but(opt='sgd', lr=1e12, sched='constant'), of('distillation')
     out = run_grid([torn, taught], tmp_path, 2, ray='auto', **quiet)
@@ -83,6 +84,7 @@ def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tm
         assert 'all machines must share that folder' in str(run_grid([of('sam')], tmp_path, ray='auto', **quiet)[0])
 
 
+@pytest.mark.slow
 def test_control_c_reaches_the_cluster(cluster, monkeypatch, tmp_path):
     cfg = of('sam').but(epochs=60)
     def wait(*args, **kwargs):

@@ -488,7 +488,7 @@ def together(cfg, root):
     return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize('cfg', [of('sadt1').but(select='valid', epochs=12, bs=14), pytest.param(of('saf').but(valid=0., n_train=120, bs=20, epochs=12), marks=pytest.mark.slow)], ids=['sadt1', 'saf without validation'])
+@pytest.mark.parametrize('cfg', [pytest.param(of('sadt1').but(select='valid', epochs=12, bs=14), marks=pytest.mark.slow), pytest.param(of('saf').but(valid=0., n_train=120, bs=20, epochs=12), marks=pytest.mark.slow)], ids=['sadt1', 'saf without validation'])
 def test_several_processes_make_one_run_and_continue_it(cfg, tmp_path):
     pytest.importorskip('accelerate', reason='fastai distributes through accelerate: pip install sadt_nb[distributed]')
     psutil = pytest.importorskip('psutil', reason='psutil is not installed')

@@ -68,7 +68,7 @@ class TrajectoryLoss(LossTerm):
         "Restore what `state_dict` gave."
         self.done = state['done']
 
-# %% ../../nbs/core/04_loss_terms.ipynb #b28ad2d3
+# %% ../../nbs/core/04_loss_terms.ipynb #0b9ed4b9
 class SampleIds(Callback):
     "Keeps in `ids` the positions in the data set of the current training batch's samples, `(n,)` on the batch's device."
     order, run_valid = ORDERS['step_grads'], False
@@ -99,7 +99,7 @@ class SampleIds(Callback):
         if found is not None: return found
         dl = learn.dls.train
         if not hasattr(dl, 'get_idxs') or getattr(dl, 'bs', None) is None or getattr(dl, 'n', None) is None:
-            raise ValueError(f'sample ids need a fastai DataLoader (or `TensorDL`) over a data set with a length, got {type(dl).__name__}')
+            raise ValueError(f'sample ids need a fastai DataLoader (or `TensorDL`) over a data set with a length, got {type(dl).__module__}.{type(dl).__qualname__}'.replace('builtins.', ''))
         learn.add_cb(found := cls())
         return found
 

@@ -256,7 +256,7 @@ def sadt_measure(
     for k, v in measure_run(cfg, name.resolve().parent, measures.replace(',', ' ').split() or None, samples, force)['measures'].items():
         print(f'{k:22} {v["value"]:.5g}' + (f' ± {v["error"]:.2g}' if v.get('error') else '') + ('' if v.get('converged', True) else '  (not converged)'))
 
-# %% ../../nbs/experiments/84_cli.ipynb #2654ff68
+# %% ../../nbs/experiments/84_cli.ipynb #9c263ad0
 def _demo_runs(seeds, epochs):
     base = Run(data='digits', bs=50, epochs=epochs, lr=1e-3, n_train=400, model_args=dict(init='keras'))
     return [base.but(data=d, method=m, seed=s) for d in ('digits', 'noisy_digits') for m in ('baseline', 'sam', 'sadt1', 'sadt2', 'sadt3', 'repeat_step')
@@ -269,10 +269,10 @@ def sadt_demo(
     epochs:int=8,             # Passes over the 400 training images
     figure:Path='sadt_demo.png', # Where to save the training curves
 ):
-    "Compare SAM, SADT and their controls on scanned digits, with true and with noisy labels. About two minutes on two CPU cores."
+    "Compare SAM, SADT and their controls on scanned digits, with true and with noisy labels. Two to four minutes on two CPU cores."
     if min(seeds, epochs) < 1: raise ValueError(f'`seeds` and `epochs` must be at least 1, got {seeds} and {epochs}')
     runs = _demo_runs(seeds, epochs)
-    print(f'{len(runs)} short runs of {epochs} epochs; about two minutes on two CPU cores')
+    print(f'{len(runs)} short runs of {epochs} epochs; two to four minutes on two CPU cores')
     for cfg in progress_bar(runs): run(cfg, root, progress=False)
     results = load_results(root)
     results = results[results['run'].isin(set(runs))]
@@ -285,5 +285,6 @@ def sadt_demo(
         plot_runs(part, axs=row)
         row[0].set_title(f'{title}: {row[0].get_title()}')
     fig.savefig(figure, dpi=90)
-    print('\nsteps: optimizer updates; SADT and repeat_step make two per batch, so compare those with each other')
+    print('\nBN re-estimated: after so few updates BatchNorm\'s running averages lag behind the weights, so they are taken anew over the training images')
+    print('steps: optimizer updates; SADT and repeat_step make two per batch, so compare those with each other')
     print(f'results in {root}, curves in {figure}')

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
 
-# %% ../../nbs/measures/50_hessian.ipynb #b4946c13
+# %% ../../nbs/measures/50_hessian.ipynb #56b5083a
 def _curvlinops():
     try: import curvlinops
     except ImportError: raise ImportError("the Hessian needs curvlinops; install it with pip install 'sadt_nb[curvature]'") from None
@@ -52,7 +52,9 @@ class _Products:
 
     def __call__(self, v):
         self.n += 1
-        out = self._op @ v
+        try: out = self._op @ v
+        except NotImplementedError as e: # aten has no forward derivative for the backward of some activations
+            raise ValueError(f'torch cannot differentiate a layer of this network twice: {e} Write the layer with elementary operations, `x * x.sigmoid()` for SiLU.') from None
         if self.n == 1 and not torch.isfinite(out).all(): raise ValueError('the second derivatives of the loss are not finite at these weights and samples')
         self.bar.update()
         return out

@@ -112,7 +112,7 @@ def test_the_course_is_complete(): assert [p.stem[:2] for p in TUTORIALS] == [f'
 def test_tutorials_follow_the_pattern(path):
     "A button and a cell for readers elsewhere, a lead, exercises with hidden answers, a way on."
     given = cells(path)
-    first, last = ''.join(given[0]['source']), ''.join(given[-1]['source'])
+    first = ''.join(given[0]['source'])
     assert re.search(r'^# .+\n\n> ', first) and f'/blob/main/nbs/tutorials/{path.name})' in first and '(colab.svg)' in first
     assert f'Tutorial {int(path.stem[:2])} of 9' in first
     assert ''.join(given[1]['source']) == "from importlib.util import find_spec\nif not find_spec('sadt_nb'):\n    %pip install -q sadt_nb"

@@ -252,8 +252,11 @@ def fill(cfg):
 def main():
     sys.path.insert(0, str(ROOT / 'docs'))
     from conf import settings
+    print(f'making the website from {len(pages())} notebooks, which takes a minute or two', flush=True)
     fill(settings)
     shutil.rmtree(OUT / 'html', ignore_errors=True)
-    return build_main(['-b', 'html', '-c', str(ROOT / 'docs'), '-d', str(OUT / 'doctrees'), '-W', '--keep-going', '-q', *sys.argv[1:], str(SOURCE), str(OUT / 'html')])
+    failed = build_main(['-b', 'html', '-c', str(ROOT / 'docs'), '-d', str(OUT / 'doctrees'), '-W', '--keep-going', '-q', *sys.argv[1:], str(SOURCE), str(OUT / 'html')])
+    if not failed: print(f'done: open {(OUT / "html" / "index.html").relative_to(ROOT)} in a browser')
+    return failed
 
 if __name__ == '__main__': raise SystemExit(main())

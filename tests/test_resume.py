@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import conftest
@@ -317,12 +318,24 @@ def whole_files(root):
     for f in Path(root).rglob('*.pt'): torch.load(f, weights_only=True)
 
 
-def killed_again_and_again(runs, root, times, longest, seed):
+def checkpoints(root):
+    "The checkpoints there are, and when each was written."
+    found = set()
+    for f in Path(root).rglob('checkpoint.pt'):
+        with suppress(FileNotFoundError): found.add((f, f.stat().st_mtime_ns)) # gone when its run ended
+    return found
+
+
+def killed_again_and_again(runs, root, times, most, seed):
+    "Kill a grid at random: after up to `most` more checkpoints, which takes as long as the machine needs, and a random part of a second."
     rnd, kills = random.Random(seed), 0
     started = {}
     while kills < times:
-        p = child(counting_grid, runs, root)
-        p.join(rnd.uniform(.1, longest))
+        p, more, seen = child(counting_grid, runs, root), rnd.randint(0, most), checkpoints(root)
+        while more and p.is_alive():
+            if now := checkpoints(root) - seen: more, seen = more - 1, seen | now
+            time.sleep(.005)
+        p.join(rnd.uniform(.01, .5))
         if p.exitcode is not None:
             assert p.exitcode == 0
             return kills
@@ -340,10 +353,10 @@ def killed_again_and_again(runs, root, times, longest, seed):
     return kills
 
 
-def check_after_kills(runs, tmp_path, times, longest, least):
+def check_after_kills(runs, tmp_path, times, most, least):
     (tmp_path / 'cut').mkdir()
     (tmp_path / 'whole').mkdir()
-    kills = killed_again_and_again(runs, tmp_path / 'cut', times, longest, 0)
+    kills = killed_again_and_again(runs, tmp_path / 'cut', times, most, 0)
     p = child(counting_grid, runs, tmp_path / 'whole')
     p.join()
     assert p.exitcode == 0 and kills >= least
@@ -355,13 +368,13 @@ def check_after_kills(runs, tmp_path, times, longest, least):
 
 def test_kill_9_at_random_moments(tmp_path):
     runs = [of(m).but(epochs=12, n_train=240) for m in ('sadt1', 'looksam')]
-    kills, continued = check_after_kills(runs, tmp_path, 6, 2.5, 2)
+    kills, continued = check_after_kills(runs, tmp_path, 6, 5, 2)
     assert continued > 0
 
 
 @pytest.mark.slow
 def test_thirty_kills_over_a_grid_of_all_methods(tmp_path):
-    kills, continued = check_after_kills([of(m).but(epochs=20, n_train=240) for m in METHODS], tmp_path, 40, 5, 30)
+    kills, continued = check_after_kills([of(m).but(epochs=20, n_train=240) for m in METHODS], tmp_path, 40, 10, 30)
     assert continued > 8
 
 
@@ -473,6 +486,7 @@ warnings.simplefilter('ignore')
 from fastai.torch_core import defaults
 defaults.use_cuda = False
 import json
+from contextlib import suppress
 from pathlib import Path
 from sadt_nb.core.passes import this_rank
 from sadt_nb.experiments.config import Run

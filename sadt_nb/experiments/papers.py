@@ -361,8 +361,8 @@ def _distill_cifar_small():
         for r, run in enumerate(rounds(t, .5, 2), start=1): yield PaperRun(f'alpha 0.5, round {r} · seed {seed}', run)
         for i, run in enumerate(independent(t, 3)[1:], start=1): yield PaperRun(f'independent {i} · seed {seed}', run)
 
-# %% ../../nbs/experiments/83_papers.ipynb #fc9d2bfa
-_FLATNESS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa')
+# %% ../../nbs/experiments/83_papers.ipynb #c54ad759
+_FLATNESS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa', 'repeat_step')
 _FLAT = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness', 'gradient_norm', 'calibration_error', 'corrupted_accuracy')
 
 def _flatness(base, methods, seeds):
@@ -370,6 +370,7 @@ def _flatness(base, methods, seeds):
         t, pictures = base.but(seed=seed), ('spectrum', 'surface') if seed == seeds[0] else ()
         def cell(label, run): return PaperRun(f'{label} · seed {seed}', run, note='published as points in figures', measures=_FLAT + (pictures if label in ('baseline', 'sam', 'round 1', 'round 2') else ()))
         for m in methods: yield cell(m, t.but(method=m))
+        if 'repeat_step' in methods: yield cell('twice the epochs', t.but(epochs=2 * t.epochs))
         for r, run in enumerate(rounds(t, .5, 2), start=1): yield cell(f'round {r}', run)
 
 def _flatness_digits(): return _flatness(_noisy(0.).but(select='last'), _FLATNESS, (0, 10, 20))

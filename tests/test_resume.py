@@ -486,7 +486,6 @@ warnings.simplefilter('ignore')
 from fastai.torch_core import defaults
 defaults.use_cuda = False
 import json
-from contextlib import suppress
 from pathlib import Path
 from sadt_nb.core.passes import this_rank
 from sadt_nb.experiments.config import Run

@@ -364,22 +364,21 @@ def _distill_cifar_small():
 # %% ../../nbs/experiments/83_papers.ipynb #c54ad759
 _FLATNESS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa', 'repeat_step')
 _FLAT = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness', 'gradient_norm', 'calibration_error', 'corrupted_accuracy')
+_PICTURES = dict(spectrum=('baseline', 'sam', 'round 1', 'round 2'), surface=('baseline', 'sam', 'saf', 'mesa', 'round 1', 'round 2')) # of the first seed
+_MEASURED = dict(select='last', track=3)
 
-def _flatness(base, methods, seeds):
+def _flatness(base, methods, seeds, last_round=2, longer=True):
     for seed in seeds:
-        t, pictures = base.but(seed=seed), ('spectrum', 'surface') if seed == seeds[0] else ()
-        def cell(label, run): return PaperRun(f'{label} · seed {seed}', run, note='published as points in figures', measures=_FLAT + (pictures if label in ('baseline', 'sam', 'round 1', 'round 2') else ()))
+        t = base.but(seed=seed)
+        def cell(label, run): return PaperRun(f'{label} · seed {seed}', run, note='published as points in figures', measures=_FLAT + tuple(p for p, of in _PICTURES.items() if label in of and seed == seeds[0]))
         for m in methods: yield cell(m, t.but(method=m))
-        if 'repeat_step' in methods: yield cell('twice the epochs', t.but(epochs=2 * t.epochs))
-        for r, run in enumerate(rounds(t, .5, 2), start=1): yield cell(f'round {r}', run)
+        if longer: yield cell('twice the epochs', t.but(epochs=2 * t.epochs))
+        for r, run in enumerate(rounds(t, .5, last_round), start=1): yield cell(f'round {r}', run)
 
-def _flatness_digits(): return _flatness(_noisy(0.).but(select='last'), _FLATNESS, (0, 10, 20))
-_CIFAR_CNN = _CIFAR_SMALL.but(model='simple_cnn', model_args=dict(dropout=0.), opt='adam', opt_args={}, lr=1e-3, clip=0.)
-def _flatness_simple_cnn(): return _flatness(_CIFAR_CNN.but(select='last'), _FLATNESS, (0, 10, 20))
-def _flatness_resnet20(): return _flatness(_CIFAR_SMALL, ('baseline', 'sam', 'sadt1'), (0, 10, 20))
-def _flatness_tracked():
-    return [PaperRun(f'{m} · {where} · seed {s}', base(s).but(method=m, track=1), note='published as a curve')
-            for where, base, seeds in (('digits', lambda s: _noisy(0., s), range(0, 50, 10)), ('cifar10 · simple_cnn', lambda s: _CIFAR_CNN.but(seed=s), (0,))) for s in seeds for m in ('baseline', 'sam', 'saf', 'mesa')]
+_CIFAR_CNN = _CIFAR_SMALL.but(model='simple_cnn', epochs=15, opt='adam', opt_args={}, lr=1e-3, clip=0., **_MEASURED)
+def _flatness_digits(): return _flatness(_noisy(0.).but(**_MEASURED), _FLATNESS, (0, 10, 20))
+def _flatness_simple_cnn(): return _flatness(_CIFAR_CNN, _FLATNESS, (0, 10, 20))
+def _flatness_resnet20(): return _flatness(_CIFAR_SMALL.but(epochs=15, **_MEASURED), ('baseline', 'sam', 'sadt1', 'repeat_step'), (0, 10, 20), last_round=1, longer=False)
 
 # %% ../../nbs/experiments/83_papers.ipynb #85333769
 def _compare(base, seeds):
@@ -391,7 +390,7 @@ def _compare(base, seeds):
                 yield PaperRun(f'{name} · {where} · seed {seed}', run.but(epochs=max(1, round(base.epochs / cost(method)))), note='no paper compares all of them')
 
 def _compare_digits(): return _compare(_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last'), range(0, 50, 10))
-def _compare_cifar_small(): return _compare(_CIFAR_CNN.but(model_args={}, select='last', epochs=15), (0, 10, 20))
+def _compare_cifar_small(): return _compare(_CIFAR_CNN, (0, 10, 20))
 def _compare_digits_short():
     return [replace(c, label=f'baseline, {n} epochs · fewer epochs · seed {c.run.seed}', run=c.run.but(epochs=n)) for c in _compare_digits() if c.label.startswith('baseline · equal epochs') for n in (5, 8, 11, 12)]
 
@@ -432,7 +431,7 @@ PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/tab
                'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban, 'distill/robust_teacher': _distill_robust_teacher,
                'distill/digits': _distill_digits, 'distill/digits_ensembles': _distill_digits_ensembles, 'distill/digits_select': _distill_digits_select,
                'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small,
-               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'flatness/tracked': _flatness_tracked, 'compare/digits': _compare_digits, 'compare/digits_short': _compare_digits_short, 'compare/cifar_small': _compare_cifar_small, **_FIGURES}
+               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'compare/digits': _compare_digits, 'compare/digits_short': _compare_digits_short, 'compare/cifar_small': _compare_cifar_small, **_FIGURES}
 
 PAPER_ENSEMBLES = {'distill/ensembles': _distill_ensembles_groups, 'distill/ban': _distill_ban_groups, 'distill/digits': _distill_digits_groups,
                    'distill/digits_ensembles': _distill_digits_ensembles_groups, 'distill/cifar_small': _distill_cifar_small_groups}

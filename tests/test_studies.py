@@ -32,7 +32,8 @@ def test_published_results_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert len(load_results('published')) == len(FOLDERS)
     assert len(load_results('published/cifar_small')) == len([f for f in FOLDERS if f.parent.name == 'cifar_small'])
-    with pytest.raises(FileNotFoundError, match='no published study .flowers.; choose one of cifar_small, '): load_results('published/flowers')
+    studies = ', '.join(sorted(f.name for f in STORED.iterdir() if f.is_dir()))
+    with pytest.raises(FileNotFoundError, match=f'no published study .flowers.; choose one of {studies}$'): load_results('published/flowers')
     cli.sadt_report('sadt/notebook20', root='published/notebook20')
     assert (tmp_path / 'sadt-notebook20.html').exists() and not (tmp_path / 'published').exists(), 'pages go here, not into the package, and do not hide it'
     (tmp_path / 'published').mkdir()

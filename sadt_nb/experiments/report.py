@@ -21,7 +21,7 @@ from .runner import RunError, read_result
 
 # %% ../../nbs/experiments/82_report.ipynb #9826e710
 def published(
-    study:str='', # 'cifar_small', 'digits', 'notebook20' or 'sam_study'; all of them if empty
+    study:str='', # A study, such as 'digits' or 'flatness_digits'; all of them if empty
 ) -> Path: # A folder of results
     "Where the results are that come with the package. Raises `FileNotFoundError` for a study that is not among them."
     folder = Path(files('sadt_nb')) / 'published' / study

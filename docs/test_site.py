@@ -93,6 +93,7 @@ def test_page(page, window, host):
     assert not tab.locator('mjx-merror').count(), 'a formula with an error'
     assert tab.evaluate("[...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).map(i => i.src)") == []
     assert tab.evaluate("[...document.querySelectorAll('article img')].filter(i => i.complete && !i.naturalWidth).map(i => i.src)") == []
+    assert tab.evaluate("[...document.querySelectorAll('table.dataframe thead')].filter(h => getComputedStyle(h).display == 'none').length") == 0, 'numbers without the names of their columns'
     assert tab.evaluate("document.documentElement.dataset.theme") == scheme
     wide = tab.evaluate("w => document.documentElement.scrollWidth <= w ? [] : [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > w + 1).slice(0, 3).map(e => e.outerHTML.slice(0, 120))", width)
     assert not wide

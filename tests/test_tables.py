@@ -219,3 +219,10 @@ def test_all_methods_side_by_side(table, epochs, seeds):
         assert r.method == name and abs(done - epochs) <= max(1, m.steps, m.passes) / 2 + 1e-9, c.label
         assert all(t.seed != r.seed and t.method == 'baseline' and t in {d.run for d in cells} for t in r.teachers), 'teachers are runs of the table, with other seeds'
     assert len({(c.run.lr, c.run.opt, c.run.bs, c.run.split, c.run.select, c.run.data_args) for c in cells}) == 1
+
+
+def test_flatness_shares_its_runs_with_the_comparison():
+    "Whatever both of them train is trained once; only rounds and twice the epochs are flatness's own."
+    compared = {c.run for c in paper_grid('compare/cifar_small') if 'equal epochs' in c.label}
+    own = {c.label.split(' · ')[0] for c in paper_grid('flatness/simple_cnn') if c.run not in compared}
+    assert own == {'twice the epochs', 'round 1', 'round 2'}

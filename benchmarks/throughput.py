@@ -126,7 +126,8 @@ def kernel_seconds(step, n=20):
 def overhead(repeats, device):
     if device.type == 'cpu': keep_pages()
     rows = []
-    for model, bs in (('resnet20', 2), ('resnet20', 128), ('simple_cnn', 2), ('simple_cnn', 128)):
+    cases = (('resnet20', 2), ('resnet20', 128), ('simple_cnn', 2), ('simple_cnn', 128)) if device.type == 'cpu' else (('resnet20', 128), ('simple_cnn', 128), ('simple_cnn', 2048))
+    for model, bs in cases:
         steps = {m: (stepper(*CASES[m], model, bs, device)[0], 1) for m in ('baseline', 'sam', 'sadt1')}
         steps['bare loop'] = bare(model, bs, device), 1
         if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(model, bs, device, peer=True), 1

@@ -1,5 +1,7 @@
 "What every registered method must do, whatever it is. A new line in the registry is tested by being there."
 import pickle
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -303,6 +305,31 @@ def test_a_compiled_network(name):
     compiled = fit(name, torch.compile(cnn(), backend=backend), opts=dict(share_trunk=False) if name == 'sadt2' else {})
     assert graphs, 'the network was compiled'
     torch.testing.assert_close(flat(compiled.model), flat(fit(name).model), rtol=1e-9, atol=1e-11)
+
+
+@ALL
+def test_a_network_that_overwrites_what_its_last_pass_gave(name):
+    "As CUDA graphs do: the next forward writes into the memory of the last prediction and of the gradients that its backward made."
+    net, predictions, gradients, overwritten = cnn(), [], [], []
+    def backend(graph, inputs):
+        def forward(*args):
+            old = [*predictions, *(g for ref in gradients if (g := ref()) is not None)]
+            for t in old: overwritten.append(t.data.fill_(float('nan')))
+            gradients.clear()
+            had.update({p: p.grad is not None for p in net.parameters()})
+            out = graph.forward(*args)
+            predictions[:] = [t for t in out if t.requires_grad]
+            return out
+        return forward
+    had = {}
+    def made(p):
+        if not had[p]: gradients.append(weakref.ref(p.grad))
+    for p in net.parameters(): p.register_post_accumulate_grad_hook(made)
+    torch._dynamo.reset()
+    how = dict(opts=dict(share_trunk=False) if name == 'sadt2' else {}, opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9))
+    compiled = fit(name, torch.compile(net, backend=backend), **how)
+    assert overwritten, 'the network was compiled'
+    torch.testing.assert_close(flat(compiled.model), flat(fit(name, **how).model), rtol=1e-9, atol=1e-11)
 
 
 @WITH_EXTRA_PASS

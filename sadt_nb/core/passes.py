@@ -14,6 +14,7 @@ import torch
 from torch import distributed, nn, Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
@@ -95,6 +96,10 @@ def replay(
     device = learn.xb[0].device
     amp = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
     shown = {k: getattr(learn, k) for k in ('pred', 'loss', 'loss_grad')}
+    if hasattr(learn.model, '_orig_mod'): # CUDA graphs write the predictions and gradients of every pass into the same memory
+        shown['pred'] = tree_map_only(Tensor, lambda t: t.detach().clone(), learn.pred)
+        for p in learn.model.parameters():
+            if p.grad is not None: p.grad = p.grad.clone()
     xb, yb = (b if rows is None else tuple(t[rows] for t in b) for b in (learn.xb, learn.yb))
     learn._replaying, learn._replayed_rows, learn._other_loss = True, rows, loss_func is not None
     try:

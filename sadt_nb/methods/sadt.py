@@ -166,7 +166,7 @@ class SADT(ExtraPass):
     def before_batch(self): self.step_grads.hold = not self.first_step
 
     def before_backward(self):
-        if not self.replaying: self._micro.append((self.xb, self.yb, self.pred.detach(), self.rng_state))
+        if not self.replaying: self._micro.append((self.xb, self.yb, self.pred.detach().clone(), self.rng_state)) # a copy: CUDA graphs write every prediction into the same memory
 
     def after_step(self):
         micro, self._micro = self._micro, []

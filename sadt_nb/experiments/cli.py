@@ -33,7 +33,7 @@ from .pages import comparison, write_pages
 from .papers import PAPER_GRIDS, memory_columns, paper_ensembles, paper_grid
 from .report import labels, load_results, plot_runs, results_folder, results_table
 from .runner import RunError, is_trained, read_result, run
-from .sweep import SWEEPS, at_equal_passes, finals, ranges, sweep
+from .sweep import SWEEPS, at_equal_passes, confirmed, ranges, sweep
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/84_cli.ipynb #d23b89f3
@@ -222,6 +222,7 @@ def sadt_sweep(
     opt:str='adam',        # Optimizer: adam, adamw, keras_adam or sgd
     opt_args:str='',       # weight_decay=5e-4 momentum=0.9
     seeds:int=3,           # Train what was found with so many fresh seeds
+    top:int=1,             # Train so many of the best proposals with them, and keep the one that is best on validation images
     root:Path='runs',      # Folder for the results; finished runs are not repeated
     workers:int=1,         # Processes that train at the same time
 ):
@@ -230,13 +231,13 @@ def sadt_sweep(
     plain = Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=valid, n_train=n_train, opt=opt, opt_args=_options(opt_args), split=0)
     cases = SWEEPS[name]() if name else {m: (run := at_equal_passes(plain.but(method=m), plain), ranges(run)) for m in methods.replace(',', ' ').split()}
     found = sweep({label: run for label, (run, _) in cases.items()}, root, trials, {label: space for label, (_, space) in cases.items()}, workers)
-    rows, fresh = {}, finals(found, range(1, seeds + 1))
+    rows, fresh = {}, confirmed(found, root, range(1, seeds + 1), top, workers)
     every = [r for runs in fresh.values() for r in runs]
-    answers = dict(zip(every, run_grid(every, root, workers)))
+    answers = dict(zip(every, run_grid(every, root, progress=False))) # read
     for label, runs in fresh.items():
-        best, tested = found[label], pd.Series([100 * answers[r]['accuracy'] for r in runs if not isinstance(answers[r], Exception)])
-        rows[label] = {'best': ' '.join([f'lr={best.best.lr:g}', *(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in best.best.method_args)]), 'validation %': f'{100 * best.value:.1f}',
-                       'test %': f'{tested.mean():.1f}' + (f' ± {tested.std():.1f}' if len(tested) > 1 else ''), 'n': len(tested), 'epochs': best.best.epochs, 'passes searched': f'{best.passes:.0f}'}
+        best, tested = runs[0], pd.Series([100 * answers[r]['accuracy'] for r in runs if not isinstance(answers[r], Exception)])
+        rows[label] = {'best': ' '.join([f'lr={best.lr:g}', *(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k, v in best.method_args)]), 'validation %': f'{100 * found[label].value:.1f}',
+                       'test %': f'{tested.mean():.1f}' + (f' ± {tested.std():.1f}' if len(tested) > 1 else ''), 'n': len(tested), 'epochs': best.epochs, 'passes searched': f'{found[label].passes:.0f}'}
     print(pd.DataFrame(rows).T.rename_axis('method').to_string())
 
 # %% ../../nbs/experiments/84_cli.ipynb #4c9955ee

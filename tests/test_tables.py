@@ -1,5 +1,6 @@
 "Tables as one command: scaled, measured, estimated, and held against the paper by a fixed rule."
 import json
+import time
 
 import numpy as np
 import pytest
@@ -226,3 +227,14 @@ def test_flatness_shares_its_runs_with_the_comparison():
     compared = {c.run for c in paper_grid('compare/cifar_small') if 'equal epochs' in c.label}
     own = {c.label.split(' · ')[0] for c in paper_grid('flatness/simple_cnn') if c.run not in compared}
     assert own == {'twice the epochs', 'round 1', 'round 2'}
+
+
+def test_time_with_all_workers_busy(tmp_path):
+    table1 = pytest.importorskip('benchmarks.table1', reason='benchmarks are beside the tests in a checkout only')
+    spans = [(0., 10.), (1., 4.), (4., 9.), (2., 3.)] # three at once from 2 to 3, two at once from 1 to 9; one ends as another begins
+    assert [table1.at_full_concurrency(spans, n) for n in (1, 2, 3, 4)] == [10., 8., 1., 0.]
+    cfg = SMALL.but(epochs=1)
+    before = time.time()
+    r = run(cfg, tmp_path, **quiet)
+    [(begin, end)] = table1.timeline([cfg], tmp_path)
+    assert before - .1 <= begin < end <= time.time() + .1 and end - begin == pytest.approx(r['wall_seconds'])

@@ -8,6 +8,7 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.papers import PAPER_GRIDS, paper_grid
 from sadt_nb.experiments.report import load_results, published
 from sadt_nb.experiments.runner import evaluate, load_model
+from sadt_nb.experiments.sweep import SWEEPS, case_of
 
 STORED = published()
 FOLDERS = sorted(f.parent for f in STORED.glob('*/*/config.json'))
@@ -23,9 +24,12 @@ def test_every_stored_run_is_whole_and_is_where_its_configuration_says():
         assert {f.name for f in folder.iterdir()} <= {'config.json', 'result.json', 'history.json', 'measures.json', 'weights.safetensors', 'weights.sha256'}
 
 
-def test_every_stored_run_belongs_to_a_table():
+def test_every_stored_run_belongs_to_a_table_or_a_search():
     known = {p.run.name for name in PAPER_GRIDS for p in paper_grid(name)}
-    assert {f.name for f in FOLDERS} <= known
+    for folder in FOLDERS:
+        if folder.name in known: continue
+        assert (cases := SWEEPS.get(folder.parent.name)), f'{folder} is of no table, and its folder has the name of no search'
+        assert case_of(Run.from_dict(json.loads((folder / 'config.json').read_text())), cases()), folder
 
 
 def test_published_results_are_found_from_anywhere(tmp_path, monkeypatch):

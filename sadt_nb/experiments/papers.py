@@ -367,18 +367,18 @@ _FLAT = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_shar
 _PICTURES = dict(spectrum=('baseline', 'sam', 'round 1', 'round 2'), surface=('baseline', 'sam', 'saf', 'mesa', 'round 1', 'round 2')) # of the first seed
 _MEASURED = dict(select='last', track=3)
 
-def _flatness(base, methods, seeds, last_round=2, longer=True):
+def _flatness(base, methods, seeds, last_round=2, **also):
     for seed in seeds:
         t = base.but(seed=seed)
         def cell(label, run): return PaperRun(f'{label} · seed {seed}', run, note='published as points in figures', measures=_FLAT + tuple(p for p, of in _PICTURES.items() if label in of and seed == seeds[0]))
         for m in methods: yield cell(m, t.but(method=m))
-        if longer: yield cell('twice the epochs', t.but(epochs=2 * t.epochs))
+        for label, change in {'twice the epochs': lambda t: t.but(epochs=2 * t.epochs), **also}.items(): yield cell(label, change(t))
         for r, run in enumerate(rounds(t, .5, last_round), start=1): yield cell(f'round {r}', run)
 
 _CIFAR_CNN = _CIFAR_SMALL.but(model='simple_cnn', epochs=15, opt='adam', opt_args={}, lr=1e-3, clip=0., **_MEASURED)
 def _flatness_digits(): return _flatness(_noisy(0.).but(**_MEASURED), _FLATNESS, (0, 10, 20))
 def _flatness_simple_cnn(): return _flatness(_CIFAR_CNN, _FLATNESS, (0, 10, 20))
-def _flatness_resnet20(): return _flatness(_CIFAR_SMALL.but(epochs=15, **_MEASURED), ('baseline', 'sam', 'sadt1', 'repeat_step'), (0, 10, 20), last_round=1, longer=False)
+def _flatness_resnet20(): return _flatness(_CIFAR_SMALL.but(epochs=15, **_MEASURED), ('baseline', 'sam', 'sadt1', 'repeat_step'), (0, 10, 20), last_round=1, **{'repeat_step, half the rate': lambda t: t.but(method='repeat_step', lr=t.lr / 2)})
 
 # %% ../../nbs/experiments/83_papers.ipynb #85333769
 def _compare(base, seeds):

@@ -147,7 +147,8 @@ def _sadt_parts():
             'SADT-1': (sadt(), lr), 'without noise': (sadt(noise_scale=0.), lr), 'one step': (sadt(first_step=False), lr), 'KL turned round': (sadt(kl='aux_to_clean'), lr),
             'KL weighted': (sadt(), {**lr, 'kl_weight': (.1, 100.)}), 'same mask': (sadt(rng='replay'), lr), 'same mask, without noise': (sadt(rng='replay', noise_scale=0.), lr),
             'radius': (sadt(), near), 'radius, KL turned round': (sadt(kl='aux_to_clean'), near), 'radius, same mask': (sadt(rng='replay'), near), 'radius, one step': (sadt(first_step=False), near),
-            'radius, same mask, KL weighted': (sadt(rng='replay'), {**near, 'kl_weight': (.1, 100.)})}
+            'radius, same mask, KL weighted': (sadt(rng='replay'), {**near, 'kl_weight': (.1, 100.)}),
+            **{f'{label}, half the passes': (run.but(epochs=run.epochs // 2), lr) for label, run in (('plain', plain), ('two steps', plain.but(method='repeat_step')))}}
 
 SWEEPS = dict(sadt_parts=_sadt_parts) # Name to a function that gives label to (`Run`, ranges)
 

@@ -95,7 +95,7 @@ def test_an_overflow_leaves_the_weights_alone(name):
         def before_fit(self): self.skipped, self.moved = [], []
         def before_batch(self): self.w = flat(self.model).clone()
         def after_batch(self):
-            self.skipped.append(self.mixed_precision.skipped if hasattr(self.learn, 'mixed_precision') else self.device_mixed_precision.skipped)
+            self.skipped.append(self.device_mixed_precision.skipped)
             self.moved.append(not torch.equal(flat(self.model), self.w))
     watch = Watch()
     learn = fit(name, 'cuda', epochs=20, cbs=[DeviceMixedPrecision('fp16', init_scale=2.**40), watch], dtype=torch.float32)
@@ -195,5 +195,5 @@ def test_memory_beyond_plain_training():
 
 def test_the_default_device_is_the_gpu():
     assert default_device().type == 'cuda'
-    learn = make_learner(Run(n_train=100, bs=20, compile=False))
+    learn = make_learner(Run(n_train=100, bs=20))
     assert isinstance(learn.model, type(simple_cnn(10))) and next(learn.model.parameters()).is_cuda and learn.dls.one_batch()[0].is_cuda

@@ -69,6 +69,28 @@ def test_a_scaled_table_from_the_shell_to_the_page(miniature, tmp_path, capsys):
     assert len(lines) == 2 + 4 and len({line.count('|') for line in lines}) == 1, 'a header, a rule, and four rows of as many cells'
 
 
+def test_a_part_of_a_table_in_another_precision(miniature, tmp_path, capsys):
+    "It is trained in it, it is not taken for the table itself, and every page says so."
+    cli.sadt_grid('miniature', root=tmp_path, scale=.1, amp='bf16', only='sam seed 1')
+    assert 'plain' not in capsys.readouterr().out
+    results = load_results(tmp_path)
+    assert {(r.method, r.seed, r.amp) for r in results['run']} == {('sam', 1, 'bf16')} and len(results) == 2
+    with pytest.raises(ValueError, match=r'sadt_grid miniature --scale 0.1$'): comparison('miniature', results, .1)
+    with pytest.raises(ValueError, match=r'sadt_grid miniature --amp bf16$'): comparison('miniature', results, amp='bf16')
+    assert comparison('miniature', results, .1, 'bf16')['n'].tolist() == ['0 of 3', '1 of 3'] * 2
+    cli.sadt_report('miniature', root=tmp_path, to=tmp_path / 'pages', scale=.1, amp='bf16')
+    assert {f.name for f in (tmp_path / 'pages').iterdir()} == {f'miniature-0.1-bf16{s}' for s in ('.html', '.md', '.png')}
+    text = (tmp_path / 'pages' / 'miniature-0.1-bf16.md').read_text()
+    assert text.startswith('# miniature: published and ours, scaled to 0.1 of the epochs, in bf16\n') and text.count('0.1 of the epochs; in bf16') == 4
+    for wrong, said in ((dict(amp='fp8'), 'bf16'), (dict(only='sam seeds'), "'sam seeds'; its first is 'plain · rate 0.001 · seed 0'")):
+        with pytest.raises(SystemExit) as e: cli.sadt_grid('miniature', root=tmp_path, **wrong)
+        assert e.value.code == 2 and said in capsys.readouterr().err
+    student = SMALL.but(method='distillation', split=0, seed=1, teachers=SMALL.but(split=0))
+    PAPER_GRIDS['miniature'] = lambda: [PaperRun('student', student)]
+    (cell,) = paper_grid('miniature', amp='bf16')
+    assert cell.run == student.but(amp='bf16', teachers=SMALL.but(split=0, amp='bf16')) != student
+
+
 def test_one_repetition_decides_nothing(miniature, tmp_path):
     run_grid([c.run for c in miniature() if c.label.endswith('seed 1')], tmp_path, **quiet)
     table = comparison('miniature', load_results(tmp_path))

@@ -148,7 +148,9 @@ def sadt_grid(
     name:str='',        # A published table, such as sadt/notebook20; --list shows all
     root:Path='runs',   # Folder for the results; finished runs are not repeated
     workers:int=1,      # Processes that train at the same time
+    only:str='',        # Train only the rows that have all these words in their label, such as 'cifar10 simple_cnn 2048'
     scale:float=1.,     # Share of the published epochs, to see in an hour where a day would lead; everything is marked as scaled
+    amp:str='',         # Mixed precision for all runs, bf16 or fp16; everything is marked
     samples:int=1000,   # Training images for the measures that a figure needs
     minutes:float=1.,   # Runs store a checkpoint after an epoch, but not more often than this
     force:bool=False,   # Train finished runs again
@@ -157,20 +159,20 @@ def sadt_grid(
 ):
     "Train every run of a published table that is not finished yet, then print the table beside the published values."
     if list or not name: return _list_tables()
-    cells = paper_grid(name, scale)
+    cells = paper_grid(name, scale, amp, only)
     measures = {}
     for c in cells: measures[c.run] = (*measures.get(c.run, ()), *c.measures)
     failed = [r for r in run_grid([*measures], root, workers, force, minutes=minutes, measures=measures, samples=samples, ray=ray or None) if isinstance(r, Exception)]
     if len(failed) == len(measures): raise RunError(f'no run could be made; the first failed with: {str(failed[0]).splitlines()[-1]}')
-    print(_published_table(name, root, scale).to_string())
-    for e in paper_ensembles(name, scale):
+    print(_published_table(name, root, scale, amp, only).to_string())
+    for e in paper_ensembles(name, scale, amp):
         if all(is_trained(m, root) for m in e.members): print(f'ensemble of {e.label}: accuracy {run_ensemble(e.members, root)["accuracy"]:.3f}')
     if failed: print(f'{len(failed)} of {len(measures)} runs failed, see above', file=sys.stderr)
 
-def _published_table(name, root, scale=1.):
+def _published_table(name, root, scale, amp, only=''):
     "A table's finished runs beside the published values."
     rows = []
-    for c in paper_grid(name, scale):
+    for c in paper_grid(name, scale, amp, only):
         r = read_result(c.run, root) or {}
         pct = lambda v: '-' if v is None else f'{100 * v:.1f}'
         published = pct(c.published) if c.spread is None else f'{100 * c.published:.2f} ± {100 * c.spread:.2f}'
@@ -184,21 +186,22 @@ def sadt_report(
     root:Path='runs',  # Folder of the results; 'published/notebook20' for those of a study that come with the package
     to:Path=None,      # Folder for the table's pages, HTML and Markdown; root if not given, or this folder for published results
     scale:float=1.,    # Share of the published epochs that was trained
+    amp:str='',        # Mixed precision that was chosen for all runs
     figure:Path=None,  # Save the training curves to this file
 ):
     "Print stored results: everything in a folder, or a published table with our numbers beside it, a verdict for each row, and pages of it."
     plt.switch_backend('agg') # commands save figures, they do not show them
     here, root = root, results_folder(root)
     if name:
-        print(_published_table(name, root, scale).to_string())
-        table = comparison(name, load_results(root), scale)
+        print(_published_table(name, root, scale, amp).to_string())
+        table = comparison(name, load_results(root), scale, amp)
         print('\n' + table[[c for c in ('row', 'where', 'n', 'published difference', 'our difference', 'verdict') if c in table and (table[c] != '').any()]].to_string(index=False))
-        print('\npages: ' + ', '.join(str(p) for p in write_pages(name, root, to or (root if root == Path(here) else '.'), scale))) # the package's own folder is not for pages
+        print('\npages: ' + ', '.join(str(p) for p in write_pages(name, root, to or (root if root == Path(here) else '.'), scale, amp))) # the package's own folder is not for pages
     else: print(results_table(load_results(root)).to_string())
     if figure:
         results = load_results(root)
         if name: # only this table's runs, under their own names
-            names = {c.run: c.label for c in paper_grid(name, scale)}
+            names = {c.run: c.label for c in paper_grid(name, scale, amp)}
             results = results[results['run'].isin(names.keys())]
             if results.empty: raise ValueError(f'no run of {name} is in {root}')
             by = [names[r] for r in results['run']]

@@ -43,9 +43,9 @@ def _place(label):
     seed = next((p for p in rest if p.startswith('seed ')), '')
     return what, ' · '.join(p for p in rest if p != seed), seed
 
-def _cells(name, results, scale):
+def _cells(name, results, scale, amp):
     stored = {r['run']: r for _, r in results[results['status'] == 'finished'].iterrows()}
-    for c in paper_grid(name, scale):
+    for c in paper_grid(name, scale, amp):
         what, where, seed = _place(c.label)
         yield dict(what=what, where=where, seed=seed, cell=c, result=stored.get(c.run), plain=c.run.method == 'baseline')
 
@@ -53,10 +53,12 @@ def comparison(
     name:str,             # A name in `PAPER_GRIDS`
     results:pd.DataFrame, # As `load_results` gives it
     scale=1.,             # Share of the published epochs that was trained
+    amp='',               # Mixed precision that it was trained in, if another than the preset's
 ) -> pd.DataFrame: # One row per row of the table; accuracies in percent, differences in points
     "Published and ours side by side. Raises `ValueError` if none of the table's runs has finished."
-    cells = pd.DataFrame(_cells(name, results, scale))
-    if cells['result'].isna().all(): raise ValueError(f'no run of {name} is finished in this folder; train it with sadt_grid {name}' + (f' --scale {scale:g}' if scale != 1 else ''))
+    cells = pd.DataFrame(_cells(name, results, scale, amp))
+    if cells['result'].isna().all():
+        raise ValueError(f'no run of {name} is finished in this folder; train it with sadt_grid {name}' + (f' --scale {scale:g}' if scale != 1 else '') + (f' --amp {amp}' if amp else ''))
     rows = []
     for where, group in cells.groupby('where', sort=False):
         plain = group[group['plain']]['what'].iloc[:1].tolist()
@@ -85,10 +87,11 @@ def plot_comparison(
     name:str,             # A name in `PAPER_GRIDS`
     results:pd.DataFrame, # As `load_results` gives it
     scale=1.,             # Share of the published epochs that was trained
+    amp='',               # Mixed precision that it was trained in, if another than the preset's
     most=12,              # Draw at most so many groups of rows
 ) -> plt.Figure: # A line of three axes per group
     "Accuracy while training, at equal epochs, updates and passes; mean over repetitions, on validation images where there are any."
-    cells = pd.DataFrame(_cells(name, results, scale))
+    cells = pd.DataFrame(_cells(name, results, scale, amp))
     cells = cells[cells['result'].map(lambda r: r is not None and len(r['history']) > 0)]
     groups = list(cells.groupby('where', sort=False))[:most]
     if not groups: return None
@@ -137,19 +140,21 @@ def write_pages(
     root,      # Folder of the results
     to=None,   # Folder of the pages; `root` if `None`
     scale=1.,  # Share of the published epochs that was trained
+    amp='',    # Mixed precision that it was trained in, if another than the preset's
 ) -> list[Path]: # The HTML page, which needs no other file; the Markdown page; the figure that it shows, if there are curves
     "Write the comparison with curves, rule and origin. Raises `ValueError` if none of the table's runs has finished."
     results = load_results(root)
-    table = comparison(name, results, scale)
+    table = comparison(name, results, scale, amp)
     table = table.loc[:, (table != '').any()] # columns that say something
-    runs = [c['result'] for c in _cells(name, results, scale) if c['result'] is not None]
-    title = f'{name}: published and ours' + (f', scaled to {scale:g} of the epochs' if scale != 1 else '')
+    runs = [c['result'] for c in _cells(name, results, scale, amp) if c['result'] is not None]
+    title = f'{name}: published and ours' + (f', scaled to {scale:g} of the epochs' if scale != 1 else '') + (f', in {amp}' if amp else '')
     facts = dict(rule=_RULE, **_origin(runs))
     to = Path(root if to is None else to)
     to.mkdir(parents=True, exist_ok=True)
-    page, text, picture = (to / f'{name.replace("/", "-")}{f"-{scale:g}" if scale != 1 else ""}{suffix}' for suffix in ('.html', '.md', '.png'))
+    called = '-'.join(filter(None, (name.replace('/', '-'), f'{scale:g}' if scale != 1 else '', amp)))
+    page, text, picture = (to / f'{called}{suffix}' for suffix in ('.html', '.md', '.png'))
     buffer = io.BytesIO()
-    if fig := plot_comparison(name, results, scale):
+    if fig := plot_comparison(name, results, scale, amp):
         fig.savefig(buffer, dpi=110)
         plt.close(fig)
         write_whole(picture, buffer.getvalue())

@@ -37,18 +37,19 @@ def _notebook20():
     base = Run(data='cifar10', model='simple_cnn', epochs=20, bs=2048, lr=1e-4, opt='keras_adam', sched='restart', cutmix=.25, valid=.01,
                model_args=dict(init='keras', bottleneck=True))
     sadt = {v: base.but(method=f'sadt{v}', method_args=dict(spec='code')) for v in (1, 2, 3)}
-    return [
-        PaperRun('baseline', base, .457),
-        PaperRun('gradient centralization', base.but(method='gc'), .451),
-        PaperRun('adaptive gradient clipping', base.but(method='agc'), .460),
-        PaperRun('SAM', base.but(method='sam'), .490),
-        PaperRun('SADT-1', sadt[1], .558, 'labelled SAD_T3 in the notebook\'s chart'),
-        PaperRun('SADT-2', sadt[2], .569),
-        PaperRun('SADT-3', sadt[3], .566, 'labelled SAD_T1 in the notebook\'s chart'),
-        PaperRun('two steps per batch', base.but(method='repeat_step'), note='control'),
-        PaperRun('twice the rate', base.but(lr=2e-4), note='control'),
-        PaperRun('twice the epochs', base.but(epochs=40), note='control'),
+    rows = [
+        ('baseline', base, .457, ''),
+        ('gradient centralization', base.but(method='gc'), .451, ''),
+        ('adaptive gradient clipping', base.but(method='agc'), .460, ''),
+        ('SAM', base.but(method='sam'), .490, ''),
+        ('SADT-1', sadt[1], .558, 'labelled SAD_T3 in the notebook\'s chart'),
+        ('SADT-2', sadt[2], .569, ''),
+        ('SADT-3', sadt[3], .566, 'labelled SAD_T1 in the notebook\'s chart'),
+        ('two steps per batch', base.but(method='repeat_step'), None, 'control'),
+        ('twice the rate', base.but(lr=2e-4), None, 'control'),
+        ('twice the epochs', base.but(epochs=40), None, 'control'),
     ]
+    return [PaperRun(f'{label} · seed {seed}', run.but(seed=seed), published, note) for label, run, published, note in rows for seed in range(3)]
 
 # %% ../../nbs/experiments/83_papers.ipynb #2616c5ba
 _TABLE1_METHODS = {'baseline': {}, 'gc': {}, 'agc': {}, 'sam': {}, 'sadt1': {}, 'sadt2': {}, 'sadt3': {}}
@@ -446,19 +447,30 @@ def scaled(
     sched = 'thirds' if run.sched == 'step' and run.epochs == 90 else run.sched # as many falls of the rate
     return run.but(epochs=max(1, round(run.epochs * factor)) if run.epochs else 0, sched=sched, teachers=tuple(scaled(t, factor) for t in run.teachers))
 
+def _in_precision(run, amp):
+    "The same run, and its teachers, in mixed precision."
+    return run.but(amp=amp, teachers=tuple(_in_precision(t, amp) for t in run.teachers)) if amp else run
+
 def paper_grid(
     name:str, # A name in `PAPER_GRIDS`
     scale=1., # Share of the published epochs, in (0, 1]
-) -> list[PaperRun]: # In the order of the published table
-    "The runs of a published table. Raises `ValueError` for an unknown name or a scale outside (0, 1]."
+    amp='',   # Mixed precision for every run and teacher, 'bf16' or 'fp16'; as the preset has it if empty
+    only='',  # Words that a row's label must have, all of them, such as 'cifar10 simple_cnn 2048'; every row if empty
+) -> list[PaperRun]: # In the order of the published table; what was changed stands in the notes
+    "The runs of a published table. Raises `ValueError` for an unknown name or precision, a scale outside (0, 1], and words that no row has."
     if name not in PAPER_GRIDS: raise ValueError(f'unknown grid {name!r}; choose one of {", ".join(PAPER_GRIDS)}')
-    cells = list(PAPER_GRIDS[name]())
-    if scale == 1: return cells
-    return [replace(c, run=scaled(c.run, scale), note='; '.join(filter(None, (f'{scale:g} of the epochs', c.note)))) for c in cells]
+    every, out = list(PAPER_GRIDS[name]()), []
+    cells = [c for c in every if set(only.lower().split()) <= set(c.label.lower().replace(',', ' ').split())]
+    if not cells: raise ValueError(f'no row of {name} has all the words of {only!r}; its first is {every[0].label!r}')
+    for c in cells:
+        changes = (f'{scale:g} of the epochs' if scale != 1 else '', f'in {amp}' if amp not in ('', c.run.amp) else '')
+        out.append(replace(c, run=_in_precision(scaled(c.run, scale), amp), note='; '.join(filter(None, (*changes, c.note)))))
+    return out
 
 def paper_ensembles(
     name:str, # A name in `PAPER_GRIDS`
     scale=1., # As for `paper_grid`
+    amp='',   # As for `paper_grid`
 ) -> list[PaperEnsemble]: # Empty for tables without ensembles
     "The ensembles of a published table, made of runs of its grid."
-    return [e._replace(members=tuple(scaled(m, scale) for m in e.members)) for e in PAPER_ENSEMBLES.get(name, list)()]
+    return [e._replace(members=tuple(_in_precision(scaled(m, scale), amp) for m in e.members)) for e in PAPER_ENSEMBLES.get(name, list)()]

@@ -25,7 +25,7 @@ def test_every_stored_run_is_whole_and_is_where_its_configuration_says():
 
 
 def test_every_stored_run_belongs_to_a_table_or_a_search():
-    known = {p.run.name for name in PAPER_GRIDS for p in paper_grid(name)}
+    known = {p.run.name for name in PAPER_GRIDS for amp in ('', 'bf16') for p in paper_grid(name, amp=amp)}
     for folder in FOLDERS:
         if folder.name in known: continue
         assert (cases := SWEEPS.get(folder.parent.name)), f'{folder} is of no table, and its folder has the name of no search'

@@ -124,7 +124,8 @@ def _official_tar(name, path):
     if hashlib.md5(Path(path).read_bytes()).hexdigest() != cls.tgz_md5:
         raise ValueError(f'{path} does not match the published MD5 sum of {cls.filename}; it will not be opened, get it again')
     with tempfile.TemporaryDirectory() as tmp, tarfile.open(path) as tar:
-        tar.extractall(tmp, filter='data')
+        tar.extraction_filter = getattr(tarfile, 'data_filter', None) # Python 3.11 has it from 3.11.4 on
+        tar.extractall(tmp)
         return _official(name, tmp)
 
 # %% ../../nbs/data/72_datasets.ipynb #ffe8ccd1

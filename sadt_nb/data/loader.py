@@ -52,7 +52,7 @@ class TensorDL(DataLoader):
         bs:int=128,          # Images per batch, 1 to `len(dataset)`
         shuffle:bool=False,  # A new permutation for every pass?
         drop_last:bool=False,# Leave out a last batch that is smaller than `bs`?
-        tfms=(),             # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes, in order
+        tfms=(),             # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes, in order; one with `per_sample` also gets `ids`, `epoch` and `size`
         mean=0.,             # Subtracted after scaling to [0, 1]; a number or one per channel
         std=1.,              # Divides after that; a number or one per channel
         seed:int|None=None,  # Seeds order and augmentation; `None` draws one
@@ -67,6 +67,7 @@ class TensorDL(DataLoader):
                          device=default_device() if device is None else device, **kwargs)
         self.tfms, self.mean, self.std = list(tfms), mean, std
         self.channels_last, self.dtype, self.ids = channels_last, dtype, None
+        self.epoch = -1 # number of the pass, from 0
         self.seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         rank = rank_distrib() # processes agree on the order and augment their own samples
         self.order_rng, self.tfm_rng = np.random.default_rng([self.seed, 0]), np.random.default_rng([self.seed, 1, rank] if rank else [self.seed, 1])
@@ -85,6 +86,7 @@ class TensorDL(DataLoader):
 
     def get_idxs(self) -> np.ndarray: # `(n,)` positions in the data set
         "The order of the next pass."
+        self.epoch += 1
         return self.order_rng.permutation(self.n) if self.shuffle else np.arange(self.n)
 
     def __iter__(self):
@@ -106,7 +108,9 @@ class TensorDL(DataLoader):
     ) -> tuple: # `(n, 3, h, w)` images and `(n,)` classes, or `(n, classes)` soft labels if a transform mixes
         "Cut out, transform and normalise the samples at `ids`."
         x, y = (t.index_select(0, ids.to(t.device)).to(self.device) for t in (self.dataset.x, self.dataset.y)) # large data may live elsewhere
-        for tfm in self.tfms: x, y = tfm(x, y, self.tfm_rng)
+        sample = dict(ids=ids, epoch=max(0, self.epoch), size=len(self.dataset))
+        for tfm in self.tfms:
+            x, y = tfm(x, y, self.tfm_rng, **(sample if getattr(tfm, 'per_sample', False) else {}))
         return self._normalise(x), y
 
     def _normalise(self, x):
@@ -147,8 +151,9 @@ class TensorDL(DataLoader):
         return '\n'.join(f'{s:.0%} {self.vocab[i]}' for s, i in zip(share.tolist(), c.tolist()) if s > .005)
 
     def state_dict(self) -> dict: # Plain numbers and strings
-        "Where the two generators stand."
-        return dict(order=self.order_rng.bit_generator.state, tfm=self.tfm_rng.bit_generator.state)
+        "Where the two generators stand, and the number of the pass."
+        return dict(order=self.order_rng.bit_generator.state, tfm=self.tfm_rng.bit_generator.state, epoch=self.epoch)
     def load_state_dict(self, state:dict):
         "Continue where `state_dict` was taken."
         self.order_rng.bit_generator.state, self.tfm_rng.bit_generator.state = state['order'], state['tfm']
+        self.epoch = state['epoch']

@@ -6,23 +6,26 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SELECT', 'COMPILE', 'Run']
 
 # %% ../../nbs/experiments/80_config.ipynb #d9018877
-import hashlib, json
+import hashlib, json, math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 
-from ..data.augment import AutoAugment
+from ..data.augment import PAD_MODES, AutoAugment
 from ..methods.registry import METHODS, make_method
 from ..models.registry import MODELS, make_model
 
 # %% ../../nbs/experiments/80_config.ipynb #6c751346
-OPTIMIZERS = ('keras_adam', 'adam', 'adamw', 'sgd')
-SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart')
+OPTIMIZERS = ('keras_adam', 'adam', 'adamw', 'sgd', 'decoupled_sgd')
+SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart', 'triangle')
 SELECT = ('last', 'valid', 'test')
 COMPILE = ('', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
-def _pairs(d): return tuple(sorted(dict(d).items()))
+def _frozen(v): return tuple(_frozen(x) for x in v) if isinstance(v, (list, tuple)) else v # JSON knows lists only
+
+def _pairs(d): return tuple(sorted((k, _frozen(v)) for k, v in dict(d).items()))
 
 @lru_cache(None) # a grid asks for the same few networks hundreds of times
 def _check_model(name, args):
@@ -39,21 +42,21 @@ class Run:
     data: str = 'digits'         # A name in `DATASETS`, or an image folder
     model: str = 'simple_cnn'    # A name in `MODELS`
     method: str = 'baseline'     # A name in `METHODS`
-    epochs: int = 10             # Passes over the training data, >= 1; 0 for a network that comes with weights, to teach as it is
+    epochs: float = 10           # Passes over the training data, >= 1, such as 10 or 9.9; 0 for a network that comes with weights, to teach as it is
     bs: int = 128                # Images per batch, >= 1
-    lr: float = 1e-3             # Learning rate at the start, > 0
+    lr: float = 1e-3             # Largest learning rate, > 0; for decoupled_sgd per 1,024 images, see `decoupled_groups`
     seed: int = 0                # Of weights, split, order, augmentation and the method's noise, each from its own generator
     data_args: tuple = ()        # Options of the data set: `noise`
     model_args: tuple = ()       # Options of the model: `init`, `bottleneck`, `dropout`
     method_args: tuple = ()      # Options of the method: `rho`, `spec`
-    opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam' (TensorFlow's) or 'sgd'
-    opt_args: tuple = ()         # `weight_decay` and, for sgd, `momentum`
-    sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, 'thirds': after every third of them, or 'restart': the released SADT notebook's
+    opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam' (TensorFlow's), 'sgd' or 'decoupled_sgd', airbench's
+    opt_args: tuple = ()         # `weight_decay` and, for sgd and decoupled_sgd, `momentum`; for decoupled_sgd also `bias_scale`
+    sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, 'thirds': after every third of them, 'restart': the released SADT notebook's, or 'triangle': airbench's
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
     n_train: int | None = None   # Train on so many images only
     cutmix: float = 0.           # Alpha of CutMix, 0 for none
-    crop: int = 0                # Zero padding in pixels for random crops
-    flip: bool = False           # Mirror half of the training images
+    crop: int = 0                # Border in pixels for random crops, 0 for none
+    flip: bool | str = False     # Mirror training images: True a random half, 'alternate' a fixed half and the other half in turn, epoch by epoch
     channels_last: bool = True   # Memory format; faster, and other roundings
     clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
     select: str = 'last'         # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data
@@ -66,13 +69,21 @@ class Run:
     compile: str = ''            # `torch.compile` the network: True or 'default', or 'reduce-overhead' (CUDA graphs); it needs a C++ compiler; '' for not. Evaluation is not compiled
     tf32: bool = False           # On GPUs that have it, TF32 in matrix products as well; convolutions use it anyway
     track: int = 0               # Record SAM's sharpness (radius 0.05, 1,000 training images without augmentation) after every so many epochs; 0 for never
+    pad_mode: str = 'zeros'      # What the border of `crop` shows: 'zeros', or 'reflect' for the image mirrored at its edge
+    cutout_inside: bool = False  # Cutout's square lies inside the image as a whole, as airbench draws it
+    normalize: str | tuple = ''  # Of images in [0, 1]: 'data' subtracts the mean and divides by the deviation of the training images' channels; a pair (mean, std), such as (.5, .5), does with these; '' for not
+    label_smoothing: float = 0.  # Share of a label that is spread over all classes, in [0, 1); in the training loss only
+    drop_last: bool = False      # Leave out a smaller last training batch
+    lookahead: int = 0           # Pull the weights to a slow average after so many batches, see `Lookahead`; 0 for never
+    views: int = 0               # Also store the accuracies of averaged views of test images, up to this level: 1 mirrored, 2 shifted too
     teachers: tuple = ()         # The `Run`s of a distillation's teachers, or one `Run`; their logits are averaged
 
     def __post_init__(self):
         for k in ('data_args', 'model_args', 'method_args', 'opt_args'): object.__setattr__(self, k, _pairs(getattr(self, k)))
         ready = any(dict(self.model_args).get(k) for k in ('pretrained', 'zero_shot'))
-        for k, least in (('epochs', 0 if ready else 1), ('bs', 1)):
-            if not isinstance(getattr(self, k), int) or getattr(self, k) < least: raise ValueError(f'`{k}` must be a whole number of at least {least}, got {getattr(self, k)!r}')
+        if not isinstance(self.bs, int) or self.bs < 1: raise ValueError(f'`bs` must be a whole number of at least 1, got {self.bs!r}')
+        self._check_epochs(0 if ready else 1)
+        self._check_recipe()
         if not self.lr > 0: raise ValueError(f'`lr` must be positive, got {self.lr}')
         if not 0 <= self.valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {self.valid}')
         if self.cutmix < 0 or self.crop < 0: raise ValueError(f'`cutmix` and `crop` must not be negative, got {self.cutmix} and {self.crop}')
@@ -94,6 +105,31 @@ class Run:
         for t in self.teachers: self._check_teacher(t)
         make_method(self.method, **(dict(teacher=None) if taught else {}), **dict(self.method_args)) # says what is wrong with an option
         _check_model(self.model, self.model_args)
+
+    def _check_epochs(self, least):
+        "A number, stored as a whole one where it is whole: `Run(epochs=5.0)` is `Run(epochs=5)`."
+        n = self.epochs
+        number = isinstance(n, (int, float)) and not isinstance(n, bool)
+        if not number or not (1 <= n < math.inf or n == least):
+            raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
+        if n == int(n): object.__setattr__(self, 'epochs', int(n))
+
+    def _check_recipe(self):
+        "The fields of `core.recipe` and of the loader."
+        if self.flip not in (False, True, 'alternate'): raise ValueError(f"`flip` must be True, False or 'alternate', got {self.flip!r}")
+        if self.pad_mode not in PAD_MODES: raise ValueError(f"`pad_mode` must be 'zeros' or 'reflect', got {self.pad_mode!r}")
+        if self.pad_mode != 'zeros' and not self.crop: raise ValueError(f'`pad_mode` is the border of a random crop; set `crop` above 0, or leave {self.pad_mode!r} out')
+        if self.cutout_inside and not self.cutout: raise ValueError('`cutout_inside` places a square that has no size; set `cutout` above 0')
+        if not 0 <= self.label_smoothing < 1: raise ValueError(f'`label_smoothing` must lie in [0, 1), got {self.label_smoothing}')
+        if not isinstance(self.lookahead, int) or self.lookahead < 0: raise ValueError(f'`lookahead` must be a whole number of batches, 0 for never, got {self.lookahead!r}')
+        if self.views not in (0, 1, 2): raise ValueError(f'`views` must be 0, 1 or 2, got {self.views!r}')
+        if self.sched == 'restart' and (self.opt == 'decoupled_sgd' or self.epochs != int(self.epochs)):
+            raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; take another `opt`, `epochs` or `sched`")
+        object.__setattr__(self, 'normalize', _frozen(self.normalize))
+        if self.normalize in ('', 'data'): return
+        pair = not isinstance(self.normalize, str) and len(self.normalize) == 2
+        if not pair or not min(np.atleast_1d(self.normalize[1])) > 0:
+            raise ValueError(f"`normalize` must be 'data', empty, or a pair (mean, std) with std above 0, got {self.normalize!r}")
 
     def _check_teacher(self, t):
         if not isinstance(t, Run): raise ValueError(f'a teacher is given as its `Run`, got {type(t).__name__}')

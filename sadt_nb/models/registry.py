@@ -9,6 +9,7 @@ __all__ = ['MODELS', 'make_model']
 from torch import nn
 
 from .clip import clip_resnet50, clip_resnet101
+from .fast_cnn import fast_cnn
 from .inception_resnet import inception_resnet_slim
 from .pyramidnet import pyramidnet_110
 from .resnet import resnet18, resnet20, resnet50, resnet101, resnet152
@@ -21,7 +22,7 @@ from .wide_resnet import wide_resnet_28_10
 MODELS = dict(simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim,
               resnet20=resnet20, resnet18=resnet18, resnet101=resnet101, vgg16=vgg16, wide_resnet_28_10=wide_resnet_28_10,
               pyramidnet_110=pyramidnet_110, resnet50=resnet50, resnet152=resnet152, vit_s32=vit_s32, vit_b32=vit_b32,
-              clip_resnet50=clip_resnet50, clip_resnet101=clip_resnet101)
+              clip_resnet50=clip_resnet50, clip_resnet101=clip_resnet101, fast_cnn=fast_cnn)
 
 def make_model(
     name:str,       # A name in `MODELS`

@@ -12,7 +12,7 @@ import warnings
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning) # fastai's import, not the user's business
 
 # %% ../../nbs/experiments/84_cli.ipynb #1b2a6da1
-import argparse, json, sys
+import argparse, json, re, sys
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -69,16 +69,22 @@ def command(
     return main
 
 def _options(text):
-    "'rho=0.1 spec=code' as a dict; numbers become numbers."
+    "'rho=0.1 widths=64,128,128' as a dict; numbers become numbers, and what has commas a tuple."
     out = {}
-    for part in (text or '').replace(',', ' ').split():
+    for part in re.split(r'[\s,]+(?=[A-Za-z_]\w*=)', (text or '').strip(' ,')):
+        if not part: continue
         k, eq, v = part.partition('=')
-        if not eq: raise ValueError(f'options look like rho=0.1 spec=code, got {part!r}')
-        for cast in (int, float, {'True': True, 'False': False}.__getitem__):
-            try: v = cast(v); break
-            except (ValueError, KeyError): pass
-        out[k] = v
+        if not eq or ' ' in v.strip(): raise ValueError(f'options look like rho=0.1 spec=code, got {part!r}')
+        values = tuple(_value(x) for x in v.strip().split(','))
+        out[k] = values if len(values) > 1 else values[0]
     return out
+
+def _value(text):
+    "A whole number, a number, True, False, or the text itself."
+    for cast in (int, float, {'True': True, 'False': False}.__getitem__):
+        try: return cast(text)
+        except (ValueError, KeyError): pass
+    return text
 
 # %% ../../nbs/experiments/84_cli.ipynb #47146ec3
 def _taught(folder, root):
@@ -93,24 +99,31 @@ def _taught(folder, root):
 def sadt_train(
     method:str='sam',      # sam, sadt1, distillation, ...; an unknown name lists all
     model:str='simple_cnn',# simple_cnn, resnet18, ...; an unknown name lists all
-    data:str='digits',     # digits, noisy_digits, cifar10, cifar100, svhn, tiny_imagenet, or a folder with train/<class>/* and test/<class>/*
-    epochs:int=10,         # Passes over the training data
+    data:str='digits',     # digits, noisy_digits, cifar10, noisy_cifar10, cifar100, svhn, tiny_imagenet, or a folder with train/<class>/* and test/<class>/*
+    epochs:float=10,       # Passes over the training data, such as 10 or 9.9
     bs:int=128,            # Images per batch
-    lr:float=1e-3,         # Learning rate at the start
+    lr:float=1e-3,         # Largest learning rate; for decoupled_sgd per 1,024 images
     seed:int=0,            # Decides weights, data order, augmentation and the method's noise
     root:Path='runs',      # Folder for the results; a finished run is not repeated
-    opt:str='adam',        # adam, keras_adam or sgd
-    sched:str='cosine',    # cosine, constant or restart
+    opt:str='adam',        # adam, adamw, keras_adam, sgd or decoupled_sgd
+    sched:str='cosine',    # cosine, constant, step, thirds, restart or triangle
     cutmix:float=0.,       # Alpha of CutMix, 0 for none
-    crop:int=0,            # Zero padding for random crops, in pixels
+    crop:int=0,            # Border for random crops, in pixels
+    pad_mode:str='zeros',  # What the border shows: zeros or reflect
     rotate:float=0.,       # Largest angle in degrees by which training images are turned
     autoaugment:str='',    # Policy of AutoAugment: cifar10, svhn or imagenet
     cutout:int=0,          # Side of the square that Cutout hides, in pixels
-    flip:bool=False,       # Mirror half of the training images
+    flip:bool=False,       # Mirror a random half of the training images
+    alternate:bool=False,  # Mirror a fixed half and the other half in turn, epoch by epoch
+    normalize:str='',      # data: subtract the channels' mean and divide by their deviation
+    label_smoothing:float=0., # Share of a label that is spread over all classes
+    drop_last:bool=False,  # Leave out a smaller last batch
+    lookahead:int=0,       # Pull the weights to a slow average after so many batches, 0 for never
+    views:int=0,           # Also store accuracies of averaged views of test images: 1 mirrored, 2 shifted too
     valid:float=.1,        # Share of the training images held out for validation
     n_train:int=None,      # Train on so many images only
     method_args:str='',    # Options of the method, such as 'rho=0.1' or 'spec=code'
-    model_args:str='',     # Options of the model, such as 'init=keras'
+    model_args:str='',     # Options of the model, such as 'init=keras' or 'widths=64,128,128'
     data_args:str='',      # Options of the data set, such as 'noise=0.2'
     opt_args:str='',       # Options of the optimizer, such as 'momentum=0.9 weight_decay=0.0005'
     amp:str='',            # Mixed precision: bf16 or fp16
@@ -123,7 +136,10 @@ def sadt_train(
     force:bool=False,      # Train again even if the result is there, or a checkpoint or configuration that does not fit
 ):
     "Train one network with one method, print its test accuracy, and store everything."
-    cfg = Run(data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched, cutmix=cutmix, crop=crop, flip=flip,
+    if flip and alternate: raise ValueError('--flip and --alternate are two ways to mirror; use one of them')
+    cfg = Run(data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched, cutmix=cutmix, crop=crop,
+              flip='alternate' if alternate else flip, pad_mode=pad_mode, normalize=normalize, label_smoothing=label_smoothing,
+              drop_last=drop_last, lookahead=lookahead, views=views,
               valid=valid, n_train=n_train, rotate=rotate, autoaugment=autoaugment, cutout=cutout, method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
               opt_args=_options(opt_args), amp=amp, compile=compile, tf32=tf32, clip=clip, select=select, **_taught(teacher, root))
     r = run(cfg, root, force=force, minutes=minutes)

@@ -6,7 +6,7 @@
 __all__ = ['Cost', 'run_cost', 'Machine', 'probe_machine', 'estimated_seconds']
 
 # %% ../../nbs/experiments/87_cost.ipynb #c56b3bed
-import time
+import math, time
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from ..methods.registry import METHODS
 from ..models.registry import make_model
 
 # %% ../../nbs/experiments/87_cost.ipynb #d4de989e
-_IMAGES = dict(digits=1437, noisy_digits=1437, cifar10=50_000, cifar100=50_000, svhn=73_257, tiny_imagenet=100_000, imagenet=1_281_167)
+_IMAGES = dict(digits=1437, noisy_digits=1437, cifar10=50_000, noisy_cifar10=50_000, cifar100=50_000, svhn=73_257, tiny_imagenet=100_000, imagenet=1_281_167)
 _CLASSES = dict(cifar100=100, tiny_imagenet=200, imagenet=1000)
 _PIXELS = dict(tiny_imagenet=64, imagenet=224)
 
@@ -45,7 +45,9 @@ def run_cost(
     n = round(_IMAGES[run.data] * (1 - run.valid))
     n = min(n, run.n_train or n)
     per_batch = METHODS[run.method].passes + max(0, len(run.teachers) - 1) / 3
-    passes = run.epochs * -(-n // run.bs) * per_batch
+    batches = n // run.bs if run.drop_last else -(-n // run.bs)
+    n = min(n, batches * run.bs)
+    passes = math.ceil(round(run.epochs * batches, 6)) * per_batch
     flops = run.epochs * n * per_batch * 3 * _forward_flops(run.model, run.model_args, _CLASSES.get(run.data, 10), _PIXELS.get(run.data, 32))
     return Cost(passes, flops)
 

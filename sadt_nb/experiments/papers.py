@@ -395,6 +395,38 @@ def _compare_cifar_small(): return _compare(_CIFAR_CNN, (0, 10, 20))
 def _compare_digits_short():
     return [replace(c, label=f'baseline, {n} epochs · fewer epochs · seed {c.run.seed}', run=c.run.but(epochs=n)) for c in _compare_digits() if c.label.startswith('baseline · equal epochs') for n in (5, 8, 11, 12)]
 
+# %% ../../nbs/experiments/83_papers.ipynb #d11beab0
+_FAST = Run(data='cifar10', model='fast_cnn', epochs=9.9, bs=1024, lr=11.5, opt='decoupled_sgd', opt_args=dict(momentum=.85, weight_decay=.0153), sched='triangle',
+            crop=2, pad_mode='reflect', flip='alternate', normalize='data', label_smoothing=.2, drop_last=True, lookahead=5, valid=0., amp='bf16', views=2)
+_FAST96 = _FAST.but(model_args=dict(widths=(128, 384, 512), depth=3, bn_momentum=.1), epochs=37, lr=9., opt_args=dict(momentum=.85, weight_decay=.012),
+                    crop=4, cutout=12, cutout_inside=True)
+_FAST_SMALL = _FAST.but(model_args=dict(widths=(32, 128, 128)), epochs=16, bs=256)
+_FAST_PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
+
+def _fast(base, seeds=range(3), noise=0.):
+    "All methods at equal epochs, SAM with a second radius, and plain training at the passes of the dearer ones."
+    if noise:
+        base = base.but(data='noisy_cifar10', data_args=dict(noise=noise))
+    seeds = list(seeds)
+    for i, seed in enumerate(seeds):
+        plain = base.but(seed=seed)
+        teacher = base.but(seed=seeds[(i + 1) % len(seeds)])
+        for name, method in METHODS.items():
+            run = distilled(teacher, seed, .5) if method.taught else plain.but(method=name)
+            yield PaperRun(f'{name} · seed {seed}', run)
+        yield PaperRun(f'sam, radius 0.1 · seed {seed}', plain.but(method='sam', method_args=dict(rho=.1)))
+        for factor, label in _FAST_PASSES.items():
+            epochs = round(base.epochs * factor, 2)
+            yield PaperRun(f'baseline, {label} · seed {seed}', plain.but(epochs=epochs), note='control')
+
+def _fast_search():
+    "Plain training at several widths, lengths and batches."
+    for widths in ((32, 128, 128), (64, 128, 128), (32, 192, 192), (64, 256, 256)):
+        for epochs in (6, 8, 12, 16):
+            for bs in (256, 512, 1024):
+                run = _FAST.but(model_args=dict(widths=widths), epochs=epochs, bs=bs)
+                yield PaperRun(f'widths {" ".join(map(str, widths))}, {epochs} epochs, batch {bs}', run)
+
 # %% ../../nbs/experiments/83_papers.ipynb #218ed29d
 def _of(table, *parts, measures=(), seed=None):
     "The runs of a table whose labels contain all of these."
@@ -432,7 +464,9 @@ PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/tab
                'distill/table4': _distill_table4, 'distill/table5': _distill_table5, 'distill/ensembles': _distill_ensembles, 'distill/ban': _distill_ban, 'distill/robust_teacher': _distill_robust_teacher,
                'distill/digits': _distill_digits, 'distill/digits_ensembles': _distill_digits_ensembles, 'distill/digits_select': _distill_digits_select,
                'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small,
-               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'compare/digits': _compare_digits, 'compare/digits_short': _compare_digits_short, 'compare/cifar_small': _compare_cifar_small, **_FIGURES}
+               'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'compare/digits': _compare_digits, 'compare/digits_short': _compare_digits_short, 'compare/cifar_small': _compare_cifar_small,
+               **{f'fast/{name}{end}': partial(_fast, base, noise=noise) for name, base in (('94', _FAST), ('96', _FAST96), ('small', _FAST_SMALL))
+                  for end, noise in (('', 0.), ('_noise20', .2), ('_noise40', .4))}, 'fast/search': _fast_search, **_FIGURES}
 
 PAPER_ENSEMBLES = {'distill/ensembles': _distill_ensembles_groups, 'distill/ban': _distill_ban_groups, 'distill/digits': _distill_digits_groups,
                    'distill/digits_ensembles': _distill_digits_ensembles_groups, 'distill/cifar_small': _distill_cifar_small_groups}

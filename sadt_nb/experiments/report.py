@@ -110,7 +110,7 @@ def results_table(
     measured = dict.fromkeys(k for m in df['measures'] for k in m)
     rows = {}
     for label, g in df.groupby('label', sort=False):
-        rows[label] = {'accuracy %': pm(g['accuracy']), 'BN re-estimated %': pm(g['accuracy_bn']), 'n': len(g), 'epochs': int(g['epochs'].iloc[0]),
+        rows[label] = {'accuracy %': pm(g['accuracy']), 'BN re-estimated %': pm(g['accuracy_bn']), 'n': len(g), 'epochs': f'{g["epochs"].iloc[0]:g}',
                        'steps': int(g['steps'].iloc[0]), 'forward passes': int(g['forwards'].iloc[0]), 'backward passes': int(g['backwards'].iloc[0]),
                        'seconds': round(g['train_seconds'].mean(), 1),
                        **{k: pm(g['measures'].map(lambda m: m[k]['value'] if k in m else np.nan), 1, '.3g') for k in measured}}

@@ -419,6 +419,27 @@ def _fast(base, seeds=range(3), noise=0.):
             epochs = round(base.epochs * factor, 2)
             yield PaperRun(f'baseline, {label} · seed {seed}', plain.but(epochs=epochs), note='control')
 
+_FAST_STEPS = { # what each step of the recipe adds to the one before
+    'the network and SGD': {},
+    'shift and mirror': dict(crop=2, flip=True),
+    'whitening': dict(model_args=dict(widths=(32, 128, 128), identity=False)),
+    'identity convolutions': dict(model_args=dict(widths=(32, 128, 128))),
+    'faster biases': dict(opt_args=dict(momentum=.85, weight_decay=.0153)),
+    'label smoothing': dict(label_smoothing=.2),
+    'lookahead': dict(lookahead=5),
+    'alternating flip, reflected border': dict(flip='alternate', pad_mode='reflect'),
+}
+
+def _fast_steps(seeds=range(3)):
+    "The recipe, one part after the other."
+    for seed in seeds:
+        run = _FAST.but(epochs=8, bs=512, seed=seed, crop=0, pad_mode='zeros', flip=False, label_smoothing=0., lookahead=0,
+                        model_args=dict(widths=(32, 128, 128), whiten=False, identity=False),
+                        opt_args=dict(momentum=.85, weight_decay=.0153, bias_scale=1.))
+        for label, change in _FAST_STEPS.items():
+            run = run.but(**change)
+            yield PaperRun(f'{label} · seed {seed}', run)
+
 def _fast_search():
     "Plain training at several widths, lengths and batches."
     for widths in ((32, 128, 128), (64, 128, 128), (32, 192, 192), (64, 256, 256)):
@@ -466,7 +487,7 @@ PAPER_GRIDS = {'sadt/notebook20': _notebook20, 'sadt/table1': _table1, 'sadt/tab
                'distill/digits_robust': _distill_digits_robust, 'distill/cifar_small': _distill_cifar_small,
                'flatness/digits': _flatness_digits, 'flatness/simple_cnn': _flatness_simple_cnn, 'flatness/resnet20': _flatness_resnet20, 'compare/digits': _compare_digits, 'compare/digits_short': _compare_digits_short, 'compare/cifar_small': _compare_cifar_small,
                **{f'fast/{name}{end}': partial(_fast, base, noise=noise) for name, base in (('94', _FAST), ('96', _FAST96), ('small', _FAST_SMALL))
-                  for end, noise in (('', 0.), ('_noise20', .2), ('_noise40', .4))}, 'fast/search': _fast_search, **_FIGURES}
+                  for end, noise in (('', 0.), ('_noise20', .2), ('_noise40', .4))}, 'fast/search': _fast_search, 'fast/steps': _fast_steps, **_FIGURES}
 
 PAPER_ENSEMBLES = {'distill/ensembles': _distill_ensembles_groups, 'distill/ban': _distill_ban_groups, 'distill/digits': _distill_digits_groups,
                    'distill/digits_ensembles': _distill_digits_ensembles_groups, 'distill/cifar_small': _distill_cifar_small_groups}

@@ -13,20 +13,22 @@ __all__ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Mem
            'sam_sharpness', 'weight_histograms', 'LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div',
            'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows',
            'replaying', 'shared_forward', 'ascent', 'global_dot', 'global_norm', 'perturbed', 'trainable_params',
-           'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet',
-           'zero_shot_weights', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS',
-           'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder', 'Run', 'run_cost',
-           'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory',
-           'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS',
-           'load_results', 'publish', 'published', 'plot_runs', 'results_table', 'RunBusy', 'RunDiverged', 'RunError',
-           'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner',
-           'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep', 'agreement', 'collect_logits',
-           'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest', 'born_again', 'RepeatStep',
-           'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step', 'LookSAM', 'MESA',
-           'METHODS', 'Method', 'make_method', 'method_card', 'methods_table', 'SADT', 'gradient_ascent', 'layer_noise',
-           'normalized_ascent', 'sadt_step', 'weight_noise', 'SAF', 'SAM', 'sam_step', 'inception_resnet_slim',
-           'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20', 'resnet50', 'resnet101', 'resnet152',
-           'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
+           'weight_sizes', 'DeviceMixedPrecision', 'FreezeAfter', 'Lookahead', 'PartialEpochs', 'RateSchedule',
+           'decoupled_groups', 'decoupled_sgd', 'norm_bias_split', 'triangle', 'Ensemble', 'Normalize', 'load_weights',
+           'clip_resnet', 'zero_shot_weights', 'AlternatingFlip', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout',
+           'ResizedCrop', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages',
+           'mapped_folder', 'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison',
+           'write_pages', 'extra_memory', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles',
+           'paper_grid', 'COLORS', 'load_results', 'publish', 'published', 'plot_runs', 'results_table', 'RunBusy',
+           'RunDiverged', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state',
+           'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep',
+           'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations',
+           'KeepBest', 'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization',
+           'GSAM', 'gsam_step', 'LookSAM', 'MESA', 'METHODS', 'Method', 'make_method', 'method_card', 'methods_table',
+           'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step', 'weight_noise', 'SAF', 'SAM',
+           'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20',
+           'resnet50', 'resnet101', 'resnet152', 'fast_cnn', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit',
+           'wide_resnet_28_10']
 
 # %% ../nbs/all.ipynb #2da91c7b
 from .core.checkpoint import Checkpoint, CheckpointError, load_training_state, training_state
@@ -37,8 +39,9 @@ from .core.optim import KerasAdam, keras_adam
 from .core.passes import ORDERS, ExtraPass, PerturbedPass, StepGrads, replay, replayed_rows, replaying, shared_forward
 from .core.perturb import ascent, global_dot, global_norm, perturbed, trainable_params, weight_sizes
 from .core.precision import DeviceMixedPrecision
+from .core.recipe import FreezeAfter, Lookahead, PartialEpochs, RateSchedule, decoupled_groups, decoupled_sgd, norm_bias_split, triangle
 from .core.teachers import Ensemble
-from .data.augment import AutoAugment, CropFlip, CutMix, Cutout, ResizedCrop, Rotate
+from .data.augment import AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout, ResizedCrop, Rotate
 from .data.datasets import DATASETS, get_dls, load_data
 from .data.loader import ImageData, TensorDL
 from .data.mapped import MappedImages, mapped_folder
@@ -77,6 +80,7 @@ from .models.inception_resnet import inception_resnet_slim
 from .models.pyramidnet import pyramidnet_110
 from .models.registry import MODELS, make_model
 from .models.resnet import resnet18, resnet20, resnet50, resnet101, resnet152
+from .models.fast_cnn import fast_cnn
 from .models.simple_cnn import simple_cnn
 from .models.vgg import vgg16, vgg16_slim
 from .models.vit import vit
@@ -91,12 +95,13 @@ _all_ = ['CORRUPTIONS', 'Accuracy', 'Calibration', 'EffectiveRobustness', 'Memor
          'random_direction', 'AverageSharpness', 'FlatnessRecorder', 'average_sharpness', 'gradient_norm', 'plot_weights', 'sam_sharpness', 'weight_histograms',
          'LossTerm', 'SampleIds', 'TrajectoryLoss', 'kd_loss', 'kl_div', 'KerasAdam', 'keras_adam', 'ORDERS', 'ExtraPass',
          'PerturbedPass', 'StepGrads', 'replay', 'replayed_rows', 'replaying', 'shared_forward', 'ascent', 'global_dot',
-         'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
-         'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
+         'global_norm', 'perturbed', 'trainable_params', 'weight_sizes', 'DeviceMixedPrecision', 'FreezeAfter', 'Lookahead', 'PartialEpochs', 'RateSchedule',
+         'decoupled_groups', 'decoupled_sgd', 'norm_bias_split', 'triangle', 'Ensemble', 'Normalize', 'load_weights', 'clip_resnet', 'zero_shot_weights',
+         'AlternatingFlip', 'AutoAugment', 'CropFlip', 'CutMix', 'Cutout', 'ResizedCrop', 'Rotate', 'DATASETS', 'get_dls', 'load_data', 'ImageData', 'TensorDL', 'MappedImages', 'mapped_folder',
          'Run', 'run_cost', 'estimated_seconds', 'probe_machine', 'comparison', 'plot_comparison', 'write_pages', 'extra_memory', 'scaled', 'PAPER_GRIDS', 'PaperEnsemble', 'PaperRun', 'paper_ensembles', 'paper_grid', 'COLORS', 'load_results', 'publish', 'published',
          'plot_runs', 'results_table', 'RunBusy', 'RunDiverged', 'RunError', 'Checkpoint', 'CheckpointError', 'load_training_state', 'training_state', 'load_model', 'make_learner', 'run', 'run_ensemble', 'run_grid', 'at_equal_passes', 'finals', 'sweep',
          'agreement', 'collect_logits', 'diversity', 'logit_mse', 'AGC', 'ASAM', 'asam_step', 'Generations', 'KeepBest',
          'born_again', 'RepeatStep', 'Distillation', 'ESAM', 'esam_step', 'GradientCentralization', 'GSAM', 'gsam_step',
          'LookSAM', 'MESA', 'METHODS', 'Method', 'make_method', 'method_card', 'methods_table', 'SADT', 'gradient_ascent', 'layer_noise', 'normalized_ascent', 'sadt_step', 'weight_noise',
          'SAF', 'SAM', 'sam_step', 'inception_resnet_slim', 'pyramidnet_110', 'MODELS', 'make_model', 'resnet18', 'resnet20',
-         'resnet50', 'resnet101', 'resnet152', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']
+         'resnet50', 'resnet101', 'resnet152', 'fast_cnn', 'simple_cnn', 'vgg16', 'vgg16_slim', 'vit', 'wide_resnet_28_10']

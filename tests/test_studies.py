@@ -1,5 +1,6 @@
 "The results that are committed as data: complete, unedited by hand as far as their hashes tell, and part of a published table."
 import json
+import math
 
 import pytest
 from sadt_nb.data.datasets import get_dls
@@ -7,7 +8,7 @@ from sadt_nb.experiments import cli
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.papers import PAPER_GRIDS, paper_grid
 from sadt_nb.experiments.report import load_results, published
-from sadt_nb.experiments.runner import evaluate, load_model
+from sadt_nb.experiments.runner import evaluate, load_model, unpacked
 from sadt_nb.experiments.sweep import SWEEPS, case_of
 
 STORED = published()
@@ -17,11 +18,23 @@ def test_every_stored_run_is_whole_and_is_where_its_configuration_says():
     for folder in FOLDERS:
         run, result, history = Run.from_dict(json.loads((folder / 'config.json').read_text())), *(json.loads((folder / f).read_text()) for f in ('result.json', 'history.json'))
         assert folder.name == run.name, 'the configuration or the way it is hashed has changed'
-        assert result['status'] == 'finished' and len(history) == result['epochs'] == run.epochs
+        assert result['status'] == 'finished' and len(history) == result['epochs'] == math.ceil(run.epochs)
         assert {'torch', 'fastai'} <= result['versions'].keys() and result['hardware']['cpu'] and result['code']['source']
         assert history[-1]['steps'] == result['steps'] and history[-1]['forwards'] == result['forwards']
         assert 0 <= result['accuracy'] <= 1 and 0 <= result['accuracy_bn'] <= 1
         assert {f.name for f in folder.iterdir()} <= {'config.json', 'result.json', 'history.json', 'measures.json', 'weights.safetensors', 'weights.sha256'}
+
+
+def test_the_stored_bits_of_right_images_are_the_stored_accuracies():
+    seen = 0
+    for folder in FOLDERS:
+        result = json.loads((folder / 'result.json').read_text())
+        if 'right' not in result: continue # trained before they were kept
+        n = result['data_facts']['test']
+        for bits, accuracy in (('right', 'accuracy'), ('right_bn', 'accuracy_bn')):
+            assert unpacked(result[bits], n).mean() == pytest.approx(result[accuracy], abs=1e-9), folder
+        seen += 1
+    assert seen or not any(f.parent.name == 'fast' for f in FOLDERS)
 
 
 def test_every_stored_run_belongs_to_a_table_or_a_search():

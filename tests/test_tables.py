@@ -244,6 +244,58 @@ def test_all_methods_side_by_side(table, epochs, seeds):
     assert len({(c.run.lr, c.run.opt, c.run.bs, c.run.split, c.run.select, c.run.data_args) for c in cells}) == 1
 
 
+AIRBENCH = { # authors' code: widths, epochs, rate, decay, momentum, smoothing, shift, Cutout, depth, momentum of BatchNorm in PyTorch's sense
+    'fast/94': ((64, 256, 256), 9.9, 11.5, .0153, .85, .2, 2, 0, 2, .4),
+    'fast/96': ((128, 384, 512), 37, 9., .012, .85, .2, 4, 12, 3, .1),
+}
+
+
+@pytest.mark.parametrize('table', AIRBENCH)
+def test_the_fast_presets_are_what_their_authors_ran(table):
+    widths, epochs, lr, decay, momentum, smoothing, shift, cutout, depth, bn = AIRBENCH[table]
+    r = paper_grid(table)[0].run
+    net = make_model(r.model, **dict(r.model_args))
+    convs = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert tuple(dict.fromkeys(m.out_channels for m in convs[1:])) == tuple(dict.fromkeys(widths))
+    assert len(convs) == 1 + 3 * depth
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {(m.momentum, m.eps) for m in norms} == {(bn, 1e-12)}
+    assert (r.method, r.epochs, r.bs, r.lr, r.opt, r.sched) == ('baseline', epochs, 1024, lr, 'decoupled_sgd', 'triangle')
+    assert dict(r.opt_args) == dict(momentum=momentum, weight_decay=decay)
+    assert (r.label_smoothing, r.crop, r.cutout, r.cutout_inside) == (smoothing, shift, cutout, bool(cutout))
+    assert (r.pad_mode, r.flip, r.normalize, r.lookahead, r.drop_last) == ('reflect', 'alternate', 'data', 5, True)
+    assert (r.valid, r.n_train, r.amp, r.views) == (0, None, 'bf16', 2)
+
+
+@pytest.mark.parametrize('name', ['94', '96', 'small'])
+def test_the_fast_presets_have_every_method_and_control(name):
+    cells = paper_grid(f'fast/{name}')
+    plain = {c.run.seed: c.run for c in cells if c.label.startswith('baseline ·')}
+    for seed, base in plain.items():
+        mine = {c.label.removesuffix(f' · seed {seed}'): c.run for c in cells if c.label.endswith(f' · seed {seed}')}
+        assert set(METHODS) <= set(mine) and {mine[m].method for m in METHODS} == set(METHODS)
+        assert all(mine[m].epochs == base.epochs for m in METHODS)
+        radii = {dict(r.method_args).get('rho', .05) for r in mine.values() if r.method == 'sam'}
+        assert radii == {.05, .1}
+        longer = sorted(r.epochs / base.epochs for label, r in mine.items() if label.startswith('baseline, '))
+        assert longer == pytest.approx([4 / 3, 2, 3], abs=.01)
+        (teacher,) = mine['distillation'].teachers
+        assert teacher == plain[teacher.seed] and teacher.seed != seed
+    noisy = paper_grid(f'fast/{name}_noise40')
+    assert [c.label for c in noisy] == [c.label for c in cells]
+    for c, d in zip(cells, noisy):
+        assert d.run.data == 'noisy_cifar10' and dict(d.run.data_args) == dict(noise=.4)
+        if not c.run.teachers:
+            assert d.run == c.run.but(data='noisy_cifar10', data_args=dict(noise=.4))
+
+
+def test_the_steps_of_the_fast_recipe_end_in_the_recipe():
+    steps = [c.run for c in paper_grid('fast/steps') if c.run.seed == 0]
+    changes = [{f for f in a.to_dict() if getattr(a, f) != getattr(b, f)} for a, b in zip(steps, steps[1:])]
+    assert [len(c) for c in changes] == [2, 1, 1, 1, 1, 1, 2], 'one part at a time'
+    assert steps[-1] in {c.run for c in paper_grid('fast/search')}
+
+
 def test_flatness_shares_its_runs_with_the_comparison():
     "Whatever both of them train is trained once; only rounds and twice the epochs are flatness's own."
     compared = {c.run for c in paper_grid('compare/cifar_small') if 'equal epochs' in c.label}

@@ -96,7 +96,9 @@ class RateSchedule(ParamScheduler):
 
 # %% ../../nbs/core/09_recipe.ipynb #0421208e
 class Lookahead(Callback):
-    "Pulls weights and buffers back to a slow average after every few batches, and sets them to it when training ends."
+    """Pulls weights and buffers back to a slow average after every few batches, and sets them to it when training ends.
+
+    Raises `ValueError` for values out of range, and before training if there are fewer batches than `every`."""
     order, run_valid = ORDERS['step_grads'] + 1, False # after every method has finished the batch
 
     def __init__(self,
@@ -113,6 +115,11 @@ class Lookahead(Callback):
         "Weights and buffers by name; counters of batches are left out."
         state = unwrapped(self.model).state_dict()
         return {name: t for name, t in state.items() if t.is_floating_point()}
+
+    def before_train(self):
+        batches = len(self.dl) * self.n_epoch
+        if batches < self.every and not hasattr(self.learn, 'lr_finder'):
+            raise ValueError(f'`every` is {self.every} batches, but training has {batches} only and would end where it began; lower it')
 
     def before_fit(self):
         self.slow = {name: t.clone() for name, t in self._tensors().items()}
@@ -198,8 +205,8 @@ class PartialEpochs(Callback):
         self.epochs = epochs
 
     def before_fit(self):
-        if hasattr(self.learn, 'lr_finder'):
-            return
+        self._on = not hasattr(self.learn, 'lr_finder') # a search for the rate has a length of its own
+        if not self._on: return
         if self.n_epoch != math.ceil(self.epochs):
             raise ValueError(f'{self.epochs} epochs are trained by `fit({math.ceil(self.epochs)})`, not `fit({self.n_epoch})`')
 
@@ -209,10 +216,12 @@ class PartialEpochs(Callback):
         self.total = math.ceil(round(self.epochs * per_epoch, 6)) # 1.1 * 10 is a little more than 11
         return (self.epoch * per_epoch + batches) / self.total
 
-    def before_train(self): self.learn.pct_train = self._share(0)
+    def before_train(self):
+        if self._on: self.learn.pct_train = self._share(0)
 
     def before_batch(self):
-        if self.epoch * self.n_iter + self.iter >= self.total:
+        if self._on and self.epoch * self.n_iter + self.iter >= self.total:
             raise CancelTrainException()
 
-    def after_batch(self): self.learn.pct_train = min(1., self._share(self.iter + 1))
+    def after_batch(self):
+        if self._on: self.learn.pct_train = min(1., self._share(self.iter + 1))

@@ -278,9 +278,9 @@ def channel_statistics(
     for part in data.x.split(5000):
         for channel in range(3):
             counts[channel] += torch.bincount(part[..., channel].flatten().cpu().int(), minlength=256)
-    values, share = torch.arange(256) / 255, counts.double() / counts.sum(1, keepdim=True)
-    mean = share @ values.double()
-    variance = share @ values.double()**2 - mean**2
+    values, share = torch.arange(256).double() / 255, counts.double() / counts.sum(1, keepdim=True)
+    mean = share @ values
+    variance = share @ values**2 - mean**2
     return tuple(mean.tolist()), tuple(variance.clamp(min=0).sqrt().tolist())
 
 def get_dls(
@@ -309,7 +309,7 @@ def get_dls(
     "Loaders for training, validation and test. Raises `ValueError` for values out of range."
     if not 0 <= valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {valid}')
     if cutmix < 0: raise ValueError(f'`cutmix` must not be negative, got {cutmix}')
-    if flip not in (False, True, 'alternate'): raise ValueError(f"`flip` must be True, False or 'alternate', got {flip!r}")
+    if not isinstance(flip, bool) and flip != 'alternate': raise ValueError(f"`flip` must be True, False or 'alternate', got {flip!r}")
     if pad_mode not in PAD_MODES: raise ValueError(f"`pad_mode` must be 'zeros' or 'reflect', got {pad_mode!r}")
     split = seed if split is None else split
     train, test = load_data(name_or_path, **kwargs)
@@ -320,7 +320,7 @@ def get_dls(
     if n_train is not None and n_train < len(train):
         if n_train < len(train.vocab): raise ValueError(f'`n_train` must be at least the number of classes, {len(train.vocab)}, got {n_train}')
         train = train.subset(_split(train.y, n_train, split)[1])
-    if bs > len(train): raise ValueError(f'the batch size {bs} is above the number of training images, {len(train)}; choose a smaller one')
+    if bs > len(train): raise ValueError(f'the batch size `bs`, {bs}, is above the number of training images, {len(train)}; choose a smaller one')
     if cutout > min(train.x.shape[1:3]): raise ValueError(f'`cutout` must be at most {min(train.x.shape[1:3])}, the shorter side of the images, got {cutout}')
     if resized_crop and crop: raise ValueError('`crop` and `resized_crop` are two ways to cut; use one of them')
     shorter = min(train.x.shape[1:3])

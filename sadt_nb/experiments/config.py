@@ -27,6 +27,14 @@ def _frozen(v): return tuple(_frozen(x) for x in v) if isinstance(v, (list, tupl
 
 def _pairs(d): return tuple(sorted((k, _frozen(v)) for k, v in dict(d).items()))
 
+def _is_mean_and_std(pair):
+    "Two finite numbers, or two triples of them, one per channel, the second above 0."
+    if not isinstance(pair, tuple) or len(pair) != 2: return False
+    try: mean, std = (np.asarray(v, dtype=float) for v in pair)
+    except (TypeError, ValueError): return False
+    whole = all(v.shape in ((), (3,)) and np.isfinite(v).all() for v in (mean, std))
+    return whole and bool((std > 0).all())
+
 @lru_cache(None) # a grid asks for the same few networks hundreds of times
 def _check_model(name, args):
     "Raise `ValueError` if the network cannot be built."
@@ -116,20 +124,21 @@ class Run:
 
     def _check_recipe(self):
         "The fields of `core.recipe` and of the loader."
-        if self.flip not in (False, True, 'alternate'): raise ValueError(f"`flip` must be True, False or 'alternate', got {self.flip!r}")
+        if not isinstance(self.flip, bool) and self.flip != 'alternate': raise ValueError(f"`flip` must be True, False or 'alternate', got {self.flip!r}")
         if self.pad_mode not in PAD_MODES: raise ValueError(f"`pad_mode` must be 'zeros' or 'reflect', got {self.pad_mode!r}")
         if self.pad_mode != 'zeros' and not self.crop: raise ValueError(f'`pad_mode` is the border of a random crop; set `crop` above 0, or leave {self.pad_mode!r} out')
         if self.cutout_inside and not self.cutout: raise ValueError('`cutout_inside` places a square that has no size; set `cutout` above 0')
-        if not 0 <= self.label_smoothing < 1: raise ValueError(f'`label_smoothing` must lie in [0, 1), got {self.label_smoothing}')
-        if not isinstance(self.lookahead, int) or self.lookahead < 0: raise ValueError(f'`lookahead` must be a whole number of batches, 0 for never, got {self.lookahead!r}')
-        if self.views not in (0, 1, 2): raise ValueError(f'`views` must be 0, 1 or 2, got {self.views!r}')
+        if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing < 1: raise ValueError(f'`label_smoothing` must lie in [0, 1), got {self.label_smoothing}')
+        if not isinstance(self.lookahead, int) or isinstance(self.lookahead, bool) or self.lookahead < 0: raise ValueError(f'`lookahead` must be a whole number of batches, 0 for never, got {self.lookahead!r}')
+        if isinstance(self.views, (bool, float)) or self.views not in (0, 1, 2): raise ValueError(f'`views` must be 0, 1 or 2, got {self.views!r}')
+        if self.opt == 'decoupled_sgd' and (unknown := set(dict(self.opt_args)) - {'momentum', 'weight_decay', 'bias_scale'}):
+            raise ValueError(f"`opt_args` of decoupled_sgd are momentum, weight_decay and bias_scale, got {', '.join(sorted(unknown))}; the batch size is `bs`")
         if self.sched == 'restart' and (self.opt == 'decoupled_sgd' or self.epochs != int(self.epochs)):
             raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; take another `opt`, `epochs` or `sched`")
         object.__setattr__(self, 'normalize', _frozen(self.normalize))
         if self.normalize in ('', 'data'): return
-        pair = not isinstance(self.normalize, str) and len(self.normalize) == 2
-        if not pair or not min(np.atleast_1d(self.normalize[1])) > 0:
-            raise ValueError(f"`normalize` must be 'data', empty, or a pair (mean, std) with std above 0, got {self.normalize!r}")
+        if not _is_mean_and_std(self.normalize):
+            raise ValueError(f"`normalize` must be 'data', empty, or a pair (mean, std) of numbers or of three each, std above 0, got {self.normalize!r}")
 
     def _check_teacher(self, t):
         if not isinstance(t, Run): raise ValueError(f'a teacher is given as its `Run`, got {type(t).__name__}')

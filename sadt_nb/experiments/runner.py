@@ -40,6 +40,7 @@ from ..measures.sharpness import FlatnessRecorder, weight_histograms
 from ..measures.similarity import agreement, logit_mse
 from ..methods.born_again import KeepBest
 from ..methods.registry import make_method
+from ..models.fast_cnn import WHITENING_IMAGES
 from ..models.registry import make_model
 from ..models.weights import load_weights
 
@@ -366,13 +367,16 @@ def _method(cfg, root, dls):
     return make_method(cfg.method, seed=cfg.seed, **taught, **dict(cfg.method_args))
 
 def _init_from_images(model, dl):
-    "Networks that look at training images before they learn: as `fast_cnn` does, at the first 5,000, without augmentation."
+    """For networks that look at training images before they learn, as `fast_cnn` does: 5,000 of them, without augmentation.
+
+    They are spread evenly over the training set, because images that were read from folders are sorted by class."""
     if not hasattr(model, 'init_from_images'): return
     if not isinstance(getattr(dl.dataset, 'x', None), torch.Tensor):
         raise ValueError('the network takes its first filters from training images, which this data set does not hold as a tensor')
-    first = torch.arange(min(5000, len(dl.dataset)))
+    n = len(dl.dataset)
+    spread = torch.arange(min(WHITENING_IMAGES, n)) * n // min(WHITENING_IMAGES, n)
     plain = dl.new(tfms=[], shuffle=False, channels_last=False)
-    model.init_from_images(plain.batch(first)[0])
+    model.init_from_images(plain.batch(spread)[0])
 
 def _recipe(cfg, model):
     "Callbacks of `core.recipe` that a run asks for."
@@ -517,7 +521,7 @@ def _results(cfg, learn, folder):
     a = b = evaluate(plain, test, right=True)
     if cfg.epochs: # the statistics of a network that was not trained here are somebody's choice
         b = evaluate(reestimated(plain, learn.dls.train.new(drop_last=True) if len(learn.dls.train.dataset) >= 2 * cfg.bs else learn.dls.train.new()), test, right=True)
-    more = dict(views={level: evaluate(plain, test, level)['accuracy'] for level in range(1, cfg.views + 1)}) if cfg.views else {}
+    more = dict(views={str(level): evaluate(plain, test, level)['accuracy'] for level in range(1, cfg.views + 1)}) if cfg.views else {}
     with _writing(folder.parent): write_whole(folder / 'weights.pt', saved(plain.state_dict()))
     return dict(accuracy=a['accuracy'], accuracy_bn=b['accuracy'], loss=a['loss'], loss_bn=b['loss'], right=a['right'], right_bn=b['right'], **more, parameters=sum(p.numel() for p in plain.parameters()), data_facts=_data_facts(learn.dls),
                 first_layer=first_layer_histogram(plain), **(dict(tracked=learn.flatness_recorder.rows) if cfg.track else {}), **_selected(learn), **_beside_teacher(learn))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../../nbs/models/68_fast_cnn.ipynb #a4322510
-WHITENING_IMAGES = 5000 # the first images of the training set; airbench's number
+WHITENING_IMAGES = 5000 # so many training images are enough; airbench's number
 
 @torch.no_grad()
 def whitening_filters(
@@ -21,7 +21,7 @@ def whitening_filters(
 ) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: filters by falling eigenvalue, then their negatives
     "Filters that turn patches into uncorrelated numbers of variance 1. Raises `ValueError` for fewer than 32 images."
     if len(images) < 32:
-        raise ValueError(f'whitening takes its statistics from training images and needs at least 32, got {len(images)}')
+        raise ValueError(f'whitening takes its statistics from training images and needs at least 32, got {len(images)}; raise `n_train`')
     channels = images.shape[1]
     numbers = channels * size**2
     moment = torch.zeros(numbers, numbers, dtype=torch.float64, device=images.device)
@@ -102,14 +102,14 @@ class FastCNN(nn.Module):
         return self.classifier(self.flatten(self.pool(x))) * self.scale
 
     def init_from_images(self,
-        images:Tensor, # `(n, 3, height, width)` training images, normalised as in training; the first 5,000 are used
+        images:Tensor, # `(n, 3, height, width)` training images of all classes, normalised as in training; 5,000 are enough
     ):
         "Set the whitening filters. Raises `ValueError` for too few or too small images."
         height, width = images.shape[-2:]
         if min(height, width) < 9:
             raise ValueError(f'fast_cnn halves an image three times and needs at least 9x9 pixels, got {width}x{height}')
         if not self.whitens: return
-        filters = whitening_filters(images[:WHITENING_IMAGES])
+        filters = whitening_filters(images)
         with torch.no_grad():
             self.whiten.weight.copy_(filters)
 

@@ -1,0 +1,454 @@
+"""What the fast CIFAR-10 recipe costs in a Learner, against a bare PyTorch loop of it, written out below.
+
+    SADT_DATA=cifar10.tgz python -m benchmarks.fast [--part overhead|loader|methods|formats|seconds]
+        [--repeats 9] [--widths 64 256 256] [--bs 1024] [--steps N] [--device cuda] [--out FILE]
+
+overhead  Seconds per step of an epoch of N steps, the loader included: a Learner of `make_learner`, the same
+          with the recorder that `run` adds, and the bare loop; on a GPU also with CUDA graphs. Limits for
+          the Learner: 1.05 times the bare loop on a CPU, 1.10 on a GPU, 1.03 if both have CUDA graphs.
+loader    The training loader alone, as a share of an epoch of training. Limit: 0.05.
+methods   A step of every method in a Learner, as a ratio to the plain step. Limits: SAM 2.05, SADT-1 2.08,
+          MESA 1.40. The terms of MESA and SAF are at work from the start, and distillation has a teacher
+          of the same network. LookSAM's is the mean of five steps.
+formats   On a CPU: images per second of the bare step by precision, memory format, batch, and with
+          torch.compile where there is a compiler; and where the fastest one spends its time.
+seconds   On a GPU: seconds of a whole run of the recipe, with `run` and with the bare loop, and the
+          accuracies that both reach.
+
+The images are CIFAR-10's where SADT_DATA says where they are, else random ones. N is 48 on a GPU, which is
+all of CIFAR-10, and 5 on a CPU. All cases of a part take turns, round after round, and the first round is
+not counted; ratios are taken within a round. FILE keeps the results of the parts that did not run."""
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings('ignore')
+
+import torch
+import torch.nn.functional as F
+from sadt_nb.data.datasets import DATASETS
+from sadt_nb.data.loader import ImageData
+from sadt_nb.experiments.papers import paper_grid
+from sadt_nb.experiments.runner import RunRecorder, evaluate, make_learner, run
+from sadt_nb.experiments.runner import keep_pages, provenance, write_json
+from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.models.fast_cnn import fast_cnn
+from .step_cost import CASES, CYCLE
+
+LIMITS = {'overhead, CPU': 1.05, 'overhead, GPU': 1.10, 'overhead, CUDA graphs': 1.03, 'loader': .05,
+          'sam': 2.05, 'sadt1': 2.08, 'mesa': 1.40}
+SHIFT = 2            # pixels
+SMOOTHING = .2       # share of a label that is spread over all classes
+MOMENTUM = .85       # Nesterov's
+LR = 11.5            # per kilostep, for a loss that is summed
+DECAY = .0153        # per kilostep, whatever the rate
+BIAS_SCALE = 64      # biases of BatchNorm get so many times the rate
+PULL = 5             # steps between two pulls to the slow weights
+KEPT = .95           # share of the slow weights that a step leaves, at the end of training
+BIAS_EPOCHS = 3      # in which the bias of the whitening layer learns
+
+
+def random_images(n=50_000):
+    "Noise as training and test images."
+    g = torch.Generator().manual_seed(0)
+    sets = []
+    for size in (n, 1000):
+        x = torch.randint(0, 256, (size, 32, 32, 3), generator=g, dtype=torch.uint8)
+        y = torch.arange(size) % 10
+        sets.append(ImageData(x, y, [str(i) for i in range(10)]))
+    return tuple(sets)
+
+
+DATASETS['random_images'] = random_images # in this process only
+
+
+def recipe(widths, bs, images, **changes):
+    "The run `fast/94` with other widths, on so many training images; one epoch long."
+    plain = paper_grid('fast/94')[0].run
+    if os.environ.get('SADT_DATA'):
+        data = dict(data='cifar10', n_train=images)
+    else:
+        data = dict(data='random_images', data_args=dict(n=images))
+    short = dict(model_args=dict(widths=widths), bs=bs, epochs=1, views=0)
+    return plain.but(**{**data, **short, **changes})
+
+
+def factor(done):
+    "Of the rate, when this share of training is done."
+    if done < .23:
+        return .2 + .8 * done / .23
+    return 1 - .93 * (done - .23) / .77
+
+
+class BareLoop:
+    "The recipe with nothing around it: no Learner, no callbacks, no loader."
+    def __init__(self, data, widths, bs, device, epochs=1., amp=True, channels_last=True, compile='', seed=0):
+        torch.manual_seed(seed)
+        self.bs, self.device, self.epochs = bs, device, epochs
+        self.amp, self.channels_last = amp, channels_last
+        x = data.x.to(device) / 255
+        std, mean = torch.std_mean(x, (0, 1, 2), correction=0)
+        x = ((x - mean) / std).permute(0, 3, 1, 2)
+        border = (SHIFT,) * 4
+        padded = F.pad(x, border, mode='reflect')
+        self.padded = padded.permute(0, 2, 3, 1).contiguous() # so that a pixel's colours are read at once
+        self.labels = data.y.to(device)
+        self.mirrored = torch.rand(len(x), device=device) < .5 # in the first epoch; the others in the second
+        self.side = x.shape[-1]
+        self.net = fast_cnn(len(data.vocab), widths).to(device)
+        spread = torch.linspace(0, len(x) - 1, min(5000, len(x))).long() # images may be sorted by class
+        self.net.init_from_images(x[spread])
+        if channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+        self.model = torch.compile(self.net, mode=compile, dynamic=False) if compile else self.net
+        self.opt = torch.optim.SGD(self.groups(), momentum=MOMENTUM, nesterov=True)
+        self.floats = [t for t in self.net.state_dict().values() if t.is_floating_point()]
+
+    def groups(self):
+        "Decoupled rates and decays, for a loss that is a mean over the batch."
+        named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+        kilostep = 1024 * (1 + 1 / (1 - MOMENTUM))
+        rate, shrink = LR * self.bs / kilostep, DECAY * self.bs / kilostep
+        out = []
+        for biases, lr in ((True, BIAS_SCALE * rate), (False, rate)):
+            params = [p for name, p in named if ('norm' in name) == biases]
+            out.append(dict(params=params, lr=lr, peak=lr, weight_decay=shrink / lr))
+        return out
+
+    def augmented(self, ids, epoch):
+        "Shifted by up to two pixels; every image is mirrored in every other epoch."
+        top, left = torch.randint(0, 2 * SHIFT + 1, (2, len(ids), 1), device=self.device)
+        pixels = torch.arange(self.side, device=self.device)
+        mirrored = self.mirrored[ids, None] ^ bool(epoch % 2)
+        rows = top + pixels
+        columns = left + torch.where(mirrored, self.side - 1 - pixels, pixels)
+        x = self.padded[ids[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return x if self.channels_last else x.contiguous()
+
+    def batches(self, epoch):
+        "Whole batches in a new order."
+        order = torch.randperm(len(self.labels), device=self.device)
+        for ids in order.split(self.bs):
+            if len(ids) == self.bs:
+                yield self.augmented(ids, epoch), self.labels[ids]
+
+    def step(self, x, y):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss = F.cross_entropy(self.model(x), y, label_smoothing=SMOOTHING)
+        self.opt.zero_grad()
+        loss.backward()
+        self.opt.step()
+
+    @torch.no_grad()
+    def pull(self, slow, kept):
+        "Weights and buffers to their slow average, which has moved towards them."
+        torch._foreach_lerp_(slow, self.floats, 1 - kept)
+        torch._foreach_copy_(self.floats, slow)
+
+    def fit(self):
+        "Train from here to the end of the schedule."
+        total = math.ceil(round(self.epochs * (len(self.labels) // self.bs), 6))
+        slow = [t.clone() for t in self.floats]
+        done = 0
+        self.net.train()
+        for epoch in range(math.ceil(self.epochs)):
+            self.net.whiten.bias.requires_grad_(epoch < BIAS_EPOCHS)
+            for x, y in self.batches(epoch):
+                for group in self.opt.param_groups:
+                    group['lr'] = group['peak'] * factor(done / total)
+                self.step(x, y)
+                done += 1
+                if done % PULL == 0:
+                    self.pull(slow, KEPT**PULL * (done / total)**3)
+                if done == total:
+                    break
+        self.pull(slow, 1.)
+
+
+def wait(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize()
+
+
+def in_rounds(cases, repeats, device, least=.2):
+    """Seconds per step of each case in each round.
+
+    A case is a function and the steps that a call makes; it is called until `least` seconds have passed."""
+    times = {name: [] for name in cases}
+    for r in range(repeats + 1):
+        for name, (call, steps) in cases.items():
+            wait(device)
+            calls, start = 0, time.perf_counter()
+            while not calls or time.perf_counter() - start < least:
+                call()
+                calls += 1
+                if calls % 16 == 0:
+                    wait(device) # the queue of a GPU would run ahead of the clock
+            wait(device)
+            if r:
+                times[name].append((time.perf_counter() - start) / calls / steps)
+    return times
+
+
+def spread(values):
+    return dict(median=statistics.median(values), low=min(values), high=max(values))
+
+
+def against(times, name, plain):
+    "Ratios to another case, each within its round."
+    ratios = [a / b for a, b in zip(times[name], times[plain])]
+    return dict(**spread(ratios), seconds=statistics.median(times[name]), against=plain)
+
+
+def said(row):
+    return f'{row["median"]:.3f}  ({row["low"]:.3f} to {row["high"]:.3f})'
+
+
+def learner_epoch(cfg, device, recorded=False):
+    "A function that trains a Learner for an epoch, and the Learner."
+    cbs = [RunRecorder()] if recorded else []
+    learn = make_learner(cfg, device, cbs)
+    def fit():
+        learn.fit(1)
+        for cb in cbs:
+            cb.unhook()
+    return fit, learn
+
+
+def overhead(a, device):
+    cfg = recipe(a.widths, a.bs, a.steps * a.bs)
+    fit, learn = learner_epoch(cfg, device)
+    data = learn.dls.train.dataset
+    cases = {'bare loop': BareLoop(data, a.widths, a.bs, device).fit,
+             'Learner': fit,
+             'Learner as `run` has it': learner_epoch(cfg, device, recorded=True)[0]}
+    plain = dict.fromkeys(cases, 'bare loop')
+    if device.type == 'cuda':
+        graphs = 'reduce-overhead'
+        cases['bare loop, CUDA graphs'] = BareLoop(data, a.widths, a.bs, device, compile=graphs).fit
+        cases['Learner, CUDA graphs'] = learner_epoch(cfg.but(compile=graphs), device)[0]
+        plain |= dict.fromkeys(('bare loop, CUDA graphs', 'Learner, CUDA graphs'), 'bare loop, CUDA graphs')
+    times = in_rounds({name: (f, a.steps) for name, f in cases.items()}, a.repeats, device)
+    rows = {name: against(times, name, plain[name]) for name in cases}
+    for name, row in rows.items():
+        cost = f'{1000 * row["seconds"]:9.2f} ms a step'
+        print(f'overhead: {name:24} {cost}, {said(row)} times {row["against"]}', flush=True)
+    return dict(rows=rows)
+
+
+def loader(a, device):
+    fit, learn = learner_epoch(recipe(a.widths, a.bs, a.steps * a.bs), device)
+    def batches():
+        for _ in learn.dls.train:
+            pass
+    times = in_rounds({'training': (fit, a.steps), 'loader': (batches, a.steps)}, a.repeats, device)
+    row = against(times, 'loader', 'training')
+    print(f'loader: {1000 * row["seconds"]:.2f} ms a batch, {said(row)} of the time of training', flush=True)
+    return dict(rows=dict(loader=row))
+
+
+def method_steps(method, options, cfg, device, steps):
+    "A function that makes so many training steps with a method, in the middle of a fit."
+    if METHODS[method].taught:
+        options = dict(options, teacher=make_learner(cfg.but(seed=1), device).model)
+    learn = make_learner(cfg, device, make_method(method, **options))
+    batch = next(iter(learn.dls.train))
+    learn.n_epoch, learn.epoch, learn.dl, learn.n_iter = 1, 0, learn.dls.train, 10**9
+    for event in ('before_fit', 'before_epoch', 'before_train'):
+        learn(event)
+    learn.dl.get_idxs() # those who listen for sample ids hear them here
+    def call():
+        for _ in range(steps):
+            learn.one_batch(0, batch)
+    return call
+
+
+def methods(a, device):
+    cfg = recipe(a.widths, a.bs, a.steps * a.bs)
+    cases = {}
+    for name, (method, options) in CASES.items():
+        steps = CYCLE.get(name, 1)
+        try:
+            cases[name] = method_steps(method, options, cfg, device, steps), steps
+        except ValueError as e:
+            if name == 'baseline':
+                raise
+            reason = str(e).splitlines()[-1].strip()
+            print(f'methods: {name} is not for this network ({reason})')
+    times = in_rounds(cases, a.repeats, device)
+    rows = {}
+    for name in cases:
+        passes = METHODS[CASES[name][0]].passes
+        rows[name] = dict(against(times, name, 'baseline'), passes=passes)
+        print(f'methods: {name:24} {said(rows[name])} times the plain step, {passes:.2f} passes', flush=True)
+    return dict(rows=rows)
+
+
+def compiles():
+    "Is there a compiler that torch.compile can use?"
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+        return True
+    except Exception as e:
+        print(f'formats: torch.compile does not work here ({type(e).__name__})')
+        return False
+
+
+def kernels(step, steps=3, most=8):
+    "The largest shares of self time, by name."
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+        for _ in range(steps):
+            step()
+    times = {}
+    for e in p.key_averages():
+        name = 'compiled graphs' if 'CompiledFxGraph' in e.key else e.key # whose names are hashes
+        times[name] = times.get(name, 0) + e.self_cpu_time_total
+    total = sum(times.values())
+    largest = sorted(times, key=lambda name: -times[name])[:most]
+    return {name: times[name] / total for name in largest}
+
+
+def formats(a, device):
+    torch._dynamo.config.recompile_limit = 64 # beyond it a network would quietly run uncompiled
+    data = make_learner(recipe(a.widths, a.bs, max(a.bs, 100)), device).dls.train.dataset
+    modes = ('', 'default') if compiles() else ('',)
+    settings = [dict(bs=bs, amp=amp, channels_last=last, compile=mode) for bs in (a.bs // 4, a.bs // 2, a.bs)
+                for amp in (True, False) for last in (True, False) for mode in modes]
+    cases = {}
+    for s in settings:
+        loop = BareLoop(data, a.widths, device=device, **s)
+        batch = next(loop.batches(0))
+        precision = 'bfloat16' if s['amp'] else 'float32'
+        layout = 'channels_last' if s['channels_last'] else 'contiguous'
+        name = f'batch {s["bs"]}, {precision}, {layout}' + (', compiled' if s['compile'] else '')
+        cases[name] = lambda loop=loop, batch=batch: loop.step(*batch)
+    times = in_rounds({name: (step, 1) for name, step in cases.items()}, a.repeats, device)
+    plain = f'batch {a.bs}, bfloat16, channels_last'
+    rows = {}
+    for s, name in zip(settings, cases):
+        rates = [s['bs'] / t for t in times[name]]
+        recipes = [a.bs / t for t in times[plain]]
+        ratio = spread([x / y for x, y in zip(rates, recipes)])
+        speed = statistics.median(rates)
+        rows[name] = dict(s, **ratio, images_per_second=speed, against=plain)
+        print(f'formats: {name:48} {speed:7,.0f} images/s, {said(ratio)} times the recipe', flush=True)
+    best = max(rows, key=lambda name: rows[name]['images_per_second'])
+    profile = kernels(cases[best])
+    parts = ', '.join(f'{name} {share:.0%}' for name, share in profile.items())
+    print(f'formats: {best} spends its time on {parts}', flush=True)
+    return dict(rows=rows, best=best, profile=profile)
+
+
+def whole_run(cfg, device):
+    "Seconds and accuracies of `run`, by level of averaged views."
+    with tempfile.TemporaryDirectory() as root:
+        start = time.perf_counter()
+        result = run(cfg, root, progress=False, device=device)
+        wall = time.perf_counter() - start
+    accuracy = {'0': result['accuracy'], **{str(level): v for level, v in result['views'].items()}}
+    return dict(wall=wall, train=result['train_seconds'], accuracy=accuracy)
+
+
+def whole_loop(cfg, device, dls):
+    "The same of the bare loop; its images are in memory already."
+    wait(device)
+    start = time.perf_counter()
+    widths = dict(cfg.model_args)['widths']
+    loop = BareLoop(dls.train.dataset, widths, cfg.bs, device, cfg.epochs, seed=cfg.seed)
+    wait(device)
+    made = time.perf_counter()
+    loop.fit()
+    wait(device)
+    train = time.perf_counter() - made
+    accuracy = {str(level): evaluate(loop.net, dls[2], level)['accuracy'] for level in (0, 1, 2)}
+    return dict(wall=time.perf_counter() - start, train=train, accuracy=accuracy)
+
+
+def seconds(a, device):
+    "Each repetition has another seed."
+    cfg = recipe(a.widths, a.bs, 50_000, epochs=9.9, views=2)
+    dls = make_learner(cfg, device).dls
+    found = {'run': [], 'bare loop': []}
+    for seed in range(a.repeats + 1):
+        runs = whole_run(cfg.but(seed=seed), device), whole_loop(cfg.but(seed=seed), device, dls)
+        if seed:
+            for kept, one in zip(found.values(), runs):
+                kept.append(one)
+    rows = {}
+    for name, runs in found.items():
+        row = rows[name] = {k: spread([x[k] for x in runs]) for k in ('wall', 'train')}
+        row['ratio'] = spread([x['train'] / y['train'] for x, y in zip(runs, found['bare loop'])])
+        row['accuracy'] = {level: [x['accuracy'][level] for x in runs] for level in ('0', '1', '2')}
+        means = ', '.join(f'{100 * statistics.mean(v):.2f}' for v in row['accuracy'].values())
+        wall, train = (row[k]['median'] for k in ('wall', 'train'))
+        print(f'seconds: {name:9} {wall:.2f} s to the end, {train:.2f} s of training, '
+              f'{said(row["ratio"])} times the bare loop', flush=True)
+        print(f'seconds: {name:9} mean accuracy {means} %: plain, mirrored, shifted views', flush=True)
+    return dict(rows=rows)
+
+
+PARTS = dict(overhead=overhead, loader=loader, methods=methods, formats=formats, seconds=seconds)
+ONLY = dict(formats='cpu', seconds='cuda')
+
+
+def measured(out, device):
+    "What has a limit, among these results."
+    found = {}
+    rows = {part: result['rows'] for part, result in out.items()}
+    if 'overhead' in rows:
+        where = 'GPU' if device.type == 'cuda' else 'CPU'
+        found[f'overhead, {where}'] = rows['overhead']['Learner']['median']
+        if 'Learner, CUDA graphs' in rows['overhead']:
+            found['overhead, CUDA graphs'] = rows['overhead']['Learner, CUDA graphs']['median']
+    if 'loader' in rows:
+        found['loader'] = rows['loader']['loader']['median']
+    if 'methods' in rows:
+        found |= {name: row['median'] for name, row in rows['methods'].items() if name in LIMITS}
+    return found
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--part', choices=[*PARTS])
+    p.add_argument('--repeats', type=int, default=9)
+    p.add_argument('--widths', type=int, nargs=3, default=[64, 256, 256])
+    p.add_argument('--bs', type=int, default=1024)
+    p.add_argument('--steps', type=int, help='of an epoch, at least 5; 48 on a GPU, 5 on a CPU')
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--out', type=Path)
+    a = p.parse_args()
+    a.widths = tuple(a.widths)
+    device = torch.device(a.device)
+    a.steps = a.steps or (48 if device.type == 'cuda' else PULL)
+    if a.steps < PULL:
+        p.error(f'--steps must be at least {PULL}, the steps between two pulls of the recipe, got {a.steps}')
+    keep_pages()
+    new, out = {}, json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
+    for part, measure in PARTS.items():
+        if a.part not in (None, part):
+            continue
+        if ONLY.get(part, device.type) != device.type:
+            print(f'{part}: not measured on {device.type}, only on {ONLY[part]}')
+            continue
+        settings = dict(widths=a.widths, bs=a.bs, steps=a.steps, repeats=a.repeats,
+                        data='CIFAR-10' if os.environ.get('SADT_DATA') else 'random images')
+        new[part] = dict(settings, **measure(a, device), **provenance(device))
+        if a.out:
+            a.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(a.out, {**out, **new})
+    held = []
+    for name, value in measured(new, device).items():
+        verdict = 'holds' if value <= LIMITS[name] else 'DOES NOT HOLD'
+        held.append(f'{name} {LIMITS[name]:.2f} {verdict} ({value:.3f})')
+    print('limits: ' + ('; '.join(held) or 'none applies to what was measured'))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,108 @@
+"""Finished runs of a results folder in one small file, to be carried from a machine that does not last.
+
+    python -m benchmarks.pack_runs pack ROOT FILE
+    python -m benchmarks.pack_runs unpack FILE ROOT
+
+`pack` takes configuration, result, history and measures of finished runs, without weights; FILE is a .tar.gz.
+`unpack` puts them back; what a finished run in ROOT already has is kept. It writes nothing at all, and says
+why, if FILE holds anything but such files of runs, or anything that leads out of ROOT."""
+import argparse
+import gzip
+import io
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+NAMES = ('config.json', 'history.json', 'measures.json', 'result.json') # the last one makes a run finished
+LARGEST = 64 * 2**20 # bytes of a file
+
+
+def is_finished(folder):
+    try:
+        return json.loads((folder / 'result.json').read_text()).get('status') == 'finished'
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def write_whole(file, data):
+    "Write a file completely or not at all."
+    partial = file.with_name(f'.{file.name}.{os.getpid()}')
+    partial.write_bytes(data)
+    os.replace(partial, file)
+
+
+def pack(root, file):
+    "Number of runs that were packed. The same runs give the same bytes."
+    root, buffer = Path(root), io.BytesIO()
+    runs = sorted(f for f in root.iterdir() if f.is_dir() and is_finished(f)) if root.is_dir() else []
+    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z, tarfile.open(fileobj=z, mode='w') as tar:
+        for run in runs:
+            for f in (run / name for name in NAMES):
+                if not f.is_file():
+                    continue
+                member = tarfile.TarInfo(f'{run.name}/{f.name}')
+                data = f.read_bytes()
+                member.size = len(data)
+                member.mtime = int(f.stat().st_mtime) # tells when a run ended
+                tar.addfile(member, io.BytesIO(data))
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(file), buffer.getvalue())
+    return len(runs)
+
+
+def checked(member, root):
+    "Folder and file of a member. Raises `ValueError` if it is not a file of a run right below `root`."
+    folder, slash, name = member.name.partition('/')
+    outside = not slash or folder in ('', '.', '..') or '\\' in folder or '\0' in folder
+    if outside or name not in NAMES or not member.isreg():
+        raise ValueError(f'{member.name!r} is no file of a run; nothing was unpacked')
+    if member.size > LARGEST:
+        size = f'{member.size:,} bytes, allowed are {LARGEST:,}'
+        raise ValueError(f'{member.name!r} has {size}; nothing was unpacked')
+    if any(f.is_symlink() for f in (root / folder, root / folder / name)):
+        raise ValueError(f'{root / folder} leads elsewhere by a link; nothing was unpacked')
+    return folder, name
+
+
+def unpack(file, root):
+    "Number of runs that are new in `root`. Raises `ValueError` before it writes anything."
+    root, found = Path(root), {}
+    with tarfile.open(file) as tar:
+        for member in tar.getmembers():
+            folder, name = checked(member, root)
+            found.setdefault(folder, {})[name] = tar.extractfile(member).read(), member.mtime
+    new = 0
+    for folder, files in found.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        known = is_finished(root / folder)
+        new += not known
+        for name in NAMES:
+            to = root / folder / name
+            if name not in files or known and to.exists():
+                continue
+            data, mtime = files[name]
+            write_whole(to, data)
+            os.utime(to, (mtime, mtime))
+    return new
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('what', choices=['pack', 'unpack'])
+    p.add_argument('source', type=Path)
+    p.add_argument('target', type=Path)
+    a = p.parse_args()
+    try:
+        if a.what == 'pack':
+            n = pack(a.source, a.target)
+            print(f'{a.target}: {n} finished runs, {a.target.stat().st_size / 1024:,.0f} KB')
+        else:
+            print(f'{a.target}: {unpack(a.source, a.target)} runs from {a.source}')
+    except (ValueError, OSError, EOFError, tarfile.TarError) as e:
+        sys.exit(f'{a.what}: {e}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,56 @@
+"Results that are carried from a machine that does not last: what is packed comes back, and nothing else comes in."
+import io
+import json
+import tarfile
+
+import pytest
+
+pack_runs = pytest.importorskip('benchmarks.pack_runs', reason='benchmarks are beside the tests in a checkout only')
+
+
+def made(root, name, status='finished', accuracy=.5):
+    (root / name).mkdir(parents=True)
+    (root / name / 'config.json').write_text('{}')
+    (root / name / 'result.json').write_text(json.dumps(dict(status=status, accuracy=accuracy)))
+    (root / name / 'weights.pt').write_bytes(b'heavy')
+
+
+def test_finished_runs_come_back_without_weights(tmp_path):
+    made(tmp_path / 'a', 'one')
+    made(tmp_path / 'a', 'two', status='diverged')
+    assert pack_runs.pack(tmp_path / 'a', tmp_path / 'a.tar.gz') == 1
+    assert pack_runs.unpack(tmp_path / 'a.tar.gz', tmp_path / 'b') == 1
+    files = {f.relative_to(tmp_path / 'b').as_posix() for f in (tmp_path / 'b').rglob('*') if f.is_file()}
+    assert files == {'one/config.json', 'one/result.json'}
+    assert pack_runs.unpack(tmp_path / 'a.tar.gz', tmp_path / 'b') == 0
+
+
+def test_a_finished_result_is_kept_and_an_unfinished_one_replaced(tmp_path):
+    made(tmp_path / 'new', 'one', accuracy=.9)
+    pack_runs.pack(tmp_path / 'new', tmp_path / 'new.tar.gz')
+    made(tmp_path / 'done', 'one', accuracy=.1)
+    made(tmp_path / 'begun', 'one', status='interrupted', accuracy=.1)
+    for folder, kept in (('done', .1), ('begun', .9)):
+        pack_runs.unpack(tmp_path / 'new.tar.gz', tmp_path / folder)
+        assert json.loads((tmp_path / folder / 'one' / 'result.json').read_text())['accuracy'] == kept
+
+
+@pytest.mark.parametrize('name', ['../result.json', '/etc/result.json', 'one/../../result.json', 'one/weights.pt', 'result.json'])
+def test_what_leads_elsewhere_or_is_no_result_is_refused_as_a_whole(name, tmp_path):
+    with tarfile.open(tmp_path / 'bad.tar.gz', 'w:gz') as tar:
+        for member in ('good/result.json', name):
+            info = tarfile.TarInfo(member)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b'{}'))
+    with pytest.raises(ValueError, match='nothing was unpacked'):
+        pack_runs.unpack(tmp_path / 'bad.tar.gz', tmp_path / 'root')
+    assert not (tmp_path / 'root').exists()
+
+
+def test_links_are_refused(tmp_path):
+    with tarfile.open(tmp_path / 'bad.tar.gz', 'w:gz') as tar:
+        info = tarfile.TarInfo('one/result.json')
+        info.type, info.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        tar.addfile(info)
+    with pytest.raises(ValueError, match='nothing was unpacked'):
+        pack_runs.unpack(tmp_path / 'bad.tar.gz', tmp_path / 'root')

@@ -24,7 +24,9 @@ from .perturb import trainable_params, unwrapped
 def norm_bias_split(
     model:nn.Module, # Only its trainable parameters are used
 ) -> list[list[Tensor]]: # Biases of BatchNorm and InstanceNorm layers; all other parameters
-    "Split trainable parameters in two groups, for a Learner's `splitter`. Raises `ValueError` if no other parameter is left."
+    """Split trainable parameters in two groups, for a Learner's `splitter`.
+
+    Raises `ValueError` if no other parameter is left."""
     norms = [m for m in model.modules() if isinstance(m, (_NormBase, nn.LayerNorm, nn.GroupNorm))]
     biases = [m.bias for m in norms if getattr(m, 'bias', None) is not None and m.bias.requires_grad]
     known = {id(p) for p in biases}
@@ -38,12 +40,12 @@ def decoupled_groups(
     lr=11.5,             # Rate per 1,024 images, > 0
     bs:int=1024,         # Images per batch, >= 1
     momentum=.85,        # Of Nesterov, in [0, 1)
-    weight_decay=.0153,  # Share by which weights shrink per 1,024 images at the peak rate, times `1 + 1/(1 - momentum)`; >= 0
+    weight_decay=.0153,  # Share by which weights shrink per 1,024 images, times `1 + 1/(1 - momentum)`; >= 0
     bias_scale=64.,      # Biases of normalisation layers get so many times the rate, > 0
 ) -> list[dict]: # For `torch.optim.SGD`; `initial_lr` is the rate at the peak of the schedule
-    """Parameter groups of SGD whose rate, momentum, decay and batch size can be changed independently, for a loss that is a mean.
+    """Groups for SGD whose rate, momentum, decay and batch size can be changed one at a time. The loss must be a mean.
 
-    Source: [Jordan 2024](https://arxiv.org/abs/2404.00498), appendix. Raises `ValueError` for values out of range."""
+    After airbench's code ([Jordan 2024](https://arxiv.org/abs/2404.00498)). Raises `ValueError` for values out of range."""
     for name, value in (('lr', lr), ('bs', bs), ('bias_scale', bias_scale)):
         if not 0 < value < math.inf:
             raise ValueError(f'`{name}` must be positive, got {value}')
@@ -58,7 +60,8 @@ def decoupled_groups(
     for group, scale in zip(split, scales):
         rate = lr * per_batch * scale
         decay = weight_decay * per_batch / rate
-        groups.append(dict(params=group, lr=rate, initial_lr=rate, weight_decay=decay, momentum=momentum, nesterov=momentum > 0))
+        nesterov = dict(momentum=momentum, nesterov=momentum > 0)
+        groups.append(dict(params=group, lr=rate, initial_lr=rate, weight_decay=decay, **nesterov))
     return groups
 
 def decoupled_sgd(
@@ -66,7 +69,9 @@ def decoupled_sgd(
     lr,       # Rate per 1,024 images
     **kwargs, # For `decoupled_groups`
 ) -> OptimWrapper: # For a Learner's `opt_func`
-    "SGD on `decoupled_groups`: `Learner(..., splitter=norm_bias_split, opt_func=partial(decoupled_sgd, bs=1024), lr=11.5)`."
+    """SGD on `decoupled_groups`, for a Learner.
+
+    `Learner(..., splitter=norm_bias_split, opt_func=partial(decoupled_sgd, bs=1024), lr=11.5)`"""
     groups = decoupled_groups(params, lr, **kwargs)
     return OptimWrapper(groups, torch.optim.SGD, convert_groups=False, lr=groups[-1]['lr'])
 
@@ -83,7 +88,9 @@ def triangle(
     return 1 + (end - 1) * (done - peak) / (1 - peak)
 
 class RateSchedule(ParamScheduler):
-    "Sets the rate of each parameter group to its `initial_lr`, else to the Learner's rate, times a function of the share of training that is done."
+    """Multiplies the rate of every parameter group by a function of the share of training that is done.
+
+    The rate is the group's `initial_lr`, or the Learner's where a group has none."""
     def __init__(self,
         factor=triangle, # Share of training in [0, 1] to a factor
     ):
@@ -96,9 +103,9 @@ class RateSchedule(ParamScheduler):
 
 # %% ../../nbs/core/09_recipe.ipynb #0421208e
 class Lookahead(Callback):
-    """Pulls weights and buffers back to a slow average after every few batches, and sets them to it when training ends.
+    """Pulls weights and buffers to a slow average after every few batches, and sets them to it at the end.
 
-    Raises `ValueError` for values out of range, and before training if there are fewer batches than `every`."""
+    Raises `ValueError` for values out of range, and before training for fewer batches than `every`."""
     order, run_valid = ORDERS['step_grads'] + 1, False # after every method has finished the batch
 
     def __init__(self,
@@ -119,7 +126,8 @@ class Lookahead(Callback):
     def before_train(self):
         batches = len(self.dl) * self.n_epoch
         if batches < self.every and not hasattr(self.learn, 'lr_finder'):
-            raise ValueError(f'`every` is {self.every} batches, but training has {batches} only and would end where it began; lower it')
+            raise ValueError(f'`every` is {self.every} batches, but training has {batches} and would end where it '
+                             'began; lower `every`')
 
     def before_fit(self):
         self.slow = {name: t.clone() for name, t in self._tensors().items()}
@@ -159,7 +167,7 @@ class FreezeAfter(Callback):
     order, run_valid = ORDERS['extra_pass'] - 2, False # before a method looks at gradients
 
     def __init__(self,
-        epochs:dict|None=None, # Parameter name to the number of epochs in which it learns; `None`: the model's `frozen_after`
+        epochs:dict|None=None, # Parameter name to the epochs in which it learns; `None`: the model's `frozen_after`
     ): self.epochs = epochs
 
     def before_fit(self):
@@ -175,7 +183,7 @@ class FreezeAfter(Callback):
     def before_train(self):
         self._frozen = [p for p, limit in self._limits if self.epoch >= limit]
         for p, limit in self._limits:
-            if n_ranks() == 1: # `DistributedDataParallel` waits for the gradient of every parameter that it has seen
+            if n_ranks() == 1: # `DistributedDataParallel` waits for the gradient of every parameter
                 p.requires_grad_(self.epoch < limit)
         self._drop()
 
@@ -192,7 +200,7 @@ class FreezeAfter(Callback):
 
 # %% ../../nbs/core/09_recipe.ipynb #81de7d3a
 class PartialEpochs(Callback):
-    """Ends `fit(ceil(epochs))` in its last epoch, after `ceil(epochs * batches per epoch)` batches in all; schedules are stretched over these.
+    """Ends `fit(ceil(epochs))` after `ceil(epochs * batches per epoch)` batches, over which schedules are stretched.
 
     Raises `ValueError` before training if `fit` is asked for another number of epochs."""
     order, run_valid = TrainEvalCallback.order + 1, False # what it sets, schedules read
@@ -208,7 +216,8 @@ class PartialEpochs(Callback):
         self._on = not hasattr(self.learn, 'lr_finder') # a search for the rate has a length of its own
         if not self._on: return
         if self.n_epoch != math.ceil(self.epochs):
-            raise ValueError(f'{self.epochs} epochs are trained by `fit({math.ceil(self.epochs)})`, not `fit({self.n_epoch})`')
+            whole = math.ceil(self.epochs)
+            raise ValueError(f'{self.epochs} epochs are trained by `fit({whole})`, not `fit({self.n_epoch})`')
 
     def _share(self, batches):
         "Share of all steps that is done after so many batches of this epoch."

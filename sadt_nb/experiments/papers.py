@@ -396,10 +396,11 @@ def _compare_digits_short():
     return [replace(c, label=f'baseline, {n} epochs · fewer epochs · seed {c.run.seed}', run=c.run.but(epochs=n)) for c in _compare_digits() if c.label.startswith('baseline · equal epochs') for n in (5, 8, 11, 12)]
 
 # %% ../../nbs/experiments/83_papers.ipynb #d11beab0
-_FAST = Run(data='cifar10', model='fast_cnn', epochs=9.9, bs=1024, lr=11.5, opt='decoupled_sgd', opt_args=dict(momentum=.85, weight_decay=.0153), sched='triangle',
-            crop=2, pad_mode='reflect', flip='alternate', normalize='data', label_smoothing=.2, drop_last=True, lookahead=5, valid=0., amp='bf16', views=2)
-_FAST96 = _FAST.but(model_args=dict(widths=(128, 384, 512), depth=3, bn_momentum=.1), epochs=37, lr=9., opt_args=dict(momentum=.85, weight_decay=.012),
-                    crop=4, cutout=12, cutout_inside=True)
+_FAST = Run(data='cifar10', model='fast_cnn', epochs=9.9, bs=1024, lr=11.5, opt='decoupled_sgd', sched='triangle',
+            opt_args=dict(momentum=.85, weight_decay=.0153), crop=2, pad_mode='reflect', flip='alternate',
+            normalize='data', label_smoothing=.2, drop_last=True, lookahead=5, valid=0., amp='bf16', views=2)
+_FAST96 = _FAST.but(model_args=dict(widths=(128, 384, 512), depth=3, bn_momentum=.1), epochs=37, lr=9.,
+                    opt_args=dict(momentum=.85, weight_decay=.012), crop=4, cutout=12, cutout_inside=True)
 _FAST_SMALL = _FAST.but(model_args=dict(widths=(32, 128, 128)), epochs=16, bs=256)
 _FAST_PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
 

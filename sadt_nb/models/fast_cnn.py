@@ -17,11 +17,14 @@ WHITENING_IMAGES = 5000 # so many training images are enough; airbench's number
 def whitening_filters(
     images:Tensor,   # `(n, channels, height, width)`, normalised as in training; `n` at least 32
     size:int=2,      # Side of the patches in pixels
-    eps:float=5e-4,  # Added to the eigenvalues, so that directions without variance stay small; airbench's value
-) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: filters by falling eigenvalue, then their negatives
-    "Filters that turn patches into uncorrelated numbers of variance 1. Raises `ValueError` for fewer than 32 images."
+    eps:float=5e-4,  # Added to the eigenvalues, so that directions without variance stay small; airbench's
+) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: by falling eigenvalue, then their negatives
+    """Filters that turn patches into uncorrelated numbers of variance 1.
+
+    Raises `ValueError` for fewer than 32 images."""
     if len(images) < 32:
-        raise ValueError(f'whitening takes its statistics from training images and needs at least 32, got {len(images)}; raise `n_train`')
+        raise ValueError(f'whitening takes its statistics from training images and needs at least 32, '
+                         f'got {len(images)}; raise `n_train`')
     channels = images.shape[1]
     numbers = channels * size**2
     moment = torch.zeros(numbers, numbers, dtype=torch.float64, device=images.device)
@@ -102,12 +105,13 @@ class FastCNN(nn.Module):
         return self.classifier(self.flatten(self.pool(x))) * self.scale
 
     def init_from_images(self,
-        images:Tensor, # `(n, 3, height, width)` training images of all classes, normalised as in training; 5,000 are enough
+        images:Tensor, # `(n, 3, height, width)` training images of all classes, normalised; 5,000 are enough
     ):
         "Set the whitening filters. Raises `ValueError` for too few or too small images."
         height, width = images.shape[-2:]
         if min(height, width) < 9:
-            raise ValueError(f'fast_cnn halves an image three times and needs at least 9x9 pixels, got {width}x{height}')
+            raise ValueError('fast_cnn halves an image three times and needs at least 9x9 pixels, '
+                             f'got {width}x{height}')
         if not self.whitens: return
         filters = whitening_filters(images)
         with torch.no_grad():
@@ -115,21 +119,23 @@ class FastCNN(nn.Module):
 
 def fast_cnn(
     classes:int=10,        # Number of outputs
-    widths=(64, 256, 256), # Channels of the three groups; airbench94's. (128, 384, 384) is airbench95, (128, 384, 512) with `depth=3` airbench96
+    widths=(64, 256, 256), # Channels of the three groups; these are airbench94's
     depth:int=2,           # Convolutions per group: 2, or 3 with a shortcut
     bn_momentum:float=.4,  # Share of a batch in BatchNorm's running averages, in (0, 1]; airbench96 has 0.1
     scale:float=1/9,       # Factor of the logits
-    whiten:bool=True,      # Is the first layer fixed to whitening filters? `False`: it starts at random and learns
+    whiten:bool=True,      # Fix the first layer to whitening filters? `False`: it starts at random and learns
     identity:bool=True,    # Do 3x3 convolutions start as the identity? `False`: as PyTorch starts them
     whiten_bias_epochs:int=3, # Epochs in which the whitening layer's bias learns; see `FreezeAfter`
 ) -> FastCNN: # Takes `(n, 3, height, width)` from 9x9 pixels on, gives `(n, classes)` logits
-    """The network of airbench, 1,971,352 trainable parameters with 10 classes. Call its `init_from_images` before training; `run` does.
+    """The network of airbench, 1,971,352 trainable parameters with 10 classes.
 
-    Raises `ValueError` for values out of range."""
+    Call its `init_from_images` before training; `run` does. Widths (128, 384, 384) make airbench95's network, and
+    (128, 384, 512) with `depth=3` and `bn_momentum=.1` airbench96's. Raises `ValueError` for values out of range."""
     try: wide = [int(w) for w in widths]
     except TypeError: wide = []
     if len(wide) != 3 or list(widths) != wide or min(wide) < 1:
-        raise ValueError(f'`widths` must be three whole numbers of at least 1, such as (64, 256, 256), got {widths!r}')
+        raise ValueError('`widths` must be three whole numbers of at least 1, such as (64, 256, 256), '
+                         f'got {widths!r}')
     if depth not in (2, 3):
         raise ValueError(f'`depth` must be 2 or 3, got {depth!r}')
     if not 0 < bn_momentum <= 1:
@@ -137,7 +143,8 @@ def fast_cnn(
     if not 0 < scale < float('inf'):
         raise ValueError(f'`scale` must be positive, got {scale}')
     if whiten_bias_epochs != int(whiten_bias_epochs) or whiten_bias_epochs < 0:
-        raise ValueError(f'`whiten_bias_epochs` must be a whole number of at least 0, got {whiten_bias_epochs!r}')
+        raise ValueError('`whiten_bias_epochs` must be a whole number of at least 0, '
+                         f'got {whiten_bias_epochs!r}')
     model = FastCNN(classes, wide, depth, bn_momentum, scale, whiten, whiten_bias_epochs)
     if identity: identity_init_(model)
     return model

@@ -23,7 +23,7 @@ from .perturb import trainable_params, unwrapped
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
 def norm_bias_split(
     model:nn.Module, # Only its trainable parameters are used
-) -> list[list[Tensor]]: # Biases of BatchNorm and InstanceNorm layers; all other parameters
+) -> list[list[Tensor]]: # Biases of normalisation layers; all other parameters
     """Split trainable parameters in two groups, for a Learner's `splitter`.
 
     Raises `ValueError` if no other parameter is left."""

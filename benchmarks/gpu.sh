@@ -2,7 +2,7 @@
 # A queue of what only a GPU can answer; small results are put into the folder OUT.
 #
 #   SADT_DATA=cifar10.tgz bash benchmarks/gpu.sh OUT [JOB ...]
-#   MINUTES=9 RUNS=/tmp/runs BEFORE=earlier SADT_DATA=cifar10.tgz bash benchmarks/gpu.sh OUT
+#   MINUTES=9 RUNS=scratch BEFORE=earlier SADT_DATA=cifar10.tgz bash benchmarks/gpu.sh OUT
 #
 # Without a JOB, all that OUT/done.txt does not name, in this order: most claims a minute first. Claims are
 # rows of a table that are compared with plain training, or limits of a benchmark. The minutes are those of

@@ -16,6 +16,7 @@ from sadt_nb.data.datasets import channel_statistics, digits, get_dls, wrong_lab
 from sadt_nb.data.loader import ImageData
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.grid import run_ensemble
 from sadt_nb.experiments.runner import VIEWS, evaluate, load_model, make_learner, packed, run, unpacked
 from sadt_nb.methods.registry import METHODS
 from scipy.stats import chisquare
@@ -408,3 +409,23 @@ def test_lookahead_refuses_to_end_where_it_began(images):
     learn = make_learner(Run(data=images, bs=100, epochs=2, **RECIPE))
     with pytest.raises(ValueError, match='`every` is 5 batches, but training has 2'):
         learn.fit(2)
+    learn = make_learner(Run(data=images, bs=50, epochs=1.3, **RECIPE))
+    with pytest.raises(ValueError, match='`every` is 5 batches, but training has 4'):
+        learn.fit(2)
+
+
+def test_an_ensemble_sees_normalised_images(images, tmp_path):
+    "An ensemble of one run has that run's accuracy."
+    cfg = Run(data=images, bs=20, epochs=2, **RECIPE)
+    result = run(cfg, tmp_path, **quiet)
+    alone = run_ensemble([cfg], tmp_path)
+    assert alone['accuracy'] == result['accuracy'] == alone['members'][cfg.name]
+    model, test = load_model(cfg, tmp_path, 3), make_learner(cfg).dls[2]
+    raw = torch.cat([model((x * test.std[0] + test.mean[0])) for x, _ in test])
+    seen = torch.cat([model(x) for x, _ in test])
+    assert (raw - seen).abs().max() > .01, 'the images matter to the network'
+
+
+def test_teacher_and_student_see_the_same_images():
+    with pytest.raises(ValueError, match='normalize'):
+        DIGITS.but(method='distillation', teachers=DIGITS.but(normalize=''))

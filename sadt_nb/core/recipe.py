@@ -8,7 +8,6 @@ __all__ = ['norm_bias_split', 'decoupled_groups', 'decoupled_sgd', 'triangle', '
 
 # %% ../../nbs/core/09_recipe.ipynb #1d6feed9
 import math
-from functools import partial
 
 import torch
 from torch import nn, Tensor
@@ -124,8 +123,10 @@ class Lookahead(Callback):
         return {name: t for name, t in state.items() if t.is_floating_point()}
 
     def before_train(self):
-        batches = len(self.dl) * self.n_epoch
-        if batches < self.every and not hasattr(self.learn, 'lr_finder'):
+        if hasattr(self.learn, 'lr_finder'): return
+        partial_epochs = getattr(self.learn, 'partial_epochs', None) # has counted its batches already
+        batches = partial_epochs.total if partial_epochs else len(self.dl) * self.n_epoch
+        if batches < self.every:
             raise ValueError(f'`every` is {self.every} batches, but training has {batches} and would end where it '
                              'began; lower `every`')
 

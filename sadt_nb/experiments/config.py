@@ -143,6 +143,7 @@ class Run:
     def _check_teacher(self, t):
         if not isinstance(t, Run): raise ValueError(f'a teacher is given as its `Run`, got {type(t).__name__}')
         if t.data != self.data: raise ValueError(f'the teacher learnt {t.data}, the student is to learn {self.data}')
+        if t.normalize != self.normalize: raise ValueError(f'the teacher saw images with normalize={t.normalize!r}, the student has {self.normalize!r}; give both the same')
         mine, theirs = ((r.valid, r.seed if r.split is None else r.split) for r in (self, t))
         if mine[0] and mine != theirs: raise ValueError('the teacher was trained on images that the student holds out for validation; give both the same `split` and `valid`')
 

@@ -20,10 +20,9 @@ from rich.live import Live
 from rich.table import Table
 
 from ..core.teachers import Ensemble
-from ..data.datasets import get_dls
 from .config import Run
 from .measure import measure_run, missing_measures
-from .runner import RunBusy, RunError, _code, evaluate, is_trained, load_model, read_result, run, write_json
+from .runner import RunBusy, RunError, _code, _loaders, evaluate, is_trained, load_model, read_result, run, write_json
 from ..measures.similarity import diversity
 from ..methods.registry import METHODS
 
@@ -299,7 +298,7 @@ def run_ensemble(
     file = Path(root) / 'ensembles' / f'{hashlib.sha256("".join(m.key for m in members).encode()).hexdigest()[:12]}.json'
     if file.exists(): return json.loads(file.read_text())
     first = members[0]
-    test = get_dls(first.data, bs=first.bs, channels_last=first.channels_last, device=device, **dict(first.data_args))[2]
+    test = _loaders(first, device)[2] # normalised as in training
     models = [load_model(m, root, len(test.vocab), test.device) for m in members]
     result = dict(accuracy=evaluate(Ensemble(models), test)['accuracy'], members={m.name: evaluate(f, test)['accuracy'] for m, f in zip(members, models)},
                   diversity=diversity(models, test).mean().item())

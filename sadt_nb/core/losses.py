@@ -16,11 +16,13 @@ def kl_div(
     student_logits:Tensor, # `(n, classes)` logits of the distribution that is compared with it
     temperature=1.,        # Divides both logits, > 0; there is no factor `temperature**2`
 ) -> Tensor: # 0-d tensor, nats, >= 0
-    """Batch mean of KL(teacher || student) of the softened class probabilities.
+    """Return the batch mean of KL(teacher || student) of the softened class probabilities.
 
-    Gradients flow through both arguments: detach the one that is fixed. Raises `ValueError` if the shapes differ."""
+    Gradients flow through both arguments: detach the one that is fixed.
+    Raises `ValueError` if the shapes differ."""
     if teacher_logits.shape != student_logits.shape:
-        raise ValueError(f'teacher and student logits must have one shape, got {tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}')
+        shapes = f'{tuple(teacher_logits.shape)} and {tuple(student_logits.shape)}'
+        raise ValueError(f'teacher and student logits must have one shape, got {shapes}')
     log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
     log_q = F.log_softmax(student_logits / temperature, dim=-1)
     return F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
@@ -33,8 +35,10 @@ def kd_loss(
     alpha:float,           # Weight of the labels, in [0, 1]; 0 is pure imitation
     temperature:float,     # Softens both distributions in the second term, > 0
 ) -> Tensor: # 0-d tensor
-    """Labels and teacher together: `alpha` CE + (1 - `alpha`) `temperature`² KL(teacher || student), as in section 3 of
-    "Revisiting Self-Distillation" (Pham et al. 2022) and Hinton et al. 2015. Raises `ValueError` for values out of range."""
+    """Return `alpha` CE(labels) + (1 - `alpha`) `temperature`² KL(teacher || student).
+
+    As in section 3 of "Revisiting Self-Distillation" (Pham et al. 2022) and in Hinton et al. 2015.
+    Raises `ValueError` for values out of range."""
     if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
     if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')
     imitation = kl_div(teacher_logits.detach(), student_logits, temperature) * temperature**2

@@ -10,9 +10,23 @@ import torch
 from fastai.optimizer import OptimWrapper
 
 # %% ../../nbs/core/03_optim.ipynb #ef0ff76c
-class KerasAdam(torch.optim.Optimizer):
-    """Adam with epsilon added outside the bias correction, as in `tf.keras.optimizers.Adam` (Kingma & Ba 2015, section 2).
+def _keras_adam_step_(ps, grads, ms, vs, counts, lr, betas, eps, weight_decay):
+    "Update the parameters `ps` and their moments `ms` and `vs` in place; `counts` are step numbers from 1."
+    b1, b2 = betas
+    torch._foreach_lerp_(ms, grads, 1 - b1)
+    torch._foreach_mul_(vs, b2)
+    torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
+    roots = torch._foreach_sqrt(vs)
+    torch._foreach_add_(roots, eps) # outside the bias correction
+    steps = [-lr * (1 - b2**t)**.5 / (1 - b1**t) for t in counts]
+    if weight_decay: torch._foreach_mul_(ps, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(ps, ms, roots, steps)
 
+# %% ../../nbs/core/03_optim.ipynb #b465ec33
+class KerasAdam(torch.optim.Optimizer):
+    """Adam with epsilon added outside the bias correction, as in `tf.keras.optimizers.Adam`.
+
+    After Kingma & Ba 2015, section 2.
     Raises `ValueError` for a negative rate or epsilon and for betas outside [0, 1)."""
     def __init__(self,
         params,             # Parameters or parameter groups
@@ -22,36 +36,34 @@ class KerasAdam(torch.optim.Optimizer):
         weight_decay=0.,    # Decoupled: weights shrink by lr * weight_decay per step
     ):
         if lr < 0 or eps < 0: raise ValueError(f'`lr` and `eps` must not be negative, got {lr} and {eps}')
-        if not all(0 <= b < 1 for b in betas): raise ValueError(f'`betas` must lie in [0, 1), got {betas}')
+        for beta in betas:
+            if not 0 <= beta < 1: raise ValueError(f'`betas` must lie in [0, 1), got {betas}')
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure=None):
         "Update all parameters that have a gradient."
         for group in self.param_groups:
-            ps = [p for p in group['params'] if p.grad is not None]
+            ps, grads, ms, vs, counts = [], [], [], [], []
+            for p in group['params']:
+                if p.grad is None: continue
+                state = self.state[p]
+                if not state: state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
+                state['step'] += 1
+                ps.append(p)
+                grads.append(p.grad)
+                ms.append(state['m'])
+                vs.append(state['v'])
+                counts.append(state['step'])
             if not ps: continue
-            for p in ps:
-                if not self.state[p]: self.state[p] = dict(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
-            b1, b2 = group['betas']
-            grads, ms, vs = [p.grad for p in ps], [self.state[p]['m'] for p in ps], [self.state[p]['v'] for p in ps]
-            torch._foreach_lerp_(ms, grads, 1 - b1)
-            torch._foreach_mul_(vs, b2)
-            torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
-            roots = torch._foreach_sqrt(vs)
-            torch._foreach_add_(roots, group['eps'])
-            steps = []
-            for p in ps:
-                self.state[p]['step'] += 1
-                t = self.state[p]['step']
-                steps.append(-group['lr'] * (1 - b2**t)**.5 / (1 - b1**t))
-            if group['weight_decay']: torch._foreach_mul_(ps, 1 - group['lr'] * group['weight_decay'])
-            torch._foreach_addcdiv_(ps, ms, roots, steps)
+            options = {k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
+            _keras_adam_step_(ps, grads, ms, vs, counts, **options)
 
+# %% ../../nbs/core/03_optim.ipynb #3035bd2f
 def keras_adam(
     params,     # Parameters or parameter groups
     lr,         # Step size
     **kwargs,   # Further arguments of `KerasAdam`
 ) -> OptimWrapper: # For a Learner's `opt_func`
-    "`KerasAdam` in fastai's clothes: `Learner(..., opt_func=keras_adam)`."
+    "Return `KerasAdam` for a Learner: `Learner(..., opt_func=keras_adam)`."
     return OptimWrapper(params, KerasAdam, lr=lr, **kwargs)

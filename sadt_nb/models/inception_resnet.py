@@ -17,7 +17,9 @@ from .simple_cnn import batch_norm, check_init, keras_init_
 def _conv(n_in, n_out): return nn.Conv2d(n_in, n_out, 3, padding=1)
 
 class InceptionResNetModule(nn.Module):
-    "Paths a and c: conv to n/32 channels; path b: two convs to n with a shortcut of one; concatenated, halved in size."
+    """Three paths side by side, concatenated and pooled to half the size.
+
+    Paths a and c are a convolution to n/32 channels. Path b has two to n, and a shortcut of one."""
     def __init__(self,
         n_in:int,         # Input channels
         n:int,            # Channels of the wide path, a multiple of 32; the output has n + n/16
@@ -27,29 +29,33 @@ class InceptionResNetModule(nn.Module):
         super().__init__()
         bn, thin = batch_norm(init), n // 32
         self.a = nn.Sequential(OrderedDict(conv=_conv(n_in, thin), bn=bn(thin), elu=nn.ELU()))
-        self.b = nn.Sequential(OrderedDict(conv1=_conv(n_in, n), bn1=bn(n), elu=nn.ELU(), conv2=_conv(n, n), bn2=bn(n)))
-        self.shortcut = nn.Sequential(OrderedDict(conv=_conv(n_in, n), elu1=nn.ELU(), bn=bn(n), elu2=nn.ELU()))
+        self.b = nn.Sequential(OrderedDict(conv1=_conv(n_in, n), bn1=bn(n), elu=nn.ELU(),
+                                           conv2=_conv(n, n), bn2=bn(n)))
+        self.shortcut = nn.Sequential(OrderedDict(conv=_conv(n_in, n), elu1=nn.ELU(),
+                                                  bn=bn(n), elu2=nn.ELU()))
         self.c = nn.Sequential(OrderedDict(conv=_conv(n_in, thin), bn=bn(thin), elu=nn.ELU()))
         self.out = nn.Sequential(OrderedDict(pool=nn.MaxPool2d(2), dropout=nn.Dropout(dropout)))
 
     def forward(self, x):
-        a, b = self.a(x), nn.functional.elu(self.shortcut(x) + self.b(x))
+        a = self.a(x)
+        b = nn.functional.elu(self.shortcut(x) + self.b(x))
         return self.out(torch.cat([a, b, self.c(x)], dim=1))
 
+# %% ../../nbs/models/62_inception_resnet.ipynb #2aed6469
 def inception_resnet_slim(
     classes:int=10,   # Number of outputs
     bottleneck=False, # The released code's extra ReLU layer of width `classes` before the classifier
     init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
     dropout:float=.2, # In the modules and around the dense layer
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
-    "SADT's Inception-ResNet: a convolution, three modules (32, 64, 64), a dense layer of 128; 0.3 million parameters."
+    "SADT's Inception-ResNet: a convolution, three modules, a dense layer of 128; 305,248 parameters."
     check_init(init)
     layers, channels = OrderedDict(stem=nn.Conv2d(3, 32, 3)), 32
     for i, n in enumerate((32, 64, 64), start=1):
         layers[f'module{i}'] = InceptionResNetModule(channels, n, init, dropout)
         channels = n + 2 * (n // 32)
-    layers.update(flatten=nn.Flatten(), dropout1=nn.Dropout(dropout), dense=nn.Linear(3 * 3 * channels, 128), elu=nn.ELU(),
-                  dropout2=nn.Dropout(dropout))
+    layers.update(flatten=nn.Flatten(), dropout1=nn.Dropout(dropout), dense=nn.Linear(3 * 3 * channels, 128),
+                  elu=nn.ELU(), dropout2=nn.Dropout(dropout))
     if bottleneck: layers.update(bottleneck=nn.Linear(128, classes), relu=nn.ReLU())
     layers['classifier'] = nn.Linear(classes if bottleneck else 128, classes)
     model = nn.Sequential(layers)

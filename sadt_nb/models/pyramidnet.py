@@ -14,18 +14,24 @@ from .resnet import kaiming_init_
 
 # %% ../../nbs/models/65_pyramidnet.ipynb #1ce2b377
 class PyramidBlock(nn.Module):
-    "BatchNorm, 3x3 convolution, BatchNorm, ReLU, 3x3 convolution, BatchNorm; the shortcut appends channels of zeros."
+    """BatchNorm, 3x3 convolution, BatchNorm, ReLU, 3x3 convolution, BatchNorm, and a shortcut.
+
+    The shortcut appends channels of zeros."""
     def __init__(self,
         n_in:int,     # Input channels
         n:int,        # Output channels, `n_in` or more
         stride:int=1, # Of the first convolution; with 2 the shortcut averages squares of 2 x 2 pixels
     ):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(n_in), nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_in)
+        self.conv1 = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)
         self.bn2, self.relu = nn.BatchNorm2d(n), nn.ReLU()
-        self.conv2, self.bn3 = nn.Conv2d(n, n, 3, padding=1, bias=False), nn.BatchNorm2d(n)
-        pool = [nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else [] # images of odd sizes are rounded up, as the convolution does
-        self.shortcut = nn.Sequential(*pool, nn.ZeroPad3d((0, 0, 0, 0, 0, n - n_in)))
+        self.conv2 = nn.Conv2d(n, n, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(n)
+        self.shortcut = nn.Sequential()
+        if stride == 2: # odd sizes are rounded up, as the convolution does
+            self.shortcut.append(nn.AvgPool2d(2, ceil_mode=True))
+        self.shortcut.append(nn.ZeroPad3d((0, 0, 0, 0, 0, n - n_in)))
 
     def forward(self, x):
         f = self.conv1(self.bn1(x)) # no ReLU before the first convolution
@@ -35,19 +41,23 @@ class PyramidBlock(nn.Module):
 # %% ../../nbs/models/65_pyramidnet.ipynb #5de8d3b5
 def pyramidnet_110(
     classes:int=10, # Number of outputs
-    alpha:int=270,  # Channels that the last block has more than the 16 of the first convolution; the paper: 48, 84, 270
+    alpha:int=270,  # Channels of the last block above the 16 of the first convolution; the paper: 48, 84, 270
 ) -> nn.Sequential: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
-    """PyramidNet-110 of Han et al. (2017), additive, with basic blocks; 28,485,477 parameters with 10 classes.
+    """PyramidNet-110 of Han et al. (2017), additive, with basic blocks; 28,485,477 parameters.
 
     Raises `ValueError` for a negative `alpha`."""
-    if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}; 0 keeps 16 channels throughout')
+    if alpha < 0:
+        raise ValueError(f'`alpha` must not be negative, got {alpha}; 0 keeps 16 channels throughout')
     blocks = 18 # per stage; 110 layers are 6 times 18, the first convolution and the dense layer
     widths = [int(16 + alpha * k / (3 * blocks) + .5) for k in range(3 * blocks + 1)]
     layers = OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(16))
     for i in range(3):
-        layers[f'layer{i + 1}'] = nn.Sequential(*[PyramidBlock(widths[k], widths[k + 1], stride=2 if i > 0 and k == i * blocks else 1)
-                                                  for k in range(i * blocks, (i + 1) * blocks)])
-    layers.update(bn=nn.BatchNorm2d(widths[-1]), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-                  fc=nn.Linear(widths[-1], classes))
+        stage = nn.Sequential()
+        for k in range(i * blocks, (i + 1) * blocks):
+            halves = i > 0 and k == i * blocks
+            stage.append(PyramidBlock(widths[k], widths[k + 1], stride=2 if halves else 1))
+        layers[f'layer{i + 1}'] = stage
+    layers.update(bn=nn.BatchNorm2d(widths[-1]), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1),
+                  flatten=nn.Flatten(), fc=nn.Linear(widths[-1], classes))
     nn.init.zeros_(layers['fc'].bias)
     return kaiming_init_(nn.Sequential(layers))

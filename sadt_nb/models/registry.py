@@ -19,17 +19,20 @@ from .vit import vit_b32, vit_s32
 from .wide_resnet import wide_resnet_28_10
 
 # %% ../../nbs/models/69_registry.ipynb #2339c265
-MODELS = dict(simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim,
-              resnet20=resnet20, resnet18=resnet18, resnet101=resnet101, vgg16=vgg16, wide_resnet_28_10=wide_resnet_28_10,
-              pyramidnet_110=pyramidnet_110, resnet50=resnet50, resnet152=resnet152, vit_s32=vit_s32, vit_b32=vit_b32,
-              clip_resnet50=clip_resnet50, clip_resnet101=clip_resnet101, fast_cnn=fast_cnn)
+MODELS = dict(
+    simple_cnn=simple_cnn, vgg16_slim=vgg16_slim, inception_resnet_slim=inception_resnet_slim,
+    resnet20=resnet20, resnet18=resnet18, resnet101=resnet101, vgg16=vgg16,
+    wide_resnet_28_10=wide_resnet_28_10, pyramidnet_110=pyramidnet_110,
+    resnet50=resnet50, resnet152=resnet152,
+    vit_s32=vit_s32, vit_b32=vit_b32, clip_resnet50=clip_resnet50, clip_resnet101=clip_resnet101,
+    fast_cnn=fast_cnn)
 
 def make_model(
     name:str,       # A name in `MODELS`
     classes:int=10, # Number of outputs
     **kwargs,       # Options of that model, such as `init`, `skip` or `dropout`
 ) -> nn.Module: # With fresh random weights
-    "A network by name. Raises `ValueError` for an unknown name or option."
+    "Return a network by name. Raises `ValueError` for an unknown name or option."
     if name not in MODELS: raise ValueError(f'unknown model {name!r}; choose one of {", ".join(MODELS)}')
     try: return MODELS[name](classes, **kwargs)
     except TypeError as e: raise ValueError(f'model {name}: {e}') from None

@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../../nbs/models/60_simple_cnn.ipynb #b7f772b4
 def he_normal_(w:torch.Tensor) -> torch.Tensor:
-    "Keras' `he_normal`: normal, truncated at two deviations, variance 2 / fan_in after the truncation."
+    "Fill `w` as Keras' `he_normal` does: normal, truncated at two deviations, then of variance 2 / fan_in."
     std = (2 / w[0].numel())**.5 / .87962566103423978 # the deviation of a standard normal truncated at 2
     return nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std)
 
@@ -23,9 +23,10 @@ def check_init(init):
     if init not in ('torch', 'keras'): raise ValueError(f"`init` must be 'torch' or 'keras', got {init!r}")
 
 def batch_norm(init, dim=2):
-    "The BatchNorm class for `dim`-dimensional data with the constants of a framework: a function of the number of channels."
-    kw = dict(eps=1e-3, momentum=.01) if init == 'keras' else {}
-    return partial({1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dim], **kw)
+    "Return a function that makes a BatchNorm for so many channels, with the constants of a framework."
+    cls = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dim]
+    if init == 'keras': return partial(cls, eps=1e-3, momentum=.01)
+    return cls
 
 @torch.no_grad()
 def keras_init_(
@@ -47,7 +48,7 @@ def simple_cnn(
     init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
     dropout:float=.3, # Between the convolutions and the dense layers
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
-    "SADT's Simple CNN: conv 64 three times, dense 512, dense 64, classifier; 635,466 parameters with 10 classes."
+    "SADT's Simple CNN: three convolutions of 64, dense 512, dense 64, classifier; 635,466 parameters."
     check_init(init)
     bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
     layers = OrderedDict(

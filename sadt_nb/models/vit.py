@@ -6,7 +6,8 @@
 __all__ = ['vit', 'vit_s32', 'vit_b32']
 
 # %% ../../nbs/models/66_vit.ipynb #dd058de5
-import os, warnings
+import os
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,32 +16,53 @@ from torch import nn
 from .weights import Normalize, load_weights
 
 # %% ../../nbs/models/66_vit.ipynb #9dd5266e
+def _timm_create_model():
+    "Return timm's `create_model`. Raises `ImportError` where timm is not installed."
+    try:
+        with warnings.catch_warnings(): # tqdm, which timm imports, warns that ipywidgets is missing
+            warnings.filterwarnings('ignore', message='IProgress not found')
+            from timm import create_model
+    except ImportError:
+        raise ImportError("`vit` needs timm; install it with pip install 'sadt_nb[timm]'") from None
+    return create_model
+
+def _load_pretrained(model, name, pretrained):
+    "Load the weights of the path `pretrained`, or for `True` those of `name` in the folder SADT_WEIGHTS."
+    if pretrained is True:
+        if model.head.weight.is_meta: return # a configuration is checked where the folder may be missing
+        pretrained = Path(os.environ.get('SADT_WEIGHTS', '.')) / f'{name}.pth'
+    if pretrained is None: return
+    if not Path(pretrained).is_file():
+        raise FileNotFoundError(f'{pretrained} does not exist; give the path of a file of weights, '
+                                'or set SADT_WEIGHTS to the folder that has it')
+    load_weights(model, pretrained, fresh='head.')
+
+# %% ../../nbs/models/66_vit.ipynb #573ccebd
 def vit(
     classes:int=10,   # Number of outputs
     size:str='s',     # 's': 384 numbers per patch and 6 heads; 'b': 768 and 12
     img_size:int=224, # Pixels to which images are enlarged, a multiple of 32
-    pretrained=None,  # Path of a local file of weights; `True`: `<timm's name>.pth` in the folder that SADT_WEIGHTS names; `None`: random
-) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size with values in [0, 1], gives `(n, classes)` logits
-    """ViT-S/32 or ViT-B/32 of timm after a bilinear resizing of the images, with values in [-1, 1], which its published weights expect.
+    pretrained=None,  # Path of weights; `True`: `<timm's name>.pth` in folder SADT_WEIGHTS; `None`: random
+) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, values in [0, 1]; gives `(n, classes)` logits
+    """ViT-S/32 or ViT-B/32 of timm, after a bilinear resizing of the images.
 
-    Raises `ImportError` where timm is not installed, `FileNotFoundError` for a missing file of weights, and `ValueError` for an unknown
-    size, an image size that 32 does not divide, or weights that do not fit."""
-    try:
-        with warnings.catch_warnings(): # tqdm, which timm brings along, misses ipywidgets
-            warnings.filterwarnings('ignore', message='IProgress not found')
-            from timm import create_model
-    except ImportError: raise ImportError("`vit` needs timm; install it with pip install 'sadt_nb[timm]'") from None
+    Values are brought from [0, 1] to [-1, 1], which the published weights expect.
+
+    Raises `ImportError` where timm is not installed, `FileNotFoundError` for a missing file of weights, and
+    `ValueError` for an unknown size, an image size that 32 does not divide, or weights that do not fit."""
+    create_model = _timm_create_model()
     names = dict(s='vit_small_patch32_224', b='vit_base_patch32_224')
     if size not in names: raise ValueError(f"`size` must be 's' or 'b', got {size!r}")
-    if img_size < 32 or img_size % 32: raise ValueError(f'`img_size` must be a multiple of 32, the size of a patch, got {img_size}')
+    if img_size < 32 or img_size % 32:
+        raise ValueError(f'`img_size` must be a multiple of 32, the size of a patch, got {img_size}')
     model = create_model(names[size], num_classes=classes, img_size=img_size)
-    for block in model.blocks: block.attn.fused_attn = False # fused attention has no second derivative, and the Hessian needs one
-    if pretrained is True: pretrained = None if model.head.weight.is_meta else Path(os.environ.get('SADT_WEIGHTS', '.')) / f'{names[size]}.pth'
-    if pretrained is not None:
-        if not Path(pretrained).is_file(): raise FileNotFoundError(f'{pretrained} does not exist; give the path of a file of weights, or set SADT_WEIGHTS to the folder that has it')
-        load_weights(model, pretrained, fresh='head.')
-    return nn.Sequential(OrderedDict(normalize=Normalize((.5,) * 3, (.5,) * 3), resize=nn.Upsample(size=(img_size, img_size), mode='bilinear'), vit=model))
+    for block in model.blocks:
+        block.attn.fused_attn = False # fused attention has no second derivative, and the Hessian needs one
+    _load_pretrained(model, names[size], pretrained)
+    resize = nn.Upsample(size=(img_size, img_size), mode='bilinear')
+    return nn.Sequential(OrderedDict(normalize=Normalize((.5,) * 3, (.5,) * 3), resize=resize, vit=model))
 
+# %% ../../nbs/models/66_vit.ipynb #1ea40816
 def vit_s32(
     classes:int=10, # Number of outputs
     **kwargs,       # `img_size` and `pretrained` of `vit`

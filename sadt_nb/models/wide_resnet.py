@@ -14,23 +14,27 @@ from .resnet import kaiming_init_
 
 # %% ../../nbs/models/64_wide_resnet.ipynb #7d9e8754
 class WideBlock(nn.Module):
-    "Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut; dropout before the second convolution."
+    "Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut; dropout before the second one."
     def __init__(self,
         n_in:int,         # Input channels
-        n:int,            # Output channels; if they are more than the input's, the shortcut is a 1x1 convolution
+        n:int,            # Output channels; if not those of the input, the shortcut is a 1x1 convolution
         stride:int=1,     # Of the first convolution; 2 halves the image
         dropout:float=0., # Share of the numbers that are set to zero, in [0, 1]
     ):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(n_in), nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(n), nn.Conv2d(n, n, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(n_in)
+        self.conv1 = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(n)
+        self.conv2 = nn.Conv2d(n, n, 3, padding=1, bias=False)
         self.relu, self.dropout = nn.ReLU(), nn.Dropout(dropout)
-        self.shortcut = nn.Conv2d(n_in, n, 1, stride, bias=False) if n != n_in or stride > 1 else None
+        self.shortcut = None
+        if n != n_in or stride > 1: self.shortcut = nn.Conv2d(n_in, n, 1, stride, bias=False)
 
     def forward(self, x):
         a = self.relu(self.bn1(x))
         f = self.conv2(self.dropout(self.relu(self.bn2(self.conv1(a)))))
-        return f + (x if self.shortcut is None else self.shortcut(a))
+        if self.shortcut is None: return f + x
+        return f + self.shortcut(a)
 
 # %% ../../nbs/models/64_wide_resnet.ipynb #43e189d0
 def wide_resnet(
@@ -40,13 +44,16 @@ def wide_resnet(
     dropout:float=0., # Within the blocks, in [0, 1]; the paper also trains with 0.3
 ) -> nn.Sequential: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     "WRN-depth-width of Zagoruyko & Komodakis (2016). Raises `ValueError` for a depth that is not 6n + 4."
-    if depth < 10 or (depth - 4) % 6: raise ValueError(f'`depth` must be 6n + 4 (10, 16, 22, 28, 40), got {depth}')
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f'`depth` must be 6n + 4 (10, 16, 22, 28, 40), got {depth}')
     layers, n_in = OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False)), 16
     for i, n in enumerate((16 * width, 32 * width, 64 * width), start=1):
         first = WideBlock(n_in, n, 1 if i == 1 else 2, dropout)
-        layers[f'layer{i}'] = nn.Sequential(first, *[WideBlock(n, n, 1, dropout) for _ in range((depth - 4) // 6 - 1)])
+        others = [WideBlock(n, n, 1, dropout) for _ in range((depth - 4) // 6 - 1)]
+        layers[f'layer{i}'] = nn.Sequential(first, *others)
         n_in = n
-    layers.update(bn=nn.BatchNorm2d(n), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(n, classes))
+    layers.update(bn=nn.BatchNorm2d(n), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+                  fc=nn.Linear(n, classes))
     nn.init.zeros_(layers['fc'].bias)
     return kaiming_init_(nn.Sequential(layers))
 

@@ -15,16 +15,19 @@ def collect_logits(
     models, # The networks; each is evaluated in evaluation mode and left in the mode it had
     dl,     # Batches `(x, ...)`; one pass is made
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
-    "The logits of several networks on the same samples. Raises `ValueError` for no network, no sample, or outputs that differ in shape."
-    models = list(models)
+    """The logits of several networks on the same samples.
+
+    Raises `ValueError` for no network, no sample, or outputs that differ in shape."""
+    models, out = list(models), []
     if not models: raise ValueError('at least one network is needed, got none')
-    modes, out = [m.training for m in models], []
+    modes = [m.training for m in models]
     try:
         for m in models: m.eval()
         for x, *_ in dl:
-            zs = [m(x) for m in models]
-            if any(z.shape != zs[0].shape for z in zs): raise ValueError(f'the networks need the same outputs, got {sorted({tuple(z.shape) for z in zs})}')
-            out.append(torch.stack(zs).cpu())
+            logits = [m(x) for m in models]
+            shapes = {tuple(z.shape) for z in logits}
+            if len(shapes) > 1: raise ValueError(f'the networks need the same outputs, got {sorted(shapes)}')
+            out.append(torch.stack(logits).cpu())
     finally:
         for m, mode in zip(models, modes): m.train(mode)
     if not out: raise ValueError('the loader has no batches')

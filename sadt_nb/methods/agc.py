@@ -16,7 +16,7 @@ from ..core.perturb import trainable_params
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
-) -> Tensor: # Norm of each output unit, with the axes of `x`; of the whole tensor if it is a vector or a scalar
+) -> Tensor: # Norm of each output unit, with the axes of `x`; of the whole tensor for a vector or scalar
     "Euclidean norm of each unit."
     if x.ndim <= 1: return x.norm()
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
@@ -31,26 +31,33 @@ def clip_units_(
     "Scale down, in place, each unit's gradient that is longer than `clip` times the unit's weights."
     for p, g in zip(params, grads):
         bound = unit_norm(p).clamp_(min=eps).mul_(clip)
-        g.mul_(bound.div_(unit_norm(g).clamp_(min=1e-6)).clamp_(max=1)) # 1e-6: as published, against division by zero
+        norm = unit_norm(g).clamp_(min=1e-6) # as published, against division by zero
+        g.mul_(bound.div_(norm).clamp_(max=1))
 
+# %% ../../nbs/methods/11_agc.ipynb #f1cbb7f3
 class AGC(Callback):
     """Clips every unit's gradient relative to its weights before every step (Brock et al. 2021, eq. 3).
 
-    Raises `ValueError` unless `clip` and `eps` are positive."""
+    Raises `ValueError` unless `clip` and `eps` are positive, and before training starts if an entry of
+    `exclude` occurs in no parameter name."""
     order, run_valid = ORDERS['grad_transform'], False
+
     def __init__(self,
         clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
         eps=1e-3,   # Weight norms below this count as this, > 0
-        exclude=(), # Parameters whose name contains one of these are left alone; the paper leaves out the classifier
+        exclude=(), # No clipping where a parameter's name contains one of these; in the paper, the classifier
     ):
         if clip <= 0 or eps <= 0: raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
         if isinstance(exclude, str): exclude = (exclude,)
         self.clip, self.eps, self.exclude = clip, eps, tuple(exclude)
 
     def before_fit(self):
-        for e in self.exclude:
-            if not any(e in n for n in trainable_params(self.model)): raise ValueError(f'`exclude`: no parameter name contains {e!r}')
+        names = trainable_params(self.model)
+        for part in self.exclude:
+            if not any(part in name for name in names):
+                raise ValueError(f'`exclude`: no parameter name contains {part!r}')
 
     def before_step(self):
-        ps = [p for n, p in trainable_params(self.model).items() if p.grad is not None and not any(e in n for e in self.exclude)]
-        clip_units_(ps, [p.grad for p in ps], self.clip, self.eps)
+        for name, p in trainable_params(self.model).items():
+            if p.grad is None or any(part in name for part in self.exclude): continue
+            clip_units_([p], [p.grad], self.clip, self.eps)

@@ -27,7 +27,7 @@ class RepeatStep(Callback):
 
     def after_step(self):
         grads = self.step_grads.grads
-        if grads is None: return # an overflow refused the step
+        if grads is None: return # the step was skipped after an overflow
         for _ in range(self.n - 1):
             for n, p in trainable_params(self.model).items():
                 if n in grads: p.grad.copy_(grads[n]) # the step itself may have written into the gradient

@@ -7,7 +7,6 @@ __all__ = ['centralize_', 'GradientCentralization']
 
 # %% ../../nbs/methods/10_gradient_centralization.ipynb #9b130309
 import torch
-from torch import nn
 from fastai.callback.core import Callback
 
 from ..core.passes import ORDERS
@@ -25,4 +24,6 @@ def centralize_(
 class GradientCentralization(Callback):
     "Centralizes the gradients before every step (Yong et al. 2020, eq. 1)."
     order, run_valid = ORDERS['grad_transform'], False
-    def before_step(self): centralize_(p.grad for p in trainable_params(self.model).values() if p.grad is not None)
+
+    def before_step(self):
+        centralize_(p.grad for p in trainable_params(self.model).values() if p.grad is not None)

@@ -15,11 +15,30 @@ from ..core.losses import kl_div
 from ..core.passes import replaying
 from ..core.perturb import unwrapped
 
+# %% ../../nbs/methods/26_mesa.ipynb #0a23f578
+@torch.no_grad()
+def _average_(teacher, model, beta):
+    "Move each weight and BatchNorm statistic of the teacher to `beta v + (1 - beta) w`."
+    averages, targets = [], []
+    olds, news = [*teacher.parameters(), *teacher.buffers()], [*model.parameters(), *model.buffers()]
+    for v, w in zip(olds, news):
+        if v.is_floating_point():
+            averages.append(v)
+            targets.append(w.to(v.dtype))
+        else: v.copy_(w) # BatchNorm's count of batches
+    torch._foreach_lerp_(averages, targets, 1 - beta)
+
+def _check_same_shapes(teacher, model):
+    "Raise `ValueError` unless the two networks have the same parameters."
+    mine, theirs = [{n: p.shape for n, p in net.named_parameters()} for net in (teacher, model)]
+    if mine != theirs: raise ValueError('the teacher is the average of another network; use a new MESA')
+
 # %% ../../nbs/methods/26_mesa.ipynb #f6491f7c
 class MESA(TrajectoryLoss):
-    """Adds `lam` KL(moving average's prediction || prediction), softened by `tau` (Du et al. 2022, eq. 10 and 13).
+    """Adds `lam` KL(moving average's prediction || prediction), softened by `tau` (Du et al. 2022).
 
-    Raises `ValueError` for values out of range, and before training starts if a loaded teacher does not fit the model."""
+    See equations 10 and 13. Raises `ValueError` for values out of range, and before training starts if
+    a loaded teacher does not fit the model."""
     _stateattrs = ('teacher',) # left out of pickled Learners
 
     def __init__(self,
@@ -38,14 +57,17 @@ class MESA(TrajectoryLoss):
     def before_train(self):
         if not self.run: return
         self._stepped = self._refused = False
-        if self.teacher is None: self.teacher = deepcopy(unwrapped(self.learn.model)).requires_grad_(False).eval()
-        if self._state is not None:
-            try: self.teacher.load_state_dict(self._state)
-            except RuntimeError as e: raise ValueError(f'the loaded teacher does not fit the model: {e}') from None
-            self._state = None
-        mine, theirs = (dict(m.named_parameters()) for m in (self.teacher, unwrapped(self.learn.model)))
-        if {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in theirs.items()}: raise ValueError('the teacher is the average of another network; use a new MESA')
-        self.teacher.to(next(iter(theirs.values())).device)
+        model = unwrapped(self.learn.model)
+        if self.teacher is None: self.teacher = deepcopy(model).requires_grad_(False).eval()
+        if self._state is not None: self._load_teacher()
+        _check_same_shapes(self.teacher, model)
+        self.teacher.to(next(model.parameters()).device)
+
+    def _load_teacher(self):
+        try: self.teacher.load_state_dict(self._state)
+        except RuntimeError as e:
+            raise ValueError(f'the loaded teacher does not fit the model: {e}') from None
+        self._state = None
 
     def after_pred(self):
         if self.active and not replaying(self.learn):
@@ -59,17 +81,14 @@ class MESA(TrajectoryLoss):
     def after_cancel_step(self): self._refused = True
     def after_step(self): self._stepped, self._refused = not self._refused, False
 
-    @torch.no_grad()
-    def after_batch(self): # a method may step again after `after_step`; now all steps are made
-        if not self._stepped: return
+    def after_batch(self): # not in `after_step`: a method may make a second step after it
+        if self._stepped: _average_(self.teacher, unwrapped(self.learn.model), self.beta)
         self._stepped = False
-        old, new = ([*m.parameters(), *m.buffers()] for m in (self.teacher, unwrapped(self.learn.model)))
-        averaged = [(v, w.to(v.dtype)) for v, w in zip(old, new) if v.is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*averaged)), 1 - self.beta)
-        for v, w in zip(old, new):
-            if not v.is_floating_point(): v.copy_(w) # BatchNorm's count of batches
 
-    def state_dict(self): return dict(super().state_dict(), teacher=self._state if self.teacher is None else self.teacher.state_dict())
+    def state_dict(self):
+        teacher = self._state if self.teacher is None else self.teacher.state_dict()
+        return dict(super().state_dict(), teacher=teacher)
+
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._state = state['teacher']

@@ -6,16 +6,21 @@
 __all__ = ['weight_noise', 'layer_noise', 'gradient_ascent', 'normalized_ascent', 'sadt_step', 'SADT']
 
 # %% ../../nbs/methods/40_sadt.ipynb #467082bd
+from typing import NamedTuple
+
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.losses import kl_div
-from ..core.passes import ExtraPass, StepGrads, shared_forward, step_unscaled
+from ..core.passes import ExtraPass, StepGrads, step_unscaled
+from ..core.shared_trunk import shared_forward
 from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
-def _noise(p, std, generator): return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
+def _noise(p, std, generator):
+    "Return Gaussian noise in the shape of `p`."
+    return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
 
 class weight_noise:
     "Gaussian noise on every parameter with at least `min_ndim` axes (variant 1)."
@@ -33,15 +38,19 @@ class layer_noise:
     def __init__(self,
         layer:str,      # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
         std,            # Standard deviation of the noise, >= 0
-        multiply=False, # Multiply the parameters by the noise instead of adding it, as the released code does once
+        multiply=False, # Multiply the parameters by the noise instead of adding it, as the code does once
     ):
         if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
         self.layer, self.std, self.multiply = layer, std, multiply
     def __call__(self, params, grads, generator):
-        mine = {n: p for n, p in params.items() if n == self.layer or n.startswith(self.layer + '.')}
-        noise = {n: _noise(p, self.std, generator) for n, p in mine.items()}
-        return {n: p.detach() * (noise[n] - 1) for n, p in mine.items()} if self.multiply else noise
+        deltas = {}
+        for n, p in params.items():
+            if n != self.layer and not n.startswith(self.layer + '.'): continue
+            deltas[n] = _noise(p, self.std, generator)
+            if self.multiply: deltas[n] = p.detach() * (deltas[n] - 1)
+        return deltas
 
+# %% ../../nbs/methods/40_sadt.ipynb #c9130ada
 class gradient_ascent:
     "A step uphill along the noisy gradient (variant 3)."
     def __init__(self,
@@ -49,11 +58,15 @@ class gradient_ascent:
         noise_std,  # Standard deviation of the noise added to the gradient, >= 0
         min_ndim=1, # Noise only on parameters with at least so many axes; 2 in the released code
     ):
-        if lr < 0 or noise_std < 0: raise ValueError(f'`lr` and `noise_std` must not be negative, got {lr} and {noise_std}')
+        if lr < 0 or noise_std < 0:
+            raise ValueError(f'`lr` and `noise_std` must not be negative, got {lr} and {noise_std}')
         self.lr, self.noise_std, self.min_ndim = lr, noise_std, min_ndim
     def __call__(self, params, grads, generator):
-        noisy = {n: g + _noise(g, self.noise_std, generator) if g.ndim >= self.min_ndim else g for n, g in grads.items()}
-        return {n: g * self.lr for n, g in noisy.items()}
+        deltas = {}
+        for n, g in grads.items():
+            if g.ndim >= self.min_ndim: g = g + _noise(g, self.noise_std, generator)
+            deltas[n] = g * self.lr
+        return deltas
 
 class normalized_ascent:
     "A step uphill of a given length, as SAM's: a teacher at a radius that matters (not in the paper)."
@@ -63,100 +76,158 @@ class normalized_ascent:
         if rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
         self.rho = rho
     def __call__(self, params, grads, generator):
-        return ascent({n: g.clone() for n, g in grads.items()}, self.rho) # a copy: the second step uses the gradient again
+        own = {n: g.clone() for n, g in grads.items()} # a copy: the second step uses the gradient again
+        return ascent(own, self.rho)
+
+# %% ../../nbs/methods/40_sadt.ipynb #b306fd36
+def _divergence(q, aux, kl):
+    "Return KL(q || aux) for 'clean_to_aux', KL(aux || q) for 'aux_to_clean'; `q` and `aux` are logits."
+    if kl == 'clean_to_aux': return kl_div(q, aux)
+    return kl_div(aux, q)
 
 # %% ../../nbs/methods/40_sadt.ipynb #a77616e8
+_VARIANT_1 = weight_noise(1e-4), # one teacher with noise on every parameter
+
 def sadt_step(
     model:nn.Module,   # Its parameters are those that `optimizer` steps
     closure,           # Called without arguments: runs the model on the batch, returns `(logits, loss)`
     optimizer:torch.optim.Optimizer, # Steps twice
-    perturb=(weight_noise(1e-4),), # One function per teacher
+    perturb=_VARIANT_1, # One function `(params, grads, generator) -> deltas` per teacher
     kl='clean_to_aux', # KL(q || teacher), or 'aux_to_clean' for KL(teacher || q)
     generator=None,    # Source of the noise
 ) -> Tensor: # The loss of the first pass, detached
-    """One SADT batch in plain PyTorch: a step, the teachers' gradients at the perturbed weights, a second step.
+    """Train on one batch: a step, the teachers' gradients at the perturbed weights, a second step.
 
-    The closure runs in the model's own mode, so BatchNorm's averages move in the teachers' passes, too; the callback keeps them."""
+    The closure runs in the model's own mode, so BatchNorm's averages move in the teachers' passes, too; the
+    callback keeps them as they are."""
     optimizer.zero_grad()
     logits, loss = closure()
     loss.backward()
     params = {n: p for n, p in trainable_params(model).items() if p.grad is not None}
-    g_up, q = {n: p.grad.clone() for n, p in params.items()}, logits.detach()
-    optimizer.step()                                                      # w -> w_up
+    g_up = {n: p.grad.clone() for n, p in params.items()}
+    q = logits.detach()
+    optimizer.step()                                         # w -> w_up
     optimizer.zero_grad()
     for fn in perturb:
-        with perturbed(params, fn(params, g_up, generator)):              # w_up -> w_aux, and back
+        with perturbed(params, fn(params, g_up, generator)): # w_up -> w_aux, and back
             aux = closure()[0]
-            (kl_div(q, aux) if kl == 'clean_to_aux' else kl_div(aux, q)).backward() # g_aux adds up in .grad
-    for n, p in params.items(): p.grad = g_up[n] if p.grad is None else p.grad + g_up[n]
-    optimizer.step()                                                      # w_up -> w_final
+            _divergence(q, aux, kl).backward()               # g_aux adds up in .grad
+    for n, p in params.items():
+        if p.grad is None: p.grad = g_up[n]
+        else: p.grad = p.grad + g_up[n]
+    optimizer.step()                                         # w_up -> w_final
     return loss.detach()
 
-# %% ../../nbs/methods/40_sadt.ipynb #e658391a
+# %% ../../nbs/methods/40_sadt.ipynb #ce7643ed
 def _last(model, kinds, what):
+    "Return the name of the last layer that is one of these `kinds`."
     names = [n for n, m in model.named_modules() if isinstance(m, kinds)]
-    if not names: raise ValueError(f'variant 2 of SADT perturbs the last {what} layer, and this model has none; pass `perturb=[...]` or choose variant 1 or 3')
+    if not names:
+        raise ValueError(f'variant 2 of SADT perturbs the last {what} layer, and this model has none; '
+                         'pass `perturb=[...]` or choose variant 1 or 3')
     return names[-1]
 
-def _presets(model, variant, spec, scale):
-    "The published perturbations and direction of the divergence, for this model."
-    s = 1e-4 * scale
-    if variant == 1: return [weight_noise(s, min_ndim=1 if spec == 'paper' else 2)], 'clean_to_aux'
-    if variant == 3:
-        return [gradient_ascent(1e-3, s, min_ndim=1 if spec == 'paper' else 2)], 'clean_to_aux' if spec == 'paper' else 'aux_to_clean'
-    conv, dense = _last(model, _ConvNd, 'convolutional'), _last(model, nn.Linear, 'dense')
-    if spec == 'paper': return [layer_noise(conv, s), layer_noise(dense, s)], 'aux_to_clean'
-    second = getattr(model, 'code_array', None) or _second_conv_bias(model)
-    return [layer_noise(f'{dense}.bias', .1 * scale, multiply=True), layer_noise(second, .1 * scale)], 'aux_to_clean'
+def _last_conv_and_dense(model):
+    return _last(model, _ConvNd, 'convolutional'), _last(model, nn.Linear, 'dense')
 
 def _second_conv_bias(model):
-    "What the released code perturbs in its Simple CNN; models without `code_array` are treated alike."
+    "Return the name of what the released code perturbs in its Simple CNN, for models without `code_array`."
     convs = [(n, m) for n, m in model.named_modules() if isinstance(m, _ConvNd)]
     name, second = convs[min(1, len(convs) - 1)]
-    if second.bias is None: raise ValueError(f"variant 2 as coded perturbs the bias of the second convolution, and {name} has none; use spec='paper'")
+    if second.bias is None:
+        raise ValueError('variant 2 as coded perturbs the bias of the second convolution, '
+                         f"and {name} has none; use spec='paper'")
     return f'{name}.bias'
 
-class SADT(ExtraPass):
-    """Makes two optimizer steps per batch, the second with `g_up + sum(g_aux)` of perturbed teachers (Fahim & Boutellier
-    2022, section 3.1).
+# %% ../../nbs/methods/40_sadt.ipynb #1d714763
+def _paper_presets(model, variant, scale):
+    "Return the perturbations and the direction of the divergence that the paper describes."
+    std = 1e-4 * scale
+    if variant == 1: return [weight_noise(std)], 'clean_to_aux'
+    if variant == 3: return [gradient_ascent(1e-3, std)], 'clean_to_aux'
+    conv, dense = _last_conv_and_dense(model)
+    return [layer_noise(conv, std), layer_noise(dense, std)], 'aux_to_clean'
 
-    Gradient transformations that run in `before_step`, such as clipping, act on `g_up` only. Raises `ValueError` for
-    arguments out of range, and before training starts if variant 2 finds no convolution or no dense layer."""
-    def __init__(self,
-        variant=1,          # 1: noise on all layers; 2: two teachers, last convolution and last dense layer; 3: noisy ascent
-        spec='paper',       # Presets as the 'paper' describes them or as the released 'code' has them
-        perturb=None,       # List of functions `(params, grads, generator) -> deltas`, one per teacher, instead of a preset
-        kl=None,            # 'clean_to_aux': KL(q || teacher), 'aux_to_clean': KL(teacher || q); `None`: the preset's
-        kl_weight=1.,       # Factor of the divergence, >= 0; at 0 the second step uses `g_up` alone and no extra pass is made
-        grad_at='aux',      # 'aux': gradient at the perturbed weights; 'up': teacher fixed, gradient at `w_up` (Figure 1's caption)
-        noise_scale=1.,     # Multiplies the presets' standard deviations, >= 0; 0: no noise
-        rho=None,           # Place the one teacher at this distance uphill, as SAM would, instead of a preset's or of `perturb`; `None`: do not
-        first_step=True,    # False: no step before the teachers, so a batch makes one step with `g_up + sum(g_aux)`
-        bn='keep',          # BatchNorm statistics in the extra passes: 'keep' or 'update'
-        rng='fresh',        # Dropout masks in the extra passes: 'fresh' or 'replay'
-        seed:int=0,         # Of the noise
-        share_trunk=True,   # Compute what several `layer_noise` teachers have in common once; False: a full pass each
-    ):
-        if variant not in (1, 2, 3): raise ValueError(f'`variant` must be 1, 2 or 3, got {variant!r}')
-        if spec not in ('paper', 'code'): raise ValueError(f"`spec` must be 'paper' or 'code', got {spec!r}")
-        if kl not in (None, 'clean_to_aux', 'aux_to_clean'): raise ValueError(f"`kl` must be 'clean_to_aux' or 'aux_to_clean', got {kl!r}")
-        if grad_at not in ('aux', 'up'): raise ValueError(f"`grad_at` must be 'aux' or 'up', got {grad_at!r}")
-        if rho is not None and rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
-        if rho is not None and perturb is not None: raise ValueError('`rho` takes the place of `perturb`; give one of the two')
-        if kl_weight < 0 or noise_scale < 0: raise ValueError(f'`kl_weight` and `noise_scale` must not be negative, got {kl_weight} and {noise_scale}')
-        if perturb is not None and not (perturb := list(perturb)): raise ValueError('`perturb` must hold at least one function')
-        super().__init__(bn, rng)
-        self.variant, self.spec, self.perturb, self.kl = variant, spec, perturb, kl
-        self.rho = rho
-        self.kl_weight, self.grad_at, self.noise_scale, self.first_step, self.seed, self.share_trunk = kl_weight, grad_at, noise_scale, first_step, seed, share_trunk
-        self.generator = self._state = None
+def _code_presets(model, variant, scale):
+    "Return the same for the released code: noise on kernels, or two biases; variant 3's divergence turned."
+    std = 1e-4 * scale
+    if variant == 1: return [weight_noise(std, min_ndim=2)], 'clean_to_aux'
+    if variant == 3: return [gradient_ascent(1e-3, std, min_ndim=2)], 'aux_to_clean'
+    _, dense = _last_conv_and_dense(model) # a model without convolution is refused here, too
+    second = getattr(model, 'code_array', None) or _second_conv_bias(model)
+    times = layer_noise(f'{dense}.bias', .1 * scale, multiply=True)
+    return [times, layer_noise(second, .1 * scale)], 'aux_to_clean'
 
-    def teachers(self) -> tuple: # List of functions, and 'clean_to_aux' or 'aux_to_clean'
-        "Perturbations and direction of the divergence, as the attributes stand now."
-        own = self.perturb if self.rho is None else [normalized_ascent(self.rho)]
-        fns, kl = (own, 'clean_to_aux') if own is not None else _presets(unwrapped(self.model), self.variant, self.spec, self.noise_scale)
-        return fns, self.kl or kl
+# %% ../../nbs/methods/40_sadt.ipynb #c0e02823
+class _SeededNoise:
+    "A random generator on the parameters' device, made from `seed` at the first batch, with a state to save."
+    seed, generator, _state = 0, None, None
 
+    def _generator_on(self, device):
+        if self.generator is None or self.generator.device.type != device.type:
+            self.generator = torch.Generator(device).manual_seed(self.seed)
+            if self._state is not None: self.generator.set_state(self._state)
+            self._state = None
+        return self.generator
+
+    def state_dict(self): return {} if self.generator is None else dict(generator=self.generator.get_state())
+    def load_state_dict(self, state): self.generator, self._state = None, state.get('generator')
+
+# %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
+class _MicroBatch(NamedTuple):
+    "What the extra passes need to know of a first pass."
+    xb: tuple              # Inputs
+    yb: tuple              # Targets
+    q: Tensor              # `(n, classes)` logits, constant
+    rng_state: tuple|None  # Random state at its start, for `rng='replay'`
+
+def _backward_at_aux(sadt, params, delta, micro, divergence):
+    "Add the gradient at `w_aux` of the divergence between `q` and the teacher."
+    def loss(aux, *yb): return divergence(micro.q, aux)
+    with perturbed(params, delta, sadt.scratch): sadt.replay(rng_state=micro.rng_state, loss_func=loss)
+
+def _backward_shared(sadt, deltas, micro, divergence):
+    "Add the gradients of several teachers at once; the layers that they have in common run once."
+    def forward(*xb): return shared_forward(sadt.model, deltas, *xb)
+    def loss(preds, *yb): return sum(divergence(micro.q, aux) for aux in preds)
+    sadt.replay(rng_state=micro.rng_state, forward=forward, loss_func=loss)
+
+def _backward_at_up(sadt, params, delta, micro, divergence):
+    "Add the gradient at `w_up` of the divergence between the network and the teacher, which is a constant."
+    with perturbed(params, delta, sadt.scratch): aux = sadt.replay(rng_state=micro.rng_state, backward=False)
+    def loss(pred, *yb): return divergence(pred, aux)
+    sadt.replay(rng_state=micro.rng_state, loss_func=loss)
+
+# %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
+def _can_share(sadt, fns):
+    "Return whether one pass can serve all teachers. Compiled and distributed models need a pass for each."
+    if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
+    one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
+    return one_layer_each and unwrapped(sadt.model) is sadt.learn.model
+
+def _add_gradients(sadt, params, deltas, micro_batches, kl):
+    "Add the gradients of one teacher, or of several that share a pass, over all micro-batches."
+    learn = sadt.learn
+    batch = learn.xb, learn.yb
+    def divergence(clean, aux): return sadt.kl_weight * _divergence(clean, aux, kl)
+    try:
+        for micro in micro_batches:
+            learn.xb, learn.yb = micro.xb, micro.yb
+            if len(deltas) > 1: _backward_shared(sadt, deltas, micro, divergence)
+            elif sadt.grad_at == 'up': _backward_at_up(sadt, params, deltas[0], micro, divergence)
+            else: _backward_at_aux(sadt, params, deltas[0], micro, divergence)
+    finally: learn.xb, learn.yb = batch
+
+# %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
+def _add_first_gradients(params, g_up):
+    "Add `g_up` to `.grad`; a parameter that no teacher has reached gets `g_up` alone."
+    both = [n for n, p in params.items() if p.grad is not None]
+    if both: torch._foreach_add_([params[n].grad for n in both], [g_up[n] for n in both])
+    for n, p in params.items():
+        if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may write into it
+
+class _TwoSteps(ExtraPass):
+    "The events of SADT's two steps; `SADT` has the options and says where the teachers are."
     def before_fit(self):
         super().before_fit()
         self.teachers() # raises here, and not in mid-epoch, if the model lacks a layer
@@ -166,62 +237,96 @@ class SADT(ExtraPass):
     def before_batch(self): self.step_grads.hold = not self.first_step
 
     def before_backward(self):
-        if not self.replaying: self._micro.append((self.xb, self.yb, self.pred.detach().clone(), self.rng_state)) # a copy: CUDA graphs write every prediction into the same memory
+        if self.replaying: return
+        q = self.pred.detach().clone() # a copy: CUDA graphs write every prediction into the same memory
+        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state))
 
     def after_step(self):
-        micro, self._micro = self._micro, []
+        micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
-        if g_up is None: return # an overflow refused the step
+        if g_up is None: return # the first step was skipped after an overflow
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
         for p in params.values(): p.grad = None
-        self._teach(params, g_up, micro)
+        self._add_teachers(params, g_up, micro_batches)
 
         def second_step():
-            both = [n for n, p in params.items() if p.grad is not None]
-            if both: torch._foreach_add_([params[n].grad for n in both], [g_up[n] for n in both])
-            for n, p in params.items():
-                if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may write into it, and `StepGrads` keeps its own
+            _add_first_gradients(params, g_up)
             self.learn._step()
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
-
-    def _teach(self, params, g_up, micro):
-        "Leave the sum of the teachers' gradients in `.grad`."
-        (fns, kl), generator = self.teachers(), self._generator(params)
-        shared = (self.share_trunk and self.grad_at == 'aux' and len(fns) > 1 and all(isinstance(fn, layer_noise) for fn in fns)
-                  and unwrapped(self.model) is self.learn.model)
-        groups = [[fn] for fn in fns] if not shared else [fns]
-        batch = self.xb, self.yb
-        try:
-            for group in groups:
-                deltas = [fn(params, g_up, generator) for fn in group]
-                if not self.kl_weight: continue # the noise must not depend on when a schedule is at zero
-                for self.learn.xb, self.learn.yb, q, rng_state in micro: self._teach_batch(params, deltas, q, kl, rng_state)
-        finally: self.learn.xb, self.learn.yb = batch
-
-    def _teach_batch(self, params, deltas, q, kl, rng_state):
-        "Add one micro-batch's gradient of the divergence from one teacher, or from several on a shared trunk."
-        def div(clean, aux): return self.kl_weight * (kl_div(clean, aux) if kl == 'clean_to_aux' else kl_div(aux, clean))
-        if len(deltas) > 1:
-            self.replay(rng_state=rng_state, forward=lambda *xb: shared_forward(self.model, deltas, *xb), loss_func=lambda preds, *yb: sum(div(q, aux) for aux in preds))
-        elif self.grad_at == 'up': # the caption's reading: the teacher's prediction is a constant, the gradient is that at w_up
-            with perturbed(params, deltas[0], self.scratch): aux = self.replay(rng_state=rng_state, backward=False)
-            self.replay(rng_state=rng_state, loss_func=lambda pred, *yb: div(pred, aux))
-        else:
-            with perturbed(params, deltas[0], self.scratch): self.replay(rng_state=rng_state, loss_func=lambda aux, *yb: div(q, aux))
-
-    def _generator(self, params):
-        device = next(iter(params.values())).device
-        if self.generator is None or self.generator.device.type != device.type:
-            self.generator = torch.Generator(device).manual_seed(self.seed)
-            if self._state is not None: self.generator.set_state(self._state)
-            self._state = None
-        return self.generator
 
     def after_fit(self):
         super().after_fit()
         self._micro = []
         self.learn.remove_cb(StepGrads)
 
-    def state_dict(self): return {} if self.generator is None else dict(generator=self.generator.get_state())
-    def load_state_dict(self, state): self.generator, self._state = None, state.get('generator')
+# %% ../../nbs/methods/40_sadt.ipynb #9f8403e5
+def _check_choice(name, value, choices):
+    "Raise `ValueError` if `value` is none of the `choices`."
+    if value in choices: return
+    *first, last = map(repr, choices)
+    raise ValueError(f"`{name}` must be {', '.join(first)} or {last}, got {value!r}")
+
+def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho):
+    "Raise `ValueError` for options out of range, and for two that exclude each other."
+    _check_choice('variant', variant, (1, 2, 3))
+    _check_choice('spec', spec, ('paper', 'code'))
+    if kl is not None: _check_choice('kl', kl, ('clean_to_aux', 'aux_to_clean'))
+    _check_choice('grad_at', grad_at, ('aux', 'up'))
+    if rho is not None and rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
+    if rho is not None and perturb is not None:
+        raise ValueError('`rho` takes the place of `perturb`; give one of the two')
+    if kl_weight < 0 or noise_scale < 0:
+        raise ValueError('`kl_weight` and `noise_scale` must not be negative, '
+                         f'got {kl_weight} and {noise_scale}')
+
+# %% ../../nbs/methods/40_sadt.ipynb #e658391a
+class SADT(_SeededNoise, _TwoSteps):
+    """Makes two optimizer steps per batch, the second with `g_up + sum(g_aux)` of perturbed teachers
+    (Fahim & Boutellier 2022, section 3.1).
+
+    Gradient transformations that run in `before_step`, such as clipping, act on `g_up` only. Raises
+    `ValueError` for arguments out of range, and before training starts if variant 2 finds no convolution or
+    no dense layer."""
+    def __init__(self,
+        variant=1,       # 1: noise everywhere; 2: two teachers, last convolution, last dense layer; 3: ascent
+        spec='paper',    # Presets as the 'paper' describes them or as the released 'code' has them
+        perturb=None,    # Functions `(params, grads, generator) -> deltas`, one per teacher; `None`: a preset
+        kl=None,         # 'clean_to_aux': KL(q || teacher); 'aux_to_clean': KL(teacher || q); `None`: preset
+        kl_weight=1.,    # Factor of the divergence, >= 0; at 0 no extra pass, the second step is on `g_up`
+        grad_at='aux',   # 'aux': gradient at `w_aux`; 'up': teacher fixed, gradient at `w_up` (Figure 1)
+        noise_scale=1.,  # Multiplies the presets' standard deviations, >= 0; 0: no noise
+        rho=None,        # One teacher this far uphill, as in SAM, instead of a preset; `None`: no such one
+        first_step=True, # False: no step before the teachers; a batch makes one step with `g_up + sum(g_aux)`
+        bn='keep',       # BatchNorm statistics in the extra passes: 'keep' or 'update'
+        rng='fresh',     # Dropout masks in the extra passes: 'fresh' or 'replay'
+        seed:int=0,      # Of the noise
+        share_trunk=True,# Run the common layers of `layer_noise` teachers once; False: a full pass each
+    ):
+        _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
+        if perturb is not None: perturb = list(perturb)
+        if perturb == []: raise ValueError('`perturb` must hold at least one function')
+        super().__init__(bn, rng)
+        self.variant, self.spec, self.noise_scale = variant, spec, noise_scale
+        self.perturb, self.rho, self.seed = perturb, rho, seed
+        self.kl, self.kl_weight, self.grad_at = kl, kl_weight, grad_at
+        self.first_step, self.share_trunk = first_step, share_trunk
+
+    def teachers(self) -> tuple: # List of functions, and 'clean_to_aux' or 'aux_to_clean'
+        "Return the perturbations and the direction of the divergence, as the attributes are now."
+        presets = _paper_presets if self.spec == 'paper' else _code_presets
+        kl = 'clean_to_aux'
+        if self.rho is not None: fns = [normalized_ascent(self.rho)]
+        elif self.perturb is not None: fns = self.perturb
+        else: fns, kl = presets(unwrapped(self.model), self.variant, self.noise_scale)
+        return fns, self.kl or kl
+
+    def _add_teachers(self, params, g_up, micro_batches):
+        "Leave the sum of the teachers' gradients in `.grad`."
+        fns, kl = self.teachers()
+        generator = self._generator_on(next(iter(params.values())).device)
+        groups = [[fn] for fn in fns]
+        if _can_share(self, fns): groups = [fns]
+        for group in groups:
+            deltas = [fn(params, g_up, generator) for fn in group] # at weight 0, too: later noise stays
+            if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)

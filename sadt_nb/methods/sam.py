@@ -15,7 +15,8 @@ from ..core.perturb import ascent, perturbed, trainable_params, weight_sizes
 # %% ../../nbs/methods/20_sam.ipynb #67637059
 def _ascent(params, grads, rho, adaptive, scratch=None):
     "SAM's perturbation by name; `grads` are overwritten."
-    return ascent(grads, rho, weight_sizes(params, grads, scratch=scratch) if adaptive else None) # adaptive: T = |w|
+    sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None # the diagonal of T = |w|
+    return ascent(grads, rho, sizes)
 
 def sam_step(
     model:torch.nn.Module, # Its parameters are those that `optimizer` steps
@@ -39,22 +40,26 @@ def sam_step(
 class SAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
-    Under gradient accumulation every micro-batch is perturbed along its own gradient. Raises `ValueError` for a
-    radius that is not positive, an interval below 1, or an unknown policy."""
+    Under gradient accumulation every micro-batch is perturbed along its own gradient. Raises `ValueError`
+    for a radius that is not positive, an interval below 1, or an unknown policy."""
     def __init__(self,
         rho=.05,        # Radius in weight space, > 0; read at every batch
         adaptive=False, # Measure the radius relative to each weight's size (`T = |w|`); then `rho` is about 2
-        interval=1,     # Extra pass at every interval-th optimizer step, the first included; plain steps in between
+        interval=1,     # Extra pass at every interval-th optimizer step, the first included; others are plain
         bn='update',    # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
-        if rho <= 0: raise ValueError(f'`rho` must be positive, got {rho}; use the plain optimizer for no perturbation')
+        if rho <= 0:
+            raise ValueError(f'`rho` must be positive, got {rho}; '
+                             'use the plain optimizer for no perturbation')
         if interval < 1: raise ValueError(f'`interval` must be at least 1, got {interval}')
         super().__init__(bn, rng)
         self.rho, self.adaptive, self.interval, self.steps = rho, adaptive, interval, 0
 
     def active(self): return self.steps % self.interval == 0
-    def perturbation(self, params, grads): return _ascent(params, grads, self.rho, self.adaptive, self.scratch)
+
+    def perturbation(self, params, grads):
+        return _ascent(params, grads, self.rho, self.adaptive, self.scratch)
 
     def after_step(self):
         super().after_step()

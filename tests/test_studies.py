@@ -1,68 +1,132 @@
-"The results that are committed as data: complete, unedited by hand as far as their hashes tell, and part of a published table."
+"The committed results: complete, unedited as far as their hashes show, and part of a published table."
+import hashlib
 import json
 import math
 
 import pytest
+from sadt_nb.commands import cli
 from sadt_nb.data.datasets import get_dls
-from sadt_nb.experiments import cli
+from sadt_nb.experiments.archive import ARCHIVE, PARTS, read_archive, read_part
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.papers import PAPER_GRIDS, paper_grid
 from sadt_nb.experiments.report import load_results, published
 from sadt_nb.experiments.runner import evaluate, load_model, unpacked
 from sadt_nb.experiments.sweep import SWEEPS, case_of
+from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid
 
 STORED = published()
-FOLDERS = sorted(f.parent for f in STORED.glob('*/*/config.json'))
+STUDIES = sorted(f.parent for f in STORED.glob(f'*/{ARCHIVE}'))
+RUNS = [] # pairs of a folder, `published/STUDY/RUN`, and the parts of the run
+for _study in STUDIES:
+    for _name, _parts in read_archive(_study).items():
+        if not _name.startswith('ensembles/'): RUNS.append((_study / _name, _parts))
 
-def test_every_stored_run_is_whole_and_is_where_its_configuration_says():
-    for folder in FOLDERS:
-        run, result, history = Run.from_dict(json.loads((folder / 'config.json').read_text())), *(json.loads((folder / f).read_text()) for f in ('result.json', 'history.json'))
+
+def stored_run(parts): return Run.from_dict(parts['config'])
+
+
+def test_every_stored_run_is_complete_and_is_named_by_its_configuration():
+    for folder, parts in RUNS:
+        run, result, history = stored_run(parts), parts['result'], parts['history']
         assert folder.name == run.name, 'the configuration or the way it is hashed has changed'
-        assert result['status'] == 'finished' and len(history) == result['epochs'] == math.ceil(run.epochs)
-        assert {'torch', 'fastai'} <= result['versions'].keys() and result['hardware']['cpu'] and result['code']['source']
-        assert history[-1]['steps'] == result['steps'] and history[-1]['forwards'] == result['forwards']
-        assert 0 <= result['accuracy'] <= 1 and 0 <= result['accuracy_bn'] <= 1
-        assert {f.name for f in folder.iterdir()} <= {'config.json', 'result.json', 'history.json', 'measures.json', 'weights.safetensors', 'weights.sha256'}
+        assert result['status'] == 'finished'
+        assert len(history) == result['epochs'] == math.ceil(run.epochs)
+        assert {'torch', 'fastai'} <= result['versions'].keys()
+        assert result['hardware']['cpu']
+        assert result['code']['source']
+        assert history[-1]['steps'] == result['steps']
+        assert history[-1]['forwards'] == result['forwards']
+        assert 0 <= result['accuracy'] <= 1
+        assert 0 <= result['accuracy_bn'] <= 1
+        assert parts.keys() <= set(PARTS)
 
 
-def test_the_stored_bits_of_right_images_are_the_stored_accuracies():
+def test_a_folder_beside_an_archive_holds_weights_and_nothing_else():
+    for study in STUDIES:
+        for folder in study.iterdir():
+            if not folder.is_dir(): continue
+            assert {f.name for f in folder.iterdir()} == {'weights.safetensors', 'weights.sha256'}
+
+
+# SHA-256 of what the 4,099 JSON files held, of which the results consisted until 28 November 2026
+FILES_BEFORE = '36454aa30ae20af854a8e2d4967f9aeebeb4499dfea24207b852cc5eefaa341f'
+MOVED = '2026-11-28' # runs that began later were never files
+
+
+def began_before(parts): return parts['result'].get('started', '') < MOVED # an ensemble has no such time
+
+
+def test_the_archives_hold_what_the_files_held():
+    lines = []
+    for study in STUDIES:
+        for name, parts in read_archive(study).items():
+            if not began_before(parts): continue
+            for part, content in parts.items():
+                key = f'{study.name}/{name}'
+                if not name.startswith('ensembles/'): key += f'/{part}'
+                lines.append(f'{key} {hashlib.sha256(json.dumps(content).encode()).hexdigest()}')
+    assert len(lines) == 4099
+    assert hashlib.sha256('\n'.join(sorted(lines)).encode()).hexdigest() == FILES_BEFORE
+
+
+def test_the_stored_bits_of_right_images_give_the_stored_accuracies():
     seen = 0
-    for folder in FOLDERS:
-        result = json.loads((folder / 'result.json').read_text())
-        if 'right' not in result: continue # trained before they were kept
+    for folder, parts in RUNS:
+        result = parts['result']
+        if 'right' not in result: continue # older runs have no such bits
         n = result['data_facts']['test']
         for bits, accuracy in (('right', 'accuracy'), ('right_bn', 'accuracy_bn')):
             assert unpacked(result[bits], n).mean() == pytest.approx(result[accuracy], abs=1e-9), folder
         seen += 1
-    assert seen or not any(f.parent.name == 'fast' for f in FOLDERS)
+    assert seen or not any(study.name == 'fast' for study in STUDIES)
+
+
+def names_of_table_runs(amp):
+    "The names of all runs of all tables, in one precision."
+    names = set()
+    for grid in PAPER_GRIDS: names |= {p.run.name for p in paper_grid(grid, amp=amp)}
+    return names
 
 
 def test_every_stored_run_belongs_to_a_table_or_a_search():
-    known = {amp: {p.run.name for name in PAPER_GRIDS for p in paper_grid(name, amp=amp)} for amp in ('', 'bf16')}
-    for folder in FOLDERS:
-        if folder.name in known['bf16' if folder.parent.name == 'table1' else '']: continue # one precision per folder, so that its rows can be compared
-        assert (cases := SWEEPS.get(folder.parent.name)), f'{folder} is of no table, and its folder has the name of no search'
-        assert case_of(Run.from_dict(json.loads((folder / 'config.json').read_text())), cases()), folder
+    "A folder holds runs of one precision, so that its rows can be compared."
+    float32 = names_of_table_runs('')
+    bf16 = names_of_table_runs('bf16')
+    for folder, parts in RUNS:
+        study = folder.parent.name
+        known = bf16 if study == 'table1' else float32
+        if folder.name in known: continue
+        assert study in SWEEPS, f'{folder} is of no table, and its folder has the name of no search'
+        cases = SWEEPS[study]
+        assert case_of(stored_run(parts), cases()), folder
 
 
 def test_published_results_are_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(load_results('published')) == len(FOLDERS)
-    assert len(load_results('published/cifar_small')) == len([f for f in FOLDERS if f.parent.name == 'cifar_small'])
+    assert len(load_results('published')) == len(RUNS)
+    of_one_study = [f for f, _ in RUNS if f.parent.name == 'cifar_small']
+    assert len(load_results('published/cifar_small')) == len(of_one_study)
     studies = ', '.join(sorted(f.name for f in STORED.iterdir() if f.is_dir()))
-    with pytest.raises(FileNotFoundError, match=f'no published study .flowers.; choose one of {studies}$'): load_results('published/flowers')
+    message = f'no published study .flowers.; choose one of {studies}$'
+    with pytest.raises(FileNotFoundError, match=message): load_results('published/flowers')
     cli.sadt_report('sadt/notebook20', root='published/notebook20')
-    assert (tmp_path / 'sadt-notebook20.html').exists() and not (tmp_path / 'published').exists(), 'pages go here, not into the package, and do not hide it'
+    assert (tmp_path / 'sadt-notebook20.html').exists(), 'a page is written into the working folder'
+    assert not (tmp_path / 'published').exists(), 'no new folder hides the published results of the package'
     (tmp_path / 'published').mkdir()
     with pytest.raises(FileNotFoundError, match='no runs below published'): load_results('published')
 
 
-@pytest.mark.parametrize('file', sorted(STORED.rglob('weights.safetensors')), ids=lambda f: f.parent.name)
-def test_published_weights_have_the_accuracy_that_stands_beside_them(file):
+WEIGHTS = sorted(STORED.rglob('weights.safetensors'))
+
+
+@pytest.mark.parametrize('file', WEIGHTS, ids=lambda f: f.parent.name)
+def test_published_weights_have_their_stored_accuracy(file):
+    "Other roundings may change the answer for a few of 10,000 images."
     pytest.importorskip('safetensors', reason='published weights need pip install sadt_nb[weights]')
-    run = Run.from_dict(json.loads((file.parent / 'config.json').read_text()))
+    study, name = file.parents[1], file.parent.name
+    run = Run.from_dict(read_part(study, name, 'config'))
     try: test = get_dls(run.data, bs=500, device='cpu')[2]
     except FileNotFoundError: pytest.skip('CIFAR-10 is not at hand; set SADT_DATA')
-    found = evaluate(load_model(run, file.parents[1], 10), test)
-    stored = json.loads((file.parent / 'result.json').read_text())
-    assert found['accuracy'] == pytest.approx(stored['accuracy'], abs=3e-4) and found['loss'] == pytest.approx(stored['loss'], rel=1e-3), 'other roundings may turn a few of 10,000 images'
+    found = evaluate(load_model(run, study, 10), test)
+    stored = read_part(study, name, 'result')
+    assert found['accuracy'] == pytest.approx(stored['accuracy'], abs=3e-4)
+    assert found['loss'] == pytest.approx(stored['loss'], rel=1e-3)

@@ -9,6 +9,7 @@ __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SELECT', 'COMPILE', 'Run']
 import hashlib, json, math
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,144 +24,190 @@ SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart', 'triangle')
 SELECT = ('last', 'valid', 'test')
 COMPILE = ('', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
-def _frozen(v): return tuple(_frozen(x) for x in v) if isinstance(v, (list, tuple)) else v # JSON knows lists only
+def _whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 0
+def _at_least_one(v): return _whole(v) and v >= 1
+def _positive(v): return v > 0
+def _not_negative(v): return v >= 0
+def _below_one(v): return isinstance(v, (int, float)) and 0 <= v < 1
+def _share(v): return 0 <= v <= 1
+def _angle(v): return 0 <= v <= 180
+def _level(v): return _whole(v) and v <= 2
+def _flips(v): return isinstance(v, bool) or v == 'alternate'
 
-def _pairs(d): return tuple(sorted((k, _frozen(v)) for k, v in dict(d).items()))
+class _Check(NamedTuple):
+    field: str
+    accepts: object # A function of the value, or the values themselves
+    must: str       # What the value must be or do
+
+_CHECKS = (
+    _Check('bs', _at_least_one, 'be a whole number of at least 1'),
+    _Check('lr', _positive, 'be positive'),
+    _Check('valid', _below_one, 'lie in [0, 1)'),
+    _Check('cutmix', _not_negative, 'not be negative'),
+    _Check('crop', _not_negative, 'not be negative'),
+    _Check('rotate', _angle, 'lie in [0, 180]'),
+    _Check('cutout', _not_negative, 'not be negative'),
+    _Check('amp', ('', 'bf16', 'fp16'), "be 'bf16', 'fp16' or empty"),
+    _Check('compile', COMPILE, f'be True or one of {", ".join(map(repr, COMPILE))}'),
+    _Check('resized_crop', _share, 'lie in [0, 1]'),
+    _Check('track', _whole, 'be a whole number of at least 0'),
+    _Check('clip', _not_negative, 'not be negative'),
+    _Check('flip', _flips, "be True, False or 'alternate'"),
+    _Check('pad_mode', PAD_MODES, "be 'zeros' or 'reflect'"),
+    _Check('label_smoothing', _below_one, 'lie in [0, 1)'),
+    _Check('lookahead', _whole, 'be a whole number of batches, 0 for never'),
+    _Check('views', _level, 'be 0, 1 or 2'),
+)
+_CHOICES = dict(model=MODELS, method=METHODS, opt=OPTIMIZERS, sched=SCHEDULES, select=SELECT)
+
+def _check_values(run):
+    "Raise `ValueError` for the first value that its field does not take."
+    for field, accepts, must in _CHECKS:
+        value = getattr(run, field)
+        right = accepts(value) if callable(accepts) else value in accepts
+        if not right: raise ValueError(f'`{field}` must {must}, got {value!r}')
+    for field, known in _CHOICES.items():
+        value = getattr(run, field)
+        if value not in known:
+            raise ValueError(f'unknown {field} {value!r}; choose one of {", ".join(known)}')
+
+# %% ../../nbs/experiments/80_config.ipynb #7314ecc0
+def _frozen(v):
+    "Tuples for lists, at every depth: JSON knows lists only."
+    return tuple(_frozen(x) for x in v) if isinstance(v, (list, tuple)) else v
+
+def _pairs(options): return tuple(sorted((k, _frozen(v)) for k, v in dict(options).items()))
+
+def _set(run, **values):
+    for k, v in values.items(): object.__setattr__(run, k, v)
+
+def _normal_form(run):
+    "Write equal configurations equally."
+    for k in ('data_args', 'model_args', 'method_args', 'opt_args'): _set(run, **{k: _pairs(getattr(run, k))})
+    if isinstance(run.compile, bool): _set(run, compile='default' if run.compile else '')
+    _set(run, normalize=_frozen(run.normalize))
+    teachers = (run.teachers,) if isinstance(run.teachers, Run) else tuple(run.teachers)
+    _set(run, teachers=teachers)
+
+def _check_epochs(run):
+    "At least one epoch, or none for a network that comes with weights; stored as an integer where it is one."
+    options = dict(run.model_args)
+    least = 0 if options.get('pretrained') or options.get('zero_shot') else 1
+    n = run.epochs
+    number = isinstance(n, (int, float)) and not isinstance(n, bool)
+    if not number or not (1 <= n < math.inf or n == least):
+        raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
+    if n == int(n): _set(run, epochs=int(n))
 
 def _is_mean_and_std(pair):
-    "Two finite numbers, or two triples of them, one per channel, the second above 0."
+    "Whether this is two finite numbers, or two triples of them, one per channel, the second above 0."
     if not isinstance(pair, tuple) or len(pair) != 2: return False
     try: mean, std = (np.asarray(v, dtype=float) for v in pair)
     except (TypeError, ValueError): return False
     whole = all(v.shape in ((), (3,)) and np.isfinite(v).all() for v in (mean, std))
     return whole and bool((std > 0).all())
 
-@lru_cache(None) # a grid asks for the same few networks hundreds of times
+def _check_images(run):
+    "Augmentation and normalisation."
+    if run.autoaugment: AutoAugment(run.autoaugment)
+    if run.resized_crop and run.crop:
+        raise ValueError(f'`crop` must be 0 with `resized_crop`, got {run.crop} and {run.resized_crop}')
+    if run.pad_mode != 'zeros' and not run.crop:
+        advice = f'set `crop` above 0, or leave {run.pad_mode!r} out'
+        raise ValueError(f'`pad_mode` is the border of a random crop; {advice}')
+    if run.cutout_inside and not run.cutout:
+        raise ValueError('`cutout_inside` places a square that has no size; set `cutout` above 0')
+    if run.normalize not in ('', 'data') and not _is_mean_and_std(run.normalize):
+        allowed = "'data', empty, or a pair (mean, std) of numbers or of three each, std above 0"
+        raise ValueError(f'`normalize` must be {allowed}, got {run.normalize!r}')
+
+# %% ../../nbs/experiments/80_config.ipynb #b802159e
+def _check_training(run):
+    "Optimizer, schedule, and the epoch that is kept."
+    unknown = set(dict(run.opt_args)) - {'momentum', 'weight_decay', 'bias_scale'}
+    if run.opt == 'decoupled_sgd' and unknown:
+        given = ', '.join(sorted(unknown))
+        raise ValueError('`opt_args` of decoupled_sgd are momentum, weight_decay and bias_scale, '
+                         f'got {given}; the batch size is `bs`')
+    if run.sched == 'restart' and (run.opt == 'decoupled_sgd' or run.epochs != int(run.epochs)):
+        raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; "
+                         'take another `opt`, `epochs` or `sched`')
+    if run.select != 'last' and not run.epochs:
+        raise ValueError(f"select={run.select!r} needs epochs to choose from, got none; use 'last'")
+    if run.select == 'valid' and not run.valid:
+        raise ValueError("select='valid' needs validation images; set `valid` above 0")
+
+def _split(run):
+    "What decides which images are held out for validation."
+    return run.valid, run.seed if run.split is None else run.split
+
+def _check_teacher(run, teacher):
+    "A teacher has learnt the same data, and none of the images that its student is validated on."
+    if not isinstance(teacher, Run):
+        raise ValueError(f'a teacher is given as its `Run`, got {type(teacher).__name__}')
+    if teacher.data != run.data:
+        raise ValueError(f'the teacher learnt {teacher.data}, the student is to learn {run.data}')
+    if teacher.normalize != run.normalize:
+        raise ValueError(f'the teacher saw images with normalize={teacher.normalize!r}, '
+                         f'the student has {run.normalize!r}; give both the same')
+    if run.valid and _split(teacher) != _split(run):
+        raise ValueError('the teacher was trained on images that the student holds out for validation; '
+                         'give both the same `split` and `valid`')
+
+def _check_method(run):
+    "The method's options, and teachers where it needs them."
+    needs_teacher = METHODS[run.method].needs_teacher
+    if bool(run.teachers) != needs_teacher:
+        problem = 'needs `teachers`, one run or several' if needs_teacher else 'has no teachers'
+        raise ValueError(f'method {run.method} {problem}')
+    for teacher in run.teachers: _check_teacher(run, teacher)
+    options = dict(run.method_args)
+    if needs_teacher: options['teacher'] = None
+    make_method(run.method, **options) # says what is wrong with an option
+
+@lru_cache(None) # a grid checks the same few networks hundreds of times
 def _check_model(name, args):
     "Raise `ValueError` if the network cannot be built."
     try:
         with torch.device('meta'): make_model(name, **dict(args)) # without memory for weights
     except ImportError: pass # an extra that is needed where the run is made, not where it is listed
 
-@dataclass(frozen=True)
-class Run:
-    """One training run. Raises `ValueError` for any value that could not be trained with.
+def _check(run):
+    "Bring a configuration into its normal form and raise `ValueError` for what cannot be trained."
+    _normal_form(run)
+    _check_epochs(run)
+    _check_values(run)
+    _check_images(run)
+    _check_training(run)
+    _check_method(run)
+    _check_model(run.model, run.model_args)
 
-    Options of data set, model, method and optimizer are given as dicts and kept as sorted pairs."""
-    data: str = 'digits'         # A name in `DATASETS`, or an image folder
-    model: str = 'simple_cnn'    # A name in `MODELS`
-    method: str = 'baseline'     # A name in `METHODS`
-    epochs: float = 10           # Passes over the training data, >= 1, such as 10 or 9.9; 0 for a network that comes with weights, to teach as it is
-    bs: int = 128                # Images per batch, >= 1
-    lr: float = 1e-3             # Largest learning rate, > 0; for decoupled_sgd per 1,024 images, see `decoupled_groups`
-    seed: int = 0                # Of weights, split, order, augmentation and the method's noise, each from its own generator
-    data_args: tuple = ()        # Options of the data set: `noise`
-    model_args: tuple = ()       # Options of the model: `init`, `bottleneck`, `dropout`
-    method_args: tuple = ()      # Options of the method: `rho`, `spec`
-    opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam' (TensorFlow's), 'sgd' or 'decoupled_sgd', airbench's
-    opt_args: tuple = ()         # `weight_decay` and, for sgd and decoupled_sgd, `momentum`; for decoupled_sgd also `bias_scale`
-    sched: str = 'cosine'        # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, 'thirds': after every third of them, 'restart': the released SADT notebook's, or 'triangle': airbench's
-    valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
-    n_train: int | None = None   # Train on so many images only
-    cutmix: float = 0.           # Alpha of CutMix, 0 for none
-    crop: int = 0                # Border in pixels for random crops, 0 for none
-    flip: bool | str = False     # Mirror training images: True a random half, 'alternate' a fixed half and the other half in turn, epoch by epoch
-    channels_last: bool = True   # Memory format; faster, and other roundings
-    clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
-    select: str = 'last'         # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data
-    split: int | None = None     # Seed of the split into training and validation images, if it is not `seed`
-    rotate: float = 0.           # Largest angle in degrees by which training images are turned
-    autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
-    cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
-    amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
-    resized_crop: float = 0.     # Least share of an image's area that is cut out at random and enlarged, 0.08 for Inception's; 0 for none; not together with `crop`
-    compile: str = ''            # `torch.compile` the network: True or 'default', or 'reduce-overhead' (CUDA graphs); it needs a C++ compiler; '' for not. Evaluation is not compiled
-    tf32: bool = False           # On GPUs that have it, TF32 in matrix products as well; convolutions use it anyway
-    track: int = 0               # Record SAM's sharpness (radius 0.05, 1,000 training images without augmentation) after every so many epochs; 0 for never
-    pad_mode: str = 'zeros'      # What the border of `crop` shows: 'zeros', or 'reflect' for the image mirrored at its edge
-    cutout_inside: bool = False  # Cutout's square lies inside the image as a whole, as airbench draws it
-    normalize: str | tuple = ''  # Of images in [0, 1]: 'data' subtracts the mean and divides by the deviation of the training images' channels; a pair (mean, std), such as (.5, .5), does with these; '' for not
-    label_smoothing: float = 0.  # Share of a label that is spread over all classes, in [0, 1); in the training loss only
-    drop_last: bool = False      # Leave out a smaller last training batch
-    lookahead: int = 0           # Pull the weights to a slow average after so many batches, see `Lookahead`; 0 for never
-    views: int = 0               # Also store the accuracies of averaged views of test images, up to this level: 1 mirrored, 2 shifted too
-    teachers: tuple = ()         # The `Run`s of a distillation's teachers, or one `Run`; their logits are averaged
-
-    def __post_init__(self):
-        for k in ('data_args', 'model_args', 'method_args', 'opt_args'): object.__setattr__(self, k, _pairs(getattr(self, k)))
-        ready = any(dict(self.model_args).get(k) for k in ('pretrained', 'zero_shot'))
-        if not isinstance(self.bs, int) or self.bs < 1: raise ValueError(f'`bs` must be a whole number of at least 1, got {self.bs!r}')
-        self._check_epochs(0 if ready else 1)
-        self._check_recipe()
-        if not self.lr > 0: raise ValueError(f'`lr` must be positive, got {self.lr}')
-        if not 0 <= self.valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {self.valid}')
-        if self.cutmix < 0 or self.crop < 0: raise ValueError(f'`cutmix` and `crop` must not be negative, got {self.cutmix} and {self.crop}')
-        if not 0 <= self.rotate <= 180 or self.cutout < 0: raise ValueError(f'`rotate` must lie in [0, 180] and `cutout` must not be negative, got {self.rotate} and {self.cutout}')
-        if self.autoaugment: AutoAugment(self.autoaugment)
-        if self.amp not in ('', 'bf16', 'fp16'): raise ValueError(f"`amp` must be 'bf16', 'fp16' or empty, got {self.amp!r}")
-        object.__setattr__(self, 'compile', {True: 'default', False: ''}.get(self.compile, self.compile))
-        if self.compile not in COMPILE: raise ValueError(f"`compile` must be True or one of {', '.join(map(repr, COMPILE))}, got {self.compile!r}")
-        if not 0 <= self.resized_crop <= 1 or (self.resized_crop and self.crop): raise ValueError(f'`resized_crop` must lie in [0, 1], and `crop` be 0 with it, got {self.resized_crop} and {self.crop}')
-        if not isinstance(self.track, int) or self.track < 0: raise ValueError(f'`track` must be a whole number of at least 0, got {self.track!r}')
-        if self.clip < 0: raise ValueError(f'`clip` must not be negative, got {self.clip}')
-        for k, known in (('model', MODELS), ('method', METHODS), ('opt', OPTIMIZERS), ('sched', SCHEDULES), ('select', SELECT)):
-            if getattr(self, k) not in known: raise ValueError(f'unknown {k} {getattr(self, k)!r}; choose one of {", ".join(known)}')
-        if self.select != 'last' and not self.epochs: raise ValueError(f"select={self.select!r} needs epochs to choose from, got none; use 'last'")
-        if self.select == 'valid' and not self.valid: raise ValueError("select='valid' needs validation images; set `valid` above 0")
-        object.__setattr__(self, 'teachers', (self.teachers,) if isinstance(self.teachers, Run) else tuple(self.teachers))
-        taught = METHODS[self.method].taught
-        if bool(self.teachers) != taught: raise ValueError(f'method {self.method} {"needs `teachers`, one run or several" if taught else "has no teachers"}')
-        for t in self.teachers: self._check_teacher(t)
-        make_method(self.method, **(dict(teacher=None) if taught else {}), **dict(self.method_args)) # says what is wrong with an option
-        _check_model(self.model, self.model_args)
-
-    def _check_epochs(self, least):
-        "A number, stored as a whole one where it is whole: `Run(epochs=5.0)` is `Run(epochs=5)`."
-        n = self.epochs
-        number = isinstance(n, (int, float)) and not isinstance(n, bool)
-        if not number or not (1 <= n < math.inf or n == least):
-            raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
-        if n == int(n): object.__setattr__(self, 'epochs', int(n))
-
-    def _check_recipe(self):
-        "The fields of `core.recipe` and of the loader."
-        if not isinstance(self.flip, bool) and self.flip != 'alternate': raise ValueError(f"`flip` must be True, False or 'alternate', got {self.flip!r}")
-        if self.pad_mode not in PAD_MODES: raise ValueError(f"`pad_mode` must be 'zeros' or 'reflect', got {self.pad_mode!r}")
-        if self.pad_mode != 'zeros' and not self.crop: raise ValueError(f'`pad_mode` is the border of a random crop; set `crop` above 0, or leave {self.pad_mode!r} out')
-        if self.cutout_inside and not self.cutout: raise ValueError('`cutout_inside` places a square that has no size; set `cutout` above 0')
-        if not isinstance(self.label_smoothing, (int, float)) or not 0 <= self.label_smoothing < 1: raise ValueError(f'`label_smoothing` must lie in [0, 1), got {self.label_smoothing}')
-        if not isinstance(self.lookahead, int) or isinstance(self.lookahead, bool) or self.lookahead < 0: raise ValueError(f'`lookahead` must be a whole number of batches, 0 for never, got {self.lookahead!r}')
-        if isinstance(self.views, (bool, float)) or self.views not in (0, 1, 2): raise ValueError(f'`views` must be 0, 1 or 2, got {self.views!r}')
-        if self.opt == 'decoupled_sgd' and (unknown := set(dict(self.opt_args)) - {'momentum', 'weight_decay', 'bias_scale'}):
-            raise ValueError(f"`opt_args` of decoupled_sgd are momentum, weight_decay and bias_scale, got {', '.join(sorted(unknown))}; the batch size is `bs`")
-        if self.sched == 'restart' and (self.opt == 'decoupled_sgd' or self.epochs != int(self.epochs)):
-            raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; take another `opt`, `epochs` or `sched`")
-        object.__setattr__(self, 'normalize', _frozen(self.normalize))
-        if self.normalize in ('', 'data'): return
-        if not _is_mean_and_std(self.normalize):
-            raise ValueError(f"`normalize` must be 'data', empty, or a pair (mean, std) of numbers or of three each, std above 0, got {self.normalize!r}")
-
-    def _check_teacher(self, t):
-        if not isinstance(t, Run): raise ValueError(f'a teacher is given as its `Run`, got {type(t).__name__}')
-        if t.data != self.data: raise ValueError(f'the teacher learnt {t.data}, the student is to learn {self.data}')
-        if t.normalize != self.normalize: raise ValueError(f'the teacher saw images with normalize={t.normalize!r}, the student has {self.normalize!r}; give both the same')
-        mine, theirs = ((r.valid, r.seed if r.split is None else r.split) for r in (self, t))
-        if mine[0] and mine != theirs: raise ValueError('the teacher was trained on images that the student holds out for validation; give both the same `split` and `valid`')
-
+# %% ../../nbs/experiments/80_config.ipynb #e37f7b3b
+class _Configuration:
+    "A frozen dataclass with a key, a folder's name, and a form that JSON can hold."
     def to_dict(self) -> dict:
         "All fields, options as dicts, teachers as dicts of their own."
-        d = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: dict(v) if k.endswith('_args') else [t.to_dict() for t in v] if k == 'teachers' else v for k, v in d.items()}
+        found = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith('_args'): value = dict(value)
+            if field.name == 'teachers': value = [t.to_dict() for t in value]
+            found[field.name] = value
+        return found
 
     @classmethod
     def from_dict(cls, d:dict) -> 'Run':
         "The run that `to_dict` describes."
-        return cls(**{**d, 'teachers': tuple(cls.from_dict(t) for t in d.get('teachers', ()))})
+        teachers = tuple(cls.from_dict(t) for t in d.get('teachers', ()))
+        return cls(**{**d, 'teachers': teachers})
 
     @property
     def key(self) -> str: # 12 hexadecimal digits
         "Hash of the fields that differ from their defaults."
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value != field.default: changed[field.name] = value
         if self.teachers: changed['teachers'] = [t.key for t in self.teachers]
         return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -172,3 +219,59 @@ class Run:
     def but(self, **changes) -> 'Run':
         "A copy with some fields changed."
         return replace(self, **changes)
+
+# %% ../../nbs/experiments/80_config.ipynb #0dcb4548
+@dataclass(frozen=True)
+class Run(_Configuration):
+    """One training run. Raises `ValueError` for any value that could not be trained with.
+
+    Options of data set, model, method and optimizer are given as dicts and kept as sorted pairs."""
+    data: str = 'digits'         # A name in `DATASETS`, or an image folder
+    model: str = 'simple_cnn'    # A name in `MODELS`
+    method: str = 'baseline'     # A name in `METHODS`
+    # Passes over the training data, >= 1, such as 10 or 9.9; 0 for a network that comes with weights
+    epochs: float = 10
+    bs: int = 128                # Images per batch, >= 1
+    lr: float = 1e-3             # Largest learning rate, > 0; for decoupled_sgd per 1,024 images
+    seed: int = 0                # Of weights, split, order, augmentation and noise, a generator each
+    data_args: tuple = ()        # Options of the data set: `noise`
+    model_args: tuple = ()       # Options of the model: `init`, `bottleneck`, `dropout`
+    method_args: tuple = ()      # Options of the method: `rho`, `spec`
+    opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam', 'sgd' or 'decoupled_sgd' (airbench's)
+    opt_args: tuple = ()         # `weight_decay`, for sgd `momentum`, for decoupled_sgd `bias_scale` too
+    # 'cosine' to 0, 'constant', 'step': a tenth after every 30 epochs, 'thirds': after every third of them,
+    # 'restart': the released SADT notebook's, or 'triangle': airbench's
+    sched: str = 'cosine'
+    valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
+    n_train: int | None = None   # Train on so many images only
+    cutmix: float = 0.           # Alpha of CutMix, 0 for none
+    crop: int = 0                # Border in pixels for random crops, 0 for none
+    # Mirror training images: True a random half, 'alternate' a fixed half and the other half in turn
+    flip: bool | str = False
+    channels_last: bool = True   # Memory format; faster, and other roundings
+    clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
+    # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data
+    select: str = 'last'
+    split: int | None = None     # Seed of the split into training and validation images, if it is not `seed`
+    rotate: float = 0.           # Largest angle in degrees by which training images are turned
+    autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
+    cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
+    amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
+    # Least share of an image's area that is cut out at random and enlarged, 0.08 for Inception's; 0 for none
+    resized_crop: float = 0.
+    # `torch.compile` the network in training: 'default' or True, 'reduce-overhead' (CUDA graphs), '' for not
+    compile: str = ''
+    tf32: bool = False           # On GPUs that have it, TF32 in matrix products; convolutions use it anyway
+    track: int = 0               # Record SAM's sharpness (radius 0.05) every so many epochs; 0 for never
+    pad_mode: str = 'zeros'      # Border of `crop`: 'zeros', or 'reflect' for the image mirrored at its edge
+    cutout_inside: bool = False  # Cutout's square lies inside the image as a whole, as airbench draws it
+    # Images in [0, 1] minus a mean, divided by a deviation: 'data' for those of the training images'
+    # channels, or a pair such as (.5, .5); '' for not
+    normalize: str | tuple = ''
+    label_smoothing: float = 0.  # Share of a label spread over all classes, in [0, 1); in training only
+    drop_last: bool = False      # Leave out a smaller last training batch
+    lookahead: int = 0           # Pull the weights to a slow average after so many batches; 0 for never
+    views: int = 0               # Also evaluate averaged views of test images: 1 mirrored, 2 shifted too
+    teachers: tuple = ()         # The `Run`s of a distillation's teachers, or one; logits are averaged
+
+    def __post_init__(self): _check(self)

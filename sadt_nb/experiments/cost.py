@@ -21,14 +21,18 @@ from ..methods.registry import METHODS
 from ..models.registry import make_model
 
 # %% ../../nbs/experiments/87_cost.ipynb #d4de989e
-_IMAGES = dict(digits=1437, noisy_digits=1437, cifar10=50_000, noisy_cifar10=50_000, cifar100=50_000, svhn=73_257, tiny_imagenet=100_000, imagenet=1_281_167)
+_IMAGES = dict( # of the training set
+    digits=1437, noisy_digits=1437, cifar10=50_000, noisy_cifar10=50_000, cifar100=50_000, svhn=73_257,
+    tiny_imagenet=100_000, imagenet=1_281_167)
 _CLASSES = dict(cifar100=100, tiny_imagenet=200, imagenet=1000)
 _PIXELS = dict(tiny_imagenet=64, imagenet=224)
 
 @lru_cache(None)
 def _forward_flops(model, args, classes, pixels):
     args = {k: v for k, v in args if k not in ('pretrained', 'zero_shot', 'dropout')}
-    with torch.device('meta'): net, x = make_model(model, classes, **args).eval(), torch.empty(1, 3, pixels, pixels)
+    with torch.device('meta'): # without memory for weights
+        net = make_model(model, classes, **args).eval()
+        x = torch.empty(1, 3, pixels, pixels)
     with FlopCounterMode(display=False) as counter, torch.no_grad(): net(x)
     return counter.get_total_flops()
 
@@ -40,15 +44,23 @@ class Cost(NamedTuple):
 def run_cost(
     run:Run, # Of a data set in `DATASETS`
 ) -> Cost: # Its teachers, which are runs of their own, not counted
-    "Count the work of a run. Raises `ValueError` for a folder of images, whose number is not known; `ImportError` where a network needs an extra that is missing."
-    if run.data not in _IMAGES: raise ValueError(f'how many images {run.data} holds is not known here; the known data sets are {", ".join(_IMAGES)}')
+    """Count the work of a run.
+
+    Raises `ValueError` for a folder of images, whose number is not known; `ImportError` where a network
+    needs an extra that is missing."""
+    if run.data not in _IMAGES:
+        known = ', '.join(_IMAGES)
+        unknown = f'how many images {run.data} holds is not known here'
+        raise ValueError(f'{unknown}; the known data sets are {known}')
     n = round(_IMAGES[run.data] * (1 - run.valid))
     n = min(n, run.n_train or n)
     per_batch = METHODS[run.method].passes + max(0, len(run.teachers) - 1) / 3
     batches = n // run.bs if run.drop_last else -(-n // run.bs)
     n = min(n, batches * run.bs)
     passes = math.ceil(round(run.epochs * batches, 6)) * per_batch
-    flops = run.epochs * n * per_batch * 3 * _forward_flops(run.model, run.model_args, _CLASSES.get(run.data, 10), _PIXELS.get(run.data, 32))
+    classes, pixels = _CLASSES.get(run.data, 10), _PIXELS.get(run.data, 32)
+    forward = _forward_flops(run.model, run.model_args, classes, pixels)
+    flops = run.epochs * n * per_batch * 3 * forward # the backward counts as two forwards
     return Cost(passes, flops)
 
 # %% ../../nbs/experiments/87_cost.ipynb #88a1df38
@@ -58,7 +70,8 @@ class Machine(NamedTuple):
     rate: float     # Floating point operations per second beyond that
 
 def _seconds_per_pass(net, bs, device, repeats):
-    x, y = torch.randn(bs, 3, 32, 32, device=device).to(memory_format=torch.channels_last), torch.zeros(bs, dtype=torch.long, device=device)
+    x = torch.randn(bs, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
+    y = torch.zeros(bs, dtype=torch.long, device=device)
     times = []
     for i in range(repeats + 2):
         if device.type != 'cpu': torch.get_device_module(device).synchronize()

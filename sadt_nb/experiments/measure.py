@@ -6,59 +6,88 @@
 __all__ = ['MEASURES', 'SLOW', 'missing_measures', 'measure_run']
 
 # %% ../../nbs/experiments/86_measure.ipynb #b89fa417
-import json, time, zlib
+import time, zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .archive import read_part
 from .config import Run
-from .runner import RunError, _weights_file, is_trained, provenance, read_result, stored_learner, write_json
-from ..measures.hessian import Eigenvalues, SpectralDensity, hessian_trace, spectral_density, top_eigenvalues
+from .runner import RunError, is_trained, provenance, read_result, stored_learner
+from .runner import weights_file, write_json
+from ..measures.hessian import Eigenvalues, SpectralDensity
+from ..measures.hessian import hessian_trace, spectral_density, top_eigenvalues
 from ..measures.landscape import Surface, loss_surface
 from ..measures.robustness import calibration_error, corrupted_accuracy
 from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 
 # %% ../../nbs/experiments/86_measure.ipynb #acf63586
-def _stored(e):
+def _six_digits(rows): return [[float(f'{x:.6g}') for x in row] for row in rows]
+
+def _spectrum_as_json(e):
+    "The root mean square of all eigenvalues stands for a spectrum; nodes and weights allow to draw it."
+    squares = torch.tensor([(w * v**2).sum() for v, w in zip(e.nodes, e.weights)])
+    value = squares.mean().sqrt().item()
+    error = squares.std().item() / len(squares)**.5 / (2 * value)
+    return dict(value=value, error=error, n=e.n, converged=e.converged, nodes=_six_digits(e.nodes),
+                weights=_six_digits(e.weights))
+
+def _eigenvalues_as_json(e):
+    found = dict(value=e.values[0].item(), error=e.error[0].item(), n=e.n, converged=e.converged)
+    if len(e.values) > 1: found['values'] = e.values.tolist()
+    return found
+
+def _surface_as_json(e):
+    "How far the loss rises on average stands for a surface."
+    centre = e.loss[len(e.x) // 2, len(e.y) // 2]
+    return dict(value=float(np.nanmean(e.loss) - centre), n=e.loss.size, x=e.x.tolist(), y=e.y.tolist(),
+                loss=_six_digits(e.loss), about=e.about)
+
+def _as_json(e):
     "A measure's answer as JSON holds it."
     if isinstance(e, float): return dict(value=e)
-    if isinstance(e, SpectralDensity): # the root mean square of all eigenvalues stands for it; the nodes allow to draw it
-        squares = torch.tensor([(w * v**2).sum() for v, w in zip(e.nodes, e.weights)])
-        value = squares.mean().sqrt().item()
-        return dict(value=value, error=squares.std().item() / len(squares)**.5 / (2 * value), n=e.n, converged=e.converged, **{k: [[float(f'{x:.6g}') for x in v] for v in getattr(e, k)] for k in ('nodes', 'weights')})
-    if isinstance(e, Eigenvalues): return dict(value=e.values[0].item(), error=e.error[0].item(), n=e.n, converged=e.converged, **(dict(values=e.values.tolist()) if len(e.values) > 1 else {}))
-    if isinstance(e, Surface): # how far the loss rises on average stands for it
-        rows = lambda a: [[float(f'{x:.6g}') for x in row] for row in a]
-        return dict(value=float(np.nanmean(e.loss) - e.loss[len(e.x) // 2, len(e.y) // 2]), n=e.loss.size, x=e.x.tolist(), y=e.y.tolist(), loss=rows(e.loss), about=e.about)
+    if isinstance(e, SpectralDensity): return _spectrum_as_json(e)
+    if isinstance(e, Eigenvalues): return _eigenvalues_as_json(e)
+    if isinstance(e, Surface): return _surface_as_json(e)
     return {k: getattr(e, k) for k in ('value', 'error', 'n', 'converged') if hasattr(e, k)}
 
-MEASURES = dict( # Name to function `(learn, samples)`, which returns a number or an estimate
-    trace=lambda learn, samples: hessian_trace(learn, samples=samples, tol=.1),
-    eigenvalue=lambda learn, samples: top_eigenvalues(learn, samples=samples, tol=1e-2),
-    sharpness=lambda learn, samples: sam_sharpness(learn, samples=samples),
-    adaptive_sharpness=lambda learn, samples: sam_sharpness(learn, .5, samples=samples, adaptive=True),
-    average_sharpness=lambda learn, samples: average_sharpness(learn, samples=samples),
-    gradient_norm=lambda learn, samples: gradient_norm(learn, samples=samples),
-    calibration_error=lambda learn, samples: calibration_error(learn, learn.dls[2]),
-    corrupted_accuracy=lambda learn, samples: float(corrupted_accuracy(learn, dl=learn.dls[2], samples=samples, mean=0., std=1.).mean(axis=None)),
-    spectrum=lambda learn, samples: spectral_density(learn, samples=samples),
-    top100=lambda learn, samples: top_eigenvalues(learn, 100, samples=samples, tol=1e-2),
-    surface=lambda learn, samples: loss_surface(learn, points=25, samples=samples))
+# %% ../../nbs/experiments/86_measure.ipynb #ccad40ef
+def _calibration(learn, samples): return calibration_error(learn, learn.dls[2])
+
+def _corruption(learn, samples):
+    "Mean over all corruptions and severities."
+    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples, mean=0., std=1.)
+    return float(found.mean(axis=None))
+
+MEASURES = dict( # name to a function `(learn, samples=...)`, which returns a number or an estimate
+    trace=partial(hessian_trace, tol=.1),
+    eigenvalue=partial(top_eigenvalues, tol=1e-2),
+    sharpness=sam_sharpness,
+    adaptive_sharpness=partial(sam_sharpness, rho=.5, adaptive=True),
+    average_sharpness=average_sharpness,
+    gradient_norm=gradient_norm,
+    calibration_error=_calibration,
+    corrupted_accuracy=_corruption,
+    spectrum=spectral_density,
+    top100=partial(top_eigenvalues, k=100, tol=1e-2),
+    surface=partial(loss_surface, points=25),
+)
 
 SLOW = ('spectrum', 'top100', 'surface') # hundreds of passes
 
 # %% ../../nbs/experiments/86_measure.ipynb #f5be0559
-def _weights(cfg, root):
+def _checksum(cfg, root):
     "A checksum of the stored weights, `None` without them."
-    file = _weights_file(cfg, root)
+    file = weights_file(cfg, root)
     return f'{zlib.crc32(file.read_bytes()):08x}' if file.is_file() else None
 
 def _known(cfg, root):
     "What was measured of these weights; where there are none, of those that once were."
-    try: stored = json.loads((Path(root) / cfg.name / 'measures.json').read_text())
-    except (OSError, ValueError): return {}
-    return stored if _weights(cfg, root) in (None, stored.get('weights')) else {} # trained again, perhaps to another end
+    stored = read_part(root, cfg.name, 'measures', {})
+    same_weights = _checksum(cfg, root) in (None, stored.get('weights')) # else it was trained again
+    return stored if same_weights else {}
 
 def missing_measures(
     cfg:Run,       # Any run
@@ -73,25 +102,31 @@ def missing_measures(
     known = _known(cfg, root).get('measures', {})
     return [n for n in names if known.get(n, {}).get('samples') != samples]
 
+# %% ../../nbs/experiments/86_measure.ipynb #58d60c3e
 def measure_run(
     cfg:Run,       # A run that `is_trained`
     root='runs',   # Folder of all results
     measures=None, # Names in `MEASURES`; `None`: all but the `SLOW` ones
-    samples=1000,  # Training images, without augmentation, and test images; chosen by chance, always the same ones
+    samples=1000,  # Training images, without augmentation, and test images; drawn at random, always the same
     force=False,   # Measure again what is stored
     device=None,   # fastai's default device if `None`
-) -> dict: # What `measures.json` holds: `measures` by name, each with its samples and seconds; versions and hardware of the last one
-    """Measure a stored run and write the numbers beside it. What is stored for as many samples is not measured again; the rest stays.
+) -> dict: # What `measures.json` holds: `measures` by name with samples and seconds; versions, hardware
+    """Measure a stored run and write the numbers beside it.
 
+    What is stored for as many samples is not measured again; other measures stay.
     Raises `ValueError` for an unknown measure, `RunError` if the run has no weights."""
-    missing, stored = missing_measures(cfg, root, measures, -1 if force else samples), _known(cfg, root) # -1: nothing was measured on so many
+    at = -1 if force else samples # nothing was measured on -1 samples
+    missing, stored = missing_measures(cfg, root, measures, at), _known(cfg, root)
     if not missing: return stored
-    if not is_trained(cfg, root): raise RunError(f'{cfg.name}: there are no weights to measure; train it first' + (' (its stored result came without them)' if read_result(cfg, root) else ''))
-    learn, known = stored_learner(cfg, root, device), stored.get('measures', {})
+    if not is_trained(cfg, root):
+        why = ' (its stored result came without them)' if read_result(cfg, root) else ''
+        raise RunError(f'{cfg.name}: there are no weights to measure; train it first{why}')
+    learn = stored_learner(cfg, root, device)
+    known = stored.get('measures', {})
     for n in missing: # each is written as soon as it is known
         started = time.time()
-        found = _stored(MEASURES[n](learn, samples))
+        found = _as_json(MEASURES[n](learn, samples=samples))
         known = {**known, n: dict(**found, samples=samples, seconds=round(time.time() - started, 1))}
-        stored = dict(measures=known, weights=_weights(cfg, root), **provenance(learn.dls.device))
+        stored = dict(measures=known, weights=_checksum(cfg, root), **provenance(learn.dls.device))
         write_json(Path(root) / cfg.name / 'measures.json', stored)
     return stored

@@ -13,17 +13,27 @@ from typing import NamedTuple
 import pandas as pd
 
 from .config import Run
-from .grid import _history, run_grid
+from .grid import read_history, run_grid
 from .runner import RunDiverged
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/89_sweep.ipynb #5c29939b
 RATES = (1 / 30, 30) # times the rate of the run that a search starts from
-OPTION_RANGES = dict( # Of each method: option to (lowest, highest)
-    agc=dict(clip=(1e-3, 1.)), sam=dict(rho=(5e-3, .5)), asam=dict(rho=(.05, 5.)), esam=dict(rho=(5e-3, .5)), looksam=dict(rho=(5e-3, .5)),
-    gsam=dict(rho_max=(.05, .5)), saf=dict(lam=(.03, 3.)), mesa=dict(lam=(.08, 8.)), distillation=dict(alpha=(.05, .95)),
-    **{f'sadt{v}': dict(noise_scale=(.1, 1000.)) for v in (1, 2, 3)})
-LINEAR = ('alpha',)
+OPTION_RANGES = dict( # of each method: option to (lowest, highest)
+    agc=dict(clip=(1e-3, 1.)),
+    sam=dict(rho=(5e-3, .5)),
+    asam=dict(rho=(.05, 5.)),
+    esam=dict(rho=(5e-3, .5)),
+    looksam=dict(rho=(5e-3, .5)),
+    gsam=dict(rho_max=(.05, .5)),
+    saf=dict(lam=(.03, 3.)),
+    mesa=dict(lam=(.08, 8.)),
+    distillation=dict(alpha=(.05, .95)),
+    sadt1=dict(noise_scale=(.1, 1000.)),
+    sadt2=dict(noise_scale=(.1, 1000.)),
+    sadt3=dict(noise_scale=(.1, 1000.)),
+)
+LINEAR = ('alpha',) # searched on a linear scale
 
 def ranges(
     run:Run, # Where the search starts
@@ -36,33 +46,91 @@ def at_equal_passes(
     like:Run, # Sets the number of passes; usually plain training
 ) -> Run:
     "As many passes over batches as `like` makes, to the nearest epoch."
-    return run.but(epochs=max(1, round(like.epochs * METHODS[like.method].passes / METHODS[run.method].passes)))
+    passes = like.epochs * METHODS[like.method].passes
+    return run.but(epochs=max(1, round(passes / METHODS[run.method].passes)))
 
 def _changed(run, values):
+    "The run with another rate and other options of the method."
     options = {k: v for k, v in values.items() if k != 'lr'}
-    return run.but(lr=values.get('lr', run.lr), **(dict(method_args={**dict(run.method_args), **options}) if options else {}))
+    if options: run = run.but(method_args={**dict(run.method_args), **options})
+    return run.but(lr=values.get('lr', run.lr))
 
 # %% ../../nbs/experiments/89_sweep.ipynb #de14a87e
 class Found(NamedTuple):
     "What a search has found."
     best: Run            # With the highest accuracy on validation images
     value: float         # That accuracy
-    trials: pd.DataFrame # All proposals in order: the searched values and `value`, the accuracy; 0 for a run that diverged
+    trials: pd.DataFrame # All proposals in order: the searched values and `value`; 0 for a run that diverged
     passes: float        # Over the training images, of all trials together, at the method's registered cost
 
 def _distributions(optuna, space):
-    return {k: optuna.distributions.FloatDistribution(low, high, log=k not in LINEAR) for k, (low, high) in space.items()}
+    found = {}
+    for name, (low, high) in space.items():
+        found[name] = optuna.distributions.FloatDistribution(low, high, log=name not in LINEAR)
+    return found
 
-def _check(cases, spaces, trials, batch):
-    if trials < 1 or batch < 1: raise ValueError(f'`trials` and `batch` must be at least 1, got {trials} and {batch}')
+def _check_range(label, run, name, low, high):
+    "Raise `ValueError` for a range or an option that cannot be searched."
+    if not (low < high and (low > 0 or name in LINEAR)):
+        must = 'must be (lowest, highest), and positive'
+        raise ValueError(f'{label}: the range of {name} {must}, got {(low, high)}')
+    for v in (low, high): _changed(run, {name: v}) # says what is wrong with an option
+
+def _check_search(cases, spaces, trials, batch):
+    if trials < 1 or batch < 1:
+        raise ValueError(f'`trials` and `batch` must be at least 1, got {trials} and {batch}')
     for label, run in cases.items():
         if not run.valid: raise ValueError(f'{label}: a search needs validation images; set `valid` above 0')
-        for k, (low, high) in spaces[label].items():
-            if not (low < high and (low > 0 or k in LINEAR)): raise ValueError(f'{label}: the range of {k} must be (lowest, highest), and positive, got {(low, high)}')
-            for v in (low, high): _changed(run, {k: v}) # says what is wrong with an option
+        for name, (low, high) in spaces[label].items(): _check_range(label, run, name, low, high)
 
+def _import_optuna():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # tqdm's, about widgets of Jupyter
+            import optuna
+    except ImportError: raise ImportError('a search needs Optuna: pip install sadt_nb[sweep]') from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+def _has_diverged(result):
+    "Whether the loss became infinite. Raises what else stopped a run: it says nothing about the settings."
+    if isinstance(result, Exception) and not isinstance(result, RunDiverged): raise result
+    return isinstance(result, RunDiverged)
+
+def _last_valid_accuracy(run, root): return read_history(run, root)[-1]['valid_accuracy']
+
+# %% ../../nbs/experiments/89_sweep.ipynb #6f492b18
+class _Search:
+    "Proposals for one case, and what came of them."
+    def __init__(self, optuna, run, space, seed, startup):
+        self.run, self.distributions, self.rows = run, _distributions(optuna, space), []
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+        self.study = optuna.create_study(direction='maximize', sampler=sampler)
+
+    def propose(self):
+        "A trial of Optuna's, its values, rounded so that they can be typed, and the run that tries them."
+        trial = self.study.ask(self.distributions)
+        values = {k: float(f'{v:.3g}') for k, v in trial.params.items()}
+        return trial, values, _changed(self.run, values)
+
+    def tell(self, trial, values, cfg, result, root):
+        "Note the accuracy of a proposal."
+        value = 0. if _has_diverged(result) else _last_valid_accuracy(cfg, root)
+        self.study.tell(trial, value)
+        error = f'{result}' if isinstance(result, Exception) else ''
+        self.rows.append(dict(values, value=value, run=cfg, error=error))
+
+    def found(self, label):
+        trials = pd.DataFrame(self.rows)
+        if (trials['error'] != '').all():
+            raise ValueError(f'{label}: all trials diverged; the first said: {trials["error"][0]}')
+        top = trials.loc[trials['value'].idxmax()]
+        passes = sum(c.epochs * METHODS[c.method].passes for c in trials['run'])
+        return Found(top['run'], float(top['value']), trials, passes)
+
+# %% ../../nbs/experiments/89_sweep.ipynb #da8cc7b3
 def sweep(
-    cases:dict,    # Name to the `Run` that a search starts from; their epochs decide what a trial costs, see `at_equal_passes`
+    cases:dict,    # Name to the `Run` that a search starts from; its epochs decide what a trial costs
     root='runs',   # Folder of all results; what is finished is not repeated
     trials=16,     # Proposals per case
     spaces=None,   # Name to ranges as `ranges` gives them, for cases with others than those
@@ -74,89 +142,111 @@ def sweep(
 ) -> dict: # Name to `Found`
     """Search each case's best settings. Ctrl-C stops; the same call continues.
 
-    Raises `ValueError` for a case without validation images, a range or an option that is none, or if all trials of a case diverged; and
-    whatever else stopped a run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # tqdm's, about widgets of Jupyter
-            import optuna
-    except ImportError: raise ImportError('a search needs Optuna: pip install sadt_nb[sweep]') from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    Raises `ValueError` for a case without validation images, for a range or an option that cannot be
+    searched, or if all trials of a case diverged; and whatever else stopped a run."""
+    optuna = _import_optuna()
     spaces = {label: (spaces or {}).get(label) or ranges(run) for label, run in cases.items()}
-    _check(cases, spaces, trials, batch)
-    studies = {label: optuna.create_study(direction='maximize', sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, trials // 3))) for label in cases}
-    made = {label: [] for label in cases}
+    _check_search(cases, spaces, trials, batch)
+    startup = max(4, trials // 3) # proposals at random, before the model of good settings is used
+    searches = {label: _Search(optuna, run, spaces[label], seed, startup) for label, run in cases.items()}
     for start in range(0, trials, batch):
-        asked = []
-        for label, run in cases.items():
-            for _ in range(min(batch, trials - start)):
-                trial = studies[label].ask(_distributions(optuna, spaces[label]))
-                values = {k: float(f'{v:.3g}') for k, v in trial.params.items()} # numbers that can be read and typed
-                asked.append((label, trial, values, _changed(run, values)))
-        results = run_grid([c for *_, c in asked], root, workers, progress=progress, **kwargs)
-        for (label, trial, values, cfg), r in zip(asked, results):
-            value = 0. if _diverged(r) else _history(cfg, root)[-1]['valid_accuracy']
-            studies[label].tell(trial, value)
-            made[label].append(dict(values, value=value, run=cfg, error=f'{r}' if isinstance(r, Exception) else ''))
-    return {label: _found(label, pd.DataFrame(rows)) for label, rows in made.items()}
-
-def _diverged(result):
-    if isinstance(result, Exception) and not isinstance(result, RunDiverged): raise result # a full disk says nothing about the settings
-    return isinstance(result, RunDiverged)
-
-def _found(label, trials):
-    if (trials['error'] != '').all(): raise ValueError(f'{label}: all trials diverged; the first said: {trials["error"][0]}')
-    top = trials.loc[trials['value'].idxmax()]
-    return Found(top['run'], float(top['value']), trials, sum(c.epochs * METHODS[c.method].passes for c in trials['run']))
+        proposals = []
+        for search in searches.values():
+            proposals += [(search, *search.propose()) for _ in range(min(batch, trials - start))]
+        results = run_grid([p[-1] for p in proposals], root, workers, progress=progress, **kwargs)
+        for (search, trial, values, cfg), result in zip(proposals, results):
+            search.tell(trial, values, cfg, result, root)
+    return {label: search.found(label) for label, search in searches.items()}
 
 def finals(
     found:dict,       # As `sweep` returns it
     seeds=range(1, 4),# None of them the one that was searched with
-) -> dict: # Name to the `Run`s that answer the question
-    "What was found, with seeds whose luck it was not chosen for. Raises `ValueError` for a seed that was searched with."
+) -> dict: # Name to the `Run`s to be tested
+    "What was found, with other seeds. Raises `ValueError` for a seed that was searched with."
+    out = {}
     for label, f in found.items():
-        if f.best.seed in seeds: raise ValueError(f'{label} was searched with seed {f.best.seed}; answer with others')
-    return {label: [f.best.but(seed=s) for s in seeds] for label, f in found.items()}
+        if f.best.seed in seeds:
+            raise ValueError(f'{label} was searched with seed {f.best.seed}; answer with others')
+        out[label] = [f.best.but(seed=s) for s in seeds]
+    return out
 
 # %% ../../nbs/experiments/89_sweep.ipynb #49797b17
+def _best_runs(trials, top):
+    "The `top` best proposals that did not diverge, best first, each once."
+    finished = trials[trials['error'] == '']
+    ordered = finished.sort_values('value', ascending=False, kind='stable')['run']
+    return list(dict.fromkeys(ordered))[:top]
+
 def confirmed(
     found:dict,       # As `sweep` returns it
     root='runs',      # Folder of all results
     seeds=range(1, 4),# None of them the one that was searched with
-    top=3,            # So many of each case's best proposals stand for election
+    top=3,            # How many of each case's best proposals are trained again
     workers:int=1,    # Processes that train at the same time
     progress=True,    # Print a line per run
     **kwargs,         # Of `run_grid`
 ) -> dict: # Name to the `Run`s, one per seed, of the proposal with the highest mean validation accuracy
-    "Choose among the best proposals once more, by other seeds. Raises `ValueError` for a seed that was searched with or `top` below 1, and whatever but divergence stopped a run."
+    """Train the best proposals with fresh seeds and keep the one that is best on average.
+
+    Raises `ValueError` for a seed that was searched with or `top` below 1; and whatever stopped a run, except
+    for divergence."""
     if top < 1: raise ValueError(f'`top` must be at least 1, got {top}')
-    finals(found, seeds := list(seeds))
-    def best(trials): return list(dict.fromkeys(trials[trials['error'] == ''].sort_values('value', ascending=False, kind='stable')['run']))[:top]
-    groups = {label: [[run.but(seed=s) for s in seeds] for run in best(f.trials)] for label, f in found.items()}
-    every = [r for candidates in groups.values() for runs in candidates for r in runs]
-    failed = {cfg for cfg, r in zip(every, run_grid(every, root, workers, progress=progress, **kwargs)) if _diverged(r)}
-    def value(runs): return sum(0. if r in failed else _history(r, root)[-1]['valid_accuracy'] for r in runs) / len(runs)
-    return {label: max(candidates, key=value) for label, candidates in groups.items()}
+    seeds = list(seeds)
+    finals(found, seeds) # raises for a seed that was searched with
+    groups = {}
+    for label, f in found.items():
+        groups[label] = [[run.but(seed=s) for s in seeds] for run in _best_runs(f.trials, top)]
+    every = [run for candidates in groups.values() for runs in candidates for run in runs]
+    results = run_grid(every, root, workers, progress=progress, **kwargs)
+    diverged = {run for run, result in zip(every, results) if _has_diverged(result)}
+    def mean_accuracy(runs):
+        return sum(0. if run in diverged else _last_valid_accuracy(run, root) for run in runs) / len(runs)
+    return {label: max(candidates, key=mean_accuracy) for label, candidates in groups.items()}
 
 # %% ../../nbs/experiments/89_sweep.ipynb #748fb3fb
 def _sadt_parts():
-    plain, lr = Run(data='noisy_digits', data_args=dict(noise=.2), epochs=12, bs=64, valid=.25, split=0), dict(lr=(1e-3 / 30, .03))
+    "SADT and its parts on digits of which a fifth have wrong labels."
+    plain = Run(data='noisy_digits', data_args=dict(noise=.2), epochs=12, bs=64, valid=.25, split=0)
+    rate = dict(lr=(1e-3 / 30, .03))
+    near = {**rate, 'rho': (5e-3, .5)}
+    weight = {'kl_weight': (.1, 100.)}
     def sadt(**options): return at_equal_passes(plain.but(method='sadt1', method_args=options), plain)
-    near = {**lr, 'rho': (5e-3, .5)}
-    return {'plain': (plain, lr), 'SAM': (at_equal_passes(plain.but(method='sam'), plain), near), 'two steps': (plain.but(method='repeat_step'), lr),
-            'SADT-1': (sadt(), lr), 'without noise': (sadt(noise_scale=0.), lr), 'one step': (sadt(first_step=False), lr), 'KL turned round': (sadt(kl='aux_to_clean'), lr),
-            'KL weighted': (sadt(), {**lr, 'kl_weight': (.1, 100.)}), 'same mask': (sadt(rng='replay'), lr), 'same mask, without noise': (sadt(rng='replay', noise_scale=0.), lr),
-            'radius': (sadt(), near), 'radius, KL turned round': (sadt(kl='aux_to_clean'), near), 'radius, same mask': (sadt(rng='replay'), near), 'radius, one step': (sadt(first_step=False), near),
-            'radius, same mask, KL weighted': (sadt(rng='replay'), {**near, 'kl_weight': (.1, 100.)}),
-            **{f'{label}, half the passes': (run.but(epochs=run.epochs // 2), lr) for label, run in (('plain', plain), ('two steps', plain.but(method='repeat_step')))}}
+    def half(run): return run.but(epochs=run.epochs // 2)
+    two_steps = plain.but(method='repeat_step')
+    return {
+        'plain': (plain, rate),
+        'SAM': (at_equal_passes(plain.but(method='sam'), plain), near),
+        'two steps': (two_steps, rate),
+        'SADT-1': (sadt(), rate),
+        'without noise': (sadt(noise_scale=0.), rate),
+        'one step': (sadt(first_step=False), rate),
+        'KL turned round': (sadt(kl='aux_to_clean'), rate),
+        'KL weighted': (sadt(), rate | weight),
+        'same mask': (sadt(rng='replay'), rate),
+        'same mask, without noise': (sadt(rng='replay', noise_scale=0.), rate),
+        'radius': (sadt(), near),
+        'radius, KL turned round': (sadt(kl='aux_to_clean'), near),
+        'radius, same mask': (sadt(rng='replay'), near),
+        'radius, one step': (sadt(first_step=False), near),
+        'radius, same mask, KL weighted': (sadt(rng='replay'), near | weight),
+        'plain, half the passes': (half(plain), rate),
+        'two steps, half the passes': (half(two_steps), rate),
+    }
 
-SWEEPS = dict(sadt_parts=_sadt_parts) # Name to a function that gives label to (`Run`, ranges)
+SWEEPS = dict(sadt_parts=_sadt_parts) # name to a function that gives label to (`Run`, ranges)
+
+def _without_searched(run, space):
+    "The fields of a run without its seed and without what is searched."
+    kept = {k: v for k, v in run.method_args if k not in space}
+    fields = {**run.to_dict(), 'seed': None, 'method_args': kept}
+    if 'lr' in space: fields['lr'] = None
+    return fields
 
 def case_of(
     run:Run,    # Any run
     cases:dict, # Name to (`Run`, ranges), as a function in `SWEEPS` gives them
 ): # Its name, `None` if it belongs to none of them
-    "Which search has proposed this run, or tested what it found: they differ in what was searched, and in the seed."
-    def apart(r, space): return {**r.to_dict(), 'seed': None, 'method_args': {k: v for k, v in r.method_args if k not in space}, **({'lr': None} if 'lr' in space else {})}
+    "Return which search has proposed this run, or tested what it found."
     for label, (base, space) in cases.items():
-        if apart(run, space) == apart(base, space) and space.keys() - {'lr'} <= dict(run.method_args).keys(): return label
+        has_searched = space.keys() - {'lr'} <= dict(run.method_args).keys()
+        if has_searched and _without_searched(run, space) == _without_searched(base, space): return label

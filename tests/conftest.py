@@ -1,4 +1,4 @@
-"Shared pieces of the tests: small data, small networks, teachers, a Learner without bars."
+"What the tests share: small data, small networks, teachers, a Learner without progress bars."
 import os
 import warnings
 
@@ -22,76 +22,84 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if 'slow' in (config.getoption('-m') or ''): return
+    skip = pytest.mark.skip(reason='long; make test-all runs it')
     for item in items:
-        if 'slow' in item.keywords: item.add_marker(pytest.mark.skip(reason='long; make test-all runs it'))
+        if 'slow' in item.keywords: item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    "Bit-exact comparisons are promised for the CPU; a GPU, if there is one, has tests of its own."
+    "Run on the CPU, where equal bits are promised; tests/test_gpu.py overrides this."
     from fastai.torch_core import defaults
     monkeypatch.setattr(defaults, 'use_cuda', False, raising=False)
     torch.manual_seed(0)
 
 
 def batches(n=24, bs=8, classes=3, dtype=torch.float64, conv=False):
-    "A list of (x, y) batches, the same at every call."
+    "Return a list of (x, y) batches, the same at every call."
     g = torch.Generator().manual_seed(7)
     shape = (n, 2, 6, 6) if conv else (n, 5)
-    x, y = torch.randn(shape, generator=g, dtype=dtype), torch.randint(0, classes, (n,), generator=g)
+    x = torch.randn(shape, generator=g, dtype=dtype)
+    y = torch.randint(0, classes, (n,), generator=g)
     return list(zip(x.split(bs), y.split(bs)))
 
 
 def mlp(bn=False, dropout=0., dtype=torch.float64):
+    "Return a network of two dense layers for inputs of five numbers, with the same weights at every call."
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8) if bn else nn.Identity(), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).to(dtype)
+    norm = nn.BatchNorm1d(8) if bn else nn.Identity()
+    return nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).to(dtype)
 
 
 class Net(nn.Sequential):
-    "A type of its own, so that its calls, and those of its copies, can be counted."
+    "A type of its own, so that a test can count the calls of the network and of its copies."
 
 
 def cnn(bn=True, dtype=torch.float64, dropout=0.):
-    "Has everything that a method may look for: convolutions, BatchNorm, dense layers."
+    "Return a network with all layers that a method looks for: convolutions, BatchNorm, dense layers."
     torch.manual_seed(1)
-    return Net(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4) if bn else nn.Identity(), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(),
-               nn.Linear(16, 3), nn.Dropout(dropout)).to(dtype)
+    norm = nn.BatchNorm2d(4) if bn else nn.Identity()
+    body = [nn.Conv2d(2, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten()]
+    return Net(*body, nn.Linear(16, 3), nn.Dropout(dropout)).to(dtype)
 
 
-class Elder(Net):
-    "A teacher that takes any floating dtype, and is never in the mood to learn."
+class AnyDtypeTeacher(Net):
+    "A teacher that converts itself to the dtype of its input."
     def forward(self, x): return nn.Sequential.forward(self.to(x.dtype), x)
 
 
 def needed(name):
-    "Options without which a method cannot be made: a teacher for those that have one."
-    if not METHODS[name].taught: return {}
+    "Return the options without which the method cannot be made: a teacher where it needs one, else nothing."
+    if not METHODS[name].needs_teacher: return {}
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        return dict(teacher=Elder(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3), nn.Dropout(.5)))
+        body = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+        return dict(teacher=AnyDtypeTeacher(*body, nn.Linear(64, 3), nn.Dropout(.5)))
 
 
 def as_loader(data, **kw):
-    "A fastai DataLoader over the samples of a list of batches, in the same order and batches; it can tell samples apart."
+    "Return a fastai DataLoader that makes the same batches from samples, which methods can tell apart."
     items = [(x[i], y[i]) for x, y in data for i in range(len(x))]
     return DataLoader(items, bs=len(data[0][0]), **kw)
 
 
 def learner(net, cbs=(), data=None, opt_func=SGD, lr=.1, **kw):
+    "Return a Learner without default callbacks; it trains and validates on `data`, any iterable of batches."
     data = batches() if data is None else data
-    return Learner(DataLoaders(data, data), net, loss_func=kw.pop('loss_func', nn.CrossEntropyLoss()), opt_func=opt_func, lr=lr,
-                   default_cbs=False, cbs=[TrainEvalCallback(), *cbs], **kw)
+    kw.setdefault('loss_func', nn.CrossEntropyLoss())
+    return Learner(DataLoaders(data, data), net, opt_func=opt_func, lr=lr, default_cbs=False,
+                   cbs=[TrainEvalCallback(), *cbs], **kw)
 
 
 def flat(net, buffers=False):
-    "All parameters (and buffers) as one vector."
+    "Return all parameters (and buffers) as one vector of doubles."
     ts = list(net.parameters()) + (list(net.buffers()) if buffers else [])
     return torch.cat([t.detach().double().flatten() for t in ts])
 
 
 @pytest.fixture
 def one_thread():
-    "As in processes of their own: a sum over two threads has other bits."
+    "Compute on one thread, as separate processes do: sums over two threads have other bits."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 distributed_worker.py OUT
 
-Rank 0 writes to OUT, by method: the weights, whether all processes ended with the same, and averaged messages per batch."""
+Rank 0 writes a dictionary to OUT. By method it has the final weights, whether all processes ended with the
+same weights, how many gradient messages each batch took, and the number of calls of `all_reduce`."""
 import sys
 import warnings
 
@@ -20,34 +21,47 @@ from sadt_nb.methods.registry import METHODS, make_method
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-BS, EPOCHS = 4, 3 # per process
-OPTIONS = {'saf': dict(lam=2., tau=1., lag=1, start_epoch=1), 'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0), 'looksam': dict(k=2), 'sadt2': dict(share_trunk=False)}
+BS = 4 # per process
+EPOCHS = 3
+OPTIONS = {'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
+           'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0),
+           'looksam': dict(k=2),
+           'sadt2': dict(share_trunk=False)}
 
 
+def momentum_sgd(params, lr): return SGD(params, lr=lr, mom=.9)
 def order(epoch, n): return torch.randperm(n, generator=torch.Generator().manual_seed(epoch)).tolist()
 
 
 class Ordered(DataLoader):
-    "Shuffles by a seed that counts its passes."
+    "Shuffles with a seed that is the number of its passes so far."
     def get_idxs(self):
         self.passes = getattr(self, 'passes', -1) + 1
         return order(self.passes, self.n)
 
 
 class AsTwoProcesses(Ordered):
-    "One process's order in which each batch of `2 * BS` holds what two processes see at the same time, the first's half first."
+    "For one process: a batch of `2 * BS` holds what two processes see at the same time, rank 0's half first."
     def get_idxs(self):
         idxs = super().get_idxs()
-        first, second = idxs[:len(idxs) // 2], idxs[len(idxs) // 2:]
-        return [i for k in range(0, len(first), BS) for i in first[k:k + BS] + second[k:k + BS]]
+        half = len(idxs) // 2
+        first, second = idxs[:half], idxs[half:]
+        out = []
+        for k in range(0, half, BS): out += first[k:k + BS] + second[k:k + BS]
+        return out
 
 
-def samples(): return [(x[i], y[i]) for x, y in batches(n=24, bs=8, conv=True) for i in range(len(x))]
+def samples():
+    "Images and labels of the small data set, one pair per sample."
+    out = []
+    for x, y in batches(n=24, bs=8, conv=True): out += list(zip(x, y))
+    return out
 
 
 class CountMessages(Callback):
-    "Averagings of gradients between processes, in each batch."
-    order, run_valid = 12, False # `DistributedTrainer` has wrapped the model
+    "Counts how often gradients are averaged between processes, batch by batch."
+    order = 12 # after `DistributedTrainer`, which wraps the model
+    run_valid = False
     def before_fit(self):
         self.counts = []
         def counting(state, bucket):
@@ -57,32 +71,60 @@ class CountMessages(Callback):
     def before_batch(self): self.counts.append(0)
 
 
-def main(out):
-    defaults.use_cuda = False
-    def broadcast(self, t, rank): # fastai's moves the list to a GPU
-        distributed.broadcast(t := torch.tensor(t), rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
-    results, direct, all_reduce = {}, [0], distributed.all_reduce
-    def counted(*args, **kwargs): direct[0] += 1; return all_reduce(*args, **kwargs)
+def broadcast_on_cpu(self, t, rank):
+    "Replaces `DistributedDL._broadcast`, which moves the list to a GPU."
+    t = torch.tensor(t)
+    distributed.broadcast(t, rank)
+    return t.tolist()
+
+
+def count_all_reduce():
+    "Make `all_reduce` count its calls; return the list whose one item is the count."
+    calls = [0]
+    all_reduce = distributed.all_reduce
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        return all_reduce(*args, **kwargs)
     distributed.all_reduce = counted
-    for name in METHODS:
-        net, count = cnn(bn=False), CountMessages()
-        learn = learner(net, [*make_method(name, **needed(name), **OPTIONS.get(name, {})), count], None, opt_func=lambda p, lr: SGD(p, lr=lr, mom=.9))
-        learn.dls.loaders = [Ordered(samples(), bs=BS), Ordered(samples(), bs=BS)]
-        direct[0] = 0
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(EPOCHS)
-        w = flat(learn.model)
-        everywhere = [torch.empty_like(w) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(everywhere, w)
-        results[name] = dict(weights=w, same=all(torch.equal(w, v) for v in everywhere), messages=count.counts, direct=direct[0])
+    return calls
+
+
+def train(name, direct):
+    "Train with one method and return what rank 0 stores of it."
+    net = cnn(bn=False)
+    count = CountMessages()
+    cbs = [*make_method(name, **needed(name), **OPTIONS.get(name, {})), count]
+    learn = learner(net, cbs, None, opt_func=momentum_sgd)
+    learn.dls.loaders = [Ordered(samples(), bs=BS), Ordered(samples(), bs=BS)]
+    direct[0] = 0
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(EPOCHS)
+    w = flat(learn.model)
+    everywhere = [torch.empty_like(w) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(everywhere, w)
+    same = all(torch.equal(w, v) for v in everywhere)
+    return dict(weights=w, same=same, messages=count.counts, direct=direct[0])
+
+
+def load_images():
+    "Sample ids that each process gets from a `TensorDL`, and the shapes, types and ranges of its images."
     dls = get_dls('digits', bs=10, n_train=200, valid=0., device='cpu', seed=0)
     mine = DistributedDL(dls.train, device='cpu')
-    ids, shapes = [], set()
-    for x, y in mine: ids += dls.train.ids.tolist(); shapes.add((tuple(x.shape[1:]), x.dtype, x.abs().max().item() < 20))
+    ids = []
+    shapes = set()
+    for x, _ in mine:
+        ids += dls.train.ids.tolist()
+        shapes.add((tuple(x.shape[1:]), x.dtype, x.abs().max().item() < 20))
     both = [None, None]
     distributed.all_gather_object(both, ids)
-    results['TensorDL'] = dict(ids=both, shapes=shapes)
+    return dict(ids=both, shapes=shapes)
+
+
+def main(out):
+    defaults.use_cuda = False
+    DistributedDL._broadcast = broadcast_on_cpu
+    direct = count_all_reduce()
+    results = {name: train(name, direct) for name in METHODS}
+    results['TensorDL'] = load_images()
     if rank_distrib() == 0: torch.save(results, out)
 
 

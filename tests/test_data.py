@@ -1,9 +1,10 @@
-"Loading from every source, the loader, and CIFAR-10 itself where SADT_DATA points to it."
+"Loading from every source, augmentation, the loader, and CIFAR-10 itself where SADT_DATA points to it."
 import hashlib
 import os
 import pickle
 import tarfile
 from collections import Counter
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -20,15 +21,19 @@ from scipy.io import savemat
 from scipy.stats import chisquare
 from torchvision.transforms import InterpolationMode, autoaugment
 
-needs_cifar = pytest.mark.skipif(not os.environ.get('SADT_DATA'), reason='SADT_DATA does not point to CIFAR-10')
+needs_cifar = pytest.mark.skipif(not os.environ.get('SADT_DATA'), reason='SADT_DATA does not name CIFAR-10')
+CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 
 @needs_cifar
 def test_cifar10_is_complete_and_cached():
     train, test = load_data('cifar10')
-    assert len(train) == 50_000 and len(test) == 10_000 and train.x.shape[1:] == (32, 32, 3)
-    assert torch.bincount(train.y).tolist() == [5000] * 10 and torch.bincount(test.y).tolist() == [1000] * 10
-    assert train.vocab == ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+    assert len(train) == 50_000
+    assert len(test) == 10_000
+    assert train.x.shape[1:] == (32, 32, 3)
+    assert torch.bincount(train.y).tolist() == [5000] * 10
+    assert torch.bincount(test.y).tolist() == [1000] * 10
+    assert train.vocab == CIFAR10_CLASSES
     again = load_data('cifar10')
     assert torch.equal(again[0].x[::5000], train.x[::5000])
 
@@ -39,7 +44,7 @@ def test_cifar10_is_not_cifar100():
     with pytest.raises(ValueError, match='10 classes, cifar100 has 100'): load_data('cifar100', path=source)
 
 
-def test_nothing_to_find_says_what_to_do(monkeypatch):
+def test_missing_data_raises_an_error_that_names_sadt_data(monkeypatch):
     monkeypatch.delenv('SADT_DATA', raising=False)
     def offline(url): raise OSError('no network')
     monkeypatch.setattr(datasets, 'untar_data', offline)
@@ -47,14 +52,15 @@ def test_nothing_to_find_says_what_to_do(monkeypatch):
 
 
 def fake_official(folder, cls, monkeypatch):
-    "Batches in the official format whose MD5 sums are entered as the published ones."
+    "Write batches in the official format, and enter their MD5 sums as the published ones."
     folder.mkdir()
     rng = np.random.default_rng(0)
     def write(name, obj):
         raw = pickle.dumps(obj, protocol=2)
         (folder / name).write_bytes(raw)
         return [name, hashlib.md5(raw).hexdigest()]
-    part = lambda: {'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8), 'labels': list(range(10)) * 2}
+    def part():
+        return {'data': rng.integers(0, 256, (20, 3072), dtype=np.uint8), 'labels': list(range(10)) * 2}
     monkeypatch.setattr(cls, 'train_list', [write('data_batch_1', part())])
     monkeypatch.setattr(cls, 'test_list', [write('test_batch', part())])
     name, md5 = write('batches.meta', {'label_names': [f'c{i}' for i in range(10)]})
@@ -63,15 +69,17 @@ def fake_official(folder, cls, monkeypatch):
 
 def test_official_batches_are_read_when_their_sums_are_right(tmp_path, monkeypatch):
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
-    fake_official(tmp_path / 'cifar-10-batches-py', datasets.CIFAR10, monkeypatch)
-    for path in (tmp_path, tmp_path / 'cifar-10-batches-py'):
+    folder = tmp_path / 'cifar-10-batches-py'
+    fake_official(folder, datasets.CIFAR10, monkeypatch)
+    for path in (tmp_path, folder):
         train, test = load_data('cifar10', path=path)
-        assert len(train) == 20 and train.vocab[3] == 'c3'
-    raw = pickle.loads((tmp_path / 'cifar-10-batches-py' / 'data_batch_1').read_bytes())['data'][4].reshape(3, 32, 32)
-    assert np.array_equal(train.x[4].permute(2, 0, 1).numpy(), raw)
+        assert len(train) == 20
+        assert train.vocab[3] == 'c3'
+    stored = pickle.loads((folder / 'data_batch_1').read_bytes())['data']
+    assert np.array_equal(train.x[4].permute(2, 0, 1).numpy(), stored[4].reshape(3, 32, 32))
 
     archive = tmp_path / datasets.CIFAR10.filename
-    with tarfile.open(archive, 'w:gz') as tar: tar.add(tmp_path / 'cifar-10-batches-py', 'cifar-10-batches-py')
+    with tarfile.open(archive, 'w:gz') as tar: tar.add(folder, 'cifar-10-batches-py')
     monkeypatch.setattr(datasets.CIFAR10, 'tgz_md5', hashlib.md5(archive.read_bytes()).hexdigest())
     assert torch.equal(load_data('cifar10', path=archive)[0].x, train.x)
 
@@ -79,7 +87,8 @@ def test_official_batches_are_read_when_their_sums_are_right(tmp_path, monkeypat
 def test_a_tampered_pickle_is_not_opened(tmp_path, monkeypatch):
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
     fake_official(tmp_path / 'cifar-10-batches-py', datasets.CIFAR10, monkeypatch)
-    evil, flag = tmp_path / 'cifar-10-batches-py' / 'data_batch_1', tmp_path / 'opened'
+    evil = tmp_path / 'cifar-10-batches-py' / 'data_batch_1'
+    flag = tmp_path / 'opened'
     evil.write_bytes(f"cos\nmkdir\n(S'{flag}'\ntR.".encode())
     with pytest.raises(ValueError, match='MD5'): load_data('cifar10', path=tmp_path)
     assert not flag.exists()
@@ -87,94 +96,136 @@ def test_a_tampered_pickle_is_not_opened(tmp_path, monkeypatch):
     assert flag.exists(), 'the pickle does harm when it is opened, so the test can fail'
 
 
+def grey(level, side): return np.full((side, side, 3), level, dtype=np.uint8)
+
+
+def write_image(file, pixels):
+    "Write an array of bytes `(height, width, 3)` as an image, and make the folders above it."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
 def test_nested_superclasses_and_other_sizes(tmp_path, monkeypatch):
-    from PIL import Image
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
+    root = tmp_path / 'nested'
     for part in ('train', 'test'):
-        for sup, cls, color in (('fish', 'ray', 10), ('fish', 'shark', 20), ('trees', 'oak', 30)):
-            f = tmp_path / 'nested' / part / sup / cls / 'a.png'
-            f.parent.mkdir(parents=True)
-            Image.new('RGB', (8, 8), (color,) * 3).save(f)
-    train, _ = load_data(tmp_path / 'nested')
+        write_image(root / part / 'fish' / 'ray' / 'a.png', grey(10, 8))
+        write_image(root / part / 'fish' / 'shark' / 'a.png', grey(20, 8))
+        write_image(root / part / 'trees' / 'oak' / 'a.png', grey(30, 8))
+    train, _ = load_data(root)
     assert train.vocab == ['oak', 'ray', 'shark']
-    assert {train.vocab[y]: int(x[0, 0, 0]) for x, y in zip(train.x, train.y)} == {'ray': 10, 'shark': 20, 'oak': 30}
-    assert load_data(tmp_path / 'nested', size=16)[0].x.shape[1:] == (16, 16, 3)
+    grey_levels = {train.vocab[y]: int(x[0, 0, 0]) for x, y in zip(train.x, train.y)}
+    assert grey_levels == {'ray': 10, 'shark': 20, 'oak': 30}
+    assert load_data(root, size=16)[0].x.shape[1:] == (16, 16, 3)
 
 
 def test_a_changed_folder_is_read_again_and_a_damaged_cache_is_ignored(tmp_path, monkeypatch):
-    from PIL import Image
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
+    root = tmp_path / 'd'
     def write(value):
         for part in ('train', 'test'):
-            f = tmp_path / 'd' / part / 'a' / 'x.png'
-            f.parent.mkdir(parents=True, exist_ok=True)
-            Image.new('RGB', (4, 4), (value,) * 3).save(f)
-            os.utime(f, (value, value))
-    write(1); assert load_data(tmp_path / 'd')[0].x.max() == 1
-    write(2); assert load_data(tmp_path / 'd')[0].x.max() == 2
+            file = root / part / 'a' / 'x.png'
+            write_image(file, grey(value, 4))
+            os.utime(file, (value, value))
+    write(1)
+    assert load_data(root)[0].x.max() == 1
+    write(2)
+    assert load_data(root)[0].x.max() == 2
     for f in (tmp_path / 'cache').iterdir(): f.write_bytes(b'damaged')
-    assert load_data(tmp_path / 'd')[0].x.max() == 2
+    assert load_data(root)[0].x.max() == 2
 
 
 def test_order_and_augmentation_have_generators_of_their_own():
-    data = ImageData(torch.randint(0, 256, (40, 8, 8, 3), dtype=torch.uint8), torch.arange(40) % 4, 'abcd')
-    def ids(tfms):
-        dl = TensorDL(data, 8, shuffle=True, seed=3, tfms=tfms, device='cpu')
-        return [(b, dl.ids.tolist())[1] for _ in range(3) for b in dl]
-    assert ids([]) == ids([CropFlip(2), CutMix(4, 1.)])
-    a, b = (list(TensorDL(data, 8, shuffle=True, seed=3, tfms=[CropFlip(2), CutMix(4, 1.)], device='cpu')) for _ in range(2))
-    assert all(torch.equal(p[0], q[0]) and torch.equal(p[1], q[1]) for p, q in zip(a, b))
+    x = torch.randint(0, 256, (40, 8, 8, 3), dtype=torch.uint8)
+    data = ImageData(x, torch.arange(40) % 4, 'abcd')
+    def loader(tfms): return TensorDL(data, 8, shuffle=True, seed=3, tfms=tfms, device='cpu')
+    def ids_of_three_epochs(tfms):
+        dl, seen = loader(tfms), []
+        for _ in range(3):
+            for _ in dl: seen.append(dl.ids.tolist())
+        return seen
+    assert ids_of_three_epochs([]) == ids_of_three_epochs([CropFlip(2), CutMix(4, 1.)])
+    first, second = loader([CropFlip(2), CutMix(4, 1.)]), loader([CropFlip(2), CutMix(4, 1.)])
+    for (xa, ya), (xb, yb) in zip(first, second, strict=True):
+        assert torch.equal(xa, xb)
+        assert torch.equal(ya, yb)
 
 
 def test_the_loader_continues_from_its_state():
     data = ImageData(torch.randint(0, 256, (20, 4, 4, 3), dtype=torch.uint8), torch.zeros(20), 'a')
-    make = lambda: TensorDL(data, 5, shuffle=True, seed=1, tfms=[CropFlip(1)], device='cpu')
-    a, b = make(), make()
-    list(a); state = a.state_dict(); b.load_state_dict(state)
-    assert all(torch.equal(p[0], q[0]) for p, q in zip(a, b))
+    def make(): return TensorDL(data, 5, shuffle=True, seed=1, tfms=[CropFlip(1)], device='cpu')
+    first, second = make(), make()
+    list(first)
+    second.load_state_dict(first.state_dict())
+    for (xa, _), (xb, _) in zip(first, second, strict=True): assert torch.equal(xa, xb)
 
 
 def test_mixing_keeps_labels_a_distribution_and_leaves_the_data_alone():
     dls = get_dls('digits', bs=100, cutmix=1., crop=2, flip=True, device='cpu')
     before = dls.train.dataset.x.clone()
-    for x, y in dls.train: assert torch.allclose(y.sum(1), torch.ones(len(y))) and (y >= 0).all() and x.min() >= 0 and x.max() <= 1
+    for x, y in dls.train:
+        assert torch.allclose(y.sum(1), torch.ones(len(y)))
+        assert (y >= 0).all()
+        assert x.min() >= 0
+        assert x.max() <= 1
     assert torch.equal(dls.train.dataset.x, before)
     assert dls.valid.one_batch()[1].ndim == 1, 'validation is not mixed'
 
 
-def test_noise_is_seeded_and_spares_the_test_labels():
-    a, b, c = (load_data('noisy_digits', seed=s)[0].y for s in (0, 0, 1))
+def test_label_noise_depends_on_the_seed_and_changes_forty_percent():
+    def labels(seed): return load_data('noisy_digits', seed=seed)[0].y
+    first, again, other = labels(0), labels(0), labels(1)
     clean = load_data('digits')[0].y
-    assert torch.equal(a, b) and not torch.equal(a, c) and (a != clean).sum() == round(.4 * len(clean))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert (first != clean).sum() == round(.4 * len(clean))
     with pytest.raises(ValueError, match='noise'): load_data('noisy_digits', noise=1.)
 
 
 SPACE = autoaugment.AutoAugment()._augmentation_space(10, (32, 32))
-EVERY_OP = [(name, level, sign) for name, (m, signed) in SPACE.items() for level in (range(10) if m.ndim else [None]) for sign in ((1, -1) if signed else (1,))]
+
+
+def every_operation():
+    "Return AutoAugment's operations as (name, level, sign): every level and sign that an operation has."
+    ops = []
+    for name, (strengths, signed) in SPACE.items():
+        levels = range(10) if strengths.ndim else [None]
+        signs = (1, -1) if signed else (1,)
+        ops += product([name], levels, signs)
+    return ops
+
+
+EVERY_OP = every_operation()
 
 
 def hard_images(n, h, w):
-    "Noise, and images of one colour, of two, of the darkest bytes, with a white line, with a black one."
+    "Return noise and images with one colour, two colours, the darkest bytes, a white line, a black line."
     x = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x[0], x[1], x[2] = 77, x[1] // 128 * 200, x[2] // 64
-    x[3, 0], x[4, :, 0] = 255, 0
+    x[0] = 77
+    x[1] = x[1] // 128 * 200
+    x[2] = x[2] // 64
+    x[3, 0] = 255
+    x[4, :, 0] = 0
     return x
 
 
 @pytest.mark.parametrize('fill', [0, (10, 20, 30)], ids=['black', 'coloured'])
 @pytest.mark.parametrize('size', [(32, 32), (28, 40), (5, 7), (3, 3)], ids=lambda s: f'{s[0]}x{s[1]}')
 def test_each_operation_equals_torchvision_on_single_images(size, fill):
-    x, space = hard_images(7, *size), autoaugment.AutoAugment()._augmentation_space(10, size)
+    x = hard_images(7, *size)
+    space = autoaugment.AutoAugment()._augmentation_space(10, size)
     ops = BatchedOps(EVERY_OP, fill)
+    fills = [float(f) for f in fill] if fill else None
     for i, (name, level, sign) in enumerate(EVERY_OP):
-        m = 0. if level is None else sign * float(space[name][0][level])
-        want = [autoaugment._apply_op(im, name, m, InterpolationMode.NEAREST, [float(f) for f in fill] if fill else None) for im in x]
-        assert torch.equal(ops(x, np.full(7, i)), torch.stack(want)), (name, m)
+        strength = 0. if level is None else sign * float(space[name][0][level])
+        want = [autoaugment._apply_op(im, name, strength, InterpolationMode.NEAREST, fills) for im in x]
+        assert torch.equal(ops(x, np.full(7, i)), torch.stack(want)), (name, strength)
 
 
 def test_images_with_different_operations_keep_their_places():
     x = hard_images(203, 8, 8)
-    order, ops = np.random.default_rng(0).permutation(203), BatchedOps(EVERY_OP)
+    order = np.random.default_rng(0).permutation(203)
+    ops = BatchedOps(EVERY_OP)
     alone = torch.cat([ops(x[i:i + 1], order[i:i + 1]) for i in range(203)])
     assert torch.equal(ops(x, order), alone)
     assert torch.equal(ops(x, np.full(203, -1)), x)
@@ -183,20 +234,27 @@ def test_images_with_different_operations_keep_their_places():
 @pytest.mark.parametrize('policy', ['cifar10', 'svhn', 'imagenet'])
 def test_autoaugment_equals_torchvision_under_the_same_numbers(policy):
     images = hard_images(200, 20, 12)
-    n, oracle = len(images), autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy), fill=[1., 2., 3.])
+    n = len(images)
+    oracle = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy), fill=[1., 2., 3.])
     rng = np.random.default_rng(0)
     numbers = zip(rng.integers(0, 25, n), rng.random((n, 2)), rng.integers(0, 2, (n, 2)))
     oracle.get_params = lambda _: next(numbers)
-    got, _ = AutoAugment(policy, fill=(1, 2, 3))(images.permute(0, 2, 3, 1), None, np.random.default_rng(0))
+    ours = AutoAugment(policy, fill=(1, 2, 3))
+    got, _ = ours(images.permute(0, 2, 3, 1), None, np.random.default_rng(0))
     assert torch.equal(got.permute(0, 3, 1, 2), torch.stack([oracle(im) for im in images]))
 
 
+def outcomes(name, p, level):
+    "Return what one entry of a policy can do and with what probability; `None` is nothing."
+    if not SPACE[name][1]: return [(None, 1 - p), ((name, level, 1), p)]
+    return [(None, 1 - p), ((name, level, 1), p / 2), ((name, level, -1), p / 2)]
+
+
 @pytest.mark.parametrize('policy', ['cifar10', 'svhn'])
-def test_what_is_drawn_has_the_published_probabilities(policy):
+def test_operations_are_drawn_with_the_published_probabilities(policy):
     expected = Counter()
-    for pair in autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy)).policies:
-        first, second = ([(None, 1 - p), *(((name, level, s), p / 2) for s in (1, -1))] if SPACE[name][1] else [(None, 1 - p), ((name, level, 1), p)] for name, p, level in pair)
-        for (a, pa), (b, pb) in product(first, second): expected[a, b] += pa * pb / 25
+    for first, second in autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy)).policies:
+        for (a, pa), (b, pb) in product(outcomes(*first), outcomes(*second)): expected[a, b] += pa * pb / 25
     tfm, n = AutoAugment(policy), 50_000
     name = [*tfm.batched.ops, None] # -1 is nothing
     counts = Counter((name[a], name[b]) for a, b in tfm.draw(n, np.random.default_rng(1)))
@@ -207,110 +265,166 @@ def test_what_is_drawn_has_the_published_probabilities(policy):
 
 @pytest.mark.parametrize('n', [0, 1, 2, 33])
 def test_autoaugment_takes_any_number_of_images(n):
-    x, y = hard_images(33, 9, 12).permute(0, 2, 3, 1).contiguous()[:n], torch.arange(n)
+    x = hard_images(33, 9, 12).permute(0, 2, 3, 1).contiguous()[:n]
+    y = torch.arange(n)
     kept = x.clone()
-    (a, ya), (b, _), (c, _) = (AutoAugment('svhn')(x, y, np.random.default_rng(s)) for s in (0, 0, 1))
-    assert a.shape == x.shape and a.dtype == torch.uint8 and a.is_contiguous() and ya is y
-    assert torch.equal(a, b) and (n < 2 or not torch.equal(a, c)) and torch.equal(x, kept)
+    def augmented(seed): return AutoAugment('svhn')(x, y, np.random.default_rng(seed))
+    first, labels = augmented(0)
+    again, _ = augmented(0)
+    other, _ = augmented(1)
+    assert first.shape == x.shape
+    assert first.dtype == torch.uint8
+    assert first.is_contiguous()
+    assert labels is y
+    assert torch.equal(first, again)
+    assert n < 2 or not torch.equal(first, other)
+    assert torch.equal(x, kept)
 
 
 def test_autoaugment_tables_follow_the_size_of_the_images():
     tfm = AutoAugment()
     for size in ((32, 32), (16, 16), (32, 32)):
         x = hard_images(50, *size).permute(0, 2, 3, 1).contiguous()
-        assert torch.equal(tfm(x, None, np.random.default_rng(0))[0], AutoAugment()(x, None, np.random.default_rng(0))[0])
+        used_before, _ = tfm(x, None, np.random.default_rng(0))
+        fresh, _ = AutoAugment()(x, None, np.random.default_rng(0))
+        assert torch.equal(used_before, fresh)
 
 
-def test_cutout_hides_every_centre_alike_and_leaves_its_input_alone():
+def test_cutout_hides_every_pixel_equally_often_and_leaves_its_input_alone():
     x = torch.full((20_000, 4, 6, 3), 255, dtype=torch.uint8)
     y = torch.arange(len(x))
-    got, same = Cutout(1)(x, y, np.random.default_rng(0))
+    got, labels = Cutout(1)(x, y, np.random.default_rng(0))
     times = (got[..., 0] == 0).sum(0)
-    assert same is y and x.min() == 255 and times.sum() == len(x)
-    assert ((times - len(x) / 24).abs() < 5 * (len(x) / 24) ** .5).all()
+    mean = len(x) / 24
+    assert labels is y
+    assert x.min() == 255
+    assert times.sum() == len(x)
+    assert ((times - mean).abs() < 5 * mean**.5).all()
     assert Cutout(4)(x[:0], y[:0], np.random.default_rng(0))[0].shape == (0, 4, 6, 3)
 
 
-def test_augmentation_refuses_what_it_cannot_do():
-    x, rng = hard_images(5, 8, 8).permute(0, 2, 3, 1).contiguous(), np.random.default_rng(0)
-    for bad, says in ((lambda: Cutout(0), 'at least 1, got 0'), (lambda: Cutout(2.5), 'whole number'), (lambda: Cutout(9)(x, None, rng), 'at most 8'),
-                      (lambda: Cutout(4, fill=256), 'byte'), (lambda: Cutout(4, fill=(1, 2)), 'three'), (lambda: Cutout(4, fill=.5), 'got 0.5'),
-                      (lambda: AutoAugment('cifar100'), 'cifar10, svhn'), (lambda: AutoAugment(fill=-1), 'byte'),
-                      (lambda: AutoAugment()(x[:, :2], None, rng), 'at least 3 pixels'), (lambda: get_dls('digits', cutout=-1, device='cpu'), 'at least 1'),
-                      (lambda: get_dls('digits', cutout=33, device='cpu'), '33'), (lambda: get_dls('digits', autoaugment='cifar', device='cpu'), "got 'cifar'")):
-        with pytest.raises(ValueError, match=says): bad()
+def test_impossible_augmentations_are_refused():
+    x = hard_images(5, 8, 8).permute(0, 2, 3, 1).contiguous()
+    rng = np.random.default_rng(0)
+    loaders = partial(get_dls, 'digits', device='cpu')
+    refused = [
+        (partial(Cutout, 0), 'at least 1, got 0'),
+        (partial(Cutout, 2.5), 'whole number'),
+        (partial(Cutout(9), x, None, rng), 'at most 8'),
+        (partial(Cutout, 4, fill=256), 'byte'),
+        (partial(Cutout, 4, fill=(1, 2)), 'three'),
+        (partial(Cutout, 4, fill=.5), 'got 0.5'),
+        (partial(AutoAugment, 'cifar100'), 'cifar10, svhn'),
+        (partial(AutoAugment, fill=-1), 'byte'),
+        (partial(AutoAugment(), x[:, :2], None, rng), 'at least 3 pixels'),
+        (partial(loaders, cutout=-1), 'at least 1'),
+        (partial(loaders, cutout=33), '33'),
+        (partial(loaders, autoaugment='cifar'), "got 'cifar'")]
+    for call, message in refused:
+        with pytest.raises(ValueError, match=message): call()
 
 
 def test_get_dls_augments_in_the_published_order_and_training_images_only():
-    dls = get_dls('digits', bs=64, crop=4, flip=True, autoaugment='svhn', cutout=16, cutmix=1., mean=(.5, .25, 0.), std=(.2, .2, .2), device='cpu')
+    dls = get_dls('digits', bs=64, crop=4, flip=True, autoaugment='svhn', cutout=16, cutmix=1.,
+                  mean=(.5, .25, 0.), std=(.2, .2, .2), device='cpu')
     crop, policy, cutout, mix = dls.train.tfms
-    assert [type(t) for t in dls.train.tfms] == [CropFlip, AutoAugment, Cutout, CutMix] and (crop.pad, cutout.size, mix.alpha) == (4, 16, 1.)
-    assert np.array_equal(policy.op, AutoAugment('svhn').op) and policy.batched.ops == AutoAugment('svhn').batched.ops
+    assert [type(t) for t in dls.train.tfms] == [CropFlip, AutoAugment, Cutout, CutMix]
+    assert (crop.pad, cutout.size, mix.alpha) == (4, 16, 1.)
+    assert np.array_equal(policy.op, AutoAugment('svhn').op)
+    assert policy.batched.ops == AutoAugment('svhn').batched.ops
     assert cutout.fill.tolist() == [128, 64, 0], 'zero after normalisation, to the nearest byte'
-    assert not dls.valid.tfms and not dls.loaders[2].tfms
-    assert get_dls('digits', autoaugment='cifar10', cutout=8, device='cpu').train.tfms[1].fill.tolist() == [0, 0, 0]
+    assert not dls.valid.tfms
+    assert not dls.loaders[2].tfms
+    black = get_dls('digits', autoaugment='cifar10', cutout=8, device='cpu').train.tfms[1]
+    assert black.fill.tolist() == [0, 0, 0]
     x, y = dls.train.one_batch()
-    assert x.shape == (64, 3, 32, 32) and torch.allclose(y.sum(1), torch.ones(64))
-    twins = (list(get_dls('digits', bs=64, autoaugment='cifar10', cutout=8, seed=5, device='cpu').train) for _ in range(2))
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(*twins))
+    assert x.shape == (64, 3, 32, 32)
+    assert torch.allclose(y.sum(1), torch.ones(64))
+    def seeded(): return get_dls('digits', bs=64, autoaugment='cifar10', cutout=8, seed=5, device='cpu').train
+    for (xa, _), (xb, _) in zip(seeded(), seeded(), strict=True): assert torch.equal(xa, xb)
 
 
 def test_svhn_from_torchvisions_files(tmp_path, monkeypatch):
-    rng, sets, lists = np.random.default_rng(0), {}, dict(datasets.SVHN.split_list)
-    (folder := tmp_path / 'svhn').mkdir()
+    rng = np.random.default_rng(0)
+    folder = tmp_path / 'svhn'
+    folder.mkdir()
+    sets, with_our_sums = {}, {}
     for part, n in (('train', 30), ('test', 20)):
-        x, y = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), np.arange(n) % 10
-        savemat(folder / f'{part}_32x32.mat', dict(X=x.transpose(1, 2, 3, 0), y=np.where(y == 0, 10, y)[:, None])) # the files call zero ten
+        x = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        y = np.arange(n) % 10
+        labels = np.where(y == 0, 10, y)[:, None] # the files call zero ten
+        url, name, _ = datasets.SVHN.split_list[part]
+        savemat(folder / name, dict(X=x.transpose(1, 2, 3, 0), y=labels))
         sets[part] = x, y
+        with_our_sums[part] = [url, name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
     with pytest.raises(ValueError, match='MD5'): load_data('svhn', path=folder)
-    monkeypatch.setattr(datasets.SVHN, 'split_list', {p: [u, f, hashlib.md5((folder / f).read_bytes()).hexdigest()] for p, (u, f, _) in lists.items() if p in sets})
+    monkeypatch.setattr(datasets.SVHN, 'split_list', with_our_sums)
     monkeypatch.setenv('SADT_DATA', str(tmp_path))
-    for d, part in zip(load_data('svhn'), sets): assert np.array_equal(d.x.numpy(), sets[part][0]) and np.array_equal(d.y.numpy(), sets[part][1])
+    for loaded, (x, y) in zip(load_data('svhn'), sets.values(), strict=True):
+        assert np.array_equal(loaded.x.numpy(), x)
+        assert np.array_equal(loaded.y.numpy(), y)
     monkeypatch.setenv('SADT_DATA', str(tmp_path / 'elsewhere'))
     with pytest.raises(FileNotFoundError, match='set SADT_DATA'): load_data('svhn')
 
 
+def copy_file(source, target):
+    "Copy a file, and make the folders above the copy."
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+
+
 def test_tiny_imagenet_as_distributed_and_as_a_folder(tmp_path):
     rng = np.random.default_rng(0)
-    def save(file): file.parent.mkdir(parents=True, exist_ok=True); Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    def save(file): write_image(file, rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    tiny, plain = tmp_path / 'tiny', tmp_path / 'plain'
     labels = ['n01', 'n02', 'n03']
-    for l in labels:
-        for i in range(4): save(tmp_path / 'tiny' / 'train' / l / 'images' / f'{l}_{i}.png')
+    for label in labels:
+        for i in range(4): save(tiny / 'train' / label / 'images' / f'{label}_{i}.png')
     rows = [(f'val_{i}.png', labels[(2 * i + 1) % 3]) for i in range(6)]
-    for name, _ in rows: save(tmp_path / 'tiny' / 'val' / 'images' / name)
-    (tmp_path / 'tiny' / 'val' / 'val_annotations.txt').write_text(''.join(f'{n}\t{l}\t0\t0\t7\t7\n' for n, l in rows))
-    train, test = load_data('tiny_imagenet', path=tmp_path / 'tiny')
-    assert train.vocab == test.vocab == labels and train.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and test.y.tolist() == [labels.index(l) for _, l in rows]
-    assert np.array_equal(test.x[5].numpy(), np.asarray(Image.open(tmp_path / 'tiny' / 'val' / 'images' / 'val_5.png')))
-    for name, l in rows:
-        (f := tmp_path / 'plain' / 'test' / l / name).parent.mkdir(parents=True, exist_ok=True)
-        f.write_bytes((tmp_path / 'tiny' / 'val' / 'images' / name).read_bytes())
-    for f in (tmp_path / 'tiny' / 'train').glob('*/images/*'):
-        (g := tmp_path / 'plain' / 'train' / f.parents[1].name / f.name).parent.mkdir(parents=True, exist_ok=True)
-        g.write_bytes(f.read_bytes())
-    plain = load_data('tiny_imagenet', path=tmp_path / 'plain')
-    assert torch.equal(plain[0].x, train.x) and sorted(map(bytes, plain[1].x.numpy())) == sorted(map(bytes, test.x.numpy()))
+    for name, _ in rows: save(tiny / 'val' / 'images' / name)
+    annotations = ''.join(f'{name}\t{label}\t0\t0\t7\t7\n' for name, label in rows)
+    (tiny / 'val' / 'val_annotations.txt').write_text(annotations)
+    train, test = load_data('tiny_imagenet', path=tiny)
+    assert train.vocab == test.vocab == labels
+    assert train.y.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert test.y.tolist() == [labels.index(label) for _, label in rows]
+    assert np.array_equal(test.x[5].numpy(), np.asarray(Image.open(tiny / 'val' / 'images' / 'val_5.png')))
+
+    for name, label in rows: copy_file(tiny / 'val' / 'images' / name, plain / 'test' / label / name)
+    for f in (tiny / 'train').glob('*/images/*'): copy_file(f, plain / 'train' / f.parents[1].name / f.name)
+    train_again, test_again = load_data('tiny_imagenet', path=plain)
+    assert torch.equal(train_again.x, train.x)
+    assert sorted(map(bytes, test_again.x.numpy())) == sorted(map(bytes, test.x.numpy()))
 
 
 @pytest.mark.parametrize('mean, std', [((.1, .2, .3), 2.), (.5, (1., 2., 4.)), ((.1, .2, .3), (1., 2., 4.))])
 @pytest.mark.parametrize('channels_last', [False, True])
-def test_one_number_may_stand_for_three_channels(mean, std, channels_last):
+def test_mean_and_std_are_one_number_or_three(mean, std, channels_last):
     x = torch.randint(0, 256, (6, 5, 4, 3), dtype=torch.uint8)
-    got = TensorDL(ImageData(x, torch.arange(6), list(range(6))), bs=6, mean=mean, std=std, channels_last=channels_last, dtype=torch.float64, device='cpu').one_batch()[0]
+    data = ImageData(x, torch.arange(6), list(range(6)))
+    dl = TensorDL(data, bs=6, mean=mean, std=std, channels_last=channels_last, dtype=torch.float64,
+                  device='cpu')
+    got, _ = dl.one_batch()
     m, s = (torch.as_tensor(v, dtype=torch.float64).expand(3).view(3, 1, 1) for v in (mean, std))
     torch.testing.assert_close(got, (x.permute(0, 3, 1, 2) / 255. - m) / s, rtol=1e-6, atol=1e-7)
 
 
 def test_imagenet_is_read_from_disk_and_runs(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
+    root = tmp_path / 'imagenet'
     for part, n in (('train', 9), ('val', 6)):
         for i in range(n):
-            (folder := tmp_path / 'imagenet' / part / f'n{i % 3}').mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (40 + i, 60 - i, 3), dtype=np.uint8)).save(folder / f'{part}_{i}.JPEG')
+            pixels = rng.integers(0, 256, (40 + i, 60 - i, 3), dtype=np.uint8)
+            write_image(root / part / f'n{i % 3}' / f'{part}_{i}.JPEG', pixels)
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
     monkeypatch.setenv('SADT_DATA', str(tmp_path))
     dls = get_dls('imagenet', bs=3, valid=0., size=32, device='cpu')
-    assert dls.c == 3 and len(dls.train.dataset) == 9 and len(dls[2].dataset) == 6 and dls.train.dataset.to('meta') is dls.train.dataset
-    result = run(Run(data='imagenet', data_args=dict(size=32), bs=3, epochs=1, valid=0.), tmp_path / 'runs', progress=False)
-    assert result['status'] == 'finished' and result['steps'] == 3
-    with pytest.raises(FileNotFoundError, match='val'): load_data('imagenet', path=tmp_path / 'imagenet' / 'train')
+    assert dls.c == 3
+    assert len(dls.train.dataset) == 9
+    assert len(dls[2].dataset) == 6
+    assert dls.train.dataset.to('meta') is dls.train.dataset
+    cfg = Run(data='imagenet', data_args=dict(size=32), bs=3, epochs=1, valid=0.)
+    result = run(cfg, tmp_path / 'runs', progress=False)
+    assert result['status'] == 'finished'
+    assert result['steps'] == 3
+    with pytest.raises(FileNotFoundError, match='val'): load_data('imagenet', path=root / 'train')

@@ -1,4 +1,4 @@
-"The fast recipe against plain loops: its steps, its data, its views, its resumption, and what it refuses."
+"The fast recipe against plain loops: its steps, its data, its views, how it resumes, and what it refuses."
 import json
 import math
 from copy import deepcopy
@@ -33,7 +33,7 @@ DIGITS = Run(data='digits', n_train=128, bs=32, epochs=1.5, **RECIPE)
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    "A folder of 150 training and 30 test images of noise; upper bits of red and green tell their position."
+    "Make 150 training and 30 test images of noise; the upper bits of red and green hold an image's number."
     root = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
     for part, n in (('train', 150), ('test', 30)):
@@ -49,14 +49,14 @@ def images(tmp_path_factory):
 
 
 def shown_in(x, dl):
-    "The bytes of a normalised batch, `(n, height, width, 3)`, and which images of the folder they show."
+    "Return the bytes of a normalised batch, `(n, height, width, 3)`, and the number of each image."
     mean, std = (torch.as_tensor(v).double().expand(3) for v in (dl.mean, dl.std))
     shown = (255 * (x.double().permute(0, 2, 3, 1) * std + mean)).round().byte()
     return shown, shown[:, 0, 0, 0].long() // 16 * 16 + shown[:, 0, 0, 1].long() // 16
 
 
 def exact_learner(cfg):
-    "The run's Learner in double precision."
+    "Return the run's Learner in double precision."
     learn = make_learner(cfg)
     learn.model.double()
     learn.dls.train.dtype = torch.float64
@@ -64,7 +64,7 @@ def exact_learner(cfg):
 
 
 class Look(Callback):
-    "Calls a function with the Learner when everything else has finished the batch."
+    "Calls a function with the Learner after all other callbacks have finished the batch."
     order, run_valid = 10_000, False
     def __init__(self, look): self.look = look
     def after_batch(self): self.look(self.learn)
@@ -72,11 +72,13 @@ class Look(Callback):
 
 def by_hand(model, passes, epochs=2.5, bs=20, lr=2., momentum=.85, decay=.0153, smoothing=.2, bias_scale=64,
             start=.2, peak=.23, end=.07, every=5, slow_decay=.95, learns=1):
-    "The recipe in plain PyTorch, in the form of its paper: the loss is summed over the batch."
+    "Train by the recipe in plain PyTorch, with the loss summed over the batch as in its paper."
     kilostep = 1024 * (1 + 1 / (1 - momentum))
     shrink = decay * bs / kilostep
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    members = [[p for name, p in named if ('norm' in name) == is_norm] for is_norm in (True, False)]
+    norms, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad: (norms if 'norm' in name else others).append(p)
+    members = [norms, others]
     rates = [lr / kilostep * bias_scale, lr / kilostep]
     groups = [dict(params=ps, lr=rate, weight_decay=shrink / rate) for ps, rate in zip(members, rates)]
     opt = torch.optim.SGD(groups, momentum=momentum, nesterov=True)
@@ -89,7 +91,7 @@ def by_hand(model, passes, epochs=2.5, bs=20, lr=2., momentum=.85, decay=.0153, 
             t.copy_(s)
 
     steps = math.ceil(epochs * len(passes[0]))
-    batches = [(epoch, x, y) for epoch, batches in enumerate(passes) for x, y in batches]
+    batches = [(epoch, x, y) for epoch, loader in enumerate(passes) for x, y in loader]
     for i, (epoch, x, y) in enumerate(batches[:steps]):
         for group, rate in zip(opt.param_groups, rates):
             group['lr'] = rate * np.interp(i / steps, [0, peak, 1], [start, 1, end])
@@ -107,7 +109,7 @@ def by_hand(model, passes, epochs=2.5, bs=20, lr=2., momentum=.85, decay=.0153, 
 
 
 def test_a_run_makes_the_steps_of_a_plain_loop(images):
-    "Eighteen steps with pulls after 5, 10 and 15; each fact of the recipe matters far above the tolerance."
+    "Eighteen steps, pulls after 5, 10 and 15; a change of any part of the recipe exceeds the tolerance."
     cfg = Run(data=images, data_args=dict(size=24), bs=20, epochs=2.5, **RECIPE)
     learn, twin = exact_learner(cfg), exact_learner(cfg)
     passes = [[(x.clone(), y.clone()) for x, y in twin.dls.train] for _ in range(3)]
@@ -124,17 +126,18 @@ def test_a_run_makes_the_steps_of_a_plain_loop(images):
         assert max((other[k] - want[k]).abs().max() for k in want) > 1e-5, name
 
 
-# Passes through the trained network where not the registry's: extra ones in every fifth step, for some
-# rows only, in the second epoch; through a teacher; with a shared trunk
+# Forward and backward passes of the network in six steps, where the registry's number does not give them.
+# LookSAM has extra passes in every fifth step only, ESAM passes some rows only, MESA begins in the second
+# epoch, distillation also passes through a teacher, and the teachers of SADT-2 share a trunk.
 COUNTED = dict(looksam=(8, 8), esam=(18, 12), mesa=(8, 6), distillation=(6, 6), sadt2=(18, 12))
 OPTIONS = dict(saf=dict(start_epoch=1, lag=1), mesa=dict(start_epoch=1))
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_trains_by_the_recipe(method, tmp_path):
-    "Six steps; the whitening bias is frozen in the last two, and lookahead ends with the weights of step 4."
-    taught = dict(teachers=DIGITS.but(lookahead=4)) if METHODS[method].taught else {}
-    cfg = DIGITS.but(method=method, method_args=OPTIONS.get(method, {}), lookahead=4, **taught)
+    "In six steps the last two freeze the whitening bias, and lookahead ends with the weights of step 4."
+    teachers = dict(teachers=DIGITS.but(lookahead=4)) if METHODS[method].needs_teacher else {}
+    cfg = DIGITS.but(method=method, method_args=OPTIONS.get(method, {}), lookahead=4, **teachers)
     for teacher in cfg.teachers:
         run(teacher, tmp_path, **quiet)
     seen, recorder = [], runner.RunRecorder()
@@ -144,12 +147,14 @@ def test_every_method_trains_by_the_recipe(method, tmp_path):
     recorder.unhook()
     passes, counts = round(6 * METHODS[method].passes), recorder.counts
     assert (counts['forwards'], counts['backwards']) == COUNTED.get(method, (passes, passes))
-    assert counts['steps'] == 6 * METHODS[method].steps and not recorder.failed
-    biases, others = ([s[name] for s in seen] for name in ('whiten.bias', 'classifier.weight'))
-    assert [torch.equal(a, b) for a, b in zip(biases, biases[1:])] == [False] * 3 + [True] * 2
-    assert not any(torch.equal(a, b) for a, b in zip(others, others[1:]))
+    assert counts['steps'] == 6 * METHODS[method].steps
+    assert not recorder.failed
+    def unchanged(name): return [torch.equal(a[name], b[name]) for a, b in zip(seen, seen[1:])]
+    assert unchanged('whiten.bias') == [False] * 3 + [True] * 2
+    assert not any(unchanged('classifier.weight'))
     for name, t in learn.model.state_dict().items():
-        assert t.isfinite().all() and (not t.is_floating_point() or torch.equal(t, seen[3][name]))
+        assert t.isfinite().all()
+        if t.is_floating_point(): assert torch.equal(t, seen[3][name])
 
 
 RESUMED = dict(baseline={}, sadt1=dict(method='sadt1'), bf16=dict(amp='bf16'),
@@ -159,24 +164,27 @@ RESUMED = dict(baseline={}, sadt1=dict(method='sadt1'), bf16=dict(amp='bf16'),
 @pytest.mark.filterwarnings('ignore:this processor emulates')
 @pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
 def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
-    "Killed in the third epoch and in the fourth, which is half as long; most pulls are in mid-epoch."
+    "The run stops in the third epoch and in the fourth, which is half as long; most pulls are in mid-epoch."
     cfg = DIGITS.but(epochs=3.5, n_train=96, bs=16, lookahead=4, **options)
     run(cfg, tmp_path / 'whole', **quiet)
     cut = interrupted(cfg, tmp_path / 'cut', monkeypatch, at=((2, 1), (3, 2)))
-    assert cut['resumed'] == 3 and cut['steps'] == 21 * METHODS[cfg.method].steps
+    assert cut['resumed'] == 3
+    assert cut['steps'] == 21 * METHODS[cfg.method].steps
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
 
 
 def mirrored_in(dl, pad=2):
-    "One pass: its order, and which images of the data set appear as windows of their mirror image."
+    "Return the order of the images in one pass, and which of them appear as windows of their mirror image."
     order, mirrored = [], {}
     for x, y in dl:
         shown, ids = shown_in(x, dl)
-        assert torch.equal(ids, dl.ids) and torch.equal(y, dl.dataset.y[ids])
+        assert torch.equal(ids, dl.ids)
+        assert torch.equal(y, dl.dataset.y[ids])
         for i, image in zip(ids.tolist(), shown.numpy()):
             wide = np.pad(dl.dataset.x[i].numpy(), ((pad, pad), (pad, pad), (0, 0)), mode='reflect')
             windows = np.lib.stride_tricks.sliding_window_view(wide, (32, 32, 3)).reshape(-1, 32, 32, 3)
-            plain, flipped = ((windows[:, :, ::s] == image).all((1, 2, 3)).any() for s in (1, -1))
+            plain = (windows == image).all((1, 2, 3)).any()
+            flipped = (windows[:, :, ::-1] == image).all((1, 2, 3)).any()
             assert plain != flipped
             order.append(i)
             mirrored[i] = flipped
@@ -184,15 +192,17 @@ def mirrored_in(dl, pad=2):
 
 
 def test_each_pass_mirrors_the_images_that_the_last_one_left(images):
-    "Whole windows of the reflected image, in the order of a loader that does not mirror."
+    "The images are whole windows of the reflected image, in the order of a loader that does not mirror."
     options = dict(bs=64, valid=0., mean=.25, std=.5, crop=2, pad_mode='reflect', device='cpu')
-    alternate, plain = (get_dls(images, flip=flip, **options).train for flip in ('alternate', False))
+    alternate = get_dls(images, flip='alternate', **options).train
+    plain = get_dls(images, flip=False, **options).train
     first = None
     for epoch in range(4):
         order, mirrored = mirrored_in(alternate)
         plain_order, never = mirrored_in(plain)
         first = mirrored if first is None else first
-        assert order == plain_order and not never.any()
+        assert order == plain_order
+        assert not never.any()
         assert np.array_equal(mirrored, first ^ bool(epoch % 2))
     assert abs(first.mean() - .5) < 4 * .5 / 150**.5
     other = get_dls(images, flip='alternate', seed=1, **options).train
@@ -200,7 +210,7 @@ def test_each_pass_mirrors_the_images_that_the_last_one_left(images):
 
 
 def test_saf_keeps_the_logits_of_the_right_image(images):
-    "The records are those of the images that the network saw, mirrored or not."
+    "Each record holds the logits of the image that the network saw, mirrored or not."
     latest, wrong = torch.zeros(150, 3), []
     def look(learn):
         _, ids = shown_in(learn.xb[0], learn.dls.train)
@@ -209,12 +219,13 @@ def test_saf_keeps_the_logits_of_the_right_image(images):
     options = dict(method='saf', method_args=dict(start_epoch=1, lag=1))
     learn = make_learner(Run(data=images, bs=20, epochs=2.5, **options, **RECIPE), cbs=[Look(look)])
     learn.fit(3)
-    assert wrong == [0] * 18 and latest.any(1).sum() > 140
+    assert wrong == [0] * 18
+    assert latest.any(1).sum() > 140
     assert torch.equal(learn.saf.records.logits[0], latest.half())
 
 
 @pytest.mark.parametrize('pad', [1, 2, 5])
-def test_a_reflected_border_is_numpys(pad):
+def test_a_reflected_border_equals_numpys(pad):
     x = torch.randint(0, 256, (300, 7, 6, 3), dtype=torch.uint8)
     top, left = torch.randint(0, 2 * pad + 1, (2, 300))
     wide = np.pad(x.numpy(), ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode='reflect')
@@ -222,16 +233,19 @@ def test_a_reflected_border_is_numpys(pad):
     assert np.array_equal(crop_windows(x, pad, top, left, 'reflect'), want)
 
 
-def test_cutout_inside_hides_whole_squares_everywhere_alike():
+def test_cutout_inside_hides_whole_squares_at_every_place_equally_often():
     x = torch.full((24_000, 6, 8, 3), 255, dtype=torch.uint8)
     hidden = Cutout(3, inside=True)(x, torch.zeros(len(x)), np.random.default_rng(0))[0] == 0
     corner = hidden[..., 0].flatten(1).int().argmax(1)
     want = torch.zeros_like(hidden)
     for i, c in enumerate(corner.tolist()):
         want[i, c // 8:c // 8 + 3, c % 8:c % 8 + 3] = True
-    assert torch.equal(hidden, want) and (hidden[..., 0].sum((1, 2)) == 9).all()
+    assert torch.equal(hidden, want)
+    assert (hidden[..., 0].sum((1, 2)) == 9).all()
     times = np.bincount(corner, minlength=48).reshape(6, 8)[:4, :6]
-    assert times.sum() == len(x) and times.min() > 0 and chisquare(times.ravel()).pvalue > .001
+    assert times.sum() == len(x)
+    assert times.min() > 0
+    assert chisquare(times.ravel()).pvalue > .001
 
 
 def test_views_of_one_image_by_hand():
@@ -241,9 +255,10 @@ def test_views_of_one_image_by_hand():
     net = nn.Sequential(nn.Flatten(), nn.Linear(90, 4, bias=False)).double()
     net[1].weight.data = torch.tensor(weight)
     wide = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode='reflect')
-    both = lambda im: (weight @ im.ravel() + weight @ im[..., ::-1].ravel()) / 2
+    def both(im): return (weight @ im.ravel() + weight @ im[..., ::-1].ravel()) / 2
     shifted = (both(wide[:, :5, :6]) + both(wide[:, 2:, 2:])) / 2
-    for level, logits in enumerate((weight @ image.ravel(), both(image), (both(image) + shifted) / 2)):
+    by_level = [weight @ image.ravel(), both(image), (both(image) + shifted) / 2]
+    for level, logits in enumerate(by_level):
         x, y = torch.tensor(image)[None], torch.tensor([2])
         np.testing.assert_allclose(VIEWS[level](net, x)[0].detach(), logits, rtol=0, atol=1e-12)
         found = evaluate(net, [(x, y)], level)
@@ -251,7 +266,7 @@ def test_views_of_one_image_by_hand():
         assert found['accuracy'] == (logits.argmax() == 2)
 
 
-def test_a_bit_is_stored_for_each_test_image(tmp_path):
+def test_a_result_stores_one_bit_per_test_image(tmp_path):
     rng = np.random.default_rng(0)
     for n in (1, 7, 8, 9, 1000):
         flags = rng.random(n) < .5
@@ -260,7 +275,8 @@ def test_a_bit_is_stored_for_each_test_image(tmp_path):
     result = run(cfg, tmp_path, **quiet)
     test, net = make_learner(cfg).dls[2], load_model(cfg, tmp_path, 10)
     right = torch.cat([net(x).argmax(1) == y for x, y in test]).numpy()
-    assert np.array_equal(unpacked(result['right'], 360), right) and 0 < right.mean() < 1
+    assert np.array_equal(unpacked(result['right'], 360), right)
+    assert 0 < right.mean() < 1
     assert right.mean() == result['accuracy']
     assert unpacked(result['right_bn'], 360).mean() == result['accuracy_bn']
     assert list(result['views'].values()) == [evaluate(net, test, level)['accuracy'] for level in (1, 2)]
@@ -268,7 +284,7 @@ def test_a_bit_is_stored_for_each_test_image(tmp_path):
 
 @pytest.mark.parametrize('bs', [256, 1024])
 def test_a_mean_loss_makes_the_steps_of_the_published_sum(bs):
-    "Nesterov's steps written out, with rate and decay of the form in which the loss is summed."
+    "Compare with Nesterov's steps written out, with the rate and decay of the summed loss."
     ours = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
     theirs = deepcopy(ours)
     kilostep = 1024 * (1 + 1 / (1 - .85))
@@ -293,6 +309,8 @@ def test_a_mean_loss_makes_the_steps_of_the_published_sum(bs):
 
 
 NAN = float('nan')
+NOT_NORMALISATIONS = ('imagenet', (.5, 0), 5, None, ('data', 'data'), ('a', .5), (NAN, .5),
+                      ((.5, .5), .5), (.5, (.1, .2)), (.5, math.inf))
 REFUSED = {
     '`widths`': [dict(model_args=dict(widths=(8, 8))), dict(model_args=dict(widths=(8, 0, 8)))],
     '`epochs`': [dict(epochs=.5), dict(epochs=NAN), dict(epochs=math.inf)],
@@ -305,17 +323,16 @@ REFUSED = {
     '`label_smoothing`': [dict(label_smoothing=1), dict(label_smoothing='a')],
     '`lookahead`': [dict(lookahead=-1), dict(lookahead=True)],
     '`views`': [dict(views=3), dict(views=1.)],
-    '`normalize`': [dict(normalize=v) for v in ('imagenet', (.5, 0), 5, None, ('data', 'data'), ('a', .5), (NAN, .5),
-                                                ((.5, .5), .5), (.5, (.1, .2)), (.5, math.inf))],
+    '`normalize`': [dict(normalize=v) for v in NOT_NORMALISATIONS],
     "sched='restart'.*whole epochs": [dict(sched='restart', opt='adam', opt_args={}, epochs=1.5)],
     '`opt_args`': [dict(opt_args=dict(bs=3))],
 }
-CASES = [(bad, says) for says, cases in REFUSED.items() for bad in cases]
+CASES = [(bad, message) for message, cases in REFUSED.items() for bad in cases]
 
 
-@pytest.mark.parametrize('bad, says', CASES, ids=str)
-def test_what_cannot_be_trained_with_is_refused_by_name(bad, says, images):
-    with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize('bad, message', CASES, ids=str)
+def test_impossible_options_are_refused_by_name(bad, message, images):
+    with pytest.raises(ValueError, match=message):
         make_learner(Run(**{**RECIPE, 'data': images, 'bs': 50, 'epochs': 1, **bad}))
 
 
@@ -328,39 +345,48 @@ def test_images_of_other_sizes_train(side, images):
     learn.fit(1, cbs=Look(lambda learn: shapes.append(learn.xb[0].shape)))
     assert shapes == [(100, 3, side, side)]
     for name, p in learn.model.named_parameters():
-        assert p.isfinite().all() and torch.equal(p, before[name]) != p.requires_grad
+        assert p.isfinite().all()
+        assert torch.equal(p, before[name]) != p.requires_grad
 
 
-def test_names_of_runs_stay():
-    assert Run().key == '44136fa355b3' and Run(method='sam').key == 'f96ee463f355'
-    assert Run(epochs=10.0).key == Run().key and type(Run(epochs=10.0).epochs) is int
+def test_names_of_runs_stay_the_same():
+    assert Run().key == '44136fa355b3'
+    assert Run(method='sam').key == 'f96ee463f355'
+    assert Run(epochs=10.0).key == Run().key
+    assert type(Run(epochs=10.0).epochs) is int
     colours = (.5, .4, .3), (.2, .2, .2)
     every = Run(epochs=9.9, cutout=4, cutout_inside=True, views=2, **{**RECIPE, 'normalize': colours})
     again = Run.from_dict(json.loads(json.dumps(every.to_dict())))
-    assert again == every and again.key == every.key and hash(again) == hash(every)
+    assert again == every
+    assert again.key == every.key
+    assert hash(again) == hash(every)
     as_list = DIGITS.but(model_args=dict(NETWORK, widths=[8, 8, 8]))
-    assert as_list == DIGITS and as_list.key == DIGITS.key
+    assert as_list == DIGITS
+    assert as_list.key == DIGITS.key
     fields = 'epochs flip cutout_inside normalize label_smoothing drop_last lookahead views'.split()
     others = {every.but(**{name: getattr(Run(), name)}).key for name in fields}
     assert len(others | {every.key}) == 1 + len(fields)
 
 
 @pytest.mark.parametrize('noise', [0., .2, .4, .8])
-def test_wrong_labels_are_as_many_as_asked_for(noise, monkeypatch):
+def test_the_share_of_wrong_labels_is_the_noise(noise, monkeypatch):
     clean, test = digits()
     monkeypatch.setattr(datasets, 'cifar10', lambda path, size: (clean, test))
     noisy, same_test = datasets.noisy_cifar10(noise, seed=3)
-    assert torch.equal(clean.y, digits()[0].y) and torch.equal(noisy.x, clean.x) and same_test is test
+    assert torch.equal(clean.y, digits()[0].y)
+    assert torch.equal(noisy.x, clean.x)
+    assert same_test is test
     off = (noisy.y - clean.y) % 10
     assert (off > 0).sum() == round(noise * len(clean))
     if noise:
         times = torch.bincount(off, minlength=10)[1:]
-        assert times.min() > 0 and chisquare(times).pvalue > .001
+        assert times.min() > 0
+        assert chisquare(times).pvalue > .001
         assert not torch.equal(noisy.y, wrong_labels(clean, noise, 4).y)
         assert torch.equal(noisy.y, wrong_labels(clean, noise, 3).y)
 
 
-def test_statistics_of_channels_are_numpys():
+def test_statistics_of_channels_equal_numpys():
     x = torch.randint(0, 256, (6000, 3, 5, 3), dtype=torch.uint8) # more than one part of 5,000
     x[..., 1] //= 3
     found = channel_statistics(ImageData(x, torch.zeros(len(x)), 'a'))
@@ -382,14 +408,14 @@ def test_a_stored_result_reads_as_it_was_returned(tmp_path):
     assert run(cfg, tmp_path, **quiet) == run(cfg, tmp_path, **quiet)
 
 
-def test_a_search_for_the_rate_has_as_many_steps_as_asked_for():
+def test_a_learning_rate_search_makes_num_it_steps():
     learn = make_learner(DIGITS, cbs=[Recorder()])
     learn.lr_find(show_plot=False, num_it=20, suggest_funcs=())
     assert len(learn.recorder.losses) == 20
 
 
 def test_whitening_looks_at_all_classes(images):
-    "The folder's images are sorted by class; the filters are those of images of all of them."
+    "The folder's images are sorted by class; the filters come from images of all classes."
     cfg = Run(data=images, bs=50, epochs=1, **RECIPE)
     learn = make_learner(cfg)
     dl = learn.dls.train.new(tfms=[], shuffle=False, bs=150)

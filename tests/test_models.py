@@ -1,4 +1,6 @@
-"Every network of `MODELS`: built on the meta device, one step of training, memory formats, copies; ViT's weights and its missing extra."
+"""Every network of `MODELS`: built on the meta device, one step of training, memory formats, copies.
+
+Also the weights that a ViT loads, and the error when its extra is missing."""
 import copy
 import importlib.util
 import pickle
@@ -14,29 +16,54 @@ from sadt_nb.models.wide_resnet import wide_resnet
 from torch import nn
 from torch.nn import functional as F
 
-needs_timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None, reason="timm, the extra sadt_nb[timm], is not installed")
-needs_clip = pytest.mark.skipif(importlib.util.find_spec('open_clip') is None, reason="open_clip, the extra sadt_nb[clip], is not installed")
+needs_timm = pytest.mark.skipif(importlib.util.find_spec('timm') is None,
+                                reason='timm, the extra sadt_nb[timm], is not installed')
+needs_clip = pytest.mark.skipif(importlib.util.find_spec('open_clip') is None,
+                                reason='open_clip, the extra sadt_nb[clip], is not installed')
 EXTRAS = dict(vit=needs_timm, clip=needs_clip)
-NAMES = [pytest.param(n, marks=EXTRAS[n.split('_')[0]]) if n.split('_')[0] in EXTRAS else n for n in MODELS]
+
+
+def needs_small_images(name): return name.startswith(('vit', 'clip'))
+
+
+def with_extra(name):
+    "Return the name, marked to be skipped where the extra that the network needs is missing."
+    family = name.split('_')[0]
+    return pytest.param(name, marks=EXTRAS[family]) if family in EXTRAS else name
+
+
+NAMES = [with_extra(name) for name in MODELS]
 IMAGENET = ('resnet50', 'resnet152')
 
 
 def small(name, classes=10):
-    "The network, with few patches if it is a ViT, and images that are as small as it takes."
-    net = make_model(name, classes, **(dict(img_size=64) if name.startswith(('vit', 'clip')) else {}))
-    return net, torch.randn(3, 3, *[64 if name in IMAGENET else 32] * 2)
+    "Return the network, with few patches if it is a ViT, and three images as small as it takes."
+    net = make_model(name, classes, **(dict(img_size=64) if needs_small_images(name) else {}))
+    side = 64 if name in IMAGENET else 32
+    return net, torch.randn(3, 3, side, side)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_configuration_is_checked_without_memory(name):
     with torch.device('meta'):
-        make_model(name) # imports what is to be imported
+        make_model(name) # the first call also imports what the network needs
         start = time.process_time()
         net = make_model(name, 100)
     assert time.process_time() - start < 3
-    assert all(t.is_meta for t in [*net.parameters(), *net.buffers()])
+    for t in [*net.parameters(), *net.buffers()]: assert t.is_meta
     assert Run(model=name).name.startswith(f'baseline-{name}-')
     with pytest.raises(ValueError, match=name): Run(model=name, model_args=dict(colour=3))
+
+
+def biases_before_batchnorm(net):
+    """Return the ids of biases that BatchNorm follows.
+
+    It subtracts what such a bias adds, so that the bias has no gradient but for rounding."""
+    leaves = [m for m in net.modules() if not list(m.children())]
+    found = set()
+    for m, after in zip(leaves, leaves[1:]):
+        if isinstance(after, (nn.BatchNorm1d, nn.BatchNorm2d)) and hasattr(m, 'bias'): found.add(id(m.bias))
+    return found
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -44,21 +71,25 @@ def test_a_step_reaches_every_parameter(name):
     net, x = small(name, 100)
     for m in net.modules(): # a branch that starts at zero, as CLIP's do, hides its layers from the first step
         if isinstance(m, nn.BatchNorm2d) and not m.weight.any(): nn.init.constant_(m.weight, .5)
-    assert (y := net(x)).shape == (3, 100)
+    y = net(x)
+    assert y.shape == (3, 100)
     F.cross_entropy(y, torch.arange(3)).backward()
-    leaves = [m for m in net.modules() if not list(m.children())]
-    # BatchNorm takes away what a bias before it adds, so that one's gradient is zero but for rounding
-    idle = {id(m.bias) for m, after in zip(leaves, leaves[1:]) if isinstance(after, (nn.BatchNorm1d, nn.BatchNorm2d)) and hasattr(m, 'bias')}
+    may_be_zero = biases_before_batchnorm(net)
     for n, p in net.named_parameters():
-        if not p.requires_grad: assert p.grad is None, n # fixed filters and scales
-        else: assert p.grad is not None and p.grad.isfinite().all() and (p.grad.any() or id(p) in idle), n
+        if p.requires_grad:
+            assert p.grad is not None, n
+            assert p.grad.isfinite().all(), n
+            assert p.grad.any() or id(p) in may_be_zero, n
+        else: assert p.grad is None, n # fixed filters and scales
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_memory_formats_copies_and_stored_weights_give_the_same(name):
+def test_memory_formats_copies_and_stored_weights_give_the_same_logits(name):
     net, x = small(name)
     for m in net.modules(): # statistics that are not those of a fresh network
-        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): m.running_mean.uniform_(-.1, .1); m.running_var.uniform_(.8, 1.25)
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.running_mean.uniform_(-.1, .1)
+            m.running_var.uniform_(.8, 1.25)
     net, x = net.double().eval(), x[:1].double()
     with torch.no_grad():
         y = net(x)
@@ -68,7 +99,8 @@ def test_memory_formats_copies_and_stored_weights_give_the_same(name):
         fresh.load_state_dict(net.state_dict())
         assert torch.equal(fresh(x), y)
         last = copy.deepcopy(net).to(memory_format=torch.channels_last)
-        torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), y, rtol=1e-9, atol=1e-9 * y.abs().max().item())
+        got = last(x.to(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, y, rtol=1e-9, atol=1e-9 * y.abs().max().item())
 
 
 def test_without_dropout_nothing_is_drawn():
@@ -88,11 +120,16 @@ def test_vit_without_timm_names_the_extra(monkeypatch):
 @needs_timm
 def test_vit_reads_other_precisions_and_runs_no_code_from_a_file(tmp_path):
     donor = vit(10, img_size=64).vit
-    torch.save({n: v.half() for n, v in donor.state_dict().items()}, tmp_path / 'half.pt')
+    weights = donor.state_dict()
+    torch.save({n: v.half() for n, v in weights.items()}, tmp_path / 'half.pt')
     net = vit(10, img_size=64, pretrained=tmp_path / 'half.pt').vit
-    for n, v in net.state_dict().items(): assert v.dtype == torch.float32 and torch.equal(v, donor.state_dict()[n].half().float()), n
-    torch.save({n: v for n, v in donor.state_dict().items() if not n.startswith('head.')}, tmp_path / 'trunk.pt')
-    assert torch.equal(vit(10, img_size=64, pretrained=tmp_path / 'trunk.pt').vit.pos_embed, donor.pos_embed)
+    for n, v in net.state_dict().items():
+        assert v.dtype == torch.float32, n
+        assert torch.equal(v, weights[n].half().float()), n
+    trunk = {n: v for n, v in weights.items() if not n.startswith('head.')}
+    torch.save(trunk, tmp_path / 'trunk.pt')
+    net = vit(10, img_size=64, pretrained=tmp_path / 'trunk.pt').vit
+    assert torch.equal(net.pos_embed, donor.pos_embed)
 
     class Evil:
         def __reduce__(self): return (tmp_path / 'proof').touch, ()

@@ -8,36 +8,59 @@ import pytest
 from sadt_nb.methods.registry import method_card
 
 NBS = Path(__file__).parents[1] / 'nbs'
-pytestmark = pytest.mark.skipif(not NBS.exists(), reason='the notebooks are not part of the installed library')
+pytestmark = pytest.mark.skipif(not NBS.exists(), reason='the installed library has no notebooks')
 PATTERN = ['Idea', 'By hand', 'The callback', 'It does what', 'Use it', 'Differences']
 NOT_METHODS = {'99_registry'}
+UNFIT = r'(Warning\b|Traceback|/(?:home|root|tmp|work|Users)/\S+| at 0x[0-9a-f]{6,})'
+GLOBAL_DEFAULTS = (r'set_default_dtype|set_default_device|set_default_tensor_type|'
+                   r'set_grad_enabled\((?:True|False)\)\n|set_anomaly_enabled')
+INSTALL_CELL = """
+from importlib.util import find_spec
+if not find_spec('sadt_nb'):
+    %pip install -q sadt_nb
+""".strip()
 
 
 def cells(path): return json.loads(path.read_text(encoding='utf-8'))['cells']
+def source(cell): return ''.join(cell['source'])
+def code_cells(path): return [c for c in cells(path) if c['cell_type'] == 'code']
+def markdown_cells(path): return [c for c in cells(path) if c['cell_type'] == 'markdown']
+def prose(path): return '\n'.join(map(source, markdown_cells(path)))
 def every(): return sorted(NBS.rglob('*.ipynb')) if NBS.exists() else []
 def ids(paths): return [str(p.relative_to(NBS)) for p in paths]
+def in_folder(name): return [p for p in every() if p.parent.name == name]
 
 
-METHODS = [p for p in every() if p.parent.name == 'methods' and p.stem not in NOT_METHODS]
+METHODS = [p for p in in_folder('methods') if p.stem not in NOT_METHODS]
+
+
+def place_of(heading, headings):
+    "The index of the first of `headings` that starts with `heading`, or None."
+    for i, h in enumerate(headings):
+        if h.startswith(heading): return i
 
 
 @pytest.mark.parametrize('path', METHODS, ids=ids(METHODS))
 def test_method_notebooks_follow_the_pattern(path):
-    text = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
-    heads = re.findall(r'^## (.+)$', text, re.M)
-    places = [next((i for i, h in enumerate(heads) if h.startswith(p)), None) for p in PATTERN]
-    assert None not in places and places == sorted(places), heads
+    text = prose(path)
+    headings = re.findall(r'^## (.+)$', text, re.M)
+    places = [place_of(p, headings) for p in PATTERN]
+    assert None not in places, headings
+    assert places == sorted(places), headings
     assert re.search(r'^# .+\n\n> ', text, re.M), 'a title and one line'
 
 
 @pytest.mark.parametrize('path', METHODS, ids=ids(METHODS))
-def test_method_notebooks_show_their_card_of_today(path):
-    "The card is made of the registry and the stored benchmark; what a notebook shows is what they say now."
-    shown = [c for c in cells(path) if c['cell_type'] == 'code' and ''.join(c['source']).startswith('#| echo: false\nmethod_card(')]
-    assert len(shown) == 1 and '| extra memory |' in (stored := ''.join(shown[0]['outputs'][0]['data']['text/markdown']))
-    call = ast.parse(''.join(shown[0]['source'])).body[0].value
-    card = method_card(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords})
-    assert stored == card._repr_markdown_(), 'run the notebook again'
+def test_method_notebooks_show_their_current_card(path):
+    "The card is made from the registry and the stored benchmark; a notebook must show what they give now."
+    shown = [c for c in code_cells(path) if source(c).startswith('#| echo: false\nmethod_card(')]
+    assert len(shown) == 1
+    stored = ''.join(shown[0]['outputs'][0]['data']['text/markdown'])
+    assert '| extra memory |' in stored
+    call = ast.parse(source(shown[0])).body[0].value
+    args = map(ast.literal_eval, call.args)
+    kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    assert stored == method_card(*args, **kwargs)._repr_markdown_(), 'run the notebook again'
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
@@ -46,63 +69,81 @@ def test_outputs_are_fit_to_be_read(path):
         for o in c.get('outputs', []):
             assert o['output_type'] != 'error'
             text = ''.join(o.get('text', [])) + ''.join(o.get('data', {}).get('text/plain', []))
-            found = re.search(r'(Warning\b|Traceback|/(?:home|root|tmp|work|Users)/\S+| at 0x[0-9a-f]{6,})', text)
-            assert not found, f'{found.group(0)} in an output of: {"".join(c["source"])[:80]}'
+            found = re.search(UNFIT, text)
+            assert not found, f'{found.group(0)} in an output of: {source(c)[:80]}'
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
-def test_a_notebook_leaves_the_process_as_it_was(path):
-    "nbdev_test runs many notebooks in one process, and a reader may run two: a default changed in one is a wrong result in the next."
-    code = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code')
-    assert not (found := re.findall(r'set_default_dtype|set_default_device|set_default_tensor_type|set_grad_enabled\((?:True|False)\)\n|set_anomaly_enabled', code)), found
+def test_a_notebook_changes_no_default_of_the_process(path):
+    """nbdev_test runs many notebooks in one process, and a reader may run two.
+
+    A default that one notebook changes would make results of the next one wrong."""
+    code = '\n'.join(map(source, code_cells(path)))
+    found = re.findall(GLOBAL_DEFAULTS, code)
+    assert not found, found
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_nbdev_reads_the_title_cell(path):
-    "In the cell of the title nbdev takes list items with a colon for settings, and warns of those that are none."
-    title = next(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown' and re.search(r'^# \S', ''.join(c['source']), re.M))
-    assert not (found := re.findall(r'^-\s+(\S.*:.*\S)\s*$', title, re.M)), found
+    "In the title's cell nbdev reads list items with a colon as settings, and warns of those that are none."
+    titles = [source(c) for c in markdown_cells(path) if re.search(r'^# \S', source(c), re.M)]
+    found = re.findall(r'^-\s+(\S.*:.*\S)\s*$', titles[0], re.M)
+    assert not found, found
+
+
+def shows_something(text):
+    makes_a_figure = 'plt.' in text and 'ax.set(' in text
+    return makes_a_figure or 'print(' in text
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_code_cells_were_run(path):
     "A cell that shows something has its output stored, so that the website and GitHub show it too."
-    code = [c for c in cells(path) if c['cell_type'] == 'code' and not re.match(r'#\| *(export|hide)', ''.join(c['source']))]
-    for c in code:
-        text = ''.join(c['source'])
-        if ('plt.' in text and 'ax.set(' in text) or 'print(' in text: assert c['outputs'], text[:80]
+    for c in code_cells(path):
+        text = source(c)
+        if re.match(r'#\| *(export|hide)', text): continue
+        if shows_something(text): assert c['outputs'], text[:80]
 
 
 def links(path):
-    "Where the Markdown cells of a notebook lead, and the folder that relative links start from: the index is README.md, too."
-    text = '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown')
-    text = re.sub(r'```.*?```', '', text, flags=re.S)
-    return re.findall(r'\]\(([^)\s]+)\)', text), NBS.parent if path.name == 'index.ipynb' else path.parent
+    "All targets of links in a notebook's Markdown cells."
+    text = re.sub(r'```.*?```', '', prose(path), flags=re.S)
+    return re.findall(r'\]\(([^)\s]+)\)', text)
+
+
+def anchors(path):
+    "The anchors of a notebook's headings, as GitHub and the website make them."
+    found = set()
+    for c in markdown_cells(path):
+        for heading in re.findall(r'^#+ (.+)$', source(c), re.M):
+            words = re.sub(r'[^\w\s-]', '', heading).strip().lower()
+            found.add(words.replace(' ', '-'))
+    return found
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_links_lead_somewhere(path):
-    found, folder = links(path)
-    for link in found:
+    folder = NBS.parent if path.name == 'index.ipynb' else path.parent # the index is README.md as well
+    for link in links(path):
         if re.match(r'https://', link): continue
         assert not re.match(r'\w+:', link), f'{link} is neither https nor in the checkout'
         target, _, place = link.partition('#')
         assert not target or (folder / target).exists(), link
         if place and target.endswith('.ipynb'):
-            heads = {re.sub(r'[^\w\s-]', '', h).strip().lower().replace(' ', '-') for c in cells(folder / target) if c['cell_type'] == 'markdown' for h in re.findall(r'^#+ (.+)$', ''.join(c['source']), re.M)}
-            assert place in heads, f'{link}: no such heading'
+            assert place in anchors(folder / target), f'{link}: no such heading'
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_figures_have_an_alt_text(path):
-    for c in cells(path):
-        source = ''.join(c['source'])
-        if c['cell_type'] == 'code' and not source.startswith('#| hide') and any('image/png' in o.get('data', {}) for o in c['outputs']):
-            alt = re.search(r'^#\| fig-alt: (.{40,})$', source, re.M)
-            assert alt, source[:80]
+    for c in code_cells(path):
+        text = source(c)
+        has_figure = any('image/png' in o.get('data', {}) for o in c['outputs'])
+        if has_figure and not text.startswith('#| hide'):
+            alt = re.search(r'^#\| fig-alt: (.{40,})$', text, re.M)
+            assert alt, text[:80]
 
 
-TUTORIALS = [p for p in every() if p.parent.name == 'tutorials']
+TUTORIALS = in_folder('tutorials')
 
 
 def test_the_course_is_complete(): assert [p.stem[:2] for p in TUTORIALS] == [f'{i:02}' for i in range(1, 10)]
@@ -110,27 +151,32 @@ def test_the_course_is_complete(): assert [p.stem[:2] for p in TUTORIALS] == [f'
 
 @pytest.mark.parametrize('path', TUTORIALS, ids=ids(TUTORIALS))
 def test_tutorials_follow_the_pattern(path):
-    "A button and a cell for readers elsewhere, a lead, exercises with hidden answers, a way on."
+    "A Colab button, an install cell, a lead, exercises with hidden answers, a link to the next tutorial."
     given = cells(path)
-    first = ''.join(given[0]['source'])
-    assert re.search(r'^# .+\n\n> ', first) and f'/blob/main/nbs/tutorials/{path.name})' in first and '(colab.svg)' in first
+    first = source(given[0])
+    assert re.search(r'^# .+\n\n> ', first)
+    assert f'/blob/main/nbs/tutorials/{path.name})' in first
+    assert '(colab.svg)' in first
     assert f'Tutorial {int(path.stem[:2])} of 9' in first
-    assert ''.join(given[1]['source']) == "from importlib.util import find_spec\nif not find_spec('sadt_nb'):\n    %pip install -q sadt_nb"
-    text = '\n'.join(''.join(c['source']) for c in given if c['cell_type'] == 'markdown')
-    heads = re.findall(r'^## (.+)$', text, re.M)
-    assert heads[-2:] == ['What to take home', 'Exercises']
+    assert source(given[1]) == INSTALL_CELL
+    text = prose(path)
+    headings = re.findall(r'^## (.+)$', text, re.M)
+    assert headings[-2:] == ['What to take home', 'Exercises']
     exercises = text.split('## Exercises')[1]
-    assert exercises.count('<details>') == exercises.count('</details>') == exercises.count('<summary>Answer</summary>') == 2
-    following = next((p for p in TUTORIALS if p.stem > path.stem), None)
-    assert following is None or f']({following.name})' in exercises, 'the way on'
+    assert exercises.count('<details>') == 2
+    assert exercises.count('</details>') == 2
+    assert exercises.count('<summary>Answer</summary>') == 2
+    later = [p for p in TUTORIALS if p.stem > path.stem]
+    if later: assert f']({later[0].name})' in exercises, 'a link to the next tutorial'
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', TUTORIALS, ids=ids(TUTORIALS))
 def test_hidden_answers_run(path, monkeypatch, tmp_path):
-    "The code in the answers, after the notebook's own."
+    "The code in the answers runs after the notebook's own code."
     monkeypatch.chdir(tmp_path)
-    code = [''.join(c['source']) for c in cells(path) if c['cell_type'] == 'code' and '%pip' not in ''.join(c['source'])]
-    answers = re.findall(r'```python\n(.*?)```', '\n'.join(''.join(c['source']) for c in cells(path) if c['cell_type'] == 'markdown').split('## Exercises')[1], re.S)
-    space = {'__name__': '__main__'}
-    for source in [*code, *answers]: exec(compile(source, path.stem, 'exec'), space)
+    code = [source(c) for c in code_cells(path) if '%pip' not in source(c)]
+    exercises = prose(path).split('## Exercises')[1]
+    answers = re.findall(r'```python\n(.*?)```', exercises, re.S)
+    namespace = {'__name__': '__main__'}
+    for text in [*code, *answers]: exec(compile(text, path.stem, 'exec'), namespace)

@@ -1,14 +1,15 @@
-"Results that are carried from a machine that does not last: what is packed comes back, and nothing else comes in."
+"Packed results of runs: what is packed comes back, and nothing else is unpacked."
 import io
 import json
 import tarfile
 
 import pytest
 
-pack_runs = pytest.importorskip('benchmarks.pack_runs', reason='benchmarks are beside the tests in a checkout only')
+pack_runs = pytest.importorskip('benchmarks.pack_runs', reason='only a checkout has the benchmarks')
 
 
-def made(root, name, status='finished', accuracy=.5):
+def write_run(root, name, status='finished', accuracy=.5):
+    "Write the files of a run."
     (root / name).mkdir(parents=True)
     (root / name / 'config.json').write_text('{}')
     (root / name / 'result.json').write_text(json.dumps(dict(status=status, accuracy=accuracy)))
@@ -16,8 +17,8 @@ def made(root, name, status='finished', accuracy=.5):
 
 
 def test_finished_runs_come_back_without_weights(tmp_path):
-    made(tmp_path / 'a', 'one')
-    made(tmp_path / 'a', 'two', status='diverged')
+    write_run(tmp_path / 'a', 'one')
+    write_run(tmp_path / 'a', 'two', status='diverged')
     assert pack_runs.pack(tmp_path / 'a', tmp_path / 'a.tar.gz') == 1
     assert pack_runs.unpack(tmp_path / 'a.tar.gz', tmp_path / 'b') == 1
     files = {f.relative_to(tmp_path / 'b').as_posix() for f in (tmp_path / 'b').rglob('*') if f.is_file()}
@@ -26,17 +27,20 @@ def test_finished_runs_come_back_without_weights(tmp_path):
 
 
 def test_a_finished_result_is_kept_and_an_unfinished_one_replaced(tmp_path):
-    made(tmp_path / 'new', 'one', accuracy=.9)
+    write_run(tmp_path / 'new', 'one', accuracy=.9)
     pack_runs.pack(tmp_path / 'new', tmp_path / 'new.tar.gz')
-    made(tmp_path / 'done', 'one', accuracy=.1)
-    made(tmp_path / 'begun', 'one', status='interrupted', accuracy=.1)
+    write_run(tmp_path / 'done', 'one', accuracy=.1)
+    write_run(tmp_path / 'begun', 'one', status='interrupted', accuracy=.1)
     for folder, kept in (('done', .1), ('begun', .9)):
         pack_runs.unpack(tmp_path / 'new.tar.gz', tmp_path / folder)
         assert json.loads((tmp_path / folder / 'one' / 'result.json').read_text())['accuracy'] == kept
 
 
-@pytest.mark.parametrize('name', ['../result.json', '/etc/result.json', 'one/../../result.json', 'one/weights.pt', 'result.json'])
-def test_what_leads_elsewhere_or_is_no_result_is_refused_as_a_whole(name, tmp_path):
+NOT_RESULTS = ['../result.json', '/etc/result.json', 'one/../../result.json', 'one/weights.pt', 'result.json']
+
+
+@pytest.mark.parametrize('name', NOT_RESULTS)
+def test_an_archive_with_an_outside_path_or_another_file_is_refused_as_a_whole(name, tmp_path):
     with tarfile.open(tmp_path / 'bad.tar.gz', 'w:gz') as tar:
         for member in ('good/result.json', name):
             info = tarfile.TarInfo(member)

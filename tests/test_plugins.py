@@ -1,4 +1,4 @@
-"Methods of other packages: an entry point is all it takes, and a broken one breaks nothing."
+"Methods of other packages: an entry point adds one, and one that cannot be loaded does no harm."
 import os
 import shutil
 import subprocess
@@ -13,72 +13,112 @@ from sadt_nb.methods.registry import METHODS, Methods
 EXAMPLE = Path(__file__).parent / 'example_package'
 
 
+def entry_points_file(groups):
+    "Return the text of entry_points.txt for entry points as pyproject.toml declares them."
+    lines = []
+    for group, points in groups.items():
+        lines.append(f'[{group}]\n')
+        for name, target in points.items(): lines.append(f'{name} = {target}\n')
+    return ''.join(lines)
+
+
 @pytest.fixture
 def installed(tmp_path):
-    "A folder that holds the example as an installer would have left it: the module, and the entry points that its pyproject.toml declares."
+    """Return a folder that holds the example package as an installer leaves it.
+
+    That is the module, and the entry points that its pyproject.toml declares."""
     project = tomllib.loads((EXAMPLE / 'pyproject.toml').read_text())['project']
     shutil.copy(EXAMPLE / 'example_method.py', tmp_path)
-    (info := tmp_path / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info").mkdir()
-    (info / 'METADATA').write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    (info / 'entry_points.txt').write_text(''.join(f'[{group}]\n' + ''.join(f'{k} = {v}\n' for k, v in points.items()) for group, points in project['entry-points'].items()))
+    name, version = project['name'], project['version']
+    info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+    (info / 'entry_points.txt').write_text(entry_points_file(project['entry-points']))
     return tmp_path
 
 
 def python(code, path, tmp_path):
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')]), PYTHONWARNINGS='ignore')
-    return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    "Run code in a new Python that also imports from `path`. Return the finished process."
+    search = os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')])
+    env = dict(os.environ, PYTHONPATH=search, PYTHONWARNINGS='ignore')
+    return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True,
+                          timeout=300)
 
 
-@pytest.mark.parametrize('first', ['from sadt_nb.all import *', 'from sadt_nb.methods.registry import *', 'import example_method; from sadt_nb.all import *'])
-def test_an_installed_package_brings_its_method(installed, tmp_path, first):
-    "Whatever is imported first."
-    said = python(first + """
+FIRST_IMPORTS = ['from sadt_nb.all import *', 'from sadt_nb.methods.registry import *',
+                 'import example_method; from sadt_nb.all import *']
+
+
+@pytest.mark.parametrize('first', FIRST_IMPORTS)
+def test_an_installed_package_adds_its_method(installed, tmp_path, first):
+    "The order of imports does not matter."
+    process = python(first + """
 from sadt_nb.methods.registry import make_method, METHODS
 cb, = make_method('random_neighbour', seed=3, rho=.1)
 print(type(cb).__name__, cb.rho, METHODS['random_neighbour'].passes)
 try: make_method('random_neighbour', rho=-1)
 except ValueError as e: print(e)
 """, installed, tmp_path)
-    assert said.stdout.splitlines() == ['RandomNeighbour 0.1 2', '`rho` must be positive, got -1'], said.stderr
+    expected = ['RandomNeighbour 0.1 2', '`rho` must be positive, got -1']
+    assert process.stdout.splitlines() == expected, process.stderr
 
 
-def test_it_trains_from_the_command_line(installed, tmp_path):
-    said = python("""
-from sadt_nb.experiments.cli import sadt_train
+def test_an_installed_method_trains_from_the_command_line(installed, tmp_path):
+    process = python("""
+from sadt_nb.commands.cli import sadt_train
 sadt_train(method='random_neighbour', n_train=100, bs=50, epochs=1, root='runs')
 from sadt_nb.experiments.report import load_results
 r, = load_results('runs').to_dict('records')
 print('done', r['method'], r['status'])
 """, installed, tmp_path)
-    assert 'done random_neighbour finished' in said.stdout and '2 steps, 4 passes' in said.stdout, said.stdout + said.stderr
+    output = process.stdout + process.stderr
+    assert 'done random_neighbour finished' in process.stdout, output
+    assert '2 steps, 4 passes' in process.stdout, output
 
 
 def test_without_the_package_there_is_no_such_method(): assert 'random_neighbour' not in METHODS
 
 
-def points(tmp_path, monkeypatch, **modules):
+def entry_points(tmp_path, monkeypatch, **modules):
+    "Write modules of these names and texts, and return an entry point for the `METHOD` of each."
     monkeypatch.syspath_prepend(tmp_path)
     for name, text in modules.items(): (tmp_path / f'{name}.py').write_text(text)
     return [EntryPoint(name=n, value=f'{n}:METHOD', group='sadt_nb.methods') for n in modules]
 
 
-@pytest.mark.parametrize('name,text,said', [
-    ('plugin_a', 'raise RuntimeError("no driver")', 'RuntimeError: no driver'), ('plugin_b', 'METHOD = 3', 'is 3, not a Method'), ('plugin_c', 'x = 1', 'AttributeError'), ('plugin_d', 'def (', 'SyntaxError')])
-def test_what_cannot_be_loaded_is_left_out_with_a_reason(tmp_path, monkeypatch, name, text, said):
+BROKEN = [('plugin_a', 'raise RuntimeError("no driver")', 'RuntimeError: no driver'),
+          ('plugin_b', 'METHOD = 3', 'is 3, not a Method'),
+          ('plugin_c', 'x = 1', 'AttributeError'),
+          ('plugin_d', 'def (', 'SyntaxError')]
+
+
+@pytest.mark.parametrize('name, text, reason', BROKEN)
+def test_a_method_that_cannot_be_loaded_is_left_out_with_a_reason(tmp_path, monkeypatch, name, text, reason):
     before = dict(METHODS)
-    with pytest.warns(UserWarning, match=f"method '{name}' of the entry point '{name}:METHOD' is left out: .*{said}"):
-        assert Methods(dict(before), points(tmp_path, monkeypatch, **{name: text})) == before
+    message = f"method '{name}' of the entry point '{name}:METHOD' is left out: .*{reason}"
+    with pytest.warns(UserWarning, match=message):
+        assert Methods(dict(before), entry_points(tmp_path, monkeypatch, **{name: text})) == before
 
 
-def test_names_of_ours_stay_ours_and_a_good_one_among_bad_ones_is_taken(tmp_path, monkeypatch):
-    p, = points(tmp_path, monkeypatch, plugin_sam='from sadt_nb.all import *\nfrom sadt_nb.methods.registry import Method\nMETHOD = Method(lambda: None, f"one of {len(METHODS) + 1}")')
-    bad = EntryPoint(name='sam', value=p.value, group=p.group)
-    with pytest.warns(UserWarning, match='there is a method of that name'): found = Methods(dict(METHODS), [bad, p])['plugin_sam'], Methods(dict(METHODS), [bad, p])['sam']
-    assert found[0].summary == f'one of {len(METHODS) + 1}' and found[1] is METHODS['sam']
+def test_an_entry_point_cannot_replace_our_method_and_the_next_one_still_loads(tmp_path, monkeypatch):
+    code = '''
+from sadt_nb.all import *
+from sadt_nb.methods.registry import Method
+METHOD = Method(lambda: None, f"one of {len(METHODS) + 1}")'''
+    good, = entry_points(tmp_path, monkeypatch, plugin_sam=code)
+    bad = EntryPoint(name='sam', value=good.value, group=good.group)
+    with pytest.warns(UserWarning, match='there is a method of that name'):
+        added = Methods(dict(METHODS), [bad, good])['plugin_sam']
+        ours = Methods(dict(METHODS), [bad, good])['sam']
+    assert added.summary == f'one of {len(METHODS) + 1}'
+    assert ours is METHODS['sam']
 
 
-def test_nothing_is_loaded_before_it_is_asked_for(tmp_path, monkeypatch):
-    given = points(tmp_path, monkeypatch, plugin_late='from sadt_nb.methods.registry import Method\nMETHOD = Method(lambda: None, "late")')
-    methods = Methods({}, given)
+def test_an_entry_point_is_loaded_when_the_methods_are_first_read(tmp_path, monkeypatch):
+    code = '''
+from sadt_nb.methods.registry import Method
+METHOD = Method(lambda: None, "late")'''
+    methods = Methods({}, entry_points(tmp_path, monkeypatch, plugin_late=code))
     assert 'plugin_late' not in sys.modules
-    assert list(methods) == ['plugin_late'] and 'plugin_late' in sys.modules
+    assert list(methods) == ['plugin_late']
+    assert 'plugin_late' in sys.modules

@@ -1,4 +1,4 @@
-"Stored runs: atomic, skipped when finished, the same however they are run."
+"Stored runs: written whole or not at all, skipped when finished, the same however they are run."
 import json
 import warnings
 
@@ -13,136 +13,180 @@ from sadt_nb.experiments.runner import RunRecorder, make_learner, read_result, r
 from sadt_nb.models.vit import vit
 
 SMALL = Run(epochs=2, n_train=200, bs=50)
+DIVERGING = SMALL.but(opt='sgd', lr=1e30, epochs=3, sched='constant')
+TIMES = ('seconds', 'train_seconds', 'wall_seconds', 'started')
 quiet = dict(progress=False)
 
 
+def stored_weights(cfg, root): return torch.load(root / cfg.name / 'weights.pt', weights_only=True)
+def stored_json(cfg, root, name): return json.loads((root / cfg.name / f'{name}.json').read_text())
+def without_times(result): return {k: v for k, v in result.items() if k not in TIMES}
+def same_bits(a, b): return all(torch.equal(v, b[k]) for k, v in a.items())
+
+
 def test_a_run_is_repeatable_and_skipped_when_finished(tmp_path, monkeypatch):
-    a, b = run(SMALL, tmp_path / 'a', **quiet), run(SMALL, tmp_path / 'b', **quiet)
-    wa, wb = (torch.load(tmp_path / d / SMALL.name / 'weights.pt', weights_only=True) for d in 'ab')
-    assert all(torch.equal(wa[k], wb[k]) for k in wa) and a['accuracy'] == b['accuracy']
-    def fail(*a, **k): raise AssertionError('trained again')
+    a = run(SMALL, tmp_path / 'a', **quiet)
+    b = run(SMALL, tmp_path / 'b', **quiet)
+    assert same_bits(stored_weights(SMALL, tmp_path / 'a'), stored_weights(SMALL, tmp_path / 'b'))
+    assert a['accuracy'] == b['accuracy']
+    def fail(*args, **kwargs): raise AssertionError('trained again')
     monkeypatch.setattr(runner, 'make_learner', fail)
     assert run(SMALL, tmp_path / 'a', **quiet) == a
 
 
 def test_processes_give_the_same_numbers(tmp_path):
-    grid = [SMALL.but(seed=s, epochs=1) for s in range(2)] + [SMALL.but(opt='sgd', lr=1e30, epochs=3, sched='constant')]
-    one, two = run_grid(grid, tmp_path / 'one', **quiet), run_grid(grid, tmp_path / 'two', workers=2, **quiet)
-    assert isinstance(one[2], runner.RunError) and isinstance(two[2], runner.RunError) and 'epoch 1' in str(two[2])
-    for a, b in zip(one[:2], two[:2]): assert abs(a['accuracy'] - b['accuracy']) < .02 # thread counts differ, so roundings may
+    grid = [SMALL.but(seed=s, epochs=1) for s in range(2)] + [DIVERGING]
+    one = run_grid(grid, tmp_path / 'one', **quiet)
+    two = run_grid(grid, tmp_path / 'two', workers=2, **quiet)
+    assert isinstance(one[2], runner.RunError)
+    assert isinstance(two[2], runner.RunError)
+    assert 'epoch 1' in str(two[2])
+    for a, b in zip(one[:2], two[:2]):
+        assert abs(a['accuracy'] - b['accuracy']) < .02 # numbers of threads differ, so roundings may
 
 
 def test_the_history_is_kept_when_the_loss_diverges(tmp_path):
-    wild = SMALL.but(opt='sgd', lr=1e30, epochs=3, sched='constant')
-    with pytest.raises(runner.RunError, match='epoch 1, batch'): run(wild, tmp_path, **quiet)
-    assert json.loads((tmp_path / wild.name / 'result.json').read_text())['status'] == 'diverged' and read_result(wild, tmp_path) is None
+    with pytest.raises(runner.RunError, match='epoch 1, batch'): run(DIVERGING, tmp_path, **quiet)
+    assert stored_json(DIVERGING, tmp_path, 'result')['status'] == 'diverged'
+    assert read_result(DIVERGING, tmp_path) is None
 
 
 def test_a_damaged_result_is_made_again(tmp_path):
     run(SMALL, tmp_path, **quiet)
     (tmp_path / SMALL.name / 'result.json').write_text('{"status": "fini')
-    assert read_result(SMALL, tmp_path) is None and run(SMALL, tmp_path, **quiet)['status'] == 'finished'
+    assert read_result(SMALL, tmp_path) is None
+    assert run(SMALL, tmp_path, **quiet)['status'] == 'finished'
 
 
 def test_writes_are_atomic(tmp_path):
-    runner.write_json(tmp_path / 'x.json', {'a': 1})
-    with pytest.raises(TypeError): runner.write_json(tmp_path / 'x.json', {'a': object()})
-    assert json.loads((tmp_path / 'x.json').read_text()) == {'a': 1}
+    file = tmp_path / 'x.json'
+    runner.write_json(file, {'a': 1})
+    with pytest.raises(TypeError): runner.write_json(file, {'a': object()})
+    assert json.loads(file.read_text()) == {'a': 1}
 
 
-def test_cosine_ends_at_zero_and_restart_starts_anew(tmp_path):
-    run(SMALL.but(epochs=3), tmp_path, **quiet)
-    lrs = [r['lr'] for r in json.loads((tmp_path / SMALL.but(epochs=3).name / 'history.json').read_text())]
-    assert lrs[0] > lrs[1] > lrs[2] and lrs[2] < .1 * lrs[0]
+def test_the_cosine_schedule_ends_near_zero(tmp_path):
+    cfg = SMALL.but(epochs=3)
+    run(cfg, tmp_path, **quiet)
+    rates = [row['lr'] for row in stored_json(cfg, tmp_path, 'history')]
+    assert rates[0] > rates[1] > rates[2]
+    assert rates[2] < .1 * rates[0]
 
+
+def test_the_restart_schedule_begins_anew_in_each_epoch():
     learn = make_learner(SMALL.but(sched='restart', opt='keras_adam', method='sadt1'))
-    seen = []
-    class See(runner.Callback):
+    steps = []
+    rates = []
+    class RecordStep(runner.Callback):
         run_valid = False
         def after_batch(self):
-            st = next(iter(self.opt.opt.state.values()))
-            seen.append((self.epoch, st['step'], self.opt.hypers[-1]['lr']))
-    learn.add_cb(See())
+            state = next(iter(self.opt.opt.state.values()))
+            steps.append(state['step'])
+            rates.append(self.opt.hypers[-1]['lr'])
+    learn.add_cb(RecordStep())
     learn.fit(2)
-    assert [s for _, s, _ in seen] == [2, 4, 6, 8] * 2, 'two steps per batch, from zero in each epoch'
-    assert seen[0][2] == pytest.approx(1e-3 * .9**(1 / 1000)) and seen[4][2] == seen[0][2]
+    assert steps == [2, 4, 6, 8] * 2, 'two steps per batch, counted from zero in each epoch'
+    assert rates[0] == pytest.approx(1e-3 * .9**(1 / 1000))
+    assert rates[4] == rates[0]
 
 
-def test_without_validation_the_test_set_is_not_looked_at_while_training():
+def test_without_validation_training_does_not_load_the_test_set():
     learn = make_learner(SMALL.but(valid=0.))
-    looked = []
     test = learn.dls[2]
-    batch = test.batch
-    test.batch = lambda ids: (looked.append(1), batch(ids))[1]
+    real = test.batch
+    loaded = []
+    def batch(ids):
+        loaded.append(1)
+        return real(ids)
+    test.batch = batch
     learn.fit(2)
-    assert not looked and len(list(learn.dls[2])) and looked
+    assert not loaded
+    assert len(list(test))
+    assert loaded
 
 
 def test_table_means_and_spread(tmp_path):
-    run_grid([SMALL.but(epochs=1, seed=s, method=m) for s in range(2) for m in ('baseline', 'sam')], tmp_path, **quiet)
+    runs = [SMALL.but(epochs=1, seed=s, method=m) for s in range(2) for m in ('baseline', 'sam')]
+    run_grid(runs, tmp_path, **quiet)
     df = load_results(tmp_path)
     table = results_table(df)
     acc = 100 * df[df.method == 'sam'].accuracy
-    assert list(table.index) == ['baseline', 'sam'] and table.loc['sam', 'accuracy %'] == f'{acc.mean():.1f} ± {acc.std():.1f}'
-    assert (table['n'] == 2).all() and table.loc['sam', 'forward passes'] == 2 * table.loc['baseline', 'forward passes']
+    assert list(table.index) == ['baseline', 'sam']
+    assert table.loc['sam', 'accuracy %'] == f'{acc.mean():.1f} ± {acc.std():.1f}'
+    assert (table['n'] == 2).all()
+    assert table.loc['sam', 'forward passes'] == 2 * table.loc['baseline', 'forward passes']
 
 
 def test_the_rate_falls_to_a_tenth_after_every_thirty_epochs():
     learn = make_learner(SMALL.but(sched='step', epochs=61, lr=.5, n_train=50, bs=25))
     seen = []
-    class See(runner.Callback):
+    class RecordRate(runner.Callback):
         order = 70 # after the scheduler
         def before_batch(self):
             if self.training: seen.append((self.epoch, self.opt.hypers[-1]['lr']))
             raise CancelBatchException()
-    learn.fit(61, cbs=See())
-    assert len(seen) == 122 and all(lr == pytest.approx(.5 * .1**(epoch // 30), rel=1e-12) for epoch, lr in seen)
+    learn.fit(61, cbs=RecordRate())
+    assert len(seen) == 122
+    for epoch, rate in seen: assert rate == pytest.approx(.5 * .1**(epoch // 30), rel=1e-12)
 
 
 def test_a_pretrained_network_may_teach_as_it_is(tmp_path):
     pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')
-    torch.save(vit(1000, img_size=64).vit.state_dict(), tmp_path / 's.pt')
-    teacher = SMALL.but(model='vit_s32', model_args=dict(img_size=64, pretrained=str(tmp_path / 's.pt')), epochs=0, split=0)
+    pretrained = tmp_path / 's.pt'
+    torch.save(vit(1000, img_size=64).vit.state_dict(), pretrained)
+    model_args = dict(img_size=64, pretrained=str(pretrained))
+    teacher = SMALL.but(model='vit_s32', model_args=model_args, epochs=0, split=0)
     student = SMALL.but(split=0, method='distillation', method_args=dict(alpha=0.), teachers=teacher, seed=1)
-    taught, = run_grid([student], tmp_path, **quiet)
+    trained, = run_grid([student], tmp_path, **quiet)
     r = read_result(teacher, tmp_path)
     net = make_learner(teacher).model
-    assert r['epochs'] == r['steps'] == r['forwards'] == 0 and r['accuracy'] == r['accuracy_bn'] == taught['teacher']['accuracy']
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in torch.load(tmp_path / teacher.name / 'weights.pt', weights_only=True).items())
+    assert r['epochs'] == r['steps'] == r['forwards'] == 0
+    assert r['accuracy'] == r['accuracy_bn'] == trained['teacher']['accuracy']
+    assert same_bits(stored_weights(teacher, tmp_path), net.state_dict())
     assert read_result(teacher, tmp_path) == run(teacher, tmp_path, **quiet)
 
 
-@pytest.mark.parametrize('capability, warned', [('AVX2', True), ('AVX512', False)])
-def test_half_precision_that_is_emulated_is_warned_of(capability, warned, monkeypatch):
+@pytest.mark.parametrize('capability, emulated', [('AVX2', True), ('AVX512', False)])
+def test_emulated_half_precision_gives_a_warning(capability, emulated, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     for amp in ('bf16', ''):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter('always')
             make_learner(SMALL.but(amp=amp))
-        assert any('emulates half precision' in str(w.message) for w in seen) == (warned and bool(amp))
+        warned = any('emulates half precision' in str(w.message) for w in seen)
+        assert warned == (emulated and bool(amp))
 
 
 def test_a_compiled_network_is_trained_stored_and_continued(tmp_path, monkeypatch):
-    "Traced, with the operations left as they are: so the bits are those of the network that is not compiled."
-    graphs, compile = [], torch.compile
+    "The compiler traces the network and changes no operation, so the bits equal those without compilation."
+    graphs = []
+    compile = torch.compile
     def backend(gm, inputs):
         graphs.append(gm)
         return gm.forward
     monkeypatch.setattr(torch, 'compile', lambda model, mode: compile(model, backend=backend))
     plain = SMALL.but(method='sadt1', model_args=dict(dropout=0.), epochs=3)
     cfg = plain.but(compile=True)
-    a, b = run(plain, tmp_path, **quiet), run(cfg, tmp_path, **quiet)
+    a = run(plain, tmp_path, **quiet)
+    b = run(cfg, tmp_path, **quiet)
     assert graphs, 'the network was compiled'
-    skip = ('seconds', 'train_seconds', 'wall_seconds', 'started')
-    assert {k: v for k, v in a.items() if k not in skip} == {k: v for k, v in b.items() if k not in skip}
-    x, y = (torch.load(tmp_path / c.name / 'weights.pt', weights_only=True) for c in (plain, cfg))
-    assert x.keys() == y.keys() and all(torch.equal(v, y[k]) for k, v in x.items()), 'named as those of the network itself'
-    taught = SMALL.but(method='distillation', teachers=cfg, compile=True)
-    assert run(taught, tmp_path, **quiet)['status'] == 'finished'
+    assert without_times(a) == without_times(b)
+    x = stored_weights(plain, tmp_path)
+    y = stored_weights(cfg, tmp_path)
+    assert x.keys() == y.keys(), 'the stored names are those of the network itself'
+    assert same_bits(x, y)
+    student = SMALL.but(method='distillation', teachers=cfg, compile=True)
+    assert run(student, tmp_path, **quiet)['status'] == 'finished'
 
 
 def test_tf32_is_for_one_run(tmp_path, monkeypatch):
-    seen, before = [], torch.get_float32_matmul_precision()
-    monkeypatch.setattr(RunRecorder, 'before_train', lambda self, real=RunRecorder.before_train: (seen.append(torch.get_float32_matmul_precision()), real(self)))
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    real = RunRecorder.before_train
+    def before_train(self):
+        seen.append(torch.get_float32_matmul_precision())
+        real(self)
+    monkeypatch.setattr(RunRecorder, 'before_train', before_train)
     for tf32 in (False, True): run(SMALL.but(tf32=tf32, epochs=1), tmp_path, **quiet)
-    assert seen == [before, 'high'] and torch.get_float32_matmul_precision() == before
+    assert seen == [before, 'high']
+    assert torch.get_float32_matmul_precision() == before

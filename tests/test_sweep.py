@@ -1,4 +1,4 @@
-"The search: against an objective that is known, repeatable, continued, blind to the test set, and at equal cost."
+"The search: against a known objective, repeatable, continued, without the test set, and at equal cost."
 import json
 import math
 import sys
@@ -7,14 +7,18 @@ import pytest
 
 optuna = pytest.importorskip('optuna', reason='the search needs pip install sadt_nb[sweep]')
 
-from sadt_nb.experiments import cli, grid
+from sadt_nb.commands import cli
+from sadt_nb.experiments import grid
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import RunDiverged, RunError, write_json
 from sadt_nb.experiments.sweep import SWEEPS, at_equal_passes, case_of, confirmed, finals, ranges, sweep
 from sadt_nb.methods.registry import METHODS
 
 PLAIN = Run(epochs=12, n_train=60, bs=30, valid=.2)
+SAM = PLAIN.but(method='sam')
 TOP = dict(lr=4e-3, rho=.08)
+DIVERGES_ABOVE = 2e-2 # learning rate
+quiet = dict(progress=False)
 
 
 def height(cfg):
@@ -25,164 +29,242 @@ def height(cfg):
 
 @pytest.fixture
 def hill(monkeypatch):
-    "Runs whose accuracy on validation images is known; on test images it is the opposite."
+    """Replace training: the accuracy on validation images is `height`, on test images the opposite.
+
+    Returns the list of all runs that were trained."""
     trained = []
     def run(cfg, root, **kwargs):
         folder = root / cfg.name
         if (folder / 'result.json').exists(): return json.loads((folder / 'result.json').read_text())
         trained.append(cfg)
-        if cfg.lr > 2e-2: raise RunDiverged(f'{cfg.name}: the loss became NaN')
+        if cfg.lr > DIVERGES_ABOVE: raise RunDiverged(f'{cfg.name}: the loss became NaN')
         folder.mkdir(parents=True)
-        write_json(folder / 'history.json', [dict(epoch=i + 1, valid_accuracy=height(cfg) * (i + 1) / cfg.epochs, seconds=1.) for i in range(cfg.epochs)])
-        write_json(folder / 'result.json', result := dict(status='finished', accuracy=1 - height(cfg), train_seconds=1.))
+        history = []
+        for epoch in range(1, cfg.epochs + 1):
+            accuracy = height(cfg) * epoch / cfg.epochs
+            history.append(dict(epoch=epoch, valid_accuracy=accuracy, seconds=1.))
+        write_json(folder / 'history.json', history)
+        result = dict(status='finished', accuracy=1 - height(cfg), train_seconds=1.)
+        write_json(folder / 'result.json', result)
         return result
     monkeypatch.setattr(grid, 'run', run)
     return trained
 
 
 def test_the_top_of_a_hill_is_found(hill, tmp_path):
-    "Better than as many draws at random are expected to do, by the hill's own numbers."
-    found = sweep(dict(plain=PLAIN, sam=PLAIN.but(method='sam')), tmp_path, trials=40, progress=False)
+    "The found value is above what as many random draws reach on average."
+    found = sweep(dict(plain=PLAIN, sam=SAM), tmp_path, trials=40, **quiet)
     for label, keys in (('plain', ('lr',)), ('sam', ('lr', 'rho'))):
         f = found[label]
-        assert f.value == f.trials['value'].max() == pytest.approx(height(f.best), rel=1e-12) and f.value > .9 and len(f.trials) == 40
+        assert f.value == f.trials['value'].max()
+        assert f.value == pytest.approx(height(f.best), rel=1e-12)
+        assert f.value > .9
+        assert len(f.trials) == 40
         best = dict(lr=f.best.lr, **dict(f.best.method_args))
-        for k in keys: assert abs(math.log(best[k] / TOP[k])) < math.log(2.5)
-        for k, (low, high) in ranges(PLAIN.but(method='sam')).items():
-            if k in keys: assert f.trials[k].between(low * .99, high * 1.01).all()
+        for k in keys:
+            assert abs(math.log(best[k] / TOP[k])) < math.log(2.5)
+            low, high = ranges(SAM)[k]
+            assert f.trials[k].between(low * .99, high * 1.01).all()
         diverged = f.trials[f.trials['error'] != '']
-        assert (diverged['value'] == 0).all() and (diverged['lr'] > 2e-2).all() and len(diverged) < 15, 'it learns to keep away'
+        assert (diverged['value'] == 0).all()
+        assert (diverged['lr'] > DIVERGES_ABOVE).all()
+        assert len(diverged) < 15, 'the search learns to avoid rates that diverge'
 
 
 def test_the_same_search_is_read_and_a_longer_one_goes_on(hill, tmp_path):
-    cases = dict(sam=PLAIN.but(method='sam'), asam=PLAIN.but(method='asam'))
-    a = sweep(cases, tmp_path, trials=8, progress=False)
-    done = {c for c in hill if c.lr <= 2e-2}
+    cases = dict(sam=SAM, asam=PLAIN.but(method='asam'))
+    def finished(): return {c for c in hill if c.lr <= DIVERGES_ABOVE}
+    first = sweep(cases, tmp_path, trials=8, **quiet)
+    done = finished()
     hill.clear()
-    b = sweep(cases, tmp_path, trials=8, progress=False)
-    assert all(c.lr > 2e-2 for c in hill), 'only what failed is tried again'
-    for k in cases: assert a[k].trials.equals(b[k].trials)
+    again = sweep(cases, tmp_path, trials=8, **quiet)
+    assert not finished(), 'only failed runs are tried again'
+    for k in cases: assert first[k].trials.equals(again[k].trials)
     hill.clear()
-    with pytest.raises(KeyboardInterrupt):
-        def stop(*args, **kwargs): raise KeyboardInterrupt()
-        real, grid.run = grid.run, lambda cfg, *args, **kwargs: stop() if len(hill) >= 6 else real(cfg, *args, **kwargs)
-        try: sweep(cases, tmp_path / 'other', trials=8, progress=False)
-        finally: grid.run = real
-    c = sweep(cases, tmp_path / 'other', trials=8, progress=False)
-    for k in cases: assert a[k].trials.equals(c[k].trials), 'interrupted, it ends as in one go'
-    assert {r for r in hill if r.lr <= 2e-2} == done
+    real = grid.run
+    def stop_after_six(cfg, *args, **kwargs):
+        if len(hill) >= 6: raise KeyboardInterrupt
+        return real(cfg, *args, **kwargs)
+    grid.run = stop_after_six
+    try:
+        with pytest.raises(KeyboardInterrupt): sweep(cases, tmp_path / 'other', trials=8, **quiet)
+    finally: grid.run = real
+    continued = sweep(cases, tmp_path / 'other', trials=8, **quiet)
+    for k in cases: assert first[k].trials.equals(continued[k].trials), 'interrupted, it ends as in one go'
+    assert finished() == done
 
 
 def test_a_machine_that_fails_is_no_bad_proposal(hill, monkeypatch, tmp_path):
-    "The search ends with the error; once the disk has room, it goes on as if nothing had happened."
-    cases = dict(sam=PLAIN.but(method='sam'))
-    whole = sweep(cases, tmp_path / 'whole', trials=8, progress=False)['sam']
+    "The search ends with the error; when the disk has room again, it continues with the same proposals."
+    cases = dict(sam=SAM)
+    whole = sweep(cases, tmp_path / 'whole', trials=8, **quiet)['sam']
+    real = grid.run
+    count = []
+    def run(cfg, *args, **kwargs):
+        count.append(cfg)
+        if len(count) == 6: raise RunError('no space left')
+        return real(cfg, *args, **kwargs)
     with monkeypatch.context() as m:
-        real, count = grid.run, []
-        def run(cfg, *args, **kwargs):
-            count.append(cfg)
-            if len(count) == 6: raise RunError('no space left')
-            return real(cfg, *args, **kwargs)
         m.setattr(grid, 'run', run)
-        with pytest.raises(RunError, match='no space left'): sweep(cases, tmp_path / 'cut', trials=8, progress=False)
-    assert sweep(cases, tmp_path / 'cut', trials=8, progress=False)['sam'].trials.equals(whole.trials)
+        with pytest.raises(RunError, match='no space left'): sweep(cases, tmp_path / 'cut', trials=8, **quiet)
+    continued = sweep(cases, tmp_path / 'cut', trials=8, **quiet)['sam']
+    assert continued.trials.equals(whole.trials)
 
 
 def test_another_seed_proposes_others(hill, tmp_path):
-    a, b = (sweep(dict(sam=PLAIN.but(method='sam')), tmp_path, trials=4, seed=s, progress=False)['sam'] for s in (0, 1))
+    a = sweep(dict(sam=SAM), tmp_path, trials=4, seed=0, **quiet)['sam']
+    b = sweep(dict(sam=SAM), tmp_path, trials=4, seed=1, **quiet)['sam']
     assert not set(a.trials['run']) & set(b.trials['run'])
 
 
 def test_every_method_costs_the_same(hill, tmp_path):
-    cases = {m: at_equal_passes(PLAIN.but(method=m), PLAIN) for m in METHODS if not METHODS[m].taught}
-    found = sweep(cases, tmp_path, trials=4, progress=False)
-    for m, f in found.items(): assert abs(f.passes - 4 * 12) <= 4 * METHODS[m].passes / 2 + 1e-9, m
+    without_teacher = [m for m in METHODS if not METHODS[m].needs_teacher]
+    cases = {m: at_equal_passes(PLAIN.but(method=m), PLAIN) for m in without_teacher}
+    found = sweep(cases, tmp_path, trials=4, **quiet)
+    for m, f in found.items():
+        half_an_epoch = METHODS[m].passes / 2
+        assert abs(f.passes - 4 * 12) <= 4 * half_an_epoch + 1e-9, m
     assert at_equal_passes(PLAIN.but(method='sadt2', epochs=1), PLAIN.but(epochs=1)).epochs == 1
 
 
-def test_other_ranges_and_a_share(hill, tmp_path):
-    taught = PLAIN.but(method='distillation', teachers=PLAIN, split=0, seed=1).but(teachers=PLAIN.but(split=0))
-    f = sweep(dict(a=taught), tmp_path, trials=6, spaces=dict(a=dict(alpha=(0., 1.))), progress=False)['a']
-    assert (f.trials['run'].map(lambda r: r.lr) == PLAIN.lr).all() and f.trials['alpha'].between(0, 1).all() and f.trials['alpha'].nunique() > 3
+def test_ranges_may_be_given_and_may_be_linear(hill, tmp_path):
+    "`alpha` is a share, which may be 0."
+    student = PLAIN.but(method='distillation', teachers=PLAIN.but(split=0), split=0, seed=1)
+    spaces = dict(a=dict(alpha=(0., 1.)))
+    trials = sweep(dict(a=student), tmp_path, trials=6, spaces=spaces, **quiet)['a'].trials
+    assert (trials['run'].map(lambda r: r.lr) == PLAIN.lr).all()
+    assert trials['alpha'].between(0, 1).all()
+    assert trials['alpha'].nunique() > 3
 
 
-def test_fresh_seeds(hill, tmp_path):
-    found = sweep(dict(sam=PLAIN.but(method='sam')), tmp_path, trials=4, progress=False)
+def test_the_best_runs_are_repeated_with_new_seeds(hill, tmp_path):
+    found = sweep(dict(sam=SAM), tmp_path, trials=4, **quiet)
     runs = finals(found, (1, 2, 3))['sam']
-    assert [r.seed for r in runs] == [1, 2, 3] and {r.but(seed=0) for r in runs} == {found['sam'].best}
+    assert [r.seed for r in runs] == [1, 2, 3]
+    assert {r.but(seed=0) for r in runs} == {found['sam'].best}
     with pytest.raises(ValueError, match='was searched with seed 0'): finals(found, (0, 1))
 
 
-def test_the_best_on_average_and_not_the_luckiest_is_confirmed(hill, monkeypatch, tmp_path):
-    "With seed 0 a rate far from the top is lucky; the other seeds say so, and one of them fails there."
-    def luck(cfg): return .5 if cfg.seed == 0 and cfg.lr > 1e-2 else 0.
-    honest = height
-    monkeypatch.setattr(sys.modules[__name__], 'height', lambda cfg: honest(cfg) + luck(cfg))
-    found = sweep(dict(plain=PLAIN), tmp_path, trials=8, spaces=dict(plain=dict(lr=(1e-3, 1.9e-2))), progress=False)
-    trials = found['plain'].trials
-    candidates = list(trials.sort_values('value', ascending=False)['run'])[:4]
-    expected = max(candidates, key=honest)
-    assert found['plain'].best.lr > 1e-2 and expected != found['plain'].best, 'the search was taken in'
+@pytest.fixture
+def lucky(hill, monkeypatch, tmp_path):
+    "A search in which seed 0 is lucky at rates far from the top; with it, the true height of a run."
+    true_height = height
+    def with_luck(cfg):
+        luck = .5 if cfg.seed == 0 and cfg.lr > 1e-2 else 0.
+        return true_height(cfg) + luck
+    monkeypatch.setattr(sys.modules[__name__], 'height', with_luck)
+    spaces = dict(plain=dict(lr=(1e-3, 1.9e-2)))
+    return sweep(dict(plain=PLAIN), tmp_path, trials=8, spaces=spaces, **quiet), true_height
+
+
+def best_of_four(found, value):
+    "Of the four runs that the search ranks first, the one with the largest value."
+    ranked = found['plain'].trials.sort_values('value', ascending=False)
+    return max(list(ranked['run'])[:4], key=value)
+
+
+def test_the_best_on_average_and_not_the_luckiest_is_confirmed(lucky, hill, tmp_path):
+    found, true_height = lucky
+    expected = best_of_four(found, true_height)
+    assert found['plain'].best.lr > 1e-2
+    assert expected != found['plain'].best, 'the search itself prefers the lucky run'
     hill.clear()
-    runs = confirmed(found, tmp_path, seeds=(1, 2), top=4, progress=False)['plain']
-    assert [r.seed for r in runs] == [1, 2] and {r.but(seed=0) for r in runs} == {expected} and len(hill) == 8
-    assert confirmed(found, tmp_path, seeds=(1, 2), top=1, progress=False)['plain'] == finals(found, (1, 2))['plain']
+    runs = confirmed(found, tmp_path, seeds=(1, 2), top=4, **quiet)['plain']
+    assert [r.seed for r in runs] == [1, 2]
+    assert {r.but(seed=0) for r in runs} == {expected}
+    assert len(hill) == 8
+    of_one = confirmed(found, tmp_path, seeds=(1, 2), top=1, **quiet)['plain']
+    assert of_one == finals(found, (1, 2))['plain']
+
+
+def test_confirmation_counts_divergence_as_zero_and_passes_errors_on(lucky, monkeypatch, tmp_path):
+    found, true_height = lucky
+    expected = best_of_four(found, true_height)
     real = grid.run
     def run(cfg, *args, **kwargs):
         if cfg.seed == 4 and cfg.lr == expected.lr: raise RunDiverged('NaN')
         if cfg.seed == 6: raise RunError('no space left')
         return real(cfg, *args, **kwargs)
     monkeypatch.setattr(grid, 'run', run)
-    assert confirmed(found, tmp_path, seeds=(3, 4), top=4, progress=False)['plain'][0].lr != expected.lr, 'divergence counts as 0'
-    with pytest.raises(RunError, match='no space left'): confirmed(found, tmp_path, seeds=(5, 6), progress=False)
+    runs = confirmed(found, tmp_path, seeds=(3, 4), top=4, **quiet)['plain']
+    assert runs[0].lr != expected.lr, 'divergence counts as 0'
+    with pytest.raises(RunError, match='no space left'): confirmed(found, tmp_path, seeds=(5, 6), **quiet)
     with pytest.raises(ValueError, match='was searched with seed 0'): confirmed(found, tmp_path, seeds=(0, 1))
     with pytest.raises(ValueError, match='`top` must be at least 1, got 0'): confirmed(found, tmp_path, top=0)
 
 
-def test_every_run_of_a_search_tells_its_case(hill, tmp_path):
+def test_the_case_of_a_run_is_found(hill, tmp_path):
     cases = SWEEPS['sadt_parts']()
-    found = sweep({k: r for k, (r, _) in cases.items()}, tmp_path, trials=1, spaces={k: s for k, (_, s) in cases.items()}, progress=False)
+    runs = {label: run for label, (run, _) in cases.items()}
+    spaces = {label: space for label, (_, space) in cases.items()}
+    found = sweep(runs, tmp_path, trials=1, spaces=spaces, **quiet)
     for label, f in found.items():
         for run in (f.best, f.best.but(seed=3)): assert case_of(run, cases) == label
     first = found['plain'].best
-    for other in (first.but(epochs=3), first.but(method='gc'), first.but(bs=32), found['radius'].best.but(method='sam', method_args={}), first.but(data_args=dict(noise=.4))): assert case_of(other, cases) is None
+    others = [first.but(epochs=3), first.but(method='gc'), first.but(bs=32),
+              found['radius'].best.but(method='sam', method_args={}), first.but(data_args=dict(noise=.4))]
+    for other in others: assert case_of(other, cases) is None
+
+
+MISTAKES = [
+    (dict(cases=dict(a=PLAIN.but(valid=0.))), 'needs validation images'),
+    (dict(trials=0), 'at least 1'),
+    (dict(batch=0), 'at least 1'),
+    (dict(spaces=dict(sam=dict(rho=(.5, .1)))), 'range of rho'),
+    (dict(spaces=dict(sam=dict(lr=(0., .1)))), 'range of lr'),
+    (dict(spaces=dict(sam=dict(radius=(.1, .2)))), 'has no option .radius.'),
+    (dict(spaces=dict(sam=dict(lr=(1., 2.)))), 'all trials diverged; the first said: .*the loss became NaN'),
+]
 
 
 def test_what_cannot_be_searched(hill, monkeypatch, tmp_path):
-    sam = dict(sam=PLAIN.but(method='sam'))
-    for bad, said in ((dict(cases=dict(a=PLAIN.but(valid=0.))), 'needs validation images'), (dict(cases=sam, trials=0), 'at least 1'), (dict(cases=sam, batch=0), 'at least 1'),
-                      (dict(cases=sam, spaces=dict(sam=dict(rho=(.5, .1)))), 'range of rho'), (dict(cases=sam, spaces=dict(sam=dict(lr=(0., .1)))), 'range of lr'),
-                      (dict(cases=sam, spaces=dict(sam=dict(radius=(.1, .2)))), 'has no option .radius.'), (dict(cases=sam, spaces=dict(sam=dict(lr=(1., 2.)))), 'all trials diverged; the first said: .*the loss became NaN')):
-        with pytest.raises(ValueError, match=said): sweep(**{**dict(root=tmp_path, trials=3, progress=False), **bad})
+    defaults = dict(cases=dict(sam=SAM), root=tmp_path, trials=3, progress=False)
+    for args, message in MISTAKES:
+        with pytest.raises(ValueError, match=message): sweep(**{**defaults, **args})
     monkeypatch.setitem(sys.modules, 'optuna', None)
-    with pytest.raises(ImportError, match=r'pip install sadt_nb\[sweep\]'): sweep(sam, tmp_path)
+    with pytest.raises(ImportError, match=r'pip install sadt_nb\[sweep\]'): sweep(dict(sam=SAM), tmp_path)
 
 
 def test_a_search_of_the_studies_by_name(hill, monkeypatch, tmp_path, capsys):
     plain = PLAIN.but(n_train=None)
-    monkeypatch.setitem(SWEEPS, 'two', lambda: {'a': (plain, dict(lr=(1e-3, 1e-2))), 'b': (plain.but(method='sadt1', method_args=dict(rng='replay')), dict(rho=(.01, 1.)))})
+    sadt = plain.but(method='sadt1', method_args=dict(rng='replay'))
+    cases = {'a': (plain, dict(lr=(1e-3, 1e-2))), 'b': (sadt, dict(rho=(.01, 1.)))}
+    monkeypatch.setitem(SWEEPS, 'two', lambda: cases)
     cli.sadt_sweep('two', trials=2, seeds=2, root=tmp_path)
     table = capsys.readouterr().out
-    assert 'rng=replay' in table and 'rho=' in table and {c.seed for c in hill} == {0, 1, 2} and len(hill) == 8
+    assert 'rng=replay' in table
+    assert 'rho=' in table
+    assert {c.seed for c in hill} == {0, 1, 2}
+    assert len(hill) == 8
     with pytest.raises(SystemExit): cli.sadt_sweep('flowers', root=tmp_path)
     assert 'choose one of sadt_parts' in capsys.readouterr().err
 
 
 def test_the_parts_of_sadt_differ_in_one_thing_and_cost_the_same():
     cases = SWEEPS['sadt_parts']()
-    assert len({run for run, space in cases.values() if 'rho' not in space and 'kl_weight' not in space}) == 10
-    for label, (run, space) in cases.items():
-        assert abs(run.epochs * METHODS[run.method].passes - (6 if 'half the passes' in label else 12)) < 1e-9, label
-        assert {f: getattr(run, f) for f in ('data', 'data_args', 'bs', 'valid', 'split', 'seed')} == dict(data='noisy_digits', data_args=(('noise', .2),), bs=64, valid=.25, split=0, seed=0)
+    kinds = {run for run, space in cases.values() if not space.keys() & {'rho', 'kl_weight'}}
+    assert len(kinds) == 10
+    shared = dict(data='noisy_digits', data_args=(('noise', .2),), bs=64, valid=.25, split=0, seed=0)
+    for label, (run, _) in cases.items():
+        passes = 6 if 'half the passes' in label else 12
+        assert abs(run.epochs * METHODS[run.method].passes - passes) < 1e-9, label
+        assert {field: getattr(run, field) for field in shared} == shared
 
 
 def test_from_the_shell_with_real_training(tmp_path, capsys):
+    def times_of_weights(): return {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/weights.pt')}
     kwargs = dict(methods='baseline sam', trials=2, epochs=2, n_train=60, bs=30, seeds=2, root=tmp_path)
     cli.sadt_sweep(**kwargs)
     table = capsys.readouterr().out
-    assert 'passes searched' in table and 'sam' in table and '±' in table
+    assert 'passes searched' in table
+    assert 'sam' in table
+    assert '±' in table
     runs = [Run.from_dict(json.loads(f.read_text())) for f in tmp_path.glob('*/config.json')]
-    assert len(runs) == 2 * (2 + 2) and {r.seed for r in runs} == {0, 1, 2} and {r.epochs for r in runs if r.method == 'sam'} == {1} and all(r.split == 0 for r in runs)
-    written = {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/weights.pt')}
+    assert len(runs) == 2 * (2 + 2)
+    assert {r.seed for r in runs} == {0, 1, 2}
+    assert {r.epochs for r in runs if r.method == 'sam'} == {1}
+    assert all(r.split == 0 for r in runs)
+    written = times_of_weights()
     cli.sadt_sweep(**kwargs)
-    assert capsys.readouterr().out.splitlines()[-3:] == table.splitlines()[-3:] and written == {f: f.stat().st_mtime_ns for f in tmp_path.glob('*/weights.pt')}
+    assert capsys.readouterr().out.splitlines()[-3:] == table.splitlines()[-3:]
+    assert times_of_weights() == written

@@ -1,17 +1,21 @@
-# make demo: the main job on embedded data.  make test: everything that CI checks of the checkout.  The rest is explained beside each target.
-PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# make demo: the main job on embedded data.  make test: everything that CI checks of the checkout.
+# A comment above each of the other targets explains it.
+NEW     = import sys; sys.exit(sys.version_info < (3, 11))
+PYTHONS = python3 python3.11 python3.12 python3.13
+PYTHON ?= $(shell for p in $(PYTHONS); do $$p -c '$(NEW)' 2>/dev/null && echo $$p && break; done)
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 READY   = $(VENV)/.ready
 NEWEST  = .venv-newest
 QUIET   = PYTHONWARNINGS=ignore::FutureWarning
-# notebooks and tests run two at a time with one thread each: faster on few cores than one with two
+# Notebooks and tests run two at a time with one thread each: on few cores faster than one with two threads
 ONE     = OMP_NUM_THREADS=1
 TWO     = -n 2 --dist worksteal --durations=15
 
-.PHONY: demo test sync notebooks-test pytest test-all test-moved docs test-site dist test-newest notebooks readme bench clean
+.PHONY: demo test lint sync notebooks-test pytest test-all test-moved docs test-site dist test-newest notebooks \
+        readme bench clean
 
-# The development environment. torch and torchvision must come together from one place, or torchvision does not import.
+# The development environment. torch and torchvision must come from one place, or torchvision does not import.
 $(READY): settings.ini setup.py
 	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; set PYTHON=/path/to/python'; exit 2; }
 	@echo 'installing the development environment into $(VENV): a few minutes, 7 GB of disk'
@@ -23,15 +27,26 @@ $(READY): settings.ini setup.py
 demo: $(READY)
 	$(BIN)/sadt_demo
 
-test: $(READY) sync notebooks-test pytest
+test: $(READY) lint sync notebooks-test pytest
 
-# The library and README.md must be what the notebooks export, and the notebooks clean. What was not is mended on the way.
+# One statement a line, at most 110 columns, no unused or undefined name: ruff.toml says what, and why not more
+lint: $(READY)
+	$(BIN)/ruff check -q && echo 'lines, names and statements are as ruff.toml asks'
+
+# The library and README.md must be what the notebooks export, and the notebooks clean.
+# Where they are not, this target corrects them and fails.
+CHECKSUMS = git ls-files -co --exclude-standard -z | xargs -0 sha256sum 2>/dev/null
 sync: $(READY)
-	@git ls-files -co --exclude-standard -z | xargs -0 sha256sum 2>/dev/null > $(VENV)/before
+	@$(CHECKSUMS) > $(VENV)/before
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python docs/make_readme.py
-	@git ls-files -co --exclude-standard -z | xargs -0 sha256sum 2>/dev/null > $(VENV)/after
-	@diff $(VENV)/before $(VENV)/after > /dev/null && echo 'library, README and notebooks are in step' || \
-	  { echo 'out of step with the notebooks, now mended; look at git diff and commit:'; diff $(VENV)/before $(VENV)/after | sed -n 's/^> [0-9a-f]*  /  /p'; exit 1; }
+	@$(CHECKSUMS) > $(VENV)/after
+	@if diff $(VENV)/before $(VENV)/after > $(VENV)/changed; then \
+	  echo 'library, README and notebooks are in step'; \
+	else \
+	  echo 'out of step with the notebooks, now mended; look at git diff and commit:'; \
+	  sed -n 's/^> [0-9a-f]*  /  /p' $(VENV)/changed; \
+	  exit 1; \
+	fi
 
 notebooks-test: $(READY)
 	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
@@ -39,24 +54,30 @@ notebooks-test: $(READY)
 pytest: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests
 
-# The long matrices as well, and the comparisons in notebooks of methods and tutorials (cells with the directive slow)
+# The long matrices as well, and the comparisons in notebooks of methods and tutorials (cells marked slow)
+SLOW = $(BIN)/nbdev_test --n_workers 2 --timing --flags slow
 test-all: test
-	for p in methods tutorials; do $(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --flags slow --path nbs/$$p || exit 1; done
+	for p in methods tutorials; do $(ONE) $(QUIET) $(SLOW) --path nbs/$$p || exit 1; done
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests -m slow
 
-# What make test leaves out for its length alone and CI has time for: processes that die on a cluster or in a group, the tutorials whole
+# Tests that are too long for make test but not for CI: processes that die on a cluster or in a group, and
+# whole tutorials
+MOVED = machines_that_do_not_fit or control_c or (several_processes and sadt1)
 test-moved: $(READY)
-	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) -m slow tests/test_cluster.py tests/test_resume.py -k 'machines_that_do_not_fit or control_c or (several_processes and sadt1)'
-	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --flags slow --path nbs/tutorials
+	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) -m slow -k '$(MOVED)' \
+	  tests/test_cluster.py tests/test_resume.py
+	$(ONE) $(QUIET) $(SLOW) --path nbs/tutorials
 
-# The website, from the notebooks as they are: _build/html/index.html. Every warning is an error; nothing is fetched.
+# The website from the notebooks as they are: _build/html/index.html. Every warning is an error.
+# Nothing is downloaded.
 docs: $(READY)
 	$(BIN)/python -W ignore docs/build.py
 
 # The website in a real browser: each page, each link, search, formulas, both colour modes, a phone's width
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 test-site: docs dist
-	@test -n "$(CHROMIUM)" || { echo 'no Chromium found: apt-get install chromium, or set CHROMIUM=/path/to/chrome'; exit 2; }
+	@test -n "$(CHROMIUM)" || \
+	  { echo 'no Chromium found: apt-get install chromium, or set CHROMIUM=/path/to/chrome'; exit 2; }
 	CHROMIUM=$(CHROMIUM) $(QUIET) $(BIN)/python -m pytest -q --durations=5 docs/test_site.py
 
 # The sdist, and the wheel built from it
@@ -64,11 +85,12 @@ dist: $(READY)
 	rm -rf dist build
 	$(BIN)/python -m build -q --outdir dist .
 
-# The wheel without the development extras, on the newest fastai and fastcore that pip finds, under the same pytest suite
+# The same pytest suite on the wheel, without the development extras, with the newest fastai and fastcore
+VERSIONS = 'sadt_nb', sadt_nb.__version__, 'fastai', fastai.__version__, 'fastcore', fastcore.__version__
 test-newest: dist
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/pip install -q --disable-pip-version-check dist/*.whl pytest pytest-xdist
-	cd $(NEWEST) && bin/python -W ignore -c "import sadt_nb, fastai, fastcore; print('sadt_nb', sadt_nb.__version__, 'from the wheel, fastai', fastai.__version__, 'fastcore', fastcore.__version__)"
+	cd $(NEWEST) && bin/python -W ignore -c "import sadt_nb, fastai, fastcore; print('wheel:', $(VERSIONS))"
 	rm -rf $(NEWEST)/run && cp -r tests $(NEWEST)/run
 	cd $(NEWEST)/run && $(ONE) $(QUIET) ../bin/python -m pytest -q $(TWO) -p no:cacheprovider .
 	cd $(NEWEST) && bin/sadt_train --epochs 1 --n_train 200 --bs 50 --root smoke 2>&1 | tail -2

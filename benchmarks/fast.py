@@ -1,4 +1,4 @@
-"""What the fast CIFAR-10 recipe costs in a Learner, against a bare PyTorch loop of it, written out below.
+"""What the fast CIFAR-10 recipe costs in a Learner, against a bare PyTorch loop of the same recipe.
 
     SADT_DATA=cifar10.tgz python -m benchmarks.fast [--part overhead|loader|methods|formats|seconds]
         [--repeats 9] [--widths 64 256 256] [--bs 1024] [--steps N] [--device cuda] [--out FILE]
@@ -8,15 +8,15 @@ overhead  Seconds per step of an epoch of N steps, the loader included: a Learne
           the Learner: 1.05 times the bare loop on a CPU, 1.10 on a GPU, 1.03 if both have CUDA graphs.
 loader    The training loader alone, as a share of an epoch of training. Limit: 0.05.
 methods   A step of every method in a Learner, as a ratio to the plain step. Limits: SAM 2.05, SADT-1 2.08,
-          MESA 1.40. The terms of MESA and SAF are at work from the start, and distillation has a teacher
-          of the same network. LookSAM's is the mean of five steps.
+          MESA 1.40. The terms of MESA and SAF act from the start, and distillation has a teacher of the same
+          network. LookSAM's ratio is the mean over five steps.
 formats   On a CPU: images per second of the bare step by precision, memory format, batch, and with
-          torch.compile where there is a compiler; and where the fastest one spends its time.
-seconds   On a GPU: seconds of a whole run of the recipe, with `run` and with the bare loop, and the
-          accuracies that both reach.
+          torch.compile where there is a compiler; and the kernels in which the fastest one spends its time.
+seconds   On a GPU: seconds of a whole run of the recipe, with `run` and with the bare loop, and the accuracy
+          of both.
 
-The images are CIFAR-10's where SADT_DATA says where they are, else random ones. N is 48 on a GPU, which is
-all of CIFAR-10, and 5 on a CPU. All cases of a part take turns, round after round, and the first round is
+With SADT_DATA the images are CIFAR-10's, else they are random. N is 48 on a GPU, which is all of CIFAR-10,
+and 5 on a CPU. All cases of a part take turns, round after round, and the first round is
 not counted; ratios are taken within a round. FILE keeps the results of the parts that did not run."""
 import argparse
 import json
@@ -26,6 +26,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 
 warnings.filterwarnings('ignore')
@@ -34,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from sadt_nb.data.datasets import DATASETS
 from sadt_nb.data.loader import ImageData
-from sadt_nb.experiments.papers import paper_grid
+from sadt_nb.papers.grids import paper_grid
 from sadt_nb.experiments.runner import RunRecorder, evaluate, make_learner, run
 from sadt_nb.experiments.runner import keep_pages, provenance, write_json
 from sadt_nb.methods.registry import METHODS, make_method
@@ -47,21 +48,22 @@ SHIFT = 2            # pixels
 SMOOTHING = .2       # share of a label that is spread over all classes
 MOMENTUM = .85       # Nesterov's
 LR = 11.5            # per kilostep, for a loss that is summed
-DECAY = .0153        # per kilostep, whatever the rate
-BIAS_SCALE = 64      # biases of BatchNorm get so many times the rate
+DECAY = .0153        # per kilostep, independent of the rate
+BIAS_SCALE = 64      # learning rate of the biases of BatchNorm, as a multiple of the rate of the weights
 PULL = 5             # steps between two pulls to the slow weights
-KEPT = .95           # share of the slow weights that a step leaves, at the end of training
-BIAS_EPOCHS = 3      # in which the bias of the whitening layer learns
+KEPT = .95           # share of the slow weights that a step keeps, at the end of training
+BIAS_EPOCHS = 3      # epochs in which the bias of the whitening layer is trained
 
 
 def random_images(n=50_000):
     "Noise as training and test images."
     g = torch.Generator().manual_seed(0)
+    vocab = list('0123456789')
     sets = []
     for size in (n, 1000):
         x = torch.randint(0, 256, (size, 32, 32, 3), generator=g, dtype=torch.uint8)
         y = torch.arange(size) % 10
-        sets.append(ImageData(x, y, [str(i) for i in range(10)]))
+        sets.append(ImageData(x, y, vocab))
     return tuple(sets)
 
 
@@ -69,7 +71,7 @@ DATASETS['random_images'] = random_images # in this process only
 
 
 def recipe(widths, bs, images, **changes):
-    "The run `fast/94` with other widths, on so many training images; one epoch long."
+    "One epoch of the run `fast/94` with other widths, on `images` training images."
     plain = paper_grid('fast/94')[0].run
     if os.environ.get('SADT_DATA'):
         data = dict(data='cifar10', n_train=images)
@@ -80,7 +82,7 @@ def recipe(widths, bs, images, **changes):
 
 
 def factor(done):
-    "Of the rate, when this share of training is done."
+    "The factor of the learning rate when the share `done` of training is over."
     if done < .23:
         return .2 + .8 * done / .23
     return 1 - .93 * (done - .23) / .77
@@ -97,9 +99,9 @@ class BareLoop:
         x = ((x - mean) / std).permute(0, 3, 1, 2)
         border = (SHIFT,) * 4
         padded = F.pad(x, border, mode='reflect')
-        self.padded = padded.permute(0, 2, 3, 1).contiguous() # so that a pixel's colours are read at once
+        self.padded = padded.permute(0, 2, 3, 1).contiguous() # keeps the colours of a pixel together
         self.labels = data.y.to(device)
-        self.mirrored = torch.rand(len(x), device=device) < .5 # in the first epoch; the others in the second
+        self.mirrored = torch.rand(len(x), device=device) < .5 # in even epochs; the others are in odd epochs
         self.side = x.shape[-1]
         self.net = fast_cnn(len(data.vocab), widths).to(device)
         spread = torch.linspace(0, len(x) - 1, min(5000, len(x))).long() # images may be sorted by class
@@ -147,7 +149,7 @@ class BareLoop:
 
     @torch.no_grad()
     def pull(self, slow, kept):
-        "Weights and buffers to their slow average, which has moved towards them."
+        "Move the slow average towards weights and buffers, then copy it into them."
         torch._foreach_lerp_(slow, self.floats, 1 - kept)
         torch._foreach_copy_(self.floats, slow)
 
@@ -189,7 +191,7 @@ def in_rounds(cases, repeats, device, least=.2):
                 call()
                 calls += 1
                 if calls % 16 == 0:
-                    wait(device) # the queue of a GPU would run ahead of the clock
+                    wait(device) # otherwise a GPU's queue of kernels would grow beyond what the clock sees
             wait(device)
             if r:
                 times[name].append((time.perf_counter() - start) / calls / steps)
@@ -254,15 +256,15 @@ def loader(a, device):
 
 
 def method_steps(method, options, cfg, device, steps):
-    "A function that makes so many training steps with a method, in the middle of a fit."
-    if METHODS[method].taught:
+    "A function that makes `steps` training steps with a method, in the middle of a fit."
+    if METHODS[method].needs_teacher:
         options = dict(options, teacher=make_learner(cfg.but(seed=1), device).model)
     learn = make_learner(cfg, device, make_method(method, **options))
     batch = next(iter(learn.dls.train))
     learn.n_epoch, learn.epoch, learn.dl, learn.n_iter = 1, 0, learn.dls.train, 10**9
     for event in ('before_fit', 'before_epoch', 'before_train'):
         learn(event)
-    learn.dl.get_idxs() # those who listen for sample ids hear them here
+    learn.dl.get_idxs() # callbacks that need the sample ids get them from this call
     def call():
         for _ in range(steps):
             learn.one_batch(0, batch)
@@ -291,7 +293,7 @@ def methods(a, device):
 
 
 def compiles():
-    "Is there a compiler that torch.compile can use?"
+    "Whether torch.compile finds a compiler."
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2))
         return True
@@ -308,31 +310,44 @@ def kernels(step, steps=3, most=8):
             step()
     times = {}
     for e in p.key_averages():
-        name = 'compiled graphs' if 'CompiledFxGraph' in e.key else e.key # whose names are hashes
+        name = e.key
+        if 'CompiledFxGraph' in name: name = 'compiled graphs' # their names are hashes
         times[name] = times.get(name, 0) + e.self_cpu_time_total
     total = sum(times.values())
     largest = sorted(times, key=lambda name: -times[name])[:most]
     return {name: times[name] / total for name in largest}
 
 
+def format_name(bs, amp, channels_last, compile=''):
+    precision = 'bfloat16' if amp else 'float32'
+    layout = 'channels_last' if channels_last else 'contiguous'
+    name = f'batch {bs}, {precision}, {layout}'
+    return f'{name}, compiled' if compile else name
+
+
+def bare_step(data, widths, device, settings):
+    "A function that makes a step of the bare loop, always on the same batch."
+    loop = BareLoop(data, widths, device=device, **settings)
+    batch = next(loop.batches(0))
+    def step():
+        loop.step(*batch)
+    return step
+
+
 def formats(a, device):
-    torch._dynamo.config.recompile_limit = 64 # beyond it a network would quietly run uncompiled
+    torch._dynamo.config.recompile_limit = 64 # above it, a network is not compiled, and there is no warning
     data = make_learner(recipe(a.widths, a.bs, max(a.bs, 100)), device).dls.train.dataset
     modes = ('', 'default') if compiles() else ('',)
-    settings = [dict(bs=bs, amp=amp, channels_last=last, compile=mode) for bs in (a.bs // 4, a.bs // 2, a.bs)
-                for amp in (True, False) for last in (True, False) for mode in modes]
-    cases = {}
-    for s in settings:
-        loop = BareLoop(data, a.widths, device=device, **s)
-        batch = next(loop.batches(0))
-        precision = 'bfloat16' if s['amp'] else 'float32'
-        layout = 'channels_last' if s['channels_last'] else 'contiguous'
-        name = f'batch {s["bs"]}, {precision}, {layout}' + (', compiled' if s['compile'] else '')
-        cases[name] = lambda loop=loop, batch=batch: loop.step(*batch)
+    sizes = (a.bs // 4, a.bs // 2, a.bs)
+    settings = {}
+    for bs, amp, last, mode in product(sizes, (True, False), (True, False), modes):
+        s = dict(bs=bs, amp=amp, channels_last=last, compile=mode)
+        settings[format_name(**s)] = s
+    cases = {name: bare_step(data, a.widths, device, s) for name, s in settings.items()}
     times = in_rounds({name: (step, 1) for name, step in cases.items()}, a.repeats, device)
-    plain = f'batch {a.bs}, bfloat16, channels_last'
+    plain = format_name(a.bs, amp=True, channels_last=True)
     rows = {}
-    for s, name in zip(settings, cases):
+    for name, s in settings.items():
         rates = [s['bs'] / t for t in times[name]]
         recipes = [a.bs / t for t in times[plain]]
         ratio = spread([x / y for x, y in zip(rates, recipes)])
@@ -347,7 +362,7 @@ def formats(a, device):
 
 
 def whole_run(cfg, device):
-    "Seconds and accuracies of `run`, by level of averaged views."
+    "Seconds of `run`, and its accuracy by level of averaged views."
     with tempfile.TemporaryDirectory() as root:
         start = time.perf_counter()
         result = run(cfg, root, progress=False, device=device)
@@ -357,7 +372,7 @@ def whole_run(cfg, device):
 
 
 def whole_loop(cfg, device, dls):
-    "The same of the bare loop; its images are in memory already."
+    "Seconds and accuracies of the bare loop; its images are in memory already."
     wait(device)
     start = time.perf_counter()
     widths = dict(cfg.model_args)['widths']
@@ -372,7 +387,7 @@ def whole_loop(cfg, device, dls):
 
 
 def seconds(a, device):
-    "Each repetition has another seed."
+    "Whole runs; each repetition has its own seed, and the first is not counted."
     cfg = recipe(a.widths, a.bs, 50_000, epochs=9.9, views=2)
     dls = make_learner(cfg, device).dls
     found = {'run': [], 'bare loop': []}
@@ -399,7 +414,7 @@ ONLY = dict(formats='cpu', seconds='cuda')
 
 
 def measured(out, device):
-    "What has a limit, among these results."
+    "The results that have a limit, by the name of the limit."
     found = {}
     rows = {part: result['rows'] for part, result in out.items()}
     if 'overhead' in rows:
@@ -430,7 +445,8 @@ def main():
     if a.steps < PULL:
         p.error(f'--steps must be at least {PULL}, the steps between two pulls of the recipe, got {a.steps}')
     keep_pages()
-    new, out = {}, json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
+    out = json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
+    new = {}
     for part, measure in PARTS.items():
         if a.part not in (None, part):
             continue

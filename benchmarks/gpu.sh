@@ -91,7 +91,7 @@ grid() {
 }
 # A shell that was started in the background makes its children deaf to SIGINT
 sadt_grid='import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
-from sadt_nb.experiments.cli import sadt_grid; sadt_grid()'
+from sadt_nb.commands.cli import sadt_grid; sadt_grid()'
 
 # The parts of benchmarks.fast that OUT/fast.json does not have yet
 fastbench() {

@@ -1,11 +1,11 @@
-"""Finished runs of a results folder in one small file, to be carried from a machine that does not last.
+"""Packs the finished runs of a results folder into one small file, to move them to another machine.
 
     python -m benchmarks.pack_runs pack ROOT FILE
     python -m benchmarks.pack_runs unpack FILE ROOT
 
 `pack` takes configuration, result, history and measures of finished runs, without weights; FILE is a .tar.gz.
-`unpack` puts them back; what a finished run in ROOT already has is kept. It writes nothing at all, and says
-why, if FILE holds anything but such files of runs, or anything that leads out of ROOT."""
+`unpack` puts them back; files of runs that are finished in ROOT are kept. If FILE holds anything but such
+files of runs, or a path that leads out of ROOT, `unpack` writes nothing and ends with an error."""
 import argparse
 import gzip
 import io
@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-NAMES = ('config.json', 'history.json', 'measures.json', 'result.json') # the last one makes a run finished
+NAMES = ('config.json', 'history.json', 'measures.json', 'result.json') # with the last one a run is finished
 LARGEST = 64 * 2**20 # bytes of a file
 
 
@@ -34,12 +34,15 @@ def write_whole(file, data):
 
 
 def pack(root, file):
-    "Number of runs that were packed. The same runs give the same bytes."
-    root, buffer = Path(root), io.BytesIO()
-    runs = sorted(f for f in root.iterdir() if f.is_dir() and is_finished(f)) if root.is_dir() else []
+    "Write FILE and return the number of its runs. The same runs give the same bytes."
+    root = Path(root)
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    runs = [f for f in folders if f.is_dir() and is_finished(f)]
+    buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z, tarfile.open(fileobj=z, mode='w') as tar:
         for run in runs:
-            for f in (run / name for name in NAMES):
+            for name in NAMES:
+                f = run / name
                 if not f.is_file():
                     continue
                 member = tarfile.TarInfo(f'{run.name}/{f.name}')
@@ -53,7 +56,7 @@ def pack(root, file):
 
 
 def checked(member, root):
-    "Folder and file of a member. Raises `ValueError` if it is not a file of a run right below `root`."
+    "Return folder and name of a member. Raises `ValueError` if it is not a file of a run right below `root`."
     folder, slash, name = member.name.partition('/')
     outside = not slash or folder in ('', '.', '..') or '\\' in folder or '\0' in folder
     if outside or name not in NAMES or not member.isreg():
@@ -67,8 +70,9 @@ def checked(member, root):
 
 
 def unpack(file, root):
-    "Number of runs that are new in `root`. Raises `ValueError` before it writes anything."
-    root, found = Path(root), {}
+    "Return the number of runs that are new in `root`. Raises `ValueError` before it writes anything."
+    root = Path(root)
+    found = {}
     with tarfile.open(file) as tar:
         for member in tar.getmembers():
             folder, name = checked(member, root)

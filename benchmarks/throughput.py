@@ -1,16 +1,20 @@
 """Images per second of training.
 
-    SADT_DATA=cifar10.tgz python -m benchmarks.throughput [--part recipe|curves|overhead] [--repeats 5] [--out FILE] [--device cuda]
+    SADT_DATA=cifar10.tgz python -m benchmarks.throughput
+        [--part recipe|curves|overhead] [--repeats 5] [--out FILE] [--device cuda]
 
-recipe    Epochs of simple_cnn over CIFAR-10 images in files and in memory, evaluation left out: the naive recipe (fastai's folder loader with
-          two workers, float32, NCHW, PyTorch's allocator as it comes) against what `run` does, with the steps between them. Every measurement is a
-          process of its own, for an allocator cannot be changed back; the cases take turns.
-curves    Images per second against the batch size, the network and the number of classes: plain training, SAM, SADT-1, LookSAM, SAF and
-          MESA in a Learner, and without one a bare loop, torchvision's kind of loop and SAM of pytorch_optimizer.
-overhead  Milliseconds per step of a Learner and of the bare loop at small batches, where Python is what costs; on a GPU also the sum of
-          its kernels and the network compiled with CUDA graphs.
+recipe    Epochs of simple_cnn over CIFAR-10 images in files and in memory, without evaluation: the naive
+          recipe (fastai's folder loader with two workers, float32, NCHW, PyTorch's default allocator) against
+          what `run` does, with the steps between them. Every measurement is a process of its own, because a
+          process cannot change its allocator back. On a CPU only.
+curves    Images per second against the batch size, the network and the number of classes: plain training,
+          SAM, SADT-1, LookSAM, SAF and MESA in a Learner, and without one a bare loop, torchvision's kind of
+          loop and SAM of pytorch_optimizer.
+overhead  Milliseconds per step of a Learner and of the bare loop at small batches, where the cost of Python
+          dominates; on a GPU also the sum of its kernels and the network compiled with CUDA graphs.
 
-All cases of a part take turns within it; the first round is not counted. FILE keeps the results of the parts that did not run."""
+All cases of a part take turns; in curves and overhead the first round is not counted. FILE keeps the results
+of the parts that did not run."""
 import argparse
 import json
 import os
@@ -36,25 +40,39 @@ from sadt_nb.data.loader import TensorDL
 from sadt_nb.experiments.runner import keep_pages, provenance, write_json
 from sadt_nb.models.registry import make_model
 from .data_throughput import write_folder
-from .step_cost import CASES, PeerSAM, bare, stepper
+from .step_cost import CASES, CYCLE, PeerSAM, bare, stepper
 
-RECIPES = {'naive recipe': 'folder', 'TensorDL, NCHW': 'tensors', 'TensorDL, NCHW, pages kept': 'tensors pages', 'TensorDL, channels_last': 'tensors last', 'as `run` trains': 'tensors last pages'}
+RECIPES = {'naive recipe': 'folder',
+           'TensorDL, NCHW': 'tensors',
+           'TensorDL, NCHW, pages kept': 'tensors pages',
+           'TensorDL, channels_last': 'tensors last',
+           'as `run` trains': 'tensors last pages'}
 SHOWN = ('baseline', 'sam', 'sadt1', 'looksam', 'saf', 'mesa')
-BATCHES, NETWORKS, CLASSES = (8, 32, 128, 512, 2048), ('resnet20', 'simple_cnn', 'resnet18', 'vgg16_slim'), (10, 100, 1000)
+AXES = {'batch size': [('simple_cnn', bs, 10) for bs in (8, 32, 128, 512, 2048)],
+        'network': [(model, 32, 10) for model in ('resnet20', 'simple_cnn', 'resnet18', 'vgg16_slim')],
+        'classes': [('simple_cnn', 128, classes) for classes in (10, 100, 1000)]}
+SMALL_BATCHES = {'cpu': (('resnet20', 2), ('resnet20', 128), ('simple_cnn', 2), ('simple_cnn', 128)),
+                 'cuda': (('resnet20', 128), ('simple_cnn', 128), ('simple_cnn', 2048))}
+
+
+def recipe_loaders(kind, folder, images, bs):
+    "DataLoaders of one kind of recipe."
+    device = torch.device('cpu')
+    if kind == 'folder':
+        return ImageDataLoaders.from_folder(folder, valid='test', bs=bs, num_workers=2, device=device)
+    train = load_data('cifar10')[0].subset(slice(0, images))
+    dl = TensorDL(train, bs=bs, shuffle=True, drop_last=True, device=device, channels_last='last' in kind)
+    return DataLoaders(dl, dl)
 
 
 def train_once(kind, folder, images, bs):
-    "Images per second of one epoch after a short one."
+    "Print the images per second of one epoch, after an epoch that is not counted."
     if 'pages' in kind: keep_pages()
-    device = torch.device('cpu')
-    if kind == 'folder': dls = ImageDataLoaders.from_folder(folder, valid='test', bs=bs, num_workers=2, device=device)
-    else:
-        train = load_data('cifar10')[0].subset(slice(0, images))
-        dl = TensorDL(train, bs=bs, shuffle=True, drop_last=True, device=device, channels_last='last' in kind)
-        dls = DataLoaders(dl, dl)
+    dls = recipe_loaders(kind, folder, images, bs)
     net = make_model('simple_cnn', 10)
     if 'last' in kind: net = net.to(memory_format=torch.channels_last)
-    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), opt_func=keras_adam, lr=1e-3, default_cbs=False, cbs=TrainEvalCallback())
+    learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), opt_func=keras_adam, lr=1e-3,
+                    default_cbs=False, cbs=TrainEvalCallback())
     learn.dls.loaders[1] = []
     learn.fit(1)
     start = time.perf_counter()
@@ -62,56 +80,80 @@ def train_once(kind, folder, images, bs):
     print(len(learn.dls.train) * bs / (time.perf_counter() - start))
 
 
+def in_a_process(kind, folder, images, bs):
+    "The result of `train_once` in a process of its own."
+    args = ['--once', kind, folder, str(images), str(bs)]
+    command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.throughput', *args]
+    env = {**os.environ, 'TQDM_DISABLE': '1'}
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
+    if out.returncode: raise RuntimeError(out.stderr[-2000:])
+    return float(out.stdout.split()[-1])
+
+
 def recipe(repeats, images=10_000, bs=512):
+    rates = {name: [] for name in RECIPES}
     with tempfile.TemporaryDirectory() as folder:
         train, test = load_data('cifar10')
         write_folder(Path(folder), (train.subset(slice(0, images)), test.subset(slice(0, 100))))
-        rates = {name: [] for name in RECIPES}
         for r in range(repeats):
-            for name, kind in RECIPES.items():
-                out = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'benchmarks.throughput', '--once', kind, folder, str(images), str(bs)], capture_output=True, text=True, env={**os.environ, 'TQDM_DISABLE': '1'})
-                if out.returncode: raise RuntimeError(out.stderr[-2000:])
-                rates[name].append(float(out.stdout.split()[-1]))
-            print(f'round {r + 1}: ' + ', '.join(f'{n} {v[-1]:,.0f}' for n, v in rates.items()), flush=True)
-    first = rates['naive recipe']
-    return dict(images=images, bs=bs, repeats=repeats, rows={n: dict(images_per_second=statistics.median(v), ratio=statistics.median(a / b for a, b in zip(v, first)), low=min(a / b for a, b in zip(v, first)),
-                                                                   high=max(a / b for a, b in zip(v, first))) for n, v in rates.items()})
+            for name, kind in RECIPES.items(): rates[name].append(in_a_process(kind, folder, images, bs))
+            speeds = ', '.join(f'{name} {v[-1]:,.0f}' for name, v in rates.items())
+            print(f'round {r + 1}: {speeds}', flush=True)
+    rows = {}
+    for name, speeds in rates.items():
+        ratios = [a / b for a, b in zip(speeds, rates['naive recipe'])]
+        rows[name] = dict(images_per_second=statistics.median(speeds), ratio=statistics.median(ratios),
+                          low=min(ratios), high=max(ratios))
+    return dict(images=images, bs=bs, repeats=repeats, rows=rows)
+
+
+def no_wait(): pass # a CPU has finished when a call returns
+
+
+def timed(step, cycle, wait, least):
+    "Mean seconds of a step, over whole cycles that last at least `least` seconds."
+    n = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < least or n % cycle or not n:
+        step()
+        n += 1
+        if n % 16 == 0: wait()
+    wait()
+    return (time.perf_counter() - start) / n
 
 
 def in_turn(steps, repeats, device, least=.2):
     "Median seconds per step of each; a measurement lasts at least `least` seconds."
-    wait = torch.cuda.synchronize if device.type == 'cuda' else lambda: None
-    times = {}
+    wait = torch.cuda.synchronize if device.type == 'cuda' else no_wait
+    times = {name: [] for name in steps}
     for r in range(repeats + 1):
-        for name, (step, cycle) in steps.items():
-            n, start = 0, time.perf_counter()
-            while time.perf_counter() - start < least or n % cycle or not n:
-                step()
-                n += 1
-                if n % 16 == 0: wait()
-            wait()
-            if r: times.setdefault(name, []).append((time.perf_counter() - start) / n)
-    return {k: statistics.median(v) for k, v in times.items()}
+        for name, step in steps.items():
+            seconds = timed(step, CYCLE.get(name, 1), wait, least)
+            if r: times[name].append(seconds)
+    return {name: statistics.median(v) for name, v in times.items()}
 
 
 def loops(model, bs, device, classes=10, methods=SHOWN):
-    "Everything that can train this network, ready to step."
-    steps = {m: (stepper(*CASES[m], model, bs, device, classes)[0], 5 if m == 'looksam' else 1) for m in methods}
-    steps['bare loop'] = bare(model, bs, device, classes=classes), 1
-    steps['loop as in torchvision'] = bare(model, bs, device, classes=classes, reports=True), 1
-    if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(model, bs, device, peer=True, classes=classes), 1
+    "A function that makes a step, for everything that can train this network."
+    steps = {m: stepper(*CASES[m], model, bs, device, classes)[0] for m in methods}
+    steps['bare loop'] = bare(model, bs, device, classes=classes)
+    steps['loop as in torchvision'] = bare(model, bs, device, classes=classes, reports=True)
+    if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(model, bs, device, peer=True, classes=classes)
     return steps
 
 
 def curves(repeats, device):
     if device.type == 'cpu': keep_pages()
     rows = []
-    for axis, cases in (('batch size', [('simple_cnn', b, 10) for b in BATCHES]), ('network', [(m, 32, 10) for m in NETWORKS]), ('classes', [('simple_cnn', 128, c) for c in CLASSES])):
+    for axis, cases in AXES.items():
         for model, bs, classes in cases:
-            for name, s in in_turn(loops(model, bs, device, classes), repeats, device).items():
-                rows.append(dict(axis=axis, model=model, bs=bs, classes=classes, loop=name, images_per_second=bs / s))
-            last = {r['loop']: r['images_per_second'] for r in rows if (r['axis'], r['model'], r['bs'], r['classes']) == (axis, model, bs, classes)}
-            print(f'{axis}: {model}, batch {bs}, {classes} classes: ' + ', '.join(f'{n} {v:,.0f}' for n, v in last.items()), flush=True)
+            seconds = in_turn(loops(model, bs, device, classes), repeats, device)
+            speeds = {name: bs / s for name, s in seconds.items()}
+            for name, speed in speeds.items():
+                rows.append(dict(axis=axis, model=model, bs=bs, classes=classes, loop=name,
+                                 images_per_second=speed))
+            shown = ', '.join(f'{name} {speed:,.0f}' for name, speed in speeds.items())
+            print(f'{axis}: {model}, batch {bs}, {classes} classes: {shown}', flush=True)
     return dict(repeats=repeats, rows=rows)
 
 
@@ -123,34 +165,57 @@ def kernel_seconds(step, n=20):
     return sum(e.self_device_time_total for e in p.key_averages()) / n / 1e6
 
 
+def overhead_steps(model, bs, device):
+    "A function that makes a step, for each loop whose overhead is measured."
+    methods = ('baseline', 'sam', 'sadt1')
+    steps = {m: stepper(*CASES[m], model, bs, device)[0] for m in methods}
+    steps['bare loop'] = bare(model, bs, device)
+    if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(model, bs, device, peer=True)
+    if device.type == 'cuda':
+        for m in methods:
+            graphs = stepper(*CASES[m], model, bs, device, compile='reduce-overhead')[0]
+            steps[f'{m}, CUDA graphs'] = graphs
+    return steps
+
+
 def overhead(repeats, device):
     if device.type == 'cpu': keep_pages()
     rows = []
-    cases = (('resnet20', 2), ('resnet20', 128), ('simple_cnn', 2), ('simple_cnn', 128)) if device.type == 'cpu' else (('resnet20', 128), ('simple_cnn', 128), ('simple_cnn', 2048))
-    for model, bs in cases:
-        steps = {m: (stepper(*CASES[m], model, bs, device)[0], 1) for m in ('baseline', 'sam', 'sadt1')}
-        steps['bare loop'] = bare(model, bs, device), 1
-        if PeerSAM: steps['SAM of pytorch_optimizer'] = bare(model, bs, device, peer=True), 1
-        if device.type == 'cuda':
-            for m in ('baseline', 'sam', 'sadt1'): steps[f'{m}, CUDA graphs'] = stepper(*CASES[m], model, bs, device, compile='reduce-overhead')[0], 1
+    for model, bs in SMALL_BATCHES['cpu' if device.type == 'cpu' else 'cuda']:
+        steps = overhead_steps(model, bs, device)
+        shown = []
         for name, s in in_turn(steps, repeats, device).items():
-            rows.append(dict(model=model, bs=bs, loop=name, milliseconds=1000 * s, **(dict(kernels=1000 * kernel_seconds(steps[name][0])) if device.type == 'cuda' else {})))
-        print(f'{model}, batch {bs}: ' + ', '.join(f'{r["loop"]} {r["milliseconds"]:.2f} ms' + (f' (kernels {r["kernels"]:.2f})' if 'kernels' in r else '') for r in rows if (r['model'], r['bs']) == (model, bs)), flush=True)
+            row = dict(model=model, bs=bs, loop=name, milliseconds=1000 * s)
+            text = f'{name} {row["milliseconds"]:.2f} ms'
+            if device.type == 'cuda':
+                row['kernels'] = 1000 * kernel_seconds(steps[name])
+                text += f' (kernels {row["kernels"]:.2f})'
+            rows.append(row)
+            shown.append(text)
+        print(f'{model}, batch {bs}: {", ".join(shown)}', flush=True)
     return dict(repeats=repeats, rows=rows)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--part', choices=['recipe', 'curves', 'overhead']); p.add_argument('--repeats', type=int, default=5); p.add_argument('--out', type=Path)
+    p.add_argument('--part', choices=['recipe', 'curves', 'overhead'])
+    p.add_argument('--repeats', type=int, default=5)
+    p.add_argument('--out', type=Path)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     p.add_argument('--once', nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
-    if a.once: return train_once(a.once[0], a.once[1], *map(int, a.once[2:]))
+    if a.once:
+        kind, folder, images, bs = a.once
+        return train_once(kind, folder, int(images), int(bs))
     device = torch.device(a.device)
     out = json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
-    for part, f in (('recipe', lambda: recipe(a.repeats)), ('curves', lambda: curves(a.repeats, device)), ('overhead', lambda: overhead(a.repeats, device))):
-        if part == 'recipe' and device.type != 'cpu' or a.part not in (None, part): continue
-        out[part] = dict(f(), **provenance(device))
+    parts = dict(recipe=lambda: recipe(a.repeats),
+                 curves=lambda: curves(a.repeats, device),
+                 overhead=lambda: overhead(a.repeats, device))
+    for part, measure in parts.items():
+        if a.part not in (None, part): continue
+        if part == 'recipe' and device.type != 'cpu': continue
+        out[part] = dict(measure(), **provenance(device))
         if a.out:
             a.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(a.out, out)

@@ -1,6 +1,6 @@
 """The built website in a real browser; `make test-site` builds it and runs this.
 
-Every page is opened once on a desk and once on a phone, in the light and in the dark."""
+Every page is opened twice: at a desktop's width in the light theme, and at a phone's in the dark theme."""
 import functools
 import html.parser
 import json
@@ -23,6 +23,17 @@ NBS = ROOT / 'nbs'
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts)
 CONTENT = [p for p in PAGES if p not in ('genindex.html', 'search.html', 'py-modindex.html')]
 TUTORIALS = sorted((NBS / 'tutorials').glob('*.ipynb'))
+BROWSER_OPTIONS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
+                   '--disable-component-update', '--disable-sync', '--no-first-run']
+
+
+def page_stem(nb): return re.sub(r'^\d+_', '', nb.stem)
+def page_of(nb): return (nb.parent.relative_to(NBS) / page_stem(nb)).as_posix() + '.html'
+
+
+def notebooks():
+    "All notebooks that have a page."
+    return [nb for nb in NBS.rglob('*.ipynb') if nb.stem != 'all' and '.ipynb_checkpoints' not in nb.parts]
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -40,8 +51,8 @@ def host():
 @pytest.fixture(scope='session')
 def browser():
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=os.environ.get('CHROMIUM', '/usr/bin/chromium'),
-                              args=['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run'])
+        path = os.environ.get('CHROMIUM', '/usr/bin/chromium')
+        b = p.chromium.launch(executable_path=path, args=BROWSER_OPTIONS)
         yield b
         b.close()
 
@@ -54,71 +65,146 @@ def window(request, browser):
     c.close()
 
 
-# Text nodes whose contrast with what lies behind them is below WCAG's AA: 4.5, or 3 for large letters. Text over pictures is left out.
+# Text nodes whose contrast with their background is below WCAG's AA: 4.5, or 3 for large letters.
+# Text over pictures is left out.
 CONTRAST = r"""() => {
-  const parse = c => { const m = c.match(/[\d.]+/g).map(Number); return m.length < 4 ? [...m.slice(0, 3), 1] : m };
+  const parse = c => {
+    const m = c.match(/[\d.]+/g).map(Number);
+    return m.length < 4 ? [...m.slice(0, 3), 1] : m;
+  };
   const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
-  const light = c => { const [r, g, b] = c.map(v => { v /= 255; return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4 }); return .2126 * r + .7152 * g + .0722 * b };
-  const behind = e => { const stack = []; for (let n = e; n; n = n.parentElement) { const c = parse(getComputedStyle(n).backgroundColor); if (c[3] > 0) stack.push(c); if (c[3] === 1) break }
-                        return stack.reverse().reduce((b, t) => over(t, b), [255, 255, 255, 1]) };
-  const bad = {}, walker = document.createTreeWalker(document.querySelector('article') || document.body, NodeFilter.SHOW_TEXT);
+  const linear = v => {
+    v /= 255;
+    return v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  };
+  const luminance = c => {
+    const [r, g, b] = c.map(linear);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const background = e => {
+    const stack = [];
+    for (let n = e; n; n = n.parentElement) {
+      const c = parse(getComputedStyle(n).backgroundColor);
+      if (c[3] > 0) stack.push(c);
+      if (c[3] === 1) break;
+    }
+    return stack.reverse().reduce((b, t) => over(t, b), [255, 255, 255, 1]);
+  };
+  const skipped = 'svg, script, style, mjx-container, .visually-hidden, .headerlink';
+  const bad = {};
+  const root = document.querySelector('article') || document.body;
+  const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
+    const text = walker.currentNode.textContent.trim();
     const e = walker.currentNode.parentElement;
-    if (!walker.currentNode.textContent.trim() || e.closest('svg, script, style, mjx-container, .visually-hidden, .headerlink') || !e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
-    const s = getComputedStyle(e), b = behind(e), f = over(parse(s.color), b), [hi, lo] = [light(f), light(b)].sort((x, y) => y - x), ratio = (hi + .05) / (lo + .05);
-    const large = parseFloat(s.fontSize) >= 24 || parseFloat(s.fontSize) >= 18.66 && +s.fontWeight >= 700;
-    if (ratio < (large ? 3 : 4.5)) bad[`${s.color} on rgb(${b.slice(0, 3).map(Math.round)})`] = `${ratio.toFixed(2)}: ${e.className || e.tagName} "${walker.currentNode.textContent.trim().slice(0, 30)}"`;
+    if (!text || e.closest(skipped)) continue;
+    if (!e.checkVisibility({checkOpacity: true, checkVisibilityCSS: true})) continue;
+    const s = getComputedStyle(e);
+    const b = background(e);
+    const f = over(parse(s.color), b);
+    const [hi, lo] = [luminance(f), luminance(b)].sort((x, y) => y - x);
+    const ratio = (hi + .05) / (lo + .05);
+    const size = parseFloat(s.fontSize);
+    const large = size >= 24 || size >= 18.66 && +s.fontWeight >= 700;
+    if (ratio < (large ? 3 : 4.5)) {
+      const colours = `${s.color} on rgb(${b.slice(0, 3).map(Math.round)})`;
+      bad[colours] = `${ratio.toFixed(2)}: ${e.className || e.tagName} "${text.slice(0, 30)}"`;
+    }
   }
-  return bad }"""
+  return bad;
+}"""
+# The text of an element without its descendants that match a selector
+TEXT_WITHOUT = """(a, selector) => {
+  const c = a.cloneNode(true);
+  c.querySelectorAll(selector).forEach(e => e.remove());
+  return c.textContent;
+}"""
+FORMULAS_ARE_SET = 'n => document.querySelectorAll("mjx-container").length >= n'
+IMAGES_WITHOUT_TEXT = """() => [...document.querySelectorAll('article img')]
+  .filter(i => !i.alt.trim()).map(i => i.src)"""
+MISSING_IMAGES = """() => [...document.querySelectorAll('article img')]
+  .filter(i => i.complete && !i.naturalWidth).map(i => i.src)"""
+HIDDEN_TABLE_HEADS = """() => [...document.querySelectorAll('table.dataframe thead')]
+  .filter(h => getComputedStyle(h).display == 'none').length"""
+# The first elements that are wider than the window, where the page scrolls sideways
+TOO_WIDE = """w => {
+  if (document.documentElement.scrollWidth <= w) return [];
+  const sticksOut = e => e.getBoundingClientRect().right > w + 1;
+  const wide = [...document.querySelectorAll('article *')].filter(sticksOut);
+  return wide.slice(0, 3).map(e => e.outerHTML.slice(0, 120));
+}"""
+THEME = 'document.documentElement.dataset.theme'
+
+
+def load(tab, url):
+    "Open a page and wait for its formulas; return its messages and requests, and the number of formulas."
+    messages = []
+    requests = []
+    def on_console(m):
+        if m.type in ('error', 'warning'): messages.append(m.text)
+    def on_error(e): messages.append(str(e))
+    def on_request(r): requests.append(r.url)
+    hooks = dict(console=on_console, pageerror=on_error, request=on_request)
+    for event, hook in hooks.items(): tab.on(event, hook)
+    tab.goto(url, wait_until='load')
+    formulas = tab.locator('.math').count()
+    if formulas: tab.wait_for_function(FORMULAS_ARE_SET, arg=formulas, timeout=60_000)
+    for event, hook in hooks.items(): tab.remove_listener(event, hook)
+    return messages, requests, formulas
 
 
 @pytest.mark.parametrize('page', PAGES)
 def test_page(page, window, host):
-    "Loads without an error and without another host; no directive shows; pictures have a text; formulas are set; nothing sticks out; everything can be read."
+    """A page loads without an error and from this host only.
+
+    No directive is visible, pictures have a text, formulas are set, nothing is too wide, text is legible."""
     tab, width, scheme = window
-    said, asked = [], []
-    on_console = lambda m: said.append(m.text) if m.type in ('error', 'warning') else None
-    on_error, on_request = lambda e: said.append(str(e)), lambda r: asked.append(r.url)
-    for event, hook in (('console', on_console), ('pageerror', on_error), ('request', on_request)): tab.on(event, hook)
-    tab.goto(host + page, wait_until='load')
-    formulas = tab.locator('.math').count()
-    if formulas: tab.wait_for_function('n => document.querySelectorAll("mjx-container").length >= n', arg=formulas, timeout=60_000)
-    for event, hook in (('console', on_console), ('pageerror', on_error), ('request', on_request)): tab.remove_listener(event, hook)
-    assert not said
-    assert not [u for u in asked if not u.startswith((host, 'data:', 'blob:'))]
-    assert tab.locator('h1').count() >= 1 and tab.title()
-    text = tab.locator('article, #search-results').first.evaluate("a => { const c = a.cloneNode(true); c.querySelectorAll('code.literal').forEach(e => e.remove()); return c.textContent }") # a page may speak of directives, in code within a line
+    messages, requests, formulas = load(tab, host + page)
+    assert not messages
+    assert not [url for url in requests if not url.startswith((host, 'data:', 'blob:'))]
+    assert tab.locator('h1').count() >= 1
+    assert tab.title()
+    content = tab.locator('article, #search-results').first
+    text = content.evaluate(TEXT_WITHOUT, 'code.literal') # inline code may name directives
     assert not re.search(r'#\|\s*\w|:::|^\s*\{py:|nbdev\.showdoc', text, re.M)
-    if formulas: assert not re.search(r'\$\$|\\(?:frac|rho|mathrm)\b', tab.locator('article, #search-results').first.evaluate("a => { const c = a.cloneNode(true); c.querySelectorAll('mjx-container, script, pre, code').forEach(e => e.remove()); return c.textContent }")), 'a formula that was not set'
+    if formulas:
+        prose = content.evaluate(TEXT_WITHOUT, 'mjx-container, script, pre, code')
+        assert not re.search(r'\$\$|\\(?:frac|rho|mathrm)\b', prose), 'a formula that was not set'
     assert not tab.locator('mjx-merror').count(), 'a formula with an error'
-    assert tab.evaluate("[...document.querySelectorAll('article img')].filter(i => !i.alt.trim()).map(i => i.src)") == []
-    assert tab.evaluate("[...document.querySelectorAll('article img')].filter(i => i.complete && !i.naturalWidth).map(i => i.src)") == []
-    assert tab.evaluate("[...document.querySelectorAll('table.dataframe thead')].filter(h => getComputedStyle(h).display == 'none').length") == 0, 'numbers without the names of their columns'
-    assert tab.evaluate("document.documentElement.dataset.theme") == scheme
-    wide = tab.evaluate("w => document.documentElement.scrollWidth <= w ? [] : [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > w + 1).slice(0, 3).map(e => e.outerHTML.slice(0, 120))", width)
-    assert not wide
+    assert tab.evaluate(IMAGES_WITHOUT_TEXT) == []
+    assert tab.evaluate(MISSING_IMAGES) == []
+    assert tab.evaluate(HIDDEN_TABLE_HEADS) == 0, 'numbers without the names of their columns'
+    assert tab.evaluate(THEME) == scheme
+    assert not tab.evaluate(TOO_WIDE, width)
     assert tab.evaluate(CONTRAST) == {}
 
 
 def test_the_contrast_check_can_fail(browser):
     tab = browser.new_page()
-    tab.set_content('<article style="background:#fff"><p style="color:#999">grey on white</p><p style="color:#333">dark on white</p><h1 style="font-size:30px;color:#888">large</h1></article>')
+    tab.set_content('<article style="background:#fff"><p style="color:#999">grey on white</p>'
+                    '<p style="color:#333">dark on white</p>'
+                    '<h1 style="font-size:30px;color:#888">large</h1></article>')
     assert list(tab.evaluate(CONTRAST)) == ['rgb(153, 153, 153) on rgb(255,255,255)']
     tab.close()
 
 
 class Document(html.parser.HTMLParser):
+    "The anchors and links of a page."
     def __init__(self, text):
         super().__init__()
-        self.ids, self.links = set(), []
+        self.ids = set()
+        self.links = []
         self.feed(text)
+
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
         self.ids |= {a[k] for k in ('id', 'name') if a.get(k)}
         self.links += [a[k] for k in ('href', 'src') if a.get(k)]
 
+
 @functools.cache
 def document(path): return Document(path.read_text(encoding='utf-8'))
+
 
 def broken(page, root):
     "Links that lead nowhere on this site, with what is wrong; those to other hosts must be https."
@@ -130,55 +216,92 @@ def broken(page, root):
             continue
         target = (here.parent / unquote(u.path)).resolve() if u.path else here
         if target.is_dir(): target /= 'index.html'
-        if not target.is_file(): yield link, 'no such file'
-        elif u.fragment and target.suffix == '.html' and unquote(u.fragment) not in document(target).ids: yield link, 'no such place on the page'
+        if not target.is_file():
+            yield link, 'no such file'
+            continue
+        has_anchor = u.fragment and target.suffix == '.html'
+        if has_anchor and unquote(u.fragment) not in document(target).ids:
+            yield link, 'no such place on the page'
+
 
 @pytest.mark.parametrize('page', PAGES)
 def test_links_lead_somewhere(page): assert list(broken(page, SITE)) == []
 
+
 def test_the_link_check_can_fail(tmp_path):
+    links = ['other.html#there', 'other.html#gone', 'no.html',
+             'http://example.org', 'https://example.org', '#']
     (tmp_path / 'other.html').write_text('<p id="there"></p>')
-    (tmp_path / 'index.html').write_text('<a href="other.html#there"></a><a href="other.html#gone"></a><a href="no.html"></a><img src="no.png"><a href="http://example.org"></a><a href="https://example.org"></a><a href="#"></a>')
-    assert [link for link, _ in broken('index.html', tmp_path)] == ['other.html#gone', 'no.html', 'no.png', 'http://example.org']
+    anchors = ''.join(f'<a href="{link}"></a>' for link in links)
+    (tmp_path / 'index.html').write_text(f'{anchors}<img src="no.png">')
+    found = [link for link, _ in broken('index.html', tmp_path)]
+    assert found == ['other.html#gone', 'no.html', 'http://example.org', 'no.png']
 
 
 def test_every_notebook_has_its_page():
-    expected = {(nb.parent.relative_to(NBS) / re.sub(r'^\d+_', '', nb.stem)).as_posix() + '.html' for nb in NBS.rglob('*.ipynb') if nb.stem != 'all' and '.ipynb_checkpoints' not in nb.parts}
-    assert expected <= set(PAGES) and {'api.html', 'changelog.html', 'citing.html', 'contributing.html', 'search.html', 'genindex.html'} <= set(PAGES)
-    order = re.findall(r'href="(\w+\.html)"', (SITE / 'tutorials' / 'index.html').read_text(encoding='utf-8').split('<article')[1].split('</table>')[0])
-    assert order == [re.sub(r'^\d+_', '', t.stem) + '.html' for t in TUTORIALS], 'the course in its order'
+    expected = {page_of(nb) for nb in notebooks()}
+    assert expected <= set(PAGES)
+    others = {'api.html', 'changelog.html', 'citing.html', 'contributing.html', 'search.html',
+              'genindex.html'}
+    assert others <= set(PAGES)
+    text = (SITE / 'tutorials' / 'index.html').read_text(encoding='utf-8')
+    table = text.split('<article')[1].split('</table>')[0]
+    order = re.findall(r'href="(\w+\.html)"', table)
+    assert order == [f'{page_stem(t)}.html' for t in TUTORIALS], 'the course in its order'
 
 
-METHOD_PAGES = {'SAM': 'methods/sam', 'ASAM': 'methods/asam', 'ESAM': 'methods/esam', 'LookSAM': 'methods/looksam', 'GSAM': 'methods/gsam', 'SAF': 'methods/saf', 'MESA': 'methods/mesa', 'SADT': 'methods/sadt',
-                'GradientCentralization': 'methods/gradient_centralization', 'AGC': 'methods/agc', 'Distillation': 'methods/distillation', 'born_again': 'methods/born_again', 'RepeatStep': 'methods/controls', 'hessian_trace': 'measures/hessian'}
+METHOD_PAGES = {'SAM': 'methods/sam',
+                'ASAM': 'methods/asam',
+                'ESAM': 'methods/esam',
+                'LookSAM': 'methods/looksam',
+                'GSAM': 'methods/gsam',
+                'SAF': 'methods/saf',
+                'MESA': 'methods/mesa',
+                'SADT': 'methods/sadt',
+                'GradientCentralization': 'methods/gradient_centralization',
+                'AGC': 'methods/agc',
+                'Distillation': 'methods/distillation',
+                'born_again': 'methods/born_again',
+                'RepeatStep': 'methods/controls',
+                'hessian_trace': 'measures/hessian'}
+SEARCH_HAS_ENDED = r"""() =>
+  document.querySelector('#search-results p.search-summary, #search-results .search-summary') &&
+  !/Searching|Preparing/.test(document.querySelector('#search-results').innerText.split('\n')[0])"""
+SEARCH_RESULTS = """() => [...document.querySelectorAll('#search-results ul.search li > a')]
+  .map(a => a.getAttribute('href'))"""
+
 
 @pytest.mark.parametrize('word,page', METHOD_PAGES.items())
 def test_search_finds(word, page, browser, host):
     tab = browser.new_page()
     tab.goto(f'{host}search.html?q={word}')
-    tab.wait_for_function('document.querySelector("#search-results p.search-summary, #search-results .search-summary") && !/Searching|Preparing/.test(document.querySelector("#search-results").innerText.split("\\n")[0])', timeout=30_000)
-    found = tab.evaluate("[...document.querySelectorAll('#search-results ul.search li > a')].map(a => a.getAttribute('href'))")
+    tab.wait_for_function(SEARCH_HAS_ENDED, timeout=30_000)
+    found = tab.evaluate(SEARCH_RESULTS)
     tab.close()
-    assert any(f'{page}.html' in f for f in found[:5]), found[:5]
+    assert any(f'{page}.html' in link for link in found[:5]), found[:5]
 
 
 def test_colour_mode_and_sidebar_work(browser, host):
-    "The button changes the mode, which is remembered; on a phone the menu opens and leads on; previous and next are there."
+    """The button changes the colour mode, which survives a reload.
+
+    On a phone the menu opens and its links work. A page has links to the previous and the next one."""
     c = browser.new_context(viewport=dict(width=375, height=800), color_scheme='light')
     tab = c.new_page()
     tab.goto(host + 'methods/sam.html')
-    mode = lambda: tab.evaluate("document.documentElement.dataset.theme")
-    assert mode() == 'light'
+    assert tab.evaluate(THEME) == 'light'
     tab.locator('.theme-switch-button:visible').click()
     tab.locator('.theme-change-button[data-mode=dark]').click()
-    assert mode() == 'dark'
+    assert tab.evaluate(THEME) == 'dark'
     tab.reload()
-    assert mode() == 'dark'
-    tab.locator('button.primary-toggle:visible, label.primary-toggle:visible, .sidebar-toggle.primary-toggle:visible').first.click()
+    assert tab.evaluate(THEME) == 'dark'
+    toggles = ('button.primary-toggle:visible', 'label.primary-toggle:visible',
+               '.sidebar-toggle.primary-toggle:visible')
+    tab.locator(', '.join(toggles)).first.click()
     menu = tab.locator('.bd-sidebar-primary:visible, dialog#pst-primary-sidebar-modal:visible').first
     menu.get_by_role('link', name='ASAM', exact=True).click()
     tab.wait_for_url('**/methods/asam.html')
-    assert tab.locator('a.left-prev').get_attribute('href') == 'sam.html' and tab.locator('a.right-next').get_attribute('href') == 'esam.html'
+    assert tab.locator('a.left-prev').get_attribute('href') == 'sam.html'
+    assert tab.locator('a.right-next').get_attribute('href') == 'esam.html'
     c.close()
 
 
@@ -194,31 +317,47 @@ def test_copy_button_copies_the_code(browser, host):
     c.close()
 
 
+def stored_figures(nb):
+    "The number of figures in the visible cells of a notebook."
+    count = 0
+    for c in nbformat.read(nb, 4).cells:
+        if c.cell_type != 'code' or c.source.startswith('#| hide'): continue
+        count += sum('image/png' in o.get('data', {}) for o in c.outputs)
+    return count
+
+
 def test_figures_of_the_notebooks_are_all_there():
-    "As many pictures with an alt text as the notebooks store."
-    for nb in NBS.rglob('*.ipynb'):
-        if nb.stem == 'all' or '.ipynb_checkpoints' in nb.parts: continue
-        page = document(SITE / nb.parent.relative_to(NBS) / (re.sub(r'^\d+_', '', nb.stem) + '.html'))
-        stored = sum('image/png' in o.get('data', {}) for c in nbformat.read(nb, 4).cells if c.cell_type == 'code' and not c.source.startswith('#| hide') for o in c.outputs)
-        assert sum('_images/' in l for l in page.links) >= stored, nb.stem
+    "A page has at least as many pictures as its notebook stores."
+    for nb in notebooks():
+        links = document(SITE / page_of(nb)).links
+        assert sum('_images/' in link for link in links) >= stored_figures(nb), nb.stem
 
 
 @pytest.fixture(scope='session')
 def outside(tmp_path_factory):
-    "An environment that has all that the library needs, but not the library; pip finds its wheel where a reader's pip would find PyPI."
+    """A folder with an environment that has all requirements but not the library, and the variables for it.
+
+    With these variables pip installs the built wheel instead of asking PyPI."""
     wheels = list((ROOT / 'dist').glob('*.whl'))
     assert wheels, 'make dist comes first'
     folder = tmp_path_factory.mktemp('outside')
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', folder / 'env'], check=True)
     packages = next((folder / 'env').glob('lib/python*/site-packages'))
-    (packages / 'needs.pth').write_text(str(Path(nbformat.__file__).parents[1])) # the editable install of the checkout is a .pth in there, which is not followed
-    return folder, {'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(ROOT / 'dist'), 'PIP_NO_DEPS': '1', 'PIP_IGNORE_INSTALLED': '1', 'PATH': os.environ['PATH'], 'HOME': str(folder), 'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
+    # Python does not read the .pth file in that folder, which is the editable install of the checkout
+    requirements = Path(nbformat.__file__).parents[1]
+    (packages / 'needs.pth').write_text(str(requirements))
+    env = {'PIP_NO_INDEX': '1', 'PIP_FIND_LINKS': str(ROOT / 'dist'), 'PIP_NO_DEPS': '1',
+           'PIP_IGNORE_INSTALLED': '1', 'PATH': os.environ['PATH'], 'HOME': str(folder),
+           'PYTHONWARNINGS': 'ignore', 'MPLBACKEND': 'agg'}
+    return folder, env
+
 
 @pytest.mark.parametrize('nb', TUTORIALS, ids=[t.stem for t in TUTORIALS])
 def test_tutorial_starts_outside_the_checkout(nb, outside):
     "Its install cell installs the library where it is missing, and its imports work then."
     folder, env = outside
-    subprocess.run(['rm', '-rf', *next((folder / 'env').glob('lib/python*/site-packages')).glob('sadt_nb*')], check=True)
+    packages = next((folder / 'env').glob('lib/python*/site-packages'))
+    subprocess.run(['rm', '-rf', *packages.glob('sadt_nb*')], check=True)
     cells = [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
     assert '%pip install -q sadt_nb' in cells[0]
     script = f"""
@@ -228,5 +367,6 @@ for source in {json.dumps(cells[:2])}: shell.run_cell(source).raise_error()
 import sadt_nb
 print('from', sadt_nb.__file__)
 """
-    done = subprocess.run([folder / 'env' / 'bin' / 'python', '-c', script], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    command = [folder / 'env' / 'bin' / 'python', '-c', script]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert f'from {folder.resolve()}' in done.stdout.replace('/private', ''), done.stdout + done.stderr

@@ -570,7 +570,7 @@ def test_a_root_that_cannot_be_written():
 def grid_with_two_workers(runs, root): run_grid(runs, root, 2, **quiet)
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end

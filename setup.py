@@ -9,7 +9,7 @@ cfg = ini['DEFAULT']
 statuses = {1: '1 - Planning', 2: '2 - Pre-Alpha', 3: '3 - Alpha', 4: '4 - Beta', 5: '5 - Production/Stable'}
 extras = ('dev', 'distributed', 'bench', 'timm', 'clip', 'curvature', 'ray', 'weights', 'sweep')
 
-STORED = ['published/**/*.json', 'published/**/*.gz', 'published/**/*.safetensors']
+STORED = [f'published/**/*.{end}' for end in ('json', 'gz', 'safetensors', 'sha256')]
 
 setup(
     name=cfg['lib_name'],

@@ -102,7 +102,7 @@ def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tm
     assert out[1]['status'] == 'finished'
     assert read_result(student.teachers[0], tmp_path)['started'] <= out[1]['started']
     with monkeypatch.context() as m:
-        m.setattr(grid, '_code', lambda: dict(source='0123456789ab'))
+        m.setattr(grid, 'code_version', lambda: dict(source='0123456789ab'))
         error, = run_grid([of('sam')], tmp_path, ray='auto', **quiet)
         assert 'has other code of sadt_nb' in str(error)
         assert read_result(of('sam'), tmp_path) is None

@@ -31,7 +31,7 @@ test: $(READY) lint sync notebooks-test pytest
 
 # One statement a line, at most 110 columns, no unused or undefined name: ruff.toml says what, and why not more
 lint: $(READY)
-	$(BIN)/ruff check -q && echo 'lines, names and statements are as ruff.toml asks'
+	$(BIN)/ruff check -q && echo 'ruff found nothing'
 
 # The library and README.md must be what the notebooks export, and the notebooks clean.
 # Where they are not, this target corrects them and fails.

@@ -35,11 +35,11 @@ import torch
 import torch.nn.functional as F
 from sadt_nb.data.datasets import DATASETS
 from sadt_nb.data.loader import ImageData
-from sadt_nb.papers.grids import paper_grid
 from sadt_nb.experiments.runner import RunRecorder, evaluate, make_learner, run
 from sadt_nb.experiments.runner import keep_pages, provenance, write_json
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.fast_cnn import fast_cnn
+from sadt_nb.papers.grids import paper_grid
 from .step_cost import CASES, CYCLE
 
 LIMITS = {'overhead, CPU': 1.05, 'overhead, GPU': 1.10, 'overhead, CUDA graphs': 1.03, 'loader': .05,

@@ -3,8 +3,8 @@ import inspect
 
 import pytest
 import torch
-from sadt_nb.core.shared_trunk import shared_forward
 from sadt_nb.core.perturb import perturbed, trainable_params
+from sadt_nb.core.shared_trunk import shared_forward
 from sadt_nb.models.registry import MODELS, make_model
 from torch import nn
 from torch.nn import functional as F

@@ -11,16 +11,16 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import Machine, estimated_seconds, run_cost
 from sadt_nb.experiments.grid import duration, run_grid
 from sadt_nb.experiments.measure import measure_run
-from sadt_nb.papers.pages import comparison, interval, verdict
-from sadt_nb.papers.base import PaperRun
-from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
-from sadt_nb.papers.saf import extra_memory
 from sadt_nb.experiments.report import load_results
 from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
 from sadt_nb.measures.landscape import loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
+from sadt_nb.papers.base import PaperRun
+from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
+from sadt_nb.papers.pages import comparison, interval, verdict
+from sadt_nb.papers.saf import extra_memory
 from scipy import stats
 from torch import nn
 

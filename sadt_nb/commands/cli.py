@@ -30,12 +30,12 @@ from ..experiments.config import Run
 from ..experiments.cost import estimated_seconds, probe_machine, run_cost
 from ..experiments.grid import duration, run_ensemble, run_grid
 from ..experiments.measure import measure_run
-from ..papers.pages import comparison, write_pages
 from ..experiments.report import labels, load_results, plot_runs, results_folder, results_table
 from ..experiments.runner import RunError, is_trained, read_result, run
 from ..experiments.sweep import SWEEPS, at_equal_passes, confirmed, ranges, sweep
 from ..methods.registry import METHODS
 from ..papers.grids import PAPER_GRIDS, paper_ensembles, paper_grid
+from ..papers.pages import comparison, write_pages
 from ..papers.saf import memory_columns
 
 # %% ../../nbs/commands/110_cli.ipynb #d23b89f3

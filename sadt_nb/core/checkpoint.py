@@ -24,9 +24,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
 from .passes import rng_states, set_rng_states
-
-from .ranks import bare_loader, n_ranks, this_rank
 from .perturb import unwrapped
+from .ranks import bare_loader, n_ranks, this_rank
 
 # %% ../../nbs/core/08_checkpoint.ipynb #0b37c835
 def _plain(x, where):

@@ -17,9 +17,8 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .passes import ORDERS
-
-from .ranks import n_ranks
 from .perturb import trainable_params, unwrapped
+from .ranks import n_ranks
 
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
 def norm_bias_split(

@@ -6,7 +6,7 @@
 __all__ = ['ARCHIVE', 'PARTS', 'read_archive', 'write_archive', 'read_part', 'read_parts', 'stored_runs']
 
 # %% ../../nbs/experiments/79_archive.ipynb #27337690
-import gzip, io, json
+import gzip, io, json, zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,16 +19,22 @@ PARTS = ('config', 'result', 'history', 'measures') # files of a run, `config.js
 @lru_cache(maxsize=64)
 def _read_lines(file, modified, size): # the last two tell the cache when the file has changed
     records = {}
-    with gzip.open(file, 'rt', encoding='utf-8') as lines:
-        for line in lines:
-            parts = json.loads(line)
-            records[parts.pop('name')] = parts
+    try:
+        with gzip.open(file, 'rt', encoding='utf-8') as lines:
+            for line in lines:
+                parts = json.loads(line)
+                if not isinstance(parts, dict) or 'name' not in parts: raise ValueError('a line is not a run')
+                records[parts.pop('name')] = parts
+    except (OSError, EOFError, ValueError, zlib.error) as e:
+        raise ValueError(f'the archive {file} is damaged ({e}); take another copy of it') from None
     return records
 
 def read_archive(
     folder, # Of results
 ) -> dict: # Name of a run to its parts, which are the contents of its files; empty without an archive
-    "Read the archive of a folder. The result is shared between calls and must not be changed."
+    """Read the archive of a folder. The result is shared between calls and must not be changed.
+
+    Raises `ValueError` if the file is damaged."""
     file = Path(folder) / ARCHIVE
     try: state = file.stat()
     except OSError: return {}

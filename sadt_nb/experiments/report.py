@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from ..core.display import COLORS
-from .archive import read_part, read_parts, stored_runs, write_archive
+from .archive import read_archive, read_parts, stored_runs, write_archive
 from .config import Run
 from .runner import RunError, read_result
 
@@ -82,18 +82,10 @@ def publish(
     records = {}
     for cfg in runs:
         if not read_result(cfg, root): continue
-        records[cfg.name] = read_parts(Path(root) / cfg.name) or _archived(cfg, root)
+        records[cfg.name] = read_parts(Path(root) / cfg.name) or read_archive(root)[cfg.name]
         if cfg in weights: _publish_weights(cfg, root, to)
     if records: write_archive(to, records)
     return len(records)
-
-def _archived(cfg, root):
-    "The parts of a run that is in the archive of `root`."
-    parts = {}
-    for name in ('config', 'result', 'history', 'measures'):
-        part = read_part(root, cfg.name, name)
-        if part is not None: parts[name] = part
-    return parts
 
 # %% ../../nbs/experiments/82_report.ipynb #096ca2c7
 def _lineage(run):

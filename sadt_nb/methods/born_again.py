@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from fastai.callback.core import Callback
 
-from ..core.ranks import bare_loader, over_ranks
 from ..core.perturb import unwrapped
+from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee

@@ -14,9 +14,8 @@ from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 
 from ..core.passes import PerturbedPass
-
-from ..core.ranks import sync_gradients
 from ..core.perturb import ascent, perturbed, trainable_params
+from ..core.ranks import sync_gradients
 
 # %% ../../nbs/methods/22_esam.ipynb #ed9acbb5
 def sharpest(

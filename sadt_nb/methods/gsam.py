@@ -12,9 +12,8 @@ from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.passes import PerturbedPass
-
-from ..core.ranks import average_over_ranks
 from ..core.perturb import ascent, global_dot, perturbed, scratch_like, trainable_params, weight_sizes
+from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
 def _ascent(params, grads, rho, adaptive, scratch=None):

@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.losses import kl_div
 from ..core.passes import ExtraPass, StepGrads, step_unscaled
-from ..core.shared_trunk import shared_forward
 from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
+from ..core.shared_trunk import shared_forward
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator):
@@ -86,7 +86,7 @@ def _divergence(q, aux, kl):
     return kl_div(aux, q)
 
 # %% ../../nbs/methods/40_sadt.ipynb #a77616e8
-_VARIANT_1 = weight_noise(1e-4), # one teacher with noise on every parameter
+_VARIANT_1 = (weight_noise(1e-4),) # one teacher with noise on every parameter
 
 def sadt_step(
     model:nn.Module,   # Its parameters are those that `optimizer` steps

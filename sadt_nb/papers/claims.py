@@ -101,12 +101,12 @@ class Claim(NamedTuple):
 
 # %% ../../nbs/papers/109_claims.ipynb #0d9fef34
 def judged(
-    place:str,      # See `Evidence`
-    label:str,
-    d:pd.Series,    # One per seed: differences, or logarithms of ratios
-    region=MORE,
-    factor=False,
-    aside=False,
+    place:str,    # Where it was measured
+    label:str,    # What is compared with what
+    d:pd.Series,  # One per seed: differences, or logarithms of ratios
+    region=MORE,  # Where the claim says that the mean lies, before the logarithm
+    factor=False, # The numbers are logarithms of ratios
+    aside=False,  # Shown, not judged
 ) -> Evidence:
     "Make evidence of differences, or of logarithms of ratios."
     d = d.dropna()
@@ -132,8 +132,8 @@ class Comparisons:
         return total / len(kinds)
 
     def gap(self,
-        place:str,           # See `Evidence`
-        label:str,
+        place:str,           # Where it was measured
+        label:str,           # What is compared with what
         a,                   # A kind, or several whose mean is taken
         b=None,              # What it is compared with; `None`: the number of `a` is a difference already
         key='accuracy',      # The number
@@ -149,8 +149,8 @@ class Comparisons:
         return judged(place, label, d, region, factor, aside)
 
     def spread(self,
-        place:str,      # See `Evidence`
-        label:str,
+        place:str,      # Where it was measured
+        label:str,      # What is compared with what
         pairs,          # Pairs of kinds; their variances are pooled
         key='accuracy', # The number
     ) -> Evidence:

@@ -17,7 +17,7 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 
-from .perturb import perturbed, scratch_like, trainable_params
+from .perturb import copied, perturbed, trainable_params
 from .ranks import sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
@@ -273,8 +273,7 @@ class StepGrads(Callback):
 
     def before_step(self):
         now = {n: p.grad for n, p in trainable_params(self.model).items() if p.grad is not None}
-        self.grads = {n: scratch_like(self._copies, n, g) for n, g in now.items()}
-        if now: torch._foreach_copy_(list(self.grads.values()), list(now.values()))
+        self.grads = copied(now, self._copies)
         if self.hold: raise CancelStepException()
 
     def after_cancel_step(self):

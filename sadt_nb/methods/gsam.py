@@ -12,7 +12,7 @@ from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, global_dot, perturbed, scratch_like, trainable_params, weight_sizes
+from ..core.perturb import ascent, copied, global_dot, perturbed, trainable_params, weight_sizes
 from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
@@ -20,12 +20,6 @@ def _ascent(params, grads, rho, adaptive, scratch=None):
     "SAM's perturbation by name; `grads` are overwritten."
     sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None # the diagonal of T = |w|
     return ascent(grads, rho, sizes)
-
-def _copied(tensors, scratch=None):
-    "Copies of `tensors` by name, in the memory of `scratch` where it fits."
-    copies = {n: scratch_like(scratch, n, t) for n, t in tensors.items()}
-    torch._foreach_copy_(list(copies.values()), list(tensors.values()))
-    return copies
 
 def _decompose_(params, g, alpha):
     "Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`; `g` is overwritten."
@@ -55,7 +49,7 @@ def gsam_step(
     loss.backward()
     params = {n: p for n, p in trainable_params(model).items() if p.grad is not None}
     grads = {n: p.grad for n, p in params.items()}
-    g = _copied(grads)
+    g = copied(grads)
     deltas = _ascent(params, grads, rho, adaptive)
     optimizer.zero_grad(set_to_none=True)
     with perturbed(params, deltas): loss_fn().backward()
@@ -123,7 +117,7 @@ class GSAM(PerturbedPass):
         return _ascent(params, grads, self.rho, self.adaptive, self.scratch)
 
     def extra_pass(self, params, grads):
-        g = _copied(grads, self._copies)
+        g = copied(grads, self._copies)
         super().extra_pass(params, grads) # leaves g_p in `.grad`
         average_over_ranks(self.learn.model, _decompose_(params, g, self.alpha))
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 
 from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, global_dot, global_norm, scratch_like, trainable_params
+from ..core.perturb import ascent, copied, global_dot, global_norm, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
@@ -39,12 +39,6 @@ def _add_direction_(params, direction, alpha):
     if turned: torch._foreach_add_(turned, torch._foreach_mul(directions, alpha * global_norm(grads)))
 
 # %% ../../nbs/methods/23_looksam.ipynb #770da87b
-def _copied(tensors, scratch):
-    "Copies of `tensors` by name, in the memory of `scratch` where it fits."
-    copies = {n: scratch_like(scratch, n, t) for n, t in tensors.items()}
-    torch._foreach_copy_(list(copies.values()), list(tensors.values()))
-    return copies
-
 def _unit_(direction):
     "Scale all tensors of `direction` together to a norm of one."
     tensors = list(direction.values())
@@ -98,7 +92,7 @@ class LookSAM(PerturbedPass):
 
     def extra_pass(self, params, grads):
         spare, self.direction = self.direction, None # the new direction goes into the memory of the old one
-        g = _copied(grads, spare)
+        g = copied(grads, spare)
         super().extra_pass(params, grads) # leaves g_s in `.grad`
         g_v = _perpendicular_(g, params)
         if self._sum is None: self._sum = g_v

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 # %% ../../nbs/models/68_fast_cnn.ipynb #a4322510
-WHITENING_IMAGES = 5000 # so many training images are enough; airbench's number
+WHITENING_IMAGES = 5000 # training images for the filters; airbench's number
 
 @torch.no_grad()
 def whitening_filters(
     images:Tensor,   # `(n, channels, height, width)`, normalised as in training; `n` at least 32
     size:int=2,      # Side of the patches in pixels
     eps:float=5e-4,  # Added to the eigenvalues, so that directions without variance stay small; airbench's
-) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: by falling eigenvalue, then their negatives
+) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: by falling eigenvalue, then the negatives
     """Return filters that turn patches into uncorrelated numbers of variance 1.
 
     Raises `ValueError` for fewer than 32 images."""
@@ -46,7 +46,7 @@ def _conv(n_in, n_out):
 def identity_init_(
     model:nn.Module, # Changed in place
 ):
-    "Let every 3x3 convolution start as the identity in its first filters, as many as it has inputs."
+    "Set the first filters of every 3x3 convolution to the identity, one filter per input channel."
     for m in model.modules():
         if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3):
             nn.init.dirac_(m.weight[:m.in_channels])
@@ -152,7 +152,7 @@ def fast_cnn(
     depth:int=2,           # Convolutions per group: 2, or 3 with a shortcut
     bn_momentum:float=.4,  # Share of a batch in BatchNorm's running averages, in (0, 1]; airbench96 has 0.1
     scale:float=1/9,       # Factor of the logits
-    whiten:bool=True,      # Fix the first layer to whitening filters? `False`: it starts at random and learns
+    whiten:bool=True,      # Fix the first layer to whitening filters? `False`: it starts random and learns
     identity:bool=True,    # Do 3x3 convolutions start as the identity? `False`: as PyTorch starts them
     whiten_bias_epochs:int=3, # Epochs in which the whitening layer's bias learns; see `FreezeAfter`
 ) -> FastCNN: # Takes `(n, 3, height, width)` from 9x9 pixels on, gives `(n, classes)` logits

@@ -19,10 +19,11 @@ def _conv(n_in, n_out): return nn.Conv2d(n_in, n_out, 3, padding=1)
 class InceptionResNetModule(nn.Module):
     """Three paths side by side, concatenated and pooled to half the size.
 
-    Paths a and c are a convolution to n/32 channels. Path b has two to n, and a shortcut of one."""
+    Paths a and c are one convolution to n/32 channels. Path b is two convolutions to n channels, with a
+    shortcut of one convolution."""
     def __init__(self,
         n_in:int,         # Input channels
-        n:int,            # Channels of the wide path, a multiple of 32; the output has n + n/16
+        n:int,            # Channels of the wide path, a multiple of 32; the output has n + n/16 channels
         init='torch',     # Constants of BatchNorm: 'torch' or 'keras'
         dropout:float=.2, # After the pooling
     ):

@@ -41,7 +41,7 @@ class PyramidBlock(nn.Module):
 # %% ../../nbs/models/65_pyramidnet.ipynb #5de8d3b5
 def pyramidnet_110(
     classes:int=10, # Number of outputs
-    alpha:int=270,  # Channels of the last block above the 16 of the first convolution; the paper: 48, 84, 270
+    alpha:int=270,  # Channels of the last block beyond the first convolution's 16; the paper: 48, 84, 270
 ) -> nn.Sequential: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     """PyramidNet-110 of Han et al. (2017), additive, with basic blocks; 28,485,477 parameters.
 

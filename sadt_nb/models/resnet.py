@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 # %% ../../nbs/models/63_resnet.ipynb #9467b166
 class _Plain:
-    "Base of both blocks without a shortcut: it removes the layer of the shortcut as well."
+    "Base class of both blocks without a shortcut; it also removes the layer in the shortcut."
     def __init__(self,
         *args,    # As for torchvision's block
         **kwargs, # As for torchvision's block
@@ -49,8 +49,8 @@ def kaiming_init_(
 # %% ../../nbs/models/63_resnet.ipynb #07343b7e
 def resnet20(
     classes:int=10, # Number of outputs
-    skip=True,      # Shortcuts around the blocks; without them, the paper's plain network of the same size
-    norm=True,      # BatchNorm after each convolution; without it nothing stands in its place
+    skip=True,      # Shortcuts around the blocks; `False` gives the paper's plain network of the same size
+    norm=True,      # BatchNorm after each convolution; `False` leaves it out without a substitute
 ) -> nn.Sequential: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     "ResNet-20 of He et al. (2015), section 4.2, with shortcuts of option A; 269,722 parameters."
     block = BasicBlock if skip else PlainBlock
@@ -75,8 +75,8 @@ def _small_images(block, blocks, classes, norm):
 
 def resnet18(
     classes:int=10, # Number of outputs
-    skip=True,      # Shortcuts around the blocks, three of them with a convolution that goes as well
-    norm=True,      # BatchNorm after each convolution; without it nothing stands in its place
+    skip=True,      # Shortcuts around the blocks; `False` also removes the convolution in three of them
+    norm=True,      # BatchNorm after each convolution; `False` leaves it out without a substitute
 ) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     """torchvision's ResNet-18 for small images; 11,173,962 parameters with 10 classes.
 
@@ -85,8 +85,8 @@ def resnet18(
 
 def resnet101(
     classes:int=10, # Number of outputs
-    skip=True,      # Shortcuts around the blocks, four of them with a convolution that goes as well
-    norm=True,      # BatchNorm after each convolution; without it nothing stands in its place
+    skip=True,      # Shortcuts around the blocks; `False` also removes the convolution in four of them
+    norm=True,      # BatchNorm after each convolution; `False` leaves it out without a substitute
 ) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     """torchvision's ResNet-101 for small images; 42,512,970 parameters with 10 classes.
 

@@ -23,7 +23,7 @@ def check_init(init):
     if init not in ('torch', 'keras'): raise ValueError(f"`init` must be 'torch' or 'keras', got {init!r}")
 
 def batch_norm(init, dim=2):
-    "Return a function that makes a BatchNorm for so many channels, with the constants of a framework."
+    "Return a function that makes a BatchNorm for a number of channels, with a framework's constants."
     cls = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dim]
     if init == 'keras': return partial(cls, eps=1e-3, momentum=.01)
     return cls

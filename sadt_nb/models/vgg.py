@@ -22,8 +22,8 @@ def vgg16_slim(
     classes:int=10,       # Number of outputs
     bottleneck=False,     # The released code's extra ReLU layer of width `classes` before the classifier
     init='torch',         # Starting weights and BatchNorm constants: 'torch' or 'keras'
-    conv_dropout:float=.1, # After every convolution
-    dropout:float=.3,     # After the two dense layers
+    conv_dropout:float=.1, # Dropout after every convolution
+    dropout:float=.3,     # Dropout after the two dense layers
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
     "SADT's VGG: thirteen 3x3 convolutions of 32 to 256 channels, two dense layers; 4,085,802 parameters."
     check_init(init)
@@ -41,7 +41,7 @@ def vgg16_slim(
     if bottleneck: layers.update(bottleneck=nn.Linear(512, classes), relu=nn.ReLU())
     layers['classifier'] = nn.Linear(classes if bottleneck else 512, classes)
     model = nn.Sequential(layers)
-    # SADT's released code perturbs a moving variance here, which no training-mode forward reads
+    # SADT's released code perturbs this moving variance, which is not read in training mode
     model.code_array = 'block4_conv2.bn.running_var'
     return keras_init_(model, he=('fc1.layer', 'fc2.layer')) if init == 'keras' else model
 

@@ -27,9 +27,9 @@ def _timm_create_model():
     return create_model
 
 def _load_pretrained(model, name, pretrained):
-    "Load the weights of the path `pretrained`, or for `True` those of `name` in the folder SADT_WEIGHTS."
+    "Load weights from the path `pretrained`; `True` stands for the file of `name` in folder SADT_WEIGHTS."
     if pretrained is True:
-        if model.head.weight.is_meta: return # a configuration is checked where the folder may be missing
+        if model.head.weight.is_meta: return # configurations are checked on machines without the folder
         pretrained = Path(os.environ.get('SADT_WEIGHTS', '.')) / f'{name}.pth'
     if pretrained is None: return
     if not Path(pretrained).is_file():
@@ -46,7 +46,7 @@ def vit(
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, values in [0, 1]; gives `(n, classes)` logits
     """ViT-S/32 or ViT-B/32 of timm, after a bilinear resizing of the images.
 
-    Values are brought from [0, 1] to [-1, 1], which the published weights expect.
+    Pixel values are scaled from [0, 1] to [-1, 1], as the published weights expect.
 
     Raises `ImportError` where timm is not installed, `FileNotFoundError` for a missing file of weights, and
     `ValueError` for an unknown size, an image size that 32 does not divide, or weights that do not fit."""

@@ -17,7 +17,7 @@ class WideBlock(nn.Module):
     "Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut; dropout before the second one."
     def __init__(self,
         n_in:int,         # Input channels
-        n:int,            # Output channels; if not those of the input, the shortcut is a 1x1 convolution
+        n:int,            # Output channels; if they differ from `n_in`, the shortcut is a 1x1 convolution
         stride:int=1,     # Of the first convolution; 2 halves the image
         dropout:float=0., # Share of the numbers that are set to zero, in [0, 1]
     ):

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import equalize
 def _to_device_of(x, values): return torch.as_tensor(values).to(x.device, non_blocking=True)
 
 def _padded(x, pad, mode):
-    "Images `(n, h, w, c)` with a border."
+    "Return images `(n, h, w, c)` with a border."
     if mode == 'zeros': return F.pad(x, (0, 0, pad, pad, pad, pad))
     h, w = x.shape[1:3]
     if pad >= min(h, w):
@@ -34,7 +34,7 @@ def crop_windows(
     left:Tensor,  # `(n,)` first column
     mode='zeros', # What is added: 'zeros', or 'reflect' for the image mirrored at its edge
 ) -> Tensor: # `(n, h, w, c)`
-    "The window of the original size at (`top`, `left`) of each padded image."
+    "Cut the window of the original size at (`top`, `left`) out of each padded image."
     n, h, w, c = x.shape
     padded = _padded(x, pad, mode).view(-1)
     H, W, row = h + 2 * pad, w + 2 * pad, w * c
@@ -48,7 +48,7 @@ def crop_windows(
 PAD_MODES = ('zeros', 'reflect')
 
 class CropFlip:
-    """Random crop of the padded image and random mirror, an independent draw for each image.
+    """Crops each padded image at random and mirrors it at random, with draws of its own for each image.
 
     Raises `ValueError` for a negative `pad`, an unknown `mode`, and a reflected border that is too wide."""
     def __init__(self,
@@ -93,13 +93,13 @@ class AlternatingFlip:
 
 # %% ../../nbs/data/71_augment.ipynb #6860d8eb
 def _central_size(h, w):
-    "Height and width of the largest part of an allowed shape, 3:4 to 4:3."
+    "Return height and width of the largest part with an aspect ratio between 3:4 and 4:3."
     if w < 3 / 4 * h: return round(w / (3 / 4)), w
     if w > 4 / 3 * h: return h, round(4 / 3 * h)
     return h, w
 
 def _source_places(size, start, length):
-    "Where the centres of `size` new pixels lie in the old image, on a scale from -1 to 1."
+    "Return where the centres of `size` new pixels lie in the old image, on a scale from -1 to 1."
     at = (torch.arange(size, device=start.device) + .5) * length[:, None] / size - .5
     at = torch.minimum(at.clamp(min=0), length[:, None] - 1.) + start[:, None] # within the window
     return 2 * at / max(1, size - 1) - 1
@@ -111,7 +111,7 @@ def enlarge_windows(
     height:Tensor,# `(n,)` its height, 1..h
     width:Tensor, # `(n,)` its width, 1..w
 ) -> Tensor: # `(n, h, w, c)`
-    "Each window, enlarged bilinearly to the size of the image."
+    "Enlarge each window bilinearly to the size of the image."
     n, h, w, _ = x.shape
     rows = _source_places(h, top, height)[:, :, None].expand(n, h, w)
     columns = _source_places(w, left, width)[:, None, :].expand(n, h, w)
@@ -122,7 +122,7 @@ def enlarge_windows(
 
 # %% ../../nbs/data/71_augment.ipynb #8720b802
 class ResizedCrop:
-    """A random part of each image, enlarged to the image's size, and random mirror.
+    """Enlarges a random part of each image to the image's size and mirrors it at random.
 
     Each image has draws of its own. Raises `ValueError` for a share outside (0, 1]."""
     def __init__(self,
@@ -158,7 +158,7 @@ class ResizedCrop:
 
 # %% ../../nbs/data/71_augment.ipynb #906036d6
 class Rotate:
-    """Turn each image about its centre by an angle that is uniform on plus or minus `degrees`.
+    """Turns each image about its centre by an angle that is uniform between minus and plus `degrees`.
 
     Raises `ValueError` for an angle outside (0, 180]."""
     def __init__(self,
@@ -184,7 +184,7 @@ _KINDS = dict.fromkeys(('ShearX', 'ShearY', 'TranslateX', 'TranslateY', 'Rotate'
 _KINDS |= dict.fromkeys(('Brightness', 'Posterize', 'Solarize', 'Invert'), 'curve')
 
 def _blurred(x):
-    "What Sharpness blends with: a weighted mean of 3 x 3 pixels, the border unchanged."
+    "Return what Sharpness blends with: a weighted mean of 3 x 3 pixels, with the border unchanged."
     x = x.float()
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
@@ -194,7 +194,7 @@ def _blurred(x):
     return x
 
 def _second_image(kind, x):
-    "The image that Color, Contrast or Sharpness blends with `x`."
+    "Return the image that Color, Contrast or Sharpness blends with `x`."
     if kind == 'Sharpness': return _blurred(x)
     grey = vision.rgb_to_grayscale(x)
     if kind == 'Color': return grey
@@ -217,17 +217,17 @@ def op_magnitude(
     op:tuple,     # (name, level, sign): torchvision's name; its magnitude's position, 0..9 or `None`; 1 or -1
     h:int, w:int, # Of the image in pixels; translations are shares of it
 ) -> float: # Pixels, degrees, slope, bits, a threshold, or a change of the factor 1; 0 without a level
-    "How strong an operation is, in torchvision's unit."
+    "Return how strong an operation is, in torchvision's unit."
     name, level, sign = op
     if level is None: return 0.
     magnitudes, _ = autoaugment.AutoAugment()._augmentation_space(10, (h, w))[name]
     return sign * float(magnitudes[level])
 
 def _table(kind, ops, h, w):
-    """A row for each operation of a kind.
+    """Return a table with a row for each operation of a kind.
 
-    For 'move' it says where each pixel comes from (0: outside), for 'curve' what each byte becomes.
-    For all others it holds the two weights of a blend."""
+    For 'move' a row says where each pixel comes from (0: outside), for 'curve' what each byte becomes.
+    For all other kinds it holds the two weights of a blend."""
     magnitudes = [op_magnitude(op, h, w) for op in ops]
     if kind == 'move': probe = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w)
     elif kind == 'curve': probe = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
@@ -240,7 +240,7 @@ def _table(kind, ops, h, w):
     return table.long() if kind == 'move' else table
 
 def _colour(fill):
-    "A byte or three as a `(3,)` tensor."
+    "Return one byte or three as a `(3,)` tensor."
     fill = np.asarray(fill)
     if fill.shape not in ((), (3,)) or not np.isin(fill, np.arange(256)).all():
         raise ValueError(f'`fill` must be a byte, 0 to 255, or three of them, got {fill.tolist()}')
@@ -248,7 +248,7 @@ def _colour(fill):
 
 # %% ../../nbs/data/71_augment.ipynb #7f86c0f6
 class BatchedOps:
-    """torchvision's AutoAugment operations on a batch in which every image has its own.
+    """Applies torchvision's AutoAugment operations to a batch in which every image has its own operation.
 
     The results are those of torchvision on single images, bit for bit.
 
@@ -266,7 +266,7 @@ class BatchedOps:
             self.row[of_kind] = np.arange(len(of_kind))
 
     def tables(self, h:int, w:int, device) -> list:
-        "The table of each kind, made on first use."
+        "Return the table of each kind, made on first use."
         if min(h, w) < 3: raise ValueError(f'images must be at least 3 pixels wide and high, got {w}x{h}')
         if (h, w, device) not in self._tables:
             tables = []
@@ -280,7 +280,7 @@ class BatchedOps:
         x:Tensor,       # `(n, 3, h, w)` bytes
         ops:np.ndarray, # `(n,)` positions in `self.ops`, -1 to leave an image alone
     ) -> Tensor: # `(n, 3, h, w)` bytes, a copy
-        "Apply its operation to each image."
+        "Apply to each image its own operation."
         kind = np.where(ops < 0, -1, self.kind[ops])
         order = np.argsort(kind, kind='stable')
         cuts = np.bincount(kind + 1, minlength=len(self.kinds) + 1).tolist()
@@ -294,7 +294,7 @@ class BatchedOps:
 
 # %% ../../nbs/data/71_augment.ipynb #780046e5
 class AutoAugment:
-    """One of 25 published pairs of operations for each image, drawn as in torchvision's `AutoAugment`.
+    """Applies to each image one of 25 published pairs of operations, drawn as in torchvision's `AutoAugment`.
 
     Raises `ValueError` for an unknown policy and for the same reasons as `BatchedOps`."""
     def __init__(self,
@@ -335,7 +335,7 @@ class AutoAugment:
 
 # %% ../../nbs/data/71_augment.ipynb #dd94f6de
 def _rectangles(edges, h, w, c):
-    """`(n, h, w * c)` bytes with all bits set inside rectangles.
+    """Return `(n, h, w * c)` bytes with all bits set inside rectangles and none outside.
 
     `edges` is `(4, n)`: top, bottom, left, right; bottom and right are exclusive."""
     top, bottom, left, right = edges[:, :, None]
@@ -346,9 +346,9 @@ def _rectangles(edges, h, w, c):
     return rows[:, :, None] & cols[:, None, :]
 
 class Cutout:
-    """Hide a square around a random pixel of each image, as far as it lies inside (DeVries & Taylor 2017).
+    """Hides the part inside the image of a square around a random pixel (DeVries & Taylor 2017).
 
-    With `inside`, hide a whole square anywhere inside the image. Raises `ValueError` for a size below 1 or
+    With `inside`, hides a whole square anywhere inside the image. Raises `ValueError` for a size below 1 or
     above the shorter side of the images, and for a `fill` that is no colour."""
     def __init__(self,
         size:int=16, # Side in pixels, at most the image's; the authors have 16 for CIFAR-10, 8 for CIFAR-100
@@ -385,7 +385,7 @@ class Cutout:
 
 # %% ../../nbs/data/71_augment.ipynb #3c16136d
 class CutMix:
-    """Paste a rectangle of a partner image and mix the labels by area.
+    """Pastes a rectangle of a partner image into each image and mixes the labels by area.
 
     Labels become `(n, classes)` probabilities.
     Raises `ValueError` for `alpha` <= 0, `classes` < 1 or an unknown `per`."""

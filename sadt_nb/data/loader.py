@@ -36,27 +36,27 @@ class ImageData:
     def __getitem__(self, i): return self.x[i].permute(2, 0, 1), self.y[i]
 
     def subset(self, idxs) -> 'ImageData':
-        "The images at `idxs`, in that order."
+        "Return the images at `idxs`, in that order."
         return ImageData(self.x[idxs], self.y[idxs], self.vocab)
 
     def new_empty(self) -> 'ImageData':
-        "The same classes without images, for exported Learners."
+        "Return data with the same classes and no images, for exported Learners."
         return self.subset(slice(0, 0))
 
     def to(self, device) -> 'ImageData':
-        "The same data on another device."
+        "Return the same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
 # %% ../../nbs/data/70_loader.ipynb #9ca69e25
 def _scale_and_shift(mean, std, dtype, device):
-    "(x / 255 - mean) / std as a factor and a summand; each has one element, or one per channel."
+    "Return (x / 255 - mean) / std as a factor and a summand, each with one element or one per channel."
     mean = torch.as_tensor(mean, dtype=dtype, device=device)
     std = torch.as_tensor(std, dtype=dtype, device=device)
     mean, std = torch.broadcast_tensors(mean, std) # one of them may be a single number
     return 1 / (255 * std), -mean / std
 
 def _normalised(x, mean, std, dtype, channels_last):
-    "`(n, h, w, 3)` bytes as `(n, 3, h, w)` normalised numbers, in the chosen memory format."
+    "Return `(n, h, w, 3)` bytes as `(n, 3, h, w)` normalised numbers, in the chosen memory format."
     n, h, w, c = x.shape
     scale, shift = _scale_and_shift(mean, std, dtype, x.device)
     per_channel = scale.numel() > 1
@@ -83,19 +83,19 @@ class _SeededLoader(DataLoader):
         self.tfm_rng = np.random.default_rng(stream)
 
     def get_idxs(self) -> np.ndarray: # `(n,)` positions in the data set
-        "The order of the next pass."
+        "Return the order of the samples in the next pass."
         self.epoch += 1
         if self.shuffle: return self.order_rng.permutation(self.n)
         return np.arange(self.n)
 
     def state_dict(self) -> dict: # Plain numbers and strings
-        "The states of the two generators, and the number of the pass."
+        "Return the states of the two generators and the number of the pass."
         order = self.order_rng.bit_generator.state
         tfm = self.tfm_rng.bit_generator.state
         return dict(order=order, tfm=tfm, epoch=self.epoch)
 
     def load_state_dict(self, state:dict):
-        "Continue where `state_dict` was taken."
+        "Continue from the point at which `state_dict` was taken."
         self.order_rng.bit_generator.state = state['order']
         self.tfm_rng.bit_generator.state = state['tfm']
         self.epoch = state['epoch']
@@ -140,7 +140,7 @@ class _BatchLoader(_SeededLoader):
 
 # %% ../../nbs/data/70_loader.ipynb #2356c49c
 def _class_title(y, vocab):
-    "The name of a class, or the names and shares of a mixed label's classes, largest first."
+    "Return the name of a class, or the names and shares of a mixed label's classes, largest first."
     if y.ndim == 0: return str(vocab[int(y)])
     shares, classes = y.sort(descending=True)
     lines = [f'{s:.0%} {vocab[i]}' for s, i in zip(shares.tolist(), classes.tolist()) if s > .005]
@@ -148,7 +148,7 @@ def _class_title(y, vocab):
 
 # %% ../../nbs/data/70_loader.ipynb #19eb11cb
 class TensorDL(_BatchLoader):
-    """Batches of `ImageData`, cut, augmented and normalised on the device.
+    """A loader whose batches of `ImageData` are selected, augmented and normalised on the device.
 
     A transform with the attribute `per_sample` also gets `ids`, `epoch` and `size` of the data set.
     Raises `ValueError` for a batch size below 1, or above the data set's size."""
@@ -176,7 +176,7 @@ class TensorDL(_BatchLoader):
         self._seed(seed)
 
     def new(self, dataset=None, cls=None, **kwargs) -> 'TensorDL':
-        "The same loader with some arguments changed; its generators start anew from `seed`."
+        "Return this loader with some arguments changed; its generators start anew from `seed`."
         mine = dict(tfms=self.tfms, mean=self.mean, std=self.std, seed=self.seed,
                     channels_last=self.channels_last, dtype=self.dtype)
         if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))
@@ -196,7 +196,7 @@ class TensorDL(_BatchLoader):
         figsize=None, # Inches
         **kwargs,     # For fastai's `show_images`
     ):
-        "Show images of a batch under the names of their classes; mixed labels as shares."
+        "Show images of a batch under the names of their classes, with shares for mixed labels."
         x, y = self.decode(self.one_batch() if b is None else b)
         titles = [_class_title(label, self.vocab) for label in y[:max_n]]
         nrows = nrows or int(np.ceil(min(max_n, len(x))**.5))

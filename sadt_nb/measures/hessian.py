@@ -35,7 +35,7 @@ class _MeanLoss(nn.Module):
     def forward(self, pred, y): return self.f(pred, y)
 
 class _DictInput(nn.Module):
-    "A network of several inputs, as one that takes a dictionary of them."
+    "A network with several inputs, wrapped so that it takes one dictionary of them."
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -45,7 +45,7 @@ def _input_dict(xb): return {str(i): t for i, t in enumerate(xb)}
 def _dict_batch_size(x): return len(next(iter(x.values())))
 
 def _hessian_operator(loss):
-    "The Hessian of a `FixedLoss` as an operator of curvlinops."
+    "Return the Hessian of a `FixedLoss` as an operator of curvlinops."
     ops = _curvlinops()
     several_inputs = len(loss.batches[0][0]) > 1
     if several_inputs:
@@ -83,7 +83,7 @@ class _Products:
         return out
 
     def named(self, v):
-        "A vector as changes of the weights, by name."
+        "Return a vector as changes of the weights, by name."
         parts = v.split(self.sizes)
         return {n: part.view(p.shape) for (n, p), part in zip(self.params.items(), parts)}
 
@@ -93,19 +93,19 @@ class _Products:
 def _generator(h, seed): return torch.Generator(h.device).manual_seed(seed)
 
 def _signs(h, g):
-    "A vector of random signs, 1 and -1."
+    "Return a vector of random signs, 1 and -1."
     return torch.randint(0, 2, (h.size,), generator=g, device=h.device).to(h.dtype) * 2 - 1
 
 # %% ../../nbs/measures/50_hessian.ipynb #0e966f76
 class Trace(NamedTuple):
     "An estimate of the trace."
     value: float     # The estimate
-    error: float     # Its standard error; an estimate from above
+    error: float     # Its standard error, estimated by an upper bound
     n: int           # Hessian-vector products that were made
     converged: bool  # Is `error` within the tolerance?
 
 def _exact_trace(h):
-    "The sum of the diagonal, one product per weight; the error is nothing but rounding."
+    "Return the sum of the diagonal, with one product per weight; the error is only rounding."
     total, scale = 0., 0.
     unit = torch.zeros(h.size, dtype=h.dtype, device=h.device)
     for i in range(h.size):
@@ -123,7 +123,7 @@ class _TraceEstimate:
         self.rest, self.squares = [], []   # v'Av and |Av|^2 of each sample
 
     def sketch(self, products):
-        "Span the subspace by random products, and compute the trace in it."
+        "Span the subspace by random products and compute the trace within it."
         columns = torch.stack([self.h(_signs(self.h, self.g)) for _ in range(products)], 1)
         self.Q = torch.linalg.qr(columns).Q
         self.known = sum(float(q @ self.h(q)) for q in self.Q.T)
@@ -147,12 +147,12 @@ def hessian_trace(
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples=None,   # Only so many samples, chosen at random, always the same ones
     tol=.05,        # Stop when the standard error is below this share of the value
-    max_probes=200, # Random vectors at most, >= 20; for networks with no more weights the trace is exact
-    sketch=10,      # Products that find the large eigenvalues, and as many that use them; 0: plain Hutchinson
+    max_probes=200, # Random vectors at most, >= 20; a network with no more weights gets its exact trace
+    sketch=10,      # Products that find the large eigenvalues; using them takes as many again; 0: Hutchinson
     seed=0,         # Of the random vectors
     progress=True,  # Show a bar after three seconds
 ) -> Trace: # Value, standard error, products made, and whether `tol` was reached
-    """The trace of the Hessian of the mean loss. Ctrl-C returns the estimate so far.
+    """Estimate the trace of the Hessian of the mean loss. Ctrl-C returns the estimate so far.
 
     Raises `ValueError` for too few probes, and for the same reasons as `FixedLoss`."""
     if max_probes < 20:
@@ -178,12 +178,12 @@ def hessian_trace(
 class Eigenvalues(NamedTuple):
     "The largest eigenvalues."
     values: Tensor   # `(k,)` float64, the algebraically largest first
-    error: Tensor    # `(k,)` an eigenvalue lies within this distance
+    error: Tensor    # `(k,)` an eigenvalue of the Hessian lies within this distance of each value
     n: int           # Hessian-vector products that were made
     converged: bool  # Are all errors within the tolerance?
 
 class _Basis:
-    "Orthonormal vectors in blocks of 32 rows, so that memory grows with their number."
+    "Orthonormal vectors, stored in blocks of 32 rows, so that memory grows with their number."
     def __init__(self): self.blocks, self.n = [], 0
 
     def append(self, v):
@@ -193,17 +193,17 @@ class _Basis:
         self.n += 1
 
     def filled(self):
-        "The filled part of each block."
+        "Yield the filled part of each block."
         for i, block in enumerate(self.blocks): yield block[:self.n - 32 * i]
 
     def without(self, v):
-        "The part of `v` that is orthogonal to the basis; removed twice against rounding."
+        "Return the part of `v` that is orthogonal to the basis; the rest is removed twice against rounding."
         for _ in range(2):
             for b in self.filled(): v = v - b.T @ (b @ v)
         return v
 
     def combined(self, s):
-        "The sum of the basis vectors with weights `s`."
+        "Return the sum of the basis vectors with weights `s`."
         return sum(b.T @ s[32 * i:32 * i + len(b)] for i, b in enumerate(self.filled()))
 
 # %% ../../nbs/measures/50_hessian.ipynb #5bca8349
@@ -211,7 +211,7 @@ class _Krylov:
     "The Lanczos process: an orthonormal basis, and the tridiagonal matrix of `h` in it."
     def __init__(self, h, start):
         self.h, self.basis, self.next = h, _Basis(), start / start.norm()
-        self.alphas, self.betas = [], [] # diagonal, and off-diagonal with the last residual's norm at its end
+        self.alphas, self.betas = [], [] # diagonal; off-diagonal, ending with the last residual's norm
 
     def step(self, g):
         q = self.next
@@ -227,23 +227,23 @@ class _Krylov:
         self.next = w / w.norm()
 
     def _fresh(self, w, g):
-        "A random vector outside the basis; any vector once the basis is complete, since it is not used."
+        "Return a random vector outside the basis, or, if the basis is complete, any vector: it is not used."
         if len(self.alphas) >= len(w): return torch.ones_like(w)
         return self.basis.without(torch.randn(len(w), generator=g, dtype=w.dtype, device=w.device))
 
     def ritz(self):
-        "Eigenvalues of the tridiagonal matrix, ascending, and its eigenvectors as columns."
+        "Return the eigenvalues of the tridiagonal matrix, ascending, and its eigenvectors as columns."
         a = torch.tensor(self.alphas, dtype=torch.float64)
         b = torch.tensor(self.betas[:-1], dtype=torch.float64)
         return torch.linalg.eigh(torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1))
 
     def lifted(self, s):
-        "A vector in the basis, as a vector of weights."
+        "Return a vector of basis coefficients as a vector of weights."
         return self.basis.combined(s.to(self.next))
 
 # %% ../../nbs/measures/50_hessian.ipynb #66cb3c9d
 def _top(h, k, tol, max_products, seed):
-    "The `k` largest eigenvalues, the Lanczos process, and its vectors of these eigenvalues."
+    "Return the `k` largest eigenvalues, the Lanczos process, and its vectors of these eigenvalues."
     if not 1 <= k <= h.size:
         raise ValueError(f'`k` must be from 1 to the number of trainable weights, {h.size}, got {k}')
     if max_products is not None and max_products < k:
@@ -278,7 +278,7 @@ def top_eigenvalues(
     seed=0,            # Of the first vector
     progress=True,     # Show a bar after three seconds
 ) -> Eigenvalues: # Values, errors, products made, and whether `tol` was reached
-    """The algebraically largest eigenvalues of the Hessian of the mean loss.
+    """Return the algebraically largest eigenvalues of the Hessian of the mean loss.
 
     Ctrl-C returns the estimates so far. Raises `ValueError` for `k` out of range, fewer products than `k`,
     and for the same reasons as `FixedLoss`."""
@@ -296,7 +296,7 @@ def top_eigenvectors(
     seed=0,            # Of the first vector
     progress=True,     # Show a bar after three seconds
 ) -> tuple: # `Eigenvalues`, and `k` directions of length 1: dictionaries from parameter name to tensor
-    "The largest eigenvalues with their directions in weight space."
+    "Return the largest eigenvalues and their directions in weight space."
     with _Products(learn, dl, samples, progress, 'eigenvectors', max_products or 200 + 5 * k) as h:
         found, krylov, S = _top(h, k, tol, max_products, seed)
         directions = []
@@ -319,9 +319,9 @@ class SpectralDensity(NamedTuple):
     def mass(self,
         edges, # Ascending, at least two
     ) -> tuple: # Share of eigenvalues in each bin `(low, high]`, and its standard error
-        """The share of all eigenvalues that lies between the edges.
+        """Return the share of all eigenvalues that lies between the edges.
 
-        With few vectors, the error of a bin with few eigenvalues is uncertain, and rather too small."""
+        With few vectors, the error of a bin with few eigenvalues is uncertain and tends to be too small."""
         edges = torch.as_tensor(edges, dtype=torch.float64)
         per_vector = []
         for v, w in zip(self.nodes, self.weights):
@@ -336,10 +336,10 @@ def smoothed_density(
     width=.01,   # Standard deviation of a node's bump, as a share of the range of the nodes
     points=1000, # Of the grid
     tol=.1,      # Integral of the standard error below which it counts as converged
-    n=0,         # Products that it took
-    asked=True,  # Are these all the vectors that were asked for?
+    n=0,         # Hessian-vector products that were made
+    asked=True,  # `False` if Ctrl-C left out some of the vectors
 ) -> SpectralDensity: # The density on a grid
-    "A spectral density from the nodes of Lanczos quadratures, for instance stored ones."
+    "Return a spectral density from the nodes of Lanczos quadratures, for instance stored ones."
     nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
     weights = [torch.as_tensor(v, dtype=torch.float64) for v in weights]
     low, high = min(float(v[0]) for v in nodes), max(float(v[-1]) for v in nodes)
@@ -359,7 +359,7 @@ def spectral_density(
     learn,         # A Learner whose network is in evaluation mode
     dl=None,       # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples=None,  # Only so many samples, chosen at random, always the same ones
-    steps=60,      # Lanczos steps per random vector, >= 2; as many vectors of weights are kept in memory
+    steps=60,      # Lanczos steps per random vector, >= 2; one vector of weights per step is kept in memory
     vectors=4,     # Random vectors, >= 2
     width=.01,     # Standard deviation of a node's bump, as a share of the range of the spectrum
     points=1000,   # Of the grid
@@ -367,7 +367,7 @@ def spectral_density(
     seed=0,        # Of the random vectors
     progress=True, # Show a bar after three seconds
 ) -> SpectralDensity: # Density, standard error, products made, whether `tol` was reached, and the raw nodes
-    """The density of the Hessian's eigenvalues by stochastic Lanczos quadrature.
+    """Estimate the density of the Hessian's eigenvalues by stochastic Lanczos quadrature.
 
     Ctrl-C returns the estimate so far. Raises `ValueError` for fewer than two vectors or steps, and for
     the same reasons as `FixedLoss`."""

@@ -28,7 +28,7 @@ def sam_sharpness(
     samples=None,   # Only so many samples, chosen at random, always the same ones
     adaptive=False, # Scale the neighbourhood with the size of each weight
 ) -> float: # Rise of the loss; negative where a step of this length overshoots
-    """How much the loss rises at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
+    """Return how much the loss rises at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
 
     Raises `ValueError` for a radius that is not positive, for a zero gradient, and for the same reasons as
     `FixedLoss`."""
@@ -49,7 +49,7 @@ def gradient_norm(
     dl=None,      # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples=None, # Only so many samples, chosen at random, always the same ones
 ) -> float: # Loss per unit of length in weight space
-    "Norm of the gradient of the mean loss."
+    "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
     return float(global_norm(grads.values()))
 
@@ -59,10 +59,10 @@ class AverageSharpness(NamedTuple):
     value: float     # The estimate
     error: float     # Its standard error
     n: int           # Pairs of random steps
-    converged: bool  # Were all pairs drawn?
+    converged: bool  # Were all pairs drawn, without Ctrl-C?
 
 def _weight_noise(params, std, adaptive, g):
-    "Gaussian noise for each parameter, by name."
+    "Return Gaussian noise for each parameter, by name."
     noise = {}
     for n, p in params.items():
         size = p.abs() if adaptive else 1.
@@ -79,7 +79,7 @@ def average_sharpness(
     seed=0,         # Of the noise
     progress=True,  # Show a bar after three seconds
 ) -> AverageSharpness: # Mean rise, its standard error, the pairs drawn, and whether all were
-    """How much the loss rises on average when noise is added to the weights.
+    """Return how much the loss rises on average when noise is added to the weights.
 
     Ctrl-C returns the estimate so far. Raises `ValueError` for fewer than two pairs, for noise that is not
     positive, and for the same reasons as `FixedLoss`."""
@@ -103,13 +103,13 @@ def average_sharpness(
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
 class FlatnessRecorder(Callback):
-    """Measure the network after every `every`-th epoch and after the last one.
+    """Measures the network after every `every`-th epoch and after the last one.
 
-    `rows` has one dictionary per measurement, `table()` shows them. Under mixed precision it measures in the
-    precision of the weights. Raises `ValueError` for an interval below 1."""
+    `rows` has one dictionary per measurement, and `table()` shows them. Under mixed precision the measures
+    use the precision of the weights. Raises `ValueError` for an interval below 1."""
     order = 80 # after all other callbacks of the epoch
     def __init__(self,
-        measures=None, # Name to `f(learn, dl=...)`: a number, or has a `value`; `None`: `sam_sharpness`
+        measures=None, # Name to `f(learn, dl=...)`, which gives a number or has a `value`; `None`: SAM's
         every=1,       # Epochs between two measurements, >= 1
         dl=None,       # Batches `(x, y)`; `None`: the training loader, in order
         samples=None,  # Only so many samples, chosen at random, always the same ones
@@ -135,7 +135,7 @@ class FlatnessRecorder(Callback):
             for m, mode in modes: m.training = mode
 
     def _measured(self):
-        "One row of the table."
+        "Return one row of the table."
         found = {}
         for name, f in self.measures.items():
             v = f(self.learn, dl=self._batches)
@@ -146,7 +146,7 @@ class FlatnessRecorder(Callback):
     def load_state_dict(self, state): self.rows = list(state['rows'])
 
     def table(self) -> pd.DataFrame: # One row per measurement: `epoch`, `loss` and the measures
-        "The measurements as a table."
+        "Return the measurements as a table."
         return pd.DataFrame(self.rows)
 
 # %% ../../nbs/measures/51_sharpness.ipynb #57d8939f
@@ -154,7 +154,7 @@ def weight_histograms(
     model:nn.Module, # Its parameters with more than one axis are counted: kernels and matrices
     bins=60,         # Of equal width, from minus to plus the layer's largest absolute weight
 ) -> dict: # Name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
-    "A histogram of the weights of each layer. Raises `ValueError` for a network without such parameters."
+    "Return a histogram of the weights per layer. Raises `ValueError` for a network without such parameters."
     out = {}
     for n, p in model.named_parameters():
         if p.ndim < 2: continue
@@ -171,7 +171,7 @@ def plot_weights(
     ax=None,     # Axes to draw on; new ones if `None`
     colors=None, # Label to colour
 ): # The axes
-    "The distribution of weights as a density on a logarithmic scale (the SAM and ASAM study's Figure 3)."
+    "Draw the distribution of weights as a density on a log scale (the SAM and ASAM study's Figure 3)."
     if ax is None: ax = plt.subplots(figsize=(6, 3.2), layout='constrained')[1]
     for label, (edges, counts) in histograms.items():
         edges, counts = torch.as_tensor(edges).float(), torch.as_tensor(counts).float()

@@ -15,7 +15,7 @@ def collect_logits(
     models, # The networks; each is evaluated in evaluation mode and left in the mode it had
     dl,     # Batches `(x, ...)`; one pass is made
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
-    """The logits of several networks on the same samples.
+    """Return the logits of several networks on the same samples.
 
     Raises `ValueError` for no network, no sample, or outputs that differ in shape."""
     models, out = list(models), []
@@ -40,7 +40,7 @@ def logit_mse(
     teacher:nn.Module, # The other one
     dl,                # Batches `(x, ...)`
 ) -> float: # Squared logits, >= 0
-    "Mean squared difference of two networks' logits over samples and classes (Pham et al. 2022, Figure 6)."
+    "Return the mean squared difference of two networks' logits (Pham et al. 2022, Figure 6)."
     a, b = collect_logits((student, teacher), dl)
     return (a - b).square().mean().item()
 
@@ -49,7 +49,7 @@ def agreement(
     teacher:nn.Module, # The other one
     dl,                # Batches `(x, ...)`
 ) -> float: # In [0, 1]
-    "Share of samples for which both networks name the same class."
+    "Return the share of samples for which both networks predict the same class."
     a, b = collect_logits((student, teacher), dl)
     return (a.argmax(1) == b.argmax(1)).float().mean().item()
 
@@ -58,5 +58,5 @@ def diversity(
     models, # The members, at least one
     dl,     # Batches `(x, ...)`
 ) -> Tensor: # `(n,)` squared logits, one per sample, on the CPU
-    "Mean squared distance of the members' logits from their mean, for each sample, averaged over classes."
+    "Return for each sample the members' mean squared distance from their mean, averaged over classes."
     return collect_logits(models, dl).var(0, correction=0).mean(1)

@@ -17,7 +17,7 @@ ARCHIVE = 'runs.jsonl.gz'                            # its name in a folder of r
 PARTS = ('config', 'result', 'history', 'measures') # files of a run, `config.json` and so on
 
 @lru_cache(maxsize=64)
-def _read_lines(file, modified, size): # the last two tell the cache when the file has changed
+def _read_lines(file, modified, size): # with the last two, a changed file is another entry of the cache
     records = {}
     try:
         with gzip.open(file, 'rt', encoding='utf-8') as lines:
@@ -30,7 +30,7 @@ def _read_lines(file, modified, size): # the last two tell the cache when the fi
     return records
 
 def read_archive(
-    folder, # Of results
+    folder, # Folder of results
 ) -> dict: # Name of a run to its parts, which are the contents of its files; empty without an archive
     """Read the archive of a folder. The result is shared between calls and must not be changed.
 
@@ -41,14 +41,14 @@ def read_archive(
     return _read_lines(file, state.st_mtime_ns, state.st_size)
 
 def write_archive(
-    folder,       # Of results; made if it is not there
+    folder,       # Folder of results; made if it is not there
     records:dict, # Name of a run to its parts
 ):
-    "Add runs to the archive of a folder, or replace those of the same name; written whole or not at all."
+    "Add runs to the archive of a folder, replacing those of the same name. Writes the whole file or nothing."
     folder = Path(folder)
     merged = read_archive(folder) | records
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # without a time: equal runs give equal bytes
+    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # no time: equal runs give equal bytes
         for name in sorted(merged):
             line = json.dumps({'name': name, **merged[name]}, separators=(',', ':'))
             z.write(line.encode() + b'\n')
@@ -58,20 +58,20 @@ def write_archive(
 # %% ../../nbs/experiments/79_archive.ipynb #270da4d1
 def read_part(
     root,         # Folder of results
-    name:str,     # Of the run
+    name:str,     # Name of the run
     part:str,     # One of `PARTS`
     default=None, # Returned if the run has no such part, or its file is damaged
 ):
-    "Read one part of a run from its folder, or from the archive."
+    "Return one part of a run from its folder, or from the archive."
     file = Path(root) / name / f'{part}.json'
     try: return json.loads(file.read_text())
     except ValueError: return default
     except OSError: return read_archive(root).get(name, {}).get(part, default)
 
 def read_parts(
-    folder, # Of a run
+    folder, # Folder of a run
 ) -> dict: # The parts that are there
-    "Read all parts of a run from its folder."
+    "Return all parts of a run from its folder."
     found = {}
     for part in PARTS:
         file = Path(folder) / f'{part}.json'
@@ -81,7 +81,7 @@ def read_parts(
 def stored_runs(
     root, # Folder of results
 ) -> list: # Pairs of the folder that a run has or would have, and its parts; sorted by folder
-    "List all runs below a folder that have a configuration, in folders and in archives."
+    "Return all runs below `root` that have a configuration, from folders and from archives."
     root = Path(root)
     found = {}
     for archive in root.glob(f'**/{ARCHIVE}'):

@@ -31,7 +31,7 @@ from torchvision.transforms import autoaugment, v2
 
 
 def write_folder(root, data):
-    "The images as PNG files in fastai's layout."
+    "Write the images as PNG files in fastai's layout."
     for part, d in zip(('train', 'test'), data):
         for c in d.vocab: (root / part / c).mkdir(parents=True)
         for i, (x, y) in enumerate(zip(d.x.numpy(), d.y.tolist())):
@@ -40,7 +40,7 @@ def write_folder(root, data):
 
 
 def folder_loader(folder, bs):
-    "fastai's loader of the training images in a folder."
+    "Return fastai's loader of the training images in a folder."
     dls = ImageDataLoaders.from_folder(
         folder, valid='test', bs=bs, num_workers=2, device=torch.device('cpu'), shuffle=True,
         item_tfms=[CropPad(40, pad_mode='zeros'), RandomCrop(32)], batch_tfms=[Flip()])
@@ -49,7 +49,7 @@ def folder_loader(folder, bs):
 
 
 def seconds(batches, mix=None):
-    "Seconds of one pass over `batches`, and the number of images."
+    "Return seconds of one pass over `batches`, and the number of images."
     n = 0
     start = time.perf_counter()
     for x, y in batches:
@@ -62,7 +62,7 @@ def medians(samples): return {name: statistics.median(values) for name, values i
 
 
 def loader(bs, repeats):
-    "Passes over the training images."
+    "Time passes over the training images with both loaders."
     ours = get_dls('cifar10', bs=bs, valid=0., crop=4, flip=True, cutmix=.25, device='cpu').train
     rates = {'TensorDL': [], 'folder': []}
     cutmix = v2.CutMix(num_classes=10, alpha=.25)
@@ -71,7 +71,7 @@ def loader(bs, repeats):
         train, test = load_data('cifar10')
         write_folder(Path(tmp), (train, test.subset(slice(0, 100))))
         theirs = folder_loader(tmp, bs)
-        list(ours) # first use allocates
+        list(ours) # the first use allocates memory
         for _ in range(repeats):
             for name, args in (('TensorDL', (ours,)), ('folder', (theirs, mix))):
                 s, n = seconds(*args)
@@ -84,7 +84,7 @@ def loader(bs, repeats):
 
 
 def augment(bs, repeats):
-    "The CIFAR-10 policy on one batch after another; each side gets its own byte layout."
+    "Time the CIFAR-10 policy on one batch after another; each side gets its own byte layout."
     train, _ = load_data('cifar10')
     ours = AutoAugment('cifar10')
     theirs = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy.CIFAR10)
@@ -98,7 +98,7 @@ def augment(bs, repeats):
             start = time.perf_counter()
             f(inputs[name])
             milliseconds = 1000 * (time.perf_counter() - start)
-            if i: taken[name].append(milliseconds) # first use allocates and makes tables
+            if i: taken[name].append(milliseconds) # the first use allocates memory and makes tables
     median = medians(taken)
     for name, ms in median.items(): print(f'{name:12} {ms:,.1f} ms')
     ratios = [y / x for x, y in zip(taken['AutoAugment'], taken['torchvision'])]

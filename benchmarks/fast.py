@@ -56,7 +56,7 @@ BIAS_EPOCHS = 3      # epochs in which the bias of the whitening layer is traine
 
 
 def random_images(n=50_000):
-    "Noise as training and test images."
+    "Return noise as training and test images."
     g = torch.Generator().manual_seed(0)
     vocab = list('0123456789')
     sets = []
@@ -71,7 +71,7 @@ DATASETS['random_images'] = random_images # in this process only
 
 
 def recipe(widths, bs, images, **changes):
-    "One epoch of the run `fast/94` with other widths, on `images` training images."
+    "Return one epoch of the run `fast/94` with other widths, on `images` training images."
     plain = paper_grid('fast/94')[0].run
     if os.environ.get('SADT_DATA'):
         data = dict(data='cifar10', n_train=images)
@@ -82,14 +82,14 @@ def recipe(widths, bs, images, **changes):
 
 
 def factor(done):
-    "The factor of the learning rate when the share `done` of training is over."
+    "Return the factor of the learning rate when the share `done` of training is over."
     if done < .23:
         return .2 + .8 * done / .23
     return 1 - .93 * (done - .23) / .77
 
 
 class BareLoop:
-    "The recipe with nothing around it: no Learner, no callbacks, no loader."
+    "The recipe as a bare loop, without Learner, callbacks or loader."
     def __init__(self, data, widths, bs, device, epochs=1., amp=True, channels_last=True, compile='', seed=0):
         torch.manual_seed(seed)
         self.bs, self.device, self.epochs = bs, device, epochs
@@ -101,7 +101,7 @@ class BareLoop:
         padded = F.pad(x, border, mode='reflect')
         self.padded = padded.permute(0, 2, 3, 1).contiguous() # keeps the colours of a pixel together
         self.labels = data.y.to(device)
-        self.mirrored = torch.rand(len(x), device=device) < .5 # in even epochs; the others are in odd epochs
+        self.mirrored = torch.rand(len(x), device=device) < .5 # in even epochs; the rest in odd ones
         self.side = x.shape[-1]
         self.net = fast_cnn(len(data.vocab), widths).to(device)
         spread = torch.linspace(0, len(x) - 1, min(5000, len(x))).long() # images may be sorted by class
@@ -113,7 +113,7 @@ class BareLoop:
         self.floats = [t for t in self.net.state_dict().values() if t.is_floating_point()]
 
     def groups(self):
-        "Decoupled rates and decays, for a loss that is a mean over the batch."
+        "Return decoupled rates and decays, for a loss that is a mean over the batch."
         named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
         kilostep = 1024 * (1 + 1 / (1 - MOMENTUM))
         rate, shrink = LR * self.bs / kilostep, DECAY * self.bs / kilostep
@@ -124,7 +124,7 @@ class BareLoop:
         return out
 
     def augmented(self, ids, epoch):
-        "Shifted by up to two pixels; every image is mirrored in every other epoch."
+        "Return images shifted by up to two pixels; every image is mirrored in every other epoch."
         top, left = torch.randint(0, 2 * SHIFT + 1, (2, len(ids), 1), device=self.device)
         pixels = torch.arange(self.side, device=self.device)
         mirrored = self.mirrored[ids, None] ^ bool(epoch % 2)
@@ -134,7 +134,7 @@ class BareLoop:
         return x if self.channels_last else x.contiguous()
 
     def batches(self, epoch):
-        "Whole batches in a new order."
+        "Yield whole batches in a new order."
         order = torch.randperm(len(self.labels), device=self.device)
         for ids in order.split(self.bs):
             if len(ids) == self.bs:
@@ -179,7 +179,7 @@ def wait(device):
 
 
 def in_rounds(cases, repeats, device, least=.2):
-    """Seconds per step of each case in each round.
+    """Return the seconds per step of each case in each round.
 
     A case is a function and the steps that a call makes; it is called until `least` seconds have passed."""
     times = {name: [] for name in cases}
@@ -191,7 +191,7 @@ def in_rounds(cases, repeats, device, least=.2):
                 call()
                 calls += 1
                 if calls % 16 == 0:
-                    wait(device) # otherwise a GPU's queue of kernels would grow beyond what the clock sees
+                    wait(device) # otherwise the clock would miss kernels that are still in the GPU's queue
             wait(device)
             if r:
                 times[name].append((time.perf_counter() - start) / calls / steps)
@@ -203,7 +203,7 @@ def spread(values):
 
 
 def against(times, name, plain):
-    "Ratios to another case, each within its round."
+    "Return the ratios to another case, each within its round."
     ratios = [a / b for a, b in zip(times[name], times[plain])]
     return dict(**spread(ratios), seconds=statistics.median(times[name]), against=plain)
 
@@ -213,7 +213,7 @@ def said(row):
 
 
 def learner_epoch(cfg, device, recorded=False):
-    "A function that trains a Learner for an epoch, and the Learner."
+    "Return a function that trains a Learner for an epoch, and the Learner."
     cbs = [RunRecorder()] if recorded else []
     learn = make_learner(cfg, device, cbs)
     def fit():
@@ -256,7 +256,7 @@ def loader(a, device):
 
 
 def method_steps(method, options, cfg, device, steps):
-    "A function that makes `steps` training steps with a method, in the middle of a fit."
+    "Return a function that makes `steps` training steps with a method, in the middle of a fit."
     if METHODS[method].needs_teacher:
         options = dict(options, teacher=make_learner(cfg.but(seed=1), device).model)
     learn = make_learner(cfg, device, make_method(method, **options))
@@ -293,7 +293,7 @@ def methods(a, device):
 
 
 def compiles():
-    "Whether torch.compile finds a compiler."
+    "Return whether torch.compile finds a compiler."
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2))
         return True
@@ -303,7 +303,7 @@ def compiles():
 
 
 def kernels(step, steps=3, most=8):
-    "The largest shares of self time, by name."
+    "Return the kernels with the largest shares of self time, by name."
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
         for _ in range(steps):
@@ -326,7 +326,7 @@ def format_name(bs, amp, channels_last, compile=''):
 
 
 def bare_step(data, widths, device, settings):
-    "A function that makes a step of the bare loop, always on the same batch."
+    "Return a function that makes a step of the bare loop, always on the same batch."
     loop = BareLoop(data, widths, device=device, **settings)
     batch = next(loop.batches(0))
     def step():
@@ -362,7 +362,7 @@ def formats(a, device):
 
 
 def whole_run(cfg, device):
-    "Seconds of `run`, and its accuracy by level of averaged views."
+    "Return the seconds of `run`, and its accuracy by level of averaged views."
     with tempfile.TemporaryDirectory() as root:
         start = time.perf_counter()
         result = run(cfg, root, progress=False, device=device)
@@ -372,7 +372,7 @@ def whole_run(cfg, device):
 
 
 def whole_loop(cfg, device, dls):
-    "Seconds and accuracies of the bare loop; its images are in memory already."
+    "Return seconds and accuracies of the bare loop; its images are in memory already."
     wait(device)
     start = time.perf_counter()
     widths = dict(cfg.model_args)['widths']
@@ -387,7 +387,7 @@ def whole_loop(cfg, device, dls):
 
 
 def seconds(a, device):
-    "Whole runs; each repetition has its own seed, and the first is not counted."
+    "Time whole runs; each repetition has its own seed, and the first is not counted."
     cfg = recipe(a.widths, a.bs, 50_000, epochs=9.9, views=2)
     dls = make_learner(cfg, device).dls
     found = {'run': [], 'bare loop': []}
@@ -414,7 +414,7 @@ ONLY = dict(formats='cpu', seconds='cuda')
 
 
 def measured(out, device):
-    "The results that have a limit, by the name of the limit."
+    "Return the results that have a limit, by the name of the limit."
     found = {}
     rows = {part: result['rows'] for part, result in out.items()}
     if 'overhead' in rows:

@@ -3,10 +3,10 @@
     python -m benchmarks.landscape
         [--model simple_cnn] [--samples 1000] [--points 5] [--bs 500] [--repeats 5] [--out FILE]
 
-The surface and as many bare passes take turns, in one process; then follow one gradient and one product. A
-bare pass goes over the same samples in evaluation and inference mode, channels_last, and computes the loss
-only. A surface of n x n points costs n x n times its point. The images are random, 32 pixels wide, in single
-precision."""
+The surface and the same number of bare passes take turns in one process; then follow one gradient and one
+product. A bare pass goes over the same samples in evaluation and inference mode, channels_last, and computes
+the loss only. A surface of n x n points costs n x n times as much as one point. The images are random,
+32 pixels wide, in single precision."""
 import argparse
 import statistics
 import time
@@ -33,7 +33,7 @@ def timed(f):
 
 
 def random_batches(samples, bs):
-    "Random images and labels, channels_last."
+    "Return random images and labels, channels_last."
     out = []
     for ids in torch.arange(samples).split(bs):
         x = torch.randn(len(ids), 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -42,7 +42,7 @@ def random_batches(samples, bs):
 
 
 def in_turn(sides, points, repeats):
-    "Seconds per point of each side in each round."
+    "Return the seconds per point of each side in each round."
     taken = {name: [] for name in sides}
     for i in range(repeats + 1):
         for name, f in sides.items():

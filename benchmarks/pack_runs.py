@@ -15,8 +15,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-NAMES = ('config.json', 'history.json', 'measures.json', 'result.json') # with the last one a run is finished
-LARGEST = 64 * 2**20 # bytes of a file
+NAMES = ('config.json', 'history.json', 'measures.json', 'result.json') # only a finished run has the last one
+LARGEST = 64 * 2**20 # bytes, of one file
 
 
 def is_finished(folder):
@@ -48,7 +48,7 @@ def pack(root, file):
                 member = tarfile.TarInfo(f'{run.name}/{f.name}')
                 data = f.read_bytes()
                 member.size = len(data)
-                member.mtime = int(f.stat().st_mtime) # tells when a run ended
+                member.mtime = int(f.stat().st_mtime) # the time when the run ended
                 tar.addfile(member, io.BytesIO(data))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(file), buffer.getvalue())

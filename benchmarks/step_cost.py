@@ -10,7 +10,7 @@ are also a bare PyTorch loop with the same network, batch and optimizer, and, wh
 pytorch_optimizer in such a loop.
 
 Printed and stored are the median, smallest and largest ratio over the rounds, passes per step, and memory
-beyond the plain step, as multiples of the weights: what lives from step to step, and the peak within a step
+beyond the plain step, as multiples of the weights: what is kept from step to step, and the peak in a step
 (from the allocator on a GPU, from a count of living tensors on a CPU)."""
 import argparse
 import inspect
@@ -54,7 +54,7 @@ def network(model, device, classes=10):
 
 
 def loader(bs, device, classes=10):
-    "A `TensorDL` of one batch of random images."
+    "Return a `TensorDL` of one batch of random images."
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (bs, 32, 32, 3), generator=g, dtype=torch.uint8)
     y = torch.randint(0, classes, (bs,), generator=g)
@@ -87,14 +87,14 @@ class Living(TorchDispatchMode):
 
 
 def peak_bytes(step, steps):
-    "Peak of the memory allocated within some steps."
+    "Return the peak of the memory allocated within some steps."
     with Living() as living:
         for _ in range(steps): step()
     return living.peak
 
 
 def tensors_in(o, depth=0):
-    "All tensors in an object; lists are followed to a depth of three."
+    "Return all tensors in an object; lists are followed to a depth of three."
     if isinstance(o, torch.Tensor):
         yield o
         return
@@ -109,7 +109,7 @@ def tensors_in(o, depth=0):
 
 
 def persistent(learn):
-    "Bytes of the tensors that callbacks hold between steps, without the model's and the batch's."
+    "Return the bytes of tensors that callbacks hold between steps, without the model's and the batch's."
     known = [*learn.model.parameters(), *learn.model.buffers(), *learn.xb, *learn.yb, learn.pred, learn.loss]
     addresses = {t.data_ptr() for t in known}
     held = {}
@@ -121,7 +121,7 @@ def persistent(learn):
 
 
 def stepper(method, options, model, bs, device, classes=10, compile=''):
-    "A function that makes one training step of a Learner in the middle of a fit, and the Learner."
+    "Return a function that makes one training step in the middle of a fit, and the Learner."
     dl = loader(bs, device, classes)
     if METHODS[method].needs_teacher: options = dict(options, teacher=network(model, device, classes))
     net = network(model, device, classes)
@@ -138,7 +138,7 @@ def stepper(method, options, model, bs, device, classes=10, compile=''):
 
 
 def bare(model, bs, device, peer=False, classes=10, reports=False):
-    """A function that makes the same step without a Learner.
+    """Return a function that makes the same step without a Learner.
 
     With `peer`, the step is that of pytorch_optimizer's SAM. With `reports`, it is that of torchvision's
     reference training: top-1 and top-5 accuracy and the loss as Python numbers after every step."""
@@ -173,7 +173,7 @@ def bare(model, bs, device, peer=False, classes=10, reports=False):
 
 
 def make_cases(a, device, wanted):
-    "Steps by name of the case, and the Learners of those that have one."
+    "Return the steps by name of the case, and the Learners of the cases that have one."
     steps = {}
     learners = {}
     for name, (method, options) in CASES.items():
@@ -188,7 +188,7 @@ def make_cases(a, device, wanted):
 
 
 def in_rounds(steps, repeats, device):
-    "Seconds per step of each case in each round, and on a GPU the peak of its memory in bytes."
+    "Return the seconds per step of each case in each round, and on a GPU its peak memory in bytes."
     on_gpu = device.type == 'cuda'
     times = {name: [] for name in steps}
     peaks = {}
@@ -208,7 +208,7 @@ def in_rounds(steps, repeats, device):
 
 
 def summary(name, row):
-    "The printed line of a case."
+    "Return the line that is printed for a case."
     line = f'{name:26} {row["ratio"]:.3f}  ({row["low"]:.2f} to {row["high"]:.2f})'
     if 'passes' in row:
         line += f'   passes {row["passes"]:.2f}   kept {row["copies_of_weights"]:.2f} x weights'

@@ -5,10 +5,10 @@
 
 All runs are trained for a share of their epochs, `--workers` of them at the same time, the longest first. The
 seconds of a whole run are its published epochs times the median over its epochs at that concurrency, without
-the first epoch. The table takes the sum of these seconds divided by the number of workers.
+the first epoch. The time of the table is the sum of these seconds divided by the number of workers.
 
 `busy` is the share of the measurement in which a worker was training; `minutes_at_full_concurrency` is the
-time in which all of them were training."""
+time in which all workers were training."""
 import argparse
 import json
 import statistics
@@ -24,7 +24,7 @@ from sadt_nb.papers.grids import paper_grid, scaled
 
 
 def timeline(runs, root):
-    "When each run began and ended, in seconds since the epoch, from its stored result."
+    "Return when each run began and ended, in seconds since the epoch, from its stored result."
     spans = []
     for cfg in runs:
         file = Path(root) / cfg.name / 'result.json'
@@ -34,7 +34,7 @@ def timeline(runs, root):
 
 
 def at_full_concurrency(spans, workers):
-    "Seconds in which at least `workers` runs were under way."
+    "Return the seconds in which at least `workers` runs were trained at the same time."
     starts = [(begin, 1) for begin, _ in spans]
     ends = [(end, -1) for _, end in spans]
     total = 0.
@@ -48,14 +48,14 @@ def at_full_concurrency(spans, workers):
 
 
 def share_busy(spans, workers):
-    "The share of the time from the first start to the last end in which a worker was training."
+    "Return the share of the time from the first start to the last end in which a worker was training."
     begins, ends = zip(*spans)
     trained = sum(end - begin for begin, end in spans)
     return trained / workers / (max(ends) - min(begins))
 
 
 def projected(cfg, short, root):
-    "Seconds of a whole run, from the median epoch of its short form."
+    "Return the seconds of a whole run, from the median epoch of its short form."
     history = json.loads((Path(root) / short.name / 'history.json').read_text())
     epochs = [row['seconds'] for row in history]
     seconds = statistics.median(epochs[1:] or epochs)

@@ -56,7 +56,7 @@ SMALL_BATCHES = {'cpu': (('resnet20', 2), ('resnet20', 128), ('simple_cnn', 2), 
 
 
 def recipe_loaders(kind, folder, images, bs):
-    "DataLoaders of one kind of recipe."
+    "Return the DataLoaders of one kind of recipe."
     device = torch.device('cpu')
     if kind == 'folder':
         return ImageDataLoaders.from_folder(folder, valid='test', bs=bs, num_workers=2, device=device)
@@ -81,7 +81,7 @@ def train_once(kind, folder, images, bs):
 
 
 def in_a_process(kind, folder, images, bs):
-    "The result of `train_once` in a process of its own."
+    "Return the result of `train_once` in a process of its own."
     args = ['--once', kind, folder, str(images), str(bs)]
     command = [sys.executable, '-W', 'ignore', '-m', 'benchmarks.throughput', *args]
     env = {**os.environ, 'TQDM_DISABLE': '1'}
@@ -107,11 +107,11 @@ def recipe(repeats, images=10_000, bs=512):
     return dict(images=images, bs=bs, repeats=repeats, rows=rows)
 
 
-def no_wait(): pass # a CPU has finished when a call returns
+def no_wait(): pass # on a CPU, work is done when a call returns
 
 
 def timed(step, cycle, wait, least):
-    "Mean seconds of a step, over whole cycles that last at least `least` seconds."
+    "Return the mean seconds of a step, over whole cycles that last at least `least` seconds."
     n = 0
     start = time.perf_counter()
     while time.perf_counter() - start < least or n % cycle or not n:
@@ -123,7 +123,7 @@ def timed(step, cycle, wait, least):
 
 
 def in_turn(steps, repeats, device, least=.2):
-    "Median seconds per step of each; a measurement lasts at least `least` seconds."
+    "Return the median seconds per step of each; a measurement lasts at least `least` seconds."
     wait = torch.cuda.synchronize if device.type == 'cuda' else no_wait
     times = {name: [] for name in steps}
     for r in range(repeats + 1):
@@ -134,7 +134,7 @@ def in_turn(steps, repeats, device, least=.2):
 
 
 def loops(model, bs, device, classes=10, methods=SHOWN):
-    "A function that makes a step, for everything that can train this network."
+    "Return a function that makes a step, for each loop that can train this network."
     steps = {m: stepper(*CASES[m], model, bs, device, classes)[0] for m in methods}
     steps['bare loop'] = bare(model, bs, device, classes=classes)
     steps['loop as in torchvision'] = bare(model, bs, device, classes=classes, reports=True)
@@ -158,7 +158,7 @@ def curves(repeats, device):
 
 
 def kernel_seconds(step, n=20):
-    "Seconds per step that kernels of the GPU take, added up."
+    "Return the sum of the seconds per step that kernels of the GPU take."
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as p:
         for _ in range(n): step()
         torch.cuda.synchronize()
@@ -166,7 +166,7 @@ def kernel_seconds(step, n=20):
 
 
 def overhead_steps(model, bs, device):
-    "A function that makes a step, for each loop whose overhead is measured."
+    "Return a function that makes a step, for each loop whose overhead is measured."
     methods = ('baseline', 'sam', 'sadt1')
     steps = {m: stepper(*CASES[m], model, bs, device)[0] for m in methods}
     steps['bare loop'] = bare(model, bs, device)

@@ -62,7 +62,7 @@ NO_VALUE = (empty, inspect.Parameter.empty)
 
 
 def page(nb):
-    "A notebook's page: its path without the numbers that give the reading order."
+    "Return a notebook's page: its path without the numbers that give the reading order."
     path = nb.relative_to(NBS)
     return (path.parent / re.sub(r'^\d+_', '', path.stem)).as_posix()
 
@@ -79,21 +79,21 @@ def last_part(full_name): return full_name.rpartition('.')[2]
 # What the library defines
 
 def exported():
-    "The full names of everything public, module by module."
+    "Return the full names of everything public, module by module."
     for file in sorted((ROOT / 'sadt_nb').rglob('*.py')):
         if file.stem in ('all', '_modidx', '__init__'): continue
         module = '.'.join(file.relative_to(ROOT).with_suffix('').parts)
         for name in getattr(import_module(module), '__all__', ()): yield f'{module}.{name}'
 
 def typed(value):
-    "A default value as a user would type it."
+    "Return a default value as a user would type it."
     if isinstance(value, float): return f'{value:g}'
     if inspect.isclass(value) or inspect.isroutine(value): return value.__name__
     text = repr(value)
     return '...' if ' at 0x' in text or len(text) > 60 else text
 
 def type_name(anno):
-    "The name of a type without its modules; an empty string for none, and for the type of `None`."
+    "Return the name of a type without its modules; '' for no type and for the type of `None`."
     if anno in (*NO_VALUE, None, type(None)): return '' # a default of None gives no type
     if isinstance(anno, str): return anno
     if inspect.isclass(anno) and not getattr(anno, '__args__', None): return anno.__name__
@@ -104,7 +104,7 @@ def documented(fn):
     except (TypeError, ValueError, OSError): return {}
 
 def signature(fn):
-    "The parameters of a function or class with their defaults, in parentheses and without `self`."
+    "Return the parameters of a function or class with defaults, in parentheses and without `self`."
     try: params = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError): return '()'
     parts = []
@@ -121,21 +121,21 @@ def signature(fn):
     return f'({", ".join(parts)})'
 
 def in_cell(text):
-    "Text that may stand in a cell of a table."
+    "Return text that is valid in a cell of a table."
     return text.replace('|', '\\|')
 
 def code(text):
-    "Inline code that may stand in a cell of a table."
+    "Return inline code that is valid in a cell of a table."
     return in_cell(f'`{text}`') if text else ''
 
 def parameter_row(name, about, links):
-    "The cells of one parameter: name, type, default, meaning."
+    "Return the cells of one parameter: name, type, default, meaning."
     default = code(typed(about.default)) if about.default not in NO_VALUE else ''
     meaning = links.text((about.docment or '').replace('\n', ' '))
     return code(name), code(type_name(about.anno)), default, in_cell(meaning)
 
 def parameters(fn, links):
-    "The lines of the table of parameters, and of what is returned."
+    "Return the lines of the table of parameters and of the return value."
     known = {k: v for k, v in documented(fn).items() if k != 'self'}
     back = known.pop('return', None)
     rows = [parameter_row(name, about, links) for name, about in known.items()]
@@ -155,7 +155,7 @@ def function_api(module, name, fn, links):
             *parameters(fn, links), ':::']
 
 def class_api(module, name, cls, links):
-    "A class with its own docstring, and the public methods that have one."
+    "Return a class with its own docstring, and its public methods that have one."
     own = cls.__dict__.get('__doc__')
     is_generated = own and own.startswith(f'{name}(') # as for named tuples
     text = links.text(inspect.cleandoc(own)) if own and not is_generated else ''
@@ -168,7 +168,7 @@ def class_api(module, name, cls, links):
     return [*lines, '::::']
 
 def api(module, name, links):
-    "The definition of `name` in `module`, as directives of Sphinx's domain for Python; '' for plain values."
+    "Return the definition of `name` in `module` as Sphinx directives for Python; '' for plain values."
     obj = getattr(import_module(module), name, None)
     if not callable(obj) or getattr(obj, '__module__', None) != module: return ''
     entry = class_api if inspect.isclass(obj) else function_api
@@ -178,17 +178,17 @@ def api(module, name, links):
 # Links
 
 def closes(fence, line, mark):
-    "Whether a line ends the fence of code or formulas that is open."
+    "Return whether a line ends the open fence of code or formulas."
     if mark and mark.group(1)[:2] == fence[:2]: return True
     return fence == '$$' and line.rstrip().endswith('$$')
 
 def opened(line, mark):
-    "The fence that a line with a mark opens; `None` for a formula that begins and ends in it."
+    "Return the fence that a line opens; `None` for a formula that begins and ends in this line."
     is_one_line = mark.group(1) == '$$' and line.strip() != '$$' and line.rstrip().endswith('$$')
     return None if is_one_line else mark.group(1)
 
 def resolved(folder, path):
-    "A path relative to a folder, both in the checkout, without `..`."
+    "Return a path relative to a folder, both in the checkout, without `..`."
     parts = []
     for part in (PurePosixPath(folder) / path).parts:
         if part == '..': parts = parts[:-1]
@@ -197,7 +197,7 @@ def resolved(folder, path):
 
 
 class Links:
-    "Doclinks and links between notebooks, as links between pages."
+    "Turns doclinks and links between notebooks into links between pages."
     def __init__(self, cfg):
         self.cfg = cfg
         self.lookup = NbdevLookup()
@@ -211,7 +211,7 @@ class Links:
         for name, file in DOCS.items(): self.files[file] = f'{name}.md'
 
     def names(self, line):
-        "A line whose public names in inline code are links; nbdev links names of fastai and fastcore."
+        "Return a line with links at public names in inline code; nbdev links those of fastai and fastcore."
         def link(match):
             full = self.own.get(match.group(1))
             return f'{{py:obj}}`{match.group(1)} <{full}>`' if full else match.group(0)
@@ -220,13 +220,13 @@ class Links:
         return re.sub(r'\]\((https?://[^)\s]+)\)\{[^}]*\}', r'](\1)', self.lookup.link_line(line))
 
     def line(self, line, where):
-        "One line of prose; headings get no links to names."
+        "Return one line of prose with its links; headings get no links at names."
         def link(match): return match.group(1) + self.target(match.group(2), where) + match.group(3)
         if where: line = re.sub(r'(\]\()([^)\s]+)(\))', link, line)
         return line if line.startswith('#') else self.names(line)
 
     def text(self, source, where=None):
-        "Prose, line by line; fenced code and formulas stay as they are. Links are those of the file `where`."
+        "Return prose of the file `where` with its links; fenced code and formulas stay as they are."
         out = []
         fence = None
         for line in source.split('\n'):
@@ -239,7 +239,7 @@ class Links:
         return '\n'.join(out)
 
     def target(self, url, where):
-        "Where a link of the file `where` leads on the site."
+        "Return where a link of the file `where` leads on the site."
         if re.match(r'\w+:|#', url): return url
         path, _, anchor = url.partition('#')
         at_top = where == NBS / 'index.ipynb' # it is README.md as well
@@ -258,7 +258,7 @@ class Links:
 # Pages
 
 def directives(source):
-    "The lines `#| key: value` of a cell, and the rest."
+    "Return the lines `#| key: value` of a cell, and the rest."
     found = {}
     rest = []
     for line in source.split('\n'):
@@ -274,23 +274,23 @@ def title_and_lead(nb):
     return title, lead.group(1) if lead else ''
 
 def source_links(where, cfg):
-    "Links to a page's notebook: to read it, to edit it, and to run it in Colab."
+    "Return links to a page's notebook: to read it, to edit it, and to run it in Colab."
     repo = cfg['git_url']
     path = f'{cfg["branch"]}/{in_checkout(where)}'
     links = [f'<a href="{repo}/blob/{path}">View the notebook</a>',
              f'<a href="{repo}/edit/{path}">Edit it</a>']
-    if where.parent.name != 'tutorials': # these have a button
+    if where.parent.name != 'tutorials': # tutorials have a button of their own
         colab = f'https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/blob/{path}'
         links.append(f'<a href="{colab}">Open in Colab</a>')
     return f'<p class="page-links">{" · ".join(links)}</p>'
 
 def without_style(table):
-    "A table of pandas without its own style; the theme has one for all tables."
+    "Return a table of pandas without its own style; the theme has one for all tables."
     table = re.sub(r'<style scoped>.*?</style>\s*', '', table, flags=re.S)
     return table.replace(' border="1"', '').replace(' style="text-align: right;"', '')
 
 def as_shown(outputs, links, where):
-    "Outputs in which links of Markdown lead to pages and tables have the theme's style."
+    "Return outputs in which Markdown links lead to pages and tables have the theme's style."
     for o in outputs:
         data = o.get('data', {})
         if 'text/markdown' in data: data['text/markdown'] = links.text(data['text/markdown'], where)
@@ -300,14 +300,14 @@ def as_shown(outputs, links, where):
 def has_figure(outputs): return any({'image/png', 'image/svg+xml'} & set(o.get('data', {})) for o in outputs)
 
 def cell_tags(found, imports, where):
-    "The tags by which MyST-NB hides a cell's source or removes it."
+    "Return the tags with which MyST-NB hides a cell's source or removes the cell."
     if found.get('echo') == 'false': return ['remove-input']
     if imports: return ['hide-input', 'imports']
     if 'export' in found and where.parent.name not in OPEN: return ['hide-input']
     return []
 
 def code_cell(cell, found, source, imports, where, links):
-    "A code cell with the metadata that MyST-NB needs; `found` are its directives."
+    "Return a code cell with the metadata that MyST-NB needs; `found` are its directives."
     new = nbformat.v4.new_code_cell(source, outputs=as_shown(cell.outputs, links, where))
     if has_figure(cell.outputs):
         if 'fig-alt' not in found:
@@ -323,18 +323,18 @@ def code_cell(cell, found, source, imports, where, links):
     return new
 
 def with_source_links(text, where, cfg):
-    "The first cell of a page, with links to the notebook below its title and lead."
+    "Return the first cell of a page, with links to the notebook below its title and lead."
     def add(match): return f'{match.group(1)}\n\n{source_links(where, cfg)}\n'
     return re.sub(r'^(# .+\n(?:\n> .+)?)', add, text, count=1)
 
 def parsed(source):
-    "The statements of a cell; lines of magic count as `pass`."
+    "Return the statements of a cell; lines of magic count as `pass`."
     return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M)).body
 
 def are_imports(body): return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
 
 def definitions(body, module, links):
-    "The documentation of the public functions and classes that an exported cell defines."
+    "Return the documentation of the public functions and classes that an exported cell defines."
     found = []
     for n in body:
         if not isinstance(n, (ast.FunctionDef, ast.ClassDef)) or n.name.startswith('_'): continue
@@ -346,7 +346,7 @@ def is_hidden(found, source):
     return 'default_exp' in found or 'hide' in found or found.get('include') == 'false' or not source
 
 def convert(where, links):
-    """A notebook as a page.
+    """Return a notebook as a page.
 
     Hidden cells are removed, directives become metadata of MyST-NB, links are resolved, and exported names
     are documented below their cell."""
@@ -383,7 +383,7 @@ def toctree(entries, **options):
     return '\n'.join(['```{toctree}', *lines, '', *entries, '```', ''])
 
 def section(folder, titles):
-    "A section's page: the titles and leads of its notebooks."
+    "Return a section's page: the titles and leads of its notebooks."
     title, lead = SECTIONS[folder]
     entries = []
     rows = []
@@ -396,13 +396,13 @@ def section(folder, titles):
     return '\n'.join([f'# {title}', '', lead, '', '| | |', '|---|---|', *rows, '', contents])
 
 def first_line(obj, name, module):
-    "The first line of the docstring of a function or class that `module` defines, else an empty string."
+    "Return the first line of the docstring of a function or class that `module` defines, else ''."
     if not callable(obj) or getattr(obj, '__module__', None) != module: return ''
     line = (inspect.getdoc(obj) or '').split('\n')[0]
     return '' if line.startswith(f'{name}(') else line
 
 def api_page(links):
-    "Everything public, by module, with the first line of its docstring."
+    "Return the page of everything public, by module, with the first line of its docstring."
     lead = ('Everything public; `from sadt_nb.all import *` imports the names of all modules. '
             'Each name leads to its signature and parameters.')
     lines = ['# API', '', lead, '']
@@ -417,7 +417,7 @@ def api_page(links):
     return '\n'.join(lines)
 
 def contents_of_site():
-    "The sidebar: the sections, then the pages for reference."
+    "Return the sidebar: the sections, then the pages for reference."
     sections = [f'{folder}/index' for folder in SECTIONS]
     reference = ['api', *DOCS]
     return '\n'.join([toctree(sections, hidden='', maxdepth=2),

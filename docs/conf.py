@@ -18,9 +18,9 @@ html_css_files = ['sadt_nb.css']
 html_favicon = str(root / 'docs' / '_static' / 'logo.svg')
 html_logo = html_favicon
 
-nb_execution_mode = 'off'         # the outputs in the notebooks are the ones that were committed
+nb_execution_mode = 'off'         # pages show the outputs that are committed in the notebooks
 nb_render_markdown_format = 'myst'
-nb_ipywidgets_js = {}             # they would be loaded from another host
+nb_ipywidgets_js = {}             # they would come from another host
 nb_code_prompt_show = 'Show the source'
 nb_code_prompt_hide = 'Hide the source'
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'attrs_block', 'deflist',
@@ -28,7 +28,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline'
 myst_heading_anchors = 4
 suppress_warnings = ['myst.header'] # a section's page may begin at any level
 
-add_module_names = False          # the breadcrumb has the module
+add_module_names = False          # the breadcrumb names the module
 
 html_theme = 'sphinx_book_theme'
 html_title = project

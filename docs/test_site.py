@@ -32,7 +32,7 @@ def page_of(nb): return (nb.parent.relative_to(NBS) / page_stem(nb)).as_posix() 
 
 
 def notebooks():
-    "All notebooks that have a page."
+    "Return all notebooks that have a page."
     return [nb for nb in NBS.rglob('*.ipynb') if nb.stem != 'all' and '.ipynb_checkpoints' not in nb.parts]
 
 
@@ -157,7 +157,8 @@ def load(tab, url):
 def test_page(page, window, host):
     """A page loads without an error and from this host only.
 
-    No directive is visible, pictures have a text, formulas are set, nothing is too wide, text is legible."""
+    No directive is visible, pictures have an alternative text, formulas are typeset, nothing is too wide, and
+    text is legible."""
     tab, width, scheme = window
     messages, requests, formulas = load(tab, host + page)
     assert not messages
@@ -207,7 +208,7 @@ def document(path): return Document(path.read_text(encoding='utf-8'))
 
 
 def broken(page, root):
-    "Links that lead nowhere on this site, with what is wrong; those to other hosts must be https."
+    "Return links that lead nowhere on this site, with the reason; links to other hosts must be https."
     here = root / page
     for link in document(here).links:
         u = urlsplit(link)
@@ -318,7 +319,7 @@ def test_copy_button_copies_the_code(browser, host):
 
 
 def stored_figures(nb):
-    "The number of figures in the visible cells of a notebook."
+    "Return the number of figures in the visible cells of a notebook."
     count = 0
     for c in nbformat.read(nb, 4).cells:
         if c.cell_type != 'code' or c.source.startswith('#| hide'): continue
@@ -335,7 +336,7 @@ def test_figures_of_the_notebooks_are_all_there():
 
 @pytest.fixture(scope='session')
 def outside(tmp_path_factory):
-    """A folder with an environment that has all requirements but not the library, and the variables for it.
+    """Return a folder whose environment has all requirements but not the library, and its variables.
 
     With these variables pip installs the built wheel instead of asking PyPI."""
     wheels = list((ROOT / 'dist').glob('*.whl'))
@@ -354,7 +355,7 @@ def outside(tmp_path_factory):
 
 @pytest.mark.parametrize('nb', TUTORIALS, ids=[t.stem for t in TUTORIALS])
 def test_tutorial_starts_outside_the_checkout(nb, outside):
-    "Its install cell installs the library where it is missing, and its imports work then."
+    "The install cell installs the missing library, and then the imports work."
     folder, env = outside
     packages = next((folder / 'env').glob('lib/python*/site-packages'))
     subprocess.run(['rm', '-rf', *packages.glob('sadt_nb*')], check=True)

@@ -1,4 +1,4 @@
-"What the tests share: small data, small networks, teachers, a Learner without progress bars."
+"Small data, small networks, teachers, and a Learner without progress bars, for all tests."
 import os
 import warnings
 
@@ -52,7 +52,7 @@ def mlp(bn=False, dropout=0., dtype=torch.float64):
 
 
 class Net(nn.Sequential):
-    "A type of its own, so that a test can count the calls of the network and of its copies."
+    "A `Sequential` of its own type, so that a test can count the calls of the network and of its copies."
 
 
 def cnn(bn=True, dtype=torch.float64, dropout=0.):
@@ -69,7 +69,7 @@ class AnyDtypeTeacher(Net):
 
 
 def needed(name):
-    "Return the options without which the method cannot be made: a teacher where it needs one, else nothing."
+    "Return the options that the method requires: a teacher if it needs one, else no options."
     if not METHODS[name].needs_teacher: return {}
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -78,7 +78,7 @@ def needed(name):
 
 
 def as_loader(data, **kw):
-    "Return a fastai DataLoader that makes the same batches from samples, which methods can tell apart."
+    "Return a fastai DataLoader that makes the same batches from samples, each with an id for methods."
     items = [(x[i], y[i]) for x, y in data for i in range(len(x))]
     return DataLoader(items, bs=len(data[0][0]), **kw)
 
@@ -99,7 +99,7 @@ def flat(net, buffers=False):
 
 @pytest.fixture
 def one_thread():
-    "Compute on one thread, as separate processes do: sums over two threads have other bits."
+    "Compute on one thread, as separate processes do, because sums over two threads have other bits."
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -34,14 +34,14 @@ def order(epoch, n): return torch.randperm(n, generator=torch.Generator().manual
 
 
 class Ordered(DataLoader):
-    "Shuffles with a seed that is the number of its passes so far."
+    "A loader that shuffles each pass with the number of the pass as seed."
     def get_idxs(self):
         self.passes = getattr(self, 'passes', -1) + 1
         return order(self.passes, self.n)
 
 
 class AsTwoProcesses(Ordered):
-    "For one process: a batch of `2 * BS` holds what two processes see at the same time, rank 0's half first."
+    "A loader for one process: a batch of `2 * BS` joins the batches of two processes, rank 0's half first."
     def get_idxs(self):
         idxs = super().get_idxs()
         half = len(idxs) // 2
@@ -52,7 +52,7 @@ class AsTwoProcesses(Ordered):
 
 
 def samples():
-    "Images and labels of the small data set, one pair per sample."
+    "Return images and labels of the small data set, one pair per sample."
     out = []
     for x, y in batches(n=24, bs=8, conv=True): out += list(zip(x, y))
     return out
@@ -106,7 +106,7 @@ def train(name, direct):
 
 
 def load_images():
-    "Sample ids that each process gets from a `TensorDL`, and the shapes, types and ranges of its images."
+    "Return the sample ids that each process gets from a `TensorDL`, and shape, type and range of its images."
     dls = get_dls('digits', bs=10, n_train=200, valid=0., device='cpu', seed=0)
     mine = DistributedDL(dls.train, device='cpu')
     ids = []

@@ -1,4 +1,4 @@
-"The commands from a user's shell: help, one run, mistakes, Ctrl-C."
+"The commands in a user's shell: help, one run, wrong arguments, Ctrl-C."
 import json
 import os
 import signal
@@ -125,7 +125,7 @@ def test_a_mistake_in_a_real_shell():
 
 
 def receive_ctrl_c():
-    "Shells make their background jobs, and the children of these, ignore Ctrl-C."
+    "Undo what shells do to background jobs and their children, which ignore Ctrl-C."
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -17,7 +17,7 @@ psutil = pytest.importorskip('psutil', reason='psutil is not installed')
 
 @pytest.fixture(scope='module')
 def cluster():
-    "Ray gives its own processes thirty seconds to start, which a busy machine may exceed: three attempts."
+    "Start Ray in up to three attempts: a busy machine may exceed the thirty seconds of its own processes."
     ray = pytest.importorskip('ray', reason='the cluster needs pip install sadt_nb[ray]')
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     for attempts_left in (2, 1, 0):
@@ -38,7 +38,7 @@ def command_of(process):
 
 
 def training():
-    "The processes that train a run of the grid."
+    "Return the processes that train a run of the grid."
     return [p for p in psutil.Process().children(recursive=True) if '_remote_job' in command_of(p)]
 
 
@@ -92,7 +92,7 @@ def test_a_process_dies_every_time(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_failures_teachers_and_machines_that_do_not_fit(cluster, monkeypatch, tmp_path):
+def test_failed_runs_missing_teachers_and_machines_with_other_code(cluster, monkeypatch, tmp_path):
     diverging = of('baseline').but(opt='sgd', lr=1e12, sched='constant')
     student = of('distillation')
     out = run_grid([diverging, student], tmp_path, 2, ray='auto', **quiet)

@@ -52,7 +52,7 @@ def test_missing_data_raises_an_error_that_names_sadt_data(monkeypatch):
 
 
 def fake_official(folder, cls, monkeypatch):
-    "Write batches in the official format, and enter their MD5 sums as the published ones."
+    "Write batches in the official format, and patch the published MD5 sums with theirs."
     folder.mkdir()
     rng = np.random.default_rng(0)
     def write(name, obj):
@@ -245,7 +245,7 @@ def test_autoaugment_equals_torchvision_under_the_same_numbers(policy):
 
 
 def outcomes(name, p, level):
-    "Return what one entry of a policy can do and with what probability; `None` is nothing."
+    "Return the possible operations of a policy's entry with their probabilities; `None` is no operation."
     if not SPACE[name][1]: return [(None, 1 - p), ((name, level, 1), p)]
     return [(None, 1 - p), ((name, level, 1), p / 2), ((name, level, -1), p / 2)]
 

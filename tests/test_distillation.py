@@ -41,7 +41,7 @@ def fitted_weights(*cbs): return flat(fit(cbs).model)
 
 
 def loss_of_logits(z, teacher_logits, y, alpha=.3, tau=3.):
-    "The loss of Hinton et al., written out: `alpha` times cross-entropy plus `1 - alpha` times tau^2 KL."
+    "Return the loss of Hinton et al.: `alpha` times cross-entropy plus `1 - alpha` times tau^2 KL."
     p = (teacher_logits / tau).softmax(1)
     kl = (p * (p.log() - (z / tau).log_softmax(1))).sum(1).mean()
     return alpha * F.cross_entropy(z, y) + (1 - alpha) * tau**2 * kl
@@ -51,7 +51,7 @@ def distilled_loss(net, teacher_logits, x, y, **kw): return loss_of_logits(net(x
 
 
 def sam_oracle(rho, keep=None):
-    "Weights after SAM steps on the distilled loss; with `keep`, ESAM's on the samples whose loss rises most."
+    "Return the weights after SAM's steps on the distilled loss, or after ESAM's with the share `keep`."
     net = cnn(bn=False)
     teacher = make_teacher()
     params = list(net.parameters())

@@ -21,7 +21,7 @@ PASSES = dict(sam=1, asam=1, esam=1, gsam=0, sadt1=2, sadt2=3, sadt3=2) # one fo
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
-    "What `distributed_worker.py` writes, by method."
+    "Return the output of `distributed_worker.py`, by method."
     out = tmp_path_factory.mktemp('ddp') / 'results.pt'
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
@@ -33,7 +33,7 @@ def two_processes(tmp_path_factory):
 
 
 def one_process(name, micro):
-    "The weights after the same global batches, as one batch or as two micro-batches."
+    "Return the weights after the same global batches, as one batch or as two micro-batches."
     dl = worker.AsTwoProcesses(worker.samples(), bs=worker.BS if micro else 2 * worker.BS)
     cbs = make_method(name, **needed(name), **worker.OPTIONS.get(name, {}))
     if micro: cbs = [*cbs, GradientAccumulation(2 * worker.BS)]

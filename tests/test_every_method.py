@@ -1,4 +1,4 @@
-"What every registered method must do. A method is tested here as soon as the registry has it."
+"Tests of every registered method. A new method is tested here as soon as it is registered."
 import pickle
 import weakref
 from functools import partial
@@ -90,7 +90,7 @@ def fit(name, net=None, data=None, epochs=2, cbs=(), opts=None, **kw):
 
 
 def overflow(learn):
-    "Make the loss of this pass infinite, as an overflow in half precision does."
+    "Make the loss of this pass infinite, like an overflow in half precision."
     learn.loss_grad = learn.loss_grad * float('inf')
 
 
@@ -98,7 +98,7 @@ def replaying(learn): return getattr(learn, '_replaying', False)
 
 
 def no_shared_trunk(name):
-    "Return the options with which SADT-2 repeats the whole network for each teacher."
+    "Return the options with which SADT-2 runs the whole network for each teacher."
     return dict(share_trunk=False) if name == 'sadt2' else {}
 
 
@@ -154,7 +154,7 @@ def test_an_exception_in_the_extra_pass_restores_the_weights(name):
     learn = learner(net, [*cbs, unperturbed, fail], as_loader(conv()))
     with pytest.raises(RuntimeError, match='on purpose'): learn.fit(1)
     assert torch.equal(flat(net), unperturbed.weights)
-    if not torch.equal(fail.weights, unperturbed.weights): return # they had moved in place, and are back
+    if not torch.equal(fail.weights, unperturbed.weights): return # moved in place, and restored
     assert METHODS[name].passes > 2, 'only teachers on a shared trunk leave the weights themselves alone'
 
 
@@ -385,7 +385,7 @@ def test_a_compiled_network(name):
 
 @ALL
 def test_a_network_that_overwrites_its_last_predictions_and_gradients(name):
-    """CUDA graphs do so: the next forward pass writes into the memory of the last one.
+    """The network behaves like CUDA graphs: each forward pass overwrites the memory of the last one.
 
     That memory holds the last prediction and the gradients that its backward pass made."""
     net = cnn()

@@ -1,4 +1,4 @@
-"The fast recipe against plain loops: its steps, its data, its views, how it resumes, and what it refuses."
+"The fast recipe against plain loops: steps, data, views, resumed runs, and errors for wrong options."
 import json
 import math
 from copy import deepcopy
@@ -109,7 +109,7 @@ def by_hand(model, passes, epochs=2.5, bs=20, lr=2., momentum=.85, decay=.0153, 
 
 
 def test_a_run_makes_the_steps_of_a_plain_loop(images):
-    "Eighteen steps, pulls after 5, 10 and 15; a change of any part of the recipe exceeds the tolerance."
+    "Eighteen steps, with pulls after 5, 10 and 15. A change of any part of the recipe exceeds the tolerance."
     cfg = Run(data=images, data_args=dict(size=24), bs=20, epochs=2.5, **RECIPE)
     learn, twin = exact_learner(cfg), exact_learner(cfg)
     passes = [[(x.clone(), y.clone()) for x, y in twin.dls.train] for _ in range(3)]
@@ -135,7 +135,7 @@ OPTIONS = dict(saf=dict(start_epoch=1, lag=1), mesa=dict(start_epoch=1))
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_trains_by_the_recipe(method, tmp_path):
-    "In six steps the last two freeze the whitening bias, and lookahead ends with the weights of step 4."
+    "Of six steps, the last two freeze the whitening bias, and lookahead ends with the weights of step 4."
     teachers = dict(teachers=DIGITS.but(lookahead=4)) if METHODS[method].needs_teacher else {}
     cfg = DIGITS.but(method=method, method_args=OPTIONS.get(method, {}), lookahead=4, **teachers)
     for teacher in cfg.teachers:
@@ -164,7 +164,7 @@ RESUMED = dict(baseline={}, sadt1=dict(method='sadt1'), bf16=dict(amp='bf16'),
 @pytest.mark.filterwarnings('ignore:this processor emulates')
 @pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
 def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
-    "The run stops in the third epoch and in the fourth, which is half as long; most pulls are in mid-epoch."
+    "The run stops in the third epoch and in the fourth, half as long one; most pulls are within an epoch."
     cfg = DIGITS.but(epochs=3.5, n_train=96, bs=16, lookahead=4, **options)
     run(cfg, tmp_path / 'whole', **quiet)
     cut = interrupted(cfg, tmp_path / 'cut', monkeypatch, at=((2, 1), (3, 2)))
@@ -174,7 +174,7 @@ def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
 
 
 def mirrored_in(dl, pad=2):
-    "Return the order of the images in one pass, and which of them appear as windows of their mirror image."
+    "Return the order of the images in one pass, and which of them are windows of their mirror image."
     order, mirrored = [], {}
     for x, y in dl:
         shown, ids = shown_in(x, dl)
@@ -191,7 +191,7 @@ def mirrored_in(dl, pad=2):
     return order, np.array([mirrored[i] for i in range(len(order))])
 
 
-def test_each_pass_mirrors_the_images_that_the_last_one_left(images):
+def test_each_pass_mirrors_the_images_that_the_last_pass_did_not(images):
     "The images are whole windows of the reflected image, in the order of a loader that does not mirror."
     options = dict(bs=64, valid=0., mean=.25, std=.5, crop=2, pad_mode='reflect', device='cpu')
     alternate = get_dls(images, flip='alternate', **options).train
@@ -284,7 +284,7 @@ def test_a_result_stores_one_bit_per_test_image(tmp_path):
 
 @pytest.mark.parametrize('bs', [256, 1024])
 def test_a_mean_loss_makes_the_steps_of_the_published_sum(bs):
-    "Compare with Nesterov's steps written out, with the rate and decay of the summed loss."
+    "Compares with Nesterov's steps written out, with rate and decay for the summed loss."
     ours = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
     theirs = deepcopy(ours)
     kilostep = 1024 * (1 + 1 / (1 - .85))
@@ -414,7 +414,7 @@ def test_a_learning_rate_search_makes_num_it_steps():
     assert len(learn.recorder.losses) == 20
 
 
-def test_whitening_looks_at_all_classes(images):
+def test_whitening_uses_images_of_all_classes(images):
     "The folder's images are sorted by class; the filters come from images of all classes."
     cfg = Run(data=images, bs=50, epochs=1, **RECIPE)
     learn = make_learner(cfg)
@@ -431,7 +431,7 @@ def test_whitening_looks_at_all_classes(images):
     assert (filters @ other @ filters.T - want).abs().max() > .01, 'images of one class have other moments'
 
 
-def test_lookahead_refuses_to_end_where_it_began(images):
+def test_lookahead_needs_more_steps_than_one_interval(images):
     learn = make_learner(Run(data=images, bs=100, epochs=2, **RECIPE))
     with pytest.raises(ValueError, match='`every` is 5 batches, but training has 2'):
         learn.fit(2)

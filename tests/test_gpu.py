@@ -34,12 +34,12 @@ from torch import nn
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
 ALL = pytest.mark.parametrize('name', METHODS)
-NOISELESS = {f'sadt{v}': dict(noise_scale=0.) for v in (1, 2, 3)} # a GPU draws other numbers than a CPU
+NOISELESS = {f'sadt{v}': dict(noise_scale=0.) for v in (1, 2, 3)} # GPU and CPU draw different noise
 
 
 @pytest.fixture(autouse=True)
 def on_gpu(on_cpu, monkeypatch):
-    "Run on the GPU in full precision: TF32 keeps 10 bits of a float32."
+    "Run on the GPU in full precision, without TF32, which keeps 10 bits of a float32."
     monkeypatch.setattr(defaults, 'use_cuda', True)
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
@@ -161,7 +161,7 @@ WITH_CUDA_GRAPHS = ['baseline', 'sam', 'esam', 'looksam', 'gsam', 'mesa', 'sadt1
 
 @pytest.mark.parametrize('name', WITH_CUDA_GRAPHS)
 def test_cuda_graphs(name):
-    """The predictions and gradients of one pass share their memory with those of the next.
+    """The predictions and gradients of one pass share their memory with those of the next pass.
 
     fastai's own optimizers would keep the gradients in that memory and set them to zero there."""
     torch._dynamo.reset()
@@ -220,9 +220,9 @@ def test_several_runs_share_the_gpu(tmp_path):
 
 
 def test_memory_beyond_plain_training():
-    "Dense layers hold nearly all memory here; SAM keeps a copy of the weights, and no second gradient."
+    "Dense layers hold nearly all memory here. SAM keeps a copy of the weights and no second gradient."
     def peak(*cbs):
-        "The most memory that training takes beyond the network, in multiples of the weights."
+        "Return the peak memory of training beyond the network, in multiples of the weights."
         torch.manual_seed(0)
         layers = [nn.Flatten(), nn.Linear(72, 8000), nn.ReLU(), nn.Linear(8000, 3000), nn.Linear(3000, 3)]
         net = nn.Sequential(*layers).cuda()

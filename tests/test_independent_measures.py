@@ -490,7 +490,7 @@ def hsv(x, change):
 
 
 def assert_whole_parts(got, want):
-    "Check that levels are the whole parts of `want`, except next to a level, where float32 decides."
+    "Check that levels are the whole parts of `want`, except very close to a level, where float32 may round."
     near = np.abs(want - want.round()) < 5e-3
     off = np.abs(got - np.floor(want))
     assert off[~near].max() < 1e-3

@@ -55,7 +55,7 @@ def mlp_batches(n=4, bs=8, dtype=torch.float64):
 
 
 def make_conv_net(classes=10, dtype=torch.float64):
-    "Three convolutions, two dense layers, BatchNorm after each but the last; every layer has a bias."
+    "Return three convolutions and two dense layers, with biases, and BatchNorm after each but the last."
     torch.manual_seed(3)
     return nn.Sequential(OrderedDict(
         conv1=nn.Conv2d(1, 4, 3), relu1=nn.ReLU(), bn1=nn.BatchNorm2d(4),
@@ -169,7 +169,7 @@ def cross_entropy(z, y):
 
 
 def mean_kl(p, q):
-    "KL(p || q) in nats of two arrays of logits, averaged over the batch."
+    "Return KL(p || q) in nats of two arrays of logits, averaged over the batch."
     p, q = log_probs(p), log_probs(q)
     return (p.exp()*(p - q)).sum(1).mean()
 
@@ -179,7 +179,7 @@ def mlp_logits(w, x):
 
 
 def grad_of(loss, w):
-    "Gradient of `loss(w)` with respect to the arrays in `w`."
+    "Return the gradient of `loss(w)` with respect to the arrays in `w`."
     w = {k: v.detach().clone().requires_grad_() for k, v in w.items()}
     return dict(zip(w, torch.autograd.grad(loss(w), list(w.values()))))
 
@@ -190,7 +190,7 @@ def mlp_gradient(w, x, y):
 
 
 class EpsilonHatAdam:
-    "TensorFlow's Adam: it adds eps to the root of the second moment WITHOUT the correction of its bias."
+    "TensorFlow's Adam, which adds eps to the root of the second moment WITHOUT bias correction."
     def __init__(self, lr, b1=.9, b2=.999, eps=1e-7):
         self.lr, self.b1, self.b2, self.eps = lr, b1, b2, eps
         self.t = 0
@@ -300,7 +300,7 @@ def test_sadt_over_two_epochs():
 
 
 def test_the_options_of_sadt_matter():
-    "If two settings had the same oracle, the tests above could not tell them apart."
+    "No two settings have the same oracle, so the tests above can tell all settings apart."
     names = ('fns', 'kl', 'kl_weight', 'grad_at', 'first_step')
     perturbations = ([uphill], [uphill, squeeze_two])
     values = itertools.product(perturbations, KL_DIRECTIONS, (.5, 1.), ('aux', 'up'), (True, False))
@@ -402,7 +402,7 @@ def test_frozen_parameters_are_neither_trained_nor_perturbed():
 
 def test_noise_has_a_generator_of_its_own():
     def trained(global_seed):
-        "The last weights and the noise of every batch."
+        "Return the last weights and the noise of every batch."
         draws = []
         def gaussian(params, grads, generator):
             def noise(p): return .1*torch.randn(p.shape, dtype=p.dtype, generator=generator)
@@ -588,7 +588,7 @@ def inplace_net():
 
 
 def repeating_net():
-    "One layer under two names."
+    "Return a network with one layer under two names."
     layer = nn.Linear(6, 6)
     return nn.Sequential(OrderedDict(
         first=nn.Linear(5, 6), tanh1=nn.Tanh(), middle=layer, tanh2=nn.Tanh(), again=layer,

@@ -1,4 +1,4 @@
-"Flatness and landscapes against exact Hessians and brute force, and what the measures refuse."
+"Flatness and landscapes against exact Hessians and brute force, and errors for wrong arguments."
 import importlib.util
 import itertools
 import json
@@ -85,7 +85,7 @@ def whole(data):
 
 
 def same_state(net, state):
-    "Whether the network's state still equals a copy of it."
+    "Return whether the network's state still equals a copy of it."
     return all(torch.equal(a, b) for a, b in zip(state.values(), net.state_dict().values(), strict=True))
 
 
@@ -283,7 +283,7 @@ def test_sharpness_over_uneven_batches(learn):
 
 
 def test_average_sharpness_is_half_the_trace_and_survives_an_interrupt(learn):
-    # noise crosses the kinks of relu and maximum, which no Hessian sees
+    # noise crosses the kinks of relu and maximum, which a Hessian does not include
     learn.model[2] = nn.Tanh().eval()
     learn.model[3] = nn.AvgPool2d(2).eval()
     weights = deepcopy(learn.model.state_dict())

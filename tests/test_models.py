@@ -37,7 +37,7 @@ IMAGENET = ('resnet50', 'resnet152')
 
 
 def small(name, classes=10):
-    "Return the network, with few patches if it is a ViT, and three images as small as it takes."
+    "Return the network, with few patches if it is a ViT, and three of the smallest images that it takes."
     net = make_model(name, classes, **(dict(img_size=64) if needs_small_images(name) else {}))
     side = 64 if name in IMAGENET else 32
     return net, torch.randn(3, 3, side, side)
@@ -58,7 +58,7 @@ def test_a_configuration_is_checked_without_memory(name):
 def biases_before_batchnorm(net):
     """Return the ids of biases that BatchNorm follows.
 
-    It subtracts what such a bias adds, so that the bias has no gradient but for rounding."""
+    BatchNorm subtracts what such a bias adds, so that the bias has no gradient except for rounding."""
     leaves = [m for m in net.modules() if not list(m.children())]
     found = set()
     for m, after in zip(leaves, leaves[1:]):

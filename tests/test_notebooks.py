@@ -1,4 +1,4 @@
-"The notebooks as documents: the pattern of a method's notebook, and outputs that a reader may see."
+"The notebooks as documents: the pattern of a method's notebook, links, and readable outputs."
 import ast
 import json
 import re
@@ -35,7 +35,7 @@ METHODS = [p for p in in_folder('methods') if p.stem not in NOT_METHODS]
 
 
 def place_of(heading, headings):
-    "The index of the first of `headings` that starts with `heading`, or None."
+    "Return the index of the first of `headings` that starts with `heading`, or None."
     for i, h in enumerate(headings):
         if h.startswith(heading): return i
 
@@ -52,7 +52,7 @@ def test_method_notebooks_follow_the_pattern(path):
 
 @pytest.mark.parametrize('path', METHODS, ids=ids(METHODS))
 def test_method_notebooks_show_their_current_card(path):
-    "The card is made from the registry and the stored benchmark; a notebook must show what they give now."
+    "A notebook must show the card that registry and stored benchmark give now."
     shown = [c for c in code_cells(path) if source(c).startswith('#| echo: false\nmethod_card(')]
     assert len(shown) == 1
     stored = ''.join(shown[0]['outputs'][0]['data']['text/markdown'])
@@ -85,7 +85,7 @@ def test_a_notebook_changes_no_default_of_the_process(path):
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_nbdev_reads_the_title_cell(path):
-    "In the title's cell nbdev reads list items with a colon as settings, and warns of those that are none."
+    "In the title's cell, nbdev reads list items with a colon as settings and warns of all unknown ones."
     titles = [source(c) for c in markdown_cells(path) if re.search(r'^# \S', source(c), re.M)]
     found = re.findall(r'^-\s+(\S.*:.*\S)\s*$', titles[0], re.M)
     assert not found, found
@@ -98,7 +98,7 @@ def shows_something(text):
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
 def test_code_cells_were_run(path):
-    "A cell that shows something has its output stored, so that the website and GitHub show it too."
+    "A cell that shows something has its output stored, so that the website and GitHub show it, too."
     for c in code_cells(path):
         text = source(c)
         if re.match(r'#\| *(export|hide)', text): continue
@@ -106,13 +106,13 @@ def test_code_cells_were_run(path):
 
 
 def links(path):
-    "All targets of links in a notebook's Markdown cells."
+    "Return all targets of links in a notebook's Markdown cells."
     text = re.sub(r'```.*?```', '', prose(path), flags=re.S)
     return re.findall(r'\]\(([^)\s]+)\)', text)
 
 
 def anchors(path):
-    "The anchors of a notebook's headings, as GitHub and the website make them."
+    "Return the anchors of a notebook's headings, as GitHub and the website make them."
     found = set()
     for c in markdown_cells(path):
         for heading in re.findall(r'^#+ (.+)$', source(c), re.M):

@@ -1,4 +1,4 @@
-"Packed results of runs: what is packed comes back, and nothing else is unpacked."
+"Packed results of runs: they are unpacked unchanged, and no other file is unpacked."
 import io
 import json
 import tarfile

@@ -1,4 +1,4 @@
-"Methods of other packages: an entry point adds one, and one that cannot be loaded does no harm."
+"Methods of other packages: an entry point adds a method, and a broken entry point is left out."
 import os
 import shutil
 import subprocess

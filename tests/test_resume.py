@@ -1,4 +1,4 @@
-"Interrupted runs end with the same bits as uninterrupted ones, for every method and at every moment."
+"Interrupted runs end with the same bits as uninterrupted runs, for every method and at any moment."
 import json
 import multiprocessing
 import os
@@ -48,7 +48,7 @@ TIMES = ('seconds', 'train_seconds', 'wall_seconds', 'started', 'resumed')
 
 
 def of(method):
-    "A short run of a method."
+    "Return a short run of a method."
     changes = {}
     if METHODS[method].needs_teacher: changes = dict(teachers=SHORT.but(epochs=1))
     if method == 'saf': changes = dict(cutmix=0.) # it needs a label for each sample
@@ -68,7 +68,7 @@ def without_times(d): return {k: v for k, v in d.items() if k not in TIMES}
 
 
 def outcome(cfg, root):
-    "Weights, result and history that a run stores, without times."
+    "Return weights, result and history that a run stores, without times."
     folder = Path(root) / cfg.name
     weights = torch.load(folder / 'weights.pt', weights_only=True)
     history = json.loads((folder / 'history.json').read_text())
@@ -80,7 +80,7 @@ def same(a, b): return same_state(a[0], b[0]) and a[1:] == b[1:]
 
 
 def interrupted(cfg, root, monkeypatch, at=((1, 0), (3, 2))):
-    "The result of a run that is interrupted after each pair of epoch and batch in `at`."
+    "Return the result of a run that is interrupted after each pair of epoch and batch in `at`."
     for epoch, batch in at:
         with monkeypatch.context() as m:
             stop_in(m, epoch, batch)
@@ -90,7 +90,7 @@ def interrupted(cfg, root, monkeypatch, at=((1, 0), (3, 2))):
 
 
 def variants():
-    "`VARIANTS`, of which half precision is slow."
+    "Return `VARIANTS` as test parameters, with half precision marked as slow."
     slow = pytest.param(VARIANTS['half precision'], marks=pytest.mark.slow)
     return {**VARIANTS, 'half precision': slow}.values()
 
@@ -150,14 +150,14 @@ def test_with_a_progress_bar_or_without(tmp_path, monkeypatch, capsys):
 
 
 def fastai_learner():
-    "A Learner with accumulation, early stopping and a Recorder; the last batch of an epoch is half full."
+    "Return a Learner with accumulation, early stopping and a Recorder; an epoch's last batch is half full."
     stopping = EarlyStoppingCallback(patience=2, min_delta=.01)
     cbs = [Recorder(), RunRecorder(), GradientAccumulation(60), stopping]
     return runner.make_learner(SHORT.but(epochs=9, n_train=130, bs=20), cbs=cbs)
 
 
 def test_callbacks_of_fastai_continue(tmp_path, monkeypatch):
-    "Accumulated gradients, the state of early stopping and what the Recorder shows survive an interruption."
+    "Accumulated gradients, early stopping and the Recorder continue after an interruption."
     def train(file, stop=None):
         monkeypatch.undo()
         learn = fastai_learner()
@@ -186,7 +186,7 @@ class StopInEpochTwo(Callback):
 
 
 def shuffled_loader(kind):
-    "A new loader of the given kind over the same samples."
+    "Return a new loader of the given kind over the same samples."
     if kind == 'list': return conftest.batches(conv=True)
     items = []
     for x, y in conftest.batches(conv=True): items += list(zip(x, y))
@@ -200,7 +200,7 @@ def shuffled_loader(kind):
 
 @pytest.mark.parametrize('kind', ['list', 'fastai', 'torch'])
 def test_any_loader(kind, tmp_path):
-    "Batches in a list, fastai's loader and PyTorch's loader, together with `KeepBest`."
+    "A list of batches, fastai's loader and PyTorch's loader, each with `KeepBest`."
     def train(file, *cbs):
         opt_func = lambda p, lr: SGD(p, lr=lr, mom=.9)
         learn = conftest.learner(conftest.cnn(), [KeepBest('valid')], opt_func=opt_func)
@@ -226,7 +226,7 @@ def test_teachers_continue_too(tmp_path, monkeypatch):
 
 
 def test_when_checkpoints_are_written(tmp_path, monkeypatch):
-    "On a clock by which each epoch takes a minute."
+    "Uses a clock on which each epoch takes a minute."
     now = [0.]
     minutes_of_writes = []
     real = checkpoint.write_whole
@@ -253,7 +253,7 @@ def test_when_checkpoints_are_written(tmp_path, monkeypatch):
 
 @pytest.fixture
 def half_done(tmp_path, monkeypatch):
-    "A run that was interrupted after three epochs, its root, and the outcome of the same run in one go."
+    "Return a run interrupted after three epochs, its root, and the outcome of the same run without a stop."
     cfg = of('sadt1')
     run(cfg, tmp_path / 'whole', **quiet)
     with monkeypatch.context() as m:
@@ -402,13 +402,13 @@ def counting_grid(runs, root, workers=1):
 
 
 def whole_files(root):
-    "Read all files, which raises an error where one is incomplete."
+    "Read all files; an incomplete file raises an error."
     for f in Path(root).rglob('*.json'): json.loads(f.read_text())
     for f in Path(root).rglob('*.pt'): torch.load(f, weights_only=True)
 
 
 def checkpoints(root):
-    "All checkpoints, each with the time when it was written."
+    "Return all checkpoints, each with the time when it was written."
     found = set()
     for f in Path(root).rglob('checkpoint.pt'):
         with suppress(FileNotFoundError): found.add((f, f.stat().st_mtime_ns)) # gone when its run ended
@@ -457,7 +457,7 @@ def killed_again_and_again(runs, root, times, most, seed):
 
 
 def check_after_kills(runs, tmp_path, times, most, least):
-    "Compare a grid that is killed with one that is not; return how many of its runs were continued."
+    "Compare a killed grid with one that was not killed; return how many of its runs were continued."
     cut = tmp_path / 'cut'
     whole = tmp_path / 'whole'
     cut.mkdir()
@@ -527,13 +527,13 @@ def with_a_small_disk(cfg, root, limit, out):
 
 
 def is_left_over(file):
-    "Is this a hidden file other than the lock, as an incomplete write leaves behind?"
+    "Return whether this is a hidden file other than the lock, as an incomplete write leaves behind."
     return file.name.startswith('.') and file.name != '.lock'
 
 
 @pytest.mark.parametrize('room', ['no checkpoint', 'no weights', 'no history'])
 def test_a_full_disk(room, one_thread, tmp_path):
-    "The system refuses to write more than a limit to any file, in mid-file, as a full disk does."
+    "The system stops writing in the middle of a file, at a limit for every file, like a full disk."
     cfg = of('baseline')
     cut = tmp_path / 'cut'
     run(cfg, tmp_path / 'whole', **quiet)
@@ -578,7 +578,7 @@ def wait_for(condition, seconds=300):
 
 
 def descendants(pid):
-    "The worker processes below a process."
+    "Return the worker processes below a process."
     import psutil
     def works(p):
         try: return 'spawn_main' in ' '.join(p.cmdline())

@@ -1,4 +1,4 @@
-"Stored runs: written whole or not at all, skipped when finished, the same however they are run."
+"Stored runs: written whole or not at all, skipped when finished, and equal in any number of processes."
 import json
 import warnings
 

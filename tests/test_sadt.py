@@ -1,4 +1,4 @@
-"Cases of SADT that its notebook leaves out."
+"Cases of SADT that its notebook does not test."
 import pytest
 import torch
 from conftest import batches, cnn, flat, learner, mlp
@@ -10,7 +10,7 @@ from sadt_nb.methods.sadt import SADT, layer_noise
 
 
 def sgd_with_l2(params, lr):
-    "Momentum with L2 regularization, whose step writes the penalty into the gradient."
+    "SGD with momentum and L2 regularization, whose step writes the penalty into the gradient."
     return SGD(params, lr=lr, mom=.9, wd=.1, decouple_wd=False)
 
 

@@ -50,10 +50,10 @@ PERTURBED = [[['late.weight'], ['head.bias']],
 def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dtype=torch.float64))
 
 
-# up to half a minute each in float64; the small ones test what these share with them
+# each takes up to half a minute in float64; the small networks have the same kinds of layers
 LARGE = ('resnet101', 'wide_resnet_28_10', 'pyramidnet_110', 'vit_b32', 'clip_resnet101')
 
-# their initial gradients are that large on images of one pixel after the last stride
+# images of one pixel after the last stride give these networks large initial gradients
 LARGE_GRADIENTS = ('resnet50', 'resnet152')
 
 

@@ -32,7 +32,7 @@ from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
 
 CE = nn.CrossEntropyLoss()
-# what the Learner gets, and the torch optimizer that does the same
+# the Learner's optimizer, and the torch optimizer that does the same
 momentum = dict(momentum=.9, weight_decay=.01)
 torch_sgd = partial(torch.optim.SGD, lr=.1)
 torch_adam = partial(torch.optim.Adam, lr=.1, betas=(.9, .99), eps=1e-5)
@@ -179,7 +179,7 @@ def gsam(rho=.05, alpha=.4, adaptive=False, **kw):
 
 
 def saf(lam=.3, tau=5., lag=3, start_epoch=5, half=torch.float16):
-    "This oracle identifies a sample by the bytes of its input."
+    "Return SAF's rule, which identifies a sample by the bytes of its input."
     def rule(net, x, y, step, epoch):
         z, extra = net(x), torch.zeros((), dtype=x.dtype)
         for row, now in zip(x, z):
@@ -208,7 +208,7 @@ def mesa(net, lam=.8, tau=5., beta=.9995, start_epoch=5):
 
 # The library's side, and comparisons
 class Spy(Callback):
-    "Keeps the batches of each epoch, and how far the shown and the trained loss are from the plain one."
+    "Keeps the batches of each epoch, and how far the shown and the trained loss are from the plain loss."
     run_valid = False
     def __init__(self):
         self.seen = []
@@ -325,7 +325,7 @@ def test_limits_equal_sam_bit_for_bit(cb, opt):
     assert torch.equal(flat(limit, buffers=True), flat(sam, buffers=True))
 
 
-def test_alpha_zero():
+def test_gsam_and_looksam_with_alpha_zero_make_sam_steps():
     assert_same(fit(GSAM(.2, .2, alpha=0.), mlp()), train(mlp(), twice(), sam(.2)))
     inner = sam(.2)
     def sam_every_fourth_step(net, x, y, step, epoch):
@@ -467,7 +467,7 @@ def test_saf_agrees_with_the_oracle(kw):
     assert len(spy.seen) == epochs
     if 'shuffle' in kw: assert not torch.equal(spy.seen[0][0][0], spy.seen[1][0][0])
     if 'drop_last' in kw:
-        # the case that a ring of records gets wrong: absent `lag` epochs ago, present 2 lag epochs ago
+        # a ring of records would fail for samples absent `lag` epochs ago and present 2 lag epochs ago
         have = rule.records
         assert any(e >= 4 and (e - 2, key) not in have and (e - 4, key) in have for e, key in have)
 
@@ -482,7 +482,7 @@ def test_saf_lag_and_start(lag, start):
 
 
 def test_saf_uses_float16_records():
-    "Rounding is visible: an oracle with exact records is further away than the tolerance."
+    "The rounding shows: an oracle with exact records differs by more than the tolerance."
     net = fit(SAF(.9, 2., 1, 0), mlp(), data=indexed())
     assert_same(net, train(mlp(), twice(), saf(.9, 2., 1, 0)))
     exact = train(mlp(), twice(), saf(.9, 2., 1, 0, half=torch.float64))

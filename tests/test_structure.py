@@ -1,4 +1,4 @@
-"The structure of the package: imports run one way, and the public names and the version are there."
+"The structure of the package: imports run one way, and public names and version exist."
 import ast
 import inspect
 import re
@@ -19,7 +19,7 @@ SIBLINGS = {'core', 'data', 'models', 'experiments', 'papers'}
 
 
 def imported_names(node, path):
-    "The full names of what an import statement imports; none for another statement."
+    "Return the full names that an import statement imports; none for another statement."
     if isinstance(node, ast.Import): return [a.name for a in node.names]
     if not isinstance(node, ast.ImportFrom): return []
     module = node.module or ''
@@ -30,7 +30,7 @@ def imported_names(node, path):
 
 
 def edges(path):
-    "Folders and modules of ours that a file imports."
+    "Return the folders and modules of this library that a file imports."
     for node in ast.walk(ast.parse(path.read_text())):
         for name in imported_names(node, path):
             parts = name.split('.')
@@ -38,7 +38,7 @@ def edges(path):
 
 
 def offences(path, folder):
-    "One line for each import of a file of `folder` that is not allowed."
+    "Return one line for each import of a file of `folder` that is not allowed."
     for target, module in edges(path):
         if target == folder:
             may_import_siblings = folder in SIBLINGS or path.stem == 'registry'
@@ -69,7 +69,7 @@ def test_the_import_check_can_fail(tmp_path):
 
 
 def star_import():
-    "The names that `from sadt_nb.all import *` brings."
+    "Return the names that `from sadt_nb.all import *` imports."
     names = {}
     exec('from sadt_nb.all import *', names)
     return {k: v for k, v in names.items() if not k.startswith('_')}

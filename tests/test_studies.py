@@ -1,4 +1,4 @@
-"The committed results: complete, unedited as far as their hashes show, and part of a published table."
+"The committed results: complete, with unchanged hashes, and part of a published table."
 import hashlib
 import json
 import math
@@ -47,7 +47,7 @@ def test_a_folder_beside_an_archive_holds_weights_and_nothing_else():
             assert {f.name for f in folder.iterdir()} == {'weights.safetensors', 'weights.sha256'}
 
 
-# SHA-256 of what the 4,099 JSON files held, of which the results consisted until 28 November 2026
+# SHA-256 of the content of the 4,099 JSON files that held the results until 28 November 2026
 FILES_BEFORE = '36454aa30ae20af854a8e2d4967f9aeebeb4499dfea24207b852cc5eefaa341f'
 MOVED = '2026-11-28' # runs that began later were never files
 
@@ -81,7 +81,7 @@ def test_the_stored_bits_of_right_images_give_the_stored_accuracies():
 
 
 def names_of_table_runs(amp):
-    "The names of all runs of all tables, in one precision."
+    "Return the names of all runs of all tables, in one precision."
     names = set()
     for grid in PAPER_GRIDS: names |= {p.run.name for p in paper_grid(grid, amp=amp)}
     return names
@@ -120,7 +120,7 @@ WEIGHTS = sorted(STORED.rglob('weights.safetensors'))
 
 @pytest.mark.parametrize('file', WEIGHTS, ids=lambda f: f.parent.name)
 def test_published_weights_have_their_stored_accuracy(file):
-    "Other roundings may change the answer for a few of 10,000 images."
+    "Rounding errors may change the prediction for a few of 10,000 images."
     pytest.importorskip('safetensors', reason='published weights need pip install sadt_nb[weights]')
     study, name = file.parents[1], file.parent.name
     run = Run.from_dict(read_part(study, name, 'config'))

@@ -1,4 +1,4 @@
-"The search: against a known objective, repeatable, continued, without the test set, and at equal cost."
+"The search: with a known best point, repeated, continued, without the test set, and at equal cost."
 import json
 import math
 import sys
@@ -22,7 +22,7 @@ quiet = dict(progress=False)
 
 
 def height(cfg):
-    "A hill over the logarithms of rate and radius, 1 at its top."
+    "Return the height of a hill over the logarithms of rate and radius, 1 at its top."
     rho = dict(cfg.method_args).get('rho', TOP['rho'])
     return math.exp(-math.log(cfg.lr / TOP['lr'])**2 / 8 - math.log(rho / TOP['rho'])**2 / 8)
 
@@ -52,7 +52,7 @@ def hill(monkeypatch):
 
 
 def test_the_top_of_a_hill_is_found(hill, tmp_path):
-    "The found value is above what as many random draws reach on average."
+    "The value found is above the average best of the same number of random draws."
     found = sweep(dict(plain=PLAIN, sam=SAM), tmp_path, trials=40, **quiet)
     for label, keys in (('plain', ('lr',)), ('sam', ('lr', 'rho'))):
         f = found[label]
@@ -94,7 +94,7 @@ def test_the_same_search_is_read_and_a_longer_one_goes_on(hill, tmp_path):
     assert finished() == done
 
 
-def test_a_machine_that_fails_is_no_bad_proposal(hill, monkeypatch, tmp_path):
+def test_a_full_disk_ends_the_search_and_is_no_result(hill, monkeypatch, tmp_path):
     "The search ends with the error; when the disk has room again, it continues with the same proposals."
     cases = dict(sam=SAM)
     whole = sweep(cases, tmp_path / 'whole', trials=8, **quiet)['sam']
@@ -111,7 +111,7 @@ def test_a_machine_that_fails_is_no_bad_proposal(hill, monkeypatch, tmp_path):
     assert continued.trials.equals(whole.trials)
 
 
-def test_another_seed_proposes_others(hill, tmp_path):
+def test_another_seed_gives_other_proposals(hill, tmp_path):
     a = sweep(dict(sam=SAM), tmp_path, trials=4, seed=0, **quiet)['sam']
     b = sweep(dict(sam=SAM), tmp_path, trials=4, seed=1, **quiet)['sam']
     assert not set(a.trials['run']) & set(b.trials['run'])
@@ -147,7 +147,7 @@ def test_the_best_runs_are_repeated_with_new_seeds(hill, tmp_path):
 
 @pytest.fixture
 def lucky(hill, monkeypatch, tmp_path):
-    "A search in which seed 0 is lucky at rates far from the top; with it, the true height of a run."
+    "Return a search in which seed 0 is lucky far from the top, and a function for a run's true height."
     true_height = height
     def with_luck(cfg):
         luck = .5 if cfg.seed == 0 and cfg.lr > 1e-2 else 0.
@@ -158,12 +158,12 @@ def lucky(hill, monkeypatch, tmp_path):
 
 
 def best_of_four(found, value):
-    "Of the four runs that the search ranks first, the one with the largest value."
+    "Return the run with the largest value among the four that the search ranks first."
     ranked = found['plain'].trials.sort_values('value', ascending=False)
     return max(list(ranked['run'])[:4], key=value)
 
 
-def test_the_best_on_average_and_not_the_luckiest_is_confirmed(lucky, hill, tmp_path):
+def test_confirmation_chooses_the_best_mean_not_the_luckiest_seed(lucky, hill, tmp_path):
     found, true_height = lucky
     expected = best_of_four(found, true_height)
     assert found['plain'].best.lr > 1e-2

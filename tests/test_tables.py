@@ -1,4 +1,4 @@
-"Tables as one command: scaled, measured, estimated, and compared with the paper by a fixed rule."
+"Tables made by one command: scaled, measured, estimated, and compared with the paper by a fixed rule."
 import json
 import time
 
@@ -34,7 +34,7 @@ def stored_json(cfg, root, name): return json.loads((root / cfg.name / f'{name}.
 
 @pytest.fixture
 def miniature(monkeypatch):
-    "A table of two rates, two methods and three seeds, with claims of both signs; seed 0 is also measured."
+    "Return a table of two rates, two methods, three seeds, claims of both signs; seed 0 is also measured."
     claims = {('plain', 1e-3): .5, ('SAM', 1e-3): .6, ('plain', 2e-3): .6, ('SAM', 2e-3): .5}
     methods = dict(plain='baseline', SAM='sam')
     def table():
@@ -67,7 +67,7 @@ def test_the_verdict_needs_an_interval_on_one_side_of_zero():
 
 
 def accuracies(results, cells):
-    "Percent, by the label of a cell."
+    "Return accuracies in percent, by the label of a cell."
     by_run = {row['run']: 100 * row['accuracy'] for _, row in results.iterrows()}
     return {c.label: by_run[c.run] for c in cells}
 
@@ -109,7 +109,7 @@ def test_a_scaled_table_from_the_shell_to_the_page(miniature, tmp_path, capsys):
 
 
 def test_a_part_of_a_table_in_another_precision(miniature, tmp_path, capsys):
-    "The runs have that precision, they do not count for the table in float32, and every page names it."
+    "The runs have that precision, do not count for the table in float32, and every page names it."
     cli.sadt_grid('miniature', root=tmp_path, scale=.1, amp='bf16', only='sam seed 1')
     assert 'plain' not in capsys.readouterr().out
     results = load_results(tmp_path)
@@ -147,7 +147,7 @@ def test_another_precision_holds_for_teachers_too(monkeypatch):
     assert cell.run != student
 
 
-def test_one_repetition_decides_nothing(miniature, tmp_path):
+def test_one_repetition_gives_no_verdict(miniature, tmp_path):
     run_grid([c.run for c in miniature() if c.label.endswith('seed 1')], tmp_path, **quiet)
     table = comparison('miniature', load_results(tmp_path))
     assert table['verdict'].tolist() == ['', 'not decidable here'] * 2
@@ -177,7 +177,7 @@ def test_scaling_shortens_teachers_and_keeps_falls_of_the_rate():
 
 
 @pytest.mark.parametrize('model', ['resnet18', 'simple_cnn', 'wide_resnet_28_10'])
-def test_operations_are_counted_right(model):
+def test_flops_of_a_forward_equal_a_count_by_layer(model):
     "Layer by layer: two operations for each product of a kernel and an output."
     net = make_model(model, 10).eval()
     operations = []
@@ -210,7 +210,7 @@ def test_durations_are_written_in_two_units_at_most():
     assert [duration(s) for s in seconds] == ['3 s', '99 s', '2 min', '1 h 40 min', '3 h 20 min', '12 days']
 
 
-def test_tracking_does_not_disturb_and_is_right(tmp_path):
+def test_tracked_sharpness_is_right_and_changes_no_weight(tmp_path):
     tracked = SMALL.but(epochs=4, track=2, crop=2, flip=True, model_args=dict(dropout=.2))
     plain = tracked.but(track=0)
     a = run(tracked, tmp_path, **quiet)
@@ -262,7 +262,7 @@ def test_a_measure_trains_a_run_again_only_if_it_needs_the_weights(tmp_path):
 
 
 def test_memory_of_saf_and_mesa_is_counted(tmp_path, monkeypatch, capsys):
-    "Equal to a count by hand; the table shows it beside the published and the computed number."
+    "The memory equals a count by hand; the table shows it beside the published and the computed number."
     cases = dict(saf=SMALL.but(method='saf', method_args=dict(start_epoch=0, lag=3)),
                  mesa=SMALL.but(method='mesa', method_args=dict(start_epoch=0)),
                  baseline=SMALL)
@@ -288,7 +288,7 @@ def test_memory_of_the_published_table():
 
 
 def table_column(epochs, bs, lr, decay, rho, beta, lam, start_epoch, opt='sgd', decay_saf=None):
-    "One column of Tables 4 and 5 of the SAF paper; `lam` is that of SAF and of MESA."
+    "Return one column of Tables 4 and 5 of the SAF paper; `lam` is that of SAF and of MESA."
     decay_saf = decay if decay_saf is None else decay_saf # of SAF and MESA
     return dict(epochs=epochs, bs=bs, lr=lr, decay=decay, decay_saf=decay_saf, rho=rho, beta=beta, lam=lam,
                 start_epoch=start_epoch, opt=opt)
@@ -332,7 +332,7 @@ def test_hyperparameters_of_the_saf_paper(table):
 
 
 def test_the_control_of_fewer_epochs_has_those_of_the_methods():
-    "Plain runs for each number of epochs that methods have at equal passes; nothing else is different."
+    "There are plain runs for each number of epochs that methods have at equal passes, with no other change."
     table = paper_grid('compare/digits')
     short = paper_grid('compare/digits_short')
     assert {c.run.epochs for c in short} == {c.run.epochs for c in table} - {15}
@@ -434,7 +434,7 @@ def test_the_steps_of_the_fast_recipe_end_in_the_recipe():
 
 
 def test_flatness_shares_its_runs_with_the_comparison():
-    "What both tables contain is trained once; flatness adds only the rounds and the run of twice the epochs."
+    "Runs in both tables are trained once; flatness adds only the rounds and the run of twice the epochs."
     compared = {c.run for c in paper_grid('compare/cifar_small') if 'equal epochs' in c.label}
     own = {c.label.split(' · ')[0] for c in paper_grid('flatness/simple_cnn') if c.run not in compared}
     assert own == {'twice the epochs', 'round 1', 'round 2'}

@@ -32,7 +32,7 @@ def crop_windows(
     pad:int,      # Pixels added on every side
     top:Tensor,   # `(n,)` first row of each window in the padded image, 0..2*pad
     left:Tensor,  # `(n,)` first column
-    mode='zeros', # What is added: 'zeros', or 'reflect' for the image mirrored at its edge
+    mode='zeros', # Border: 'zeros', or 'reflect' for the image mirrored at its edge
 ) -> Tensor: # `(n, h, w, c)`
     "Cut the window of the original size at (`top`, `left`) out of each padded image."
     n, h, w, c = x.shape
@@ -215,7 +215,7 @@ def _apply_kind(kind, x, rows, fill):
 # %% ../../nbs/data/71_augment.ipynb #b17f53e1
 def op_magnitude(
     op:tuple,     # (name, level, sign): torchvision's name; its magnitude's position, 0..9 or `None`; 1 or -1
-    h:int, w:int, # Of the image in pixels; translations are shares of it
+    h:int, w:int, # Size of the image in pixels; translations are shares of it
 ) -> float: # Pixels, degrees, slope, bits, a threshold, or a change of the factor 1; 0 without a level
     "Return how strong an operation is, in torchvision's unit."
     name, level, sign = op
@@ -389,7 +389,7 @@ class CutMix:
 
     Labels become `(n, classes)` probabilities.
     Raises `ValueError` for `alpha` <= 0, `classes` < 1 or an unknown `per`."""
-    mixes = True # methods that follow single samples refuse a loader that has this
+    mixes = True # methods with records of single samples raise an error for such a loader
     def __init__(self,
         classes:int,     # Number of classes, for the soft labels
         alpha:float=.25, # Both parameters of the Beta distribution, > 0; SADT's code 0.25, the CutMix paper 1

@@ -439,7 +439,7 @@ def get_dls(
     cutmix:float=0.,    # Alpha of CutMix; 0 for none
     cutmix_per='sample',# One CutMix rectangle per 'sample' or per 'batch'
     mean=0., std=1.,    # After scaling to [0, 1]: a number, one per channel, or 'data' to measure them
-    seed:int=0,         # Of the split, the order and the augmentation
+    seed:int=0,         # Seed of the split, the order and the augmentation
     split:int|None=None,# Seed of the split alone; `None`: `seed`
     drop_last=False,    # Leave out a smaller last training batch?
     channels_last=False,# Memory format of the batches

@@ -162,7 +162,7 @@ class TensorDL(_BatchLoader):
         std=1.,              # Divides after that; a number or one per channel
         seed:int|None=None,  # Seeds order and augmentation; `None` draws one
         channels_last=False, # Give the batches the `channels_last` memory format
-        dtype=torch.float32, # Of the images that the model sees
+        dtype=torch.float32, # Type of the images that the model gets
         device=None,         # Where data and batches lie; fastai's default device
         num_workers=0,       # Ignored: batches are made in this process
         **kwargs,
@@ -192,7 +192,7 @@ class TensorDL(_BatchLoader):
     def show_batch(self,
         b=None,       # A batch; the next one if `None`
         max_n=9,      # Images at most
-        nrows=None,   # Rows of the grid; `None`: about as many as columns
+        nrows=None,   # Rows of the grid; `None`: a nearly square grid
         figsize=None, # Inches
         **kwargs,     # For fastai's `show_images`
     ):

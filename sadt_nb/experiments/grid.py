@@ -57,7 +57,7 @@ def _job(cfg, root, measures, samples, **kwargs):
 
 # %% ../../nbs/experiments/85_grid.ipynb #7acb1bcd
 class _WorkerDied(Exception):
-    "The process that trained a run is gone."
+    "The process that trained a run has died."
 
 def _with_translated_error(job, translate):
     "Return a future with the job's result, or with its error as `translate` returns it."

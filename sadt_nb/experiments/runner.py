@@ -532,7 +532,7 @@ def packed(
     return base64.b64encode(np.packbits(flags).tobytes()).decode()
 
 def unpacked(
-    text:str, # What `packed` gave
+    text:str, # The string that `packed` returned
     n:int,    # Number of flags
 ) -> np.ndarray: # `(n,)` booleans
     "Return the flags that `packed` made into a string."
@@ -542,7 +542,7 @@ def unpacked(
 # %% ../../nbs/experiments/81_runner.ipynb #af2bd258
 def first_layer_histogram(
     model:nn.Module, # Its first parameter with more than one axis is counted
-    bins=60,         # Of equal width, from minus to plus the largest absolute weight
+    bins=60,         # Bins of equal width, from minus to plus the largest absolute weight
 ) -> dict: # `edges`, one more than `counts`
     "Return a histogram of the first layer's weights."
     edges, counts = next(iter(weight_histograms(model, bins).values()))

@@ -138,7 +138,7 @@ def sweep(
     batch=4,       # Proposals per case that are made before their results are used
     seed=0,        # Seed of the proposals; the runs have their own seeds
     progress=True, # Print a line per run
-    **kwargs,      # Of `run_grid`
+    **kwargs,      # Options of `run_grid`
 ) -> dict: # Name to `Found`
     """Search the best settings of each case. Ctrl-C stops; the same call continues.
 
@@ -184,7 +184,7 @@ def confirmed(
     top=3,            # Number of each case's best proposals that are trained again
     workers:int=1,    # Processes that train at the same time
     progress=True,    # Print a line per run
-    **kwargs,         # Of `run_grid`
+    **kwargs,         # Options of `run_grid`
 ) -> dict: # Name to the `Run`s, one per seed, of the proposal with the highest mean validation accuracy
     """Train the best proposals with fresh seeds and keep the one that is best on average.
 

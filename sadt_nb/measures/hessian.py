@@ -145,11 +145,11 @@ class _TraceEstimate:
 def hessian_trace(
     learn,          # A Learner in evaluation mode; `model`, `loss_func` and, without `dl`, `dls` are used
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, chosen at random, always the same ones
+    samples=None,   # Number of samples, chosen at random, always the same ones; `None`: all
     tol=.05,        # Stop when the standard error is below this share of the value
     max_probes=200, # Random vectors at most, >= 20; a network with no more weights gets its exact trace
-    sketch=10,      # Products that find the large eigenvalues; using them takes as many again; 0: Hutchinson
-    seed=0,         # Of the random vectors
+    sketch=10,      # Products that find the large eigenvalues, and again to use them; 0: plain Hutchinson
+    seed=0,         # Seed of the random vectors
     progress=True,  # Show a bar after three seconds
 ) -> Trace: # Value, standard error, products made, and whether `tol` was reached
     """Estimate the trace of the Hessian of the mean loss. Ctrl-C returns the estimate so far.
@@ -270,12 +270,12 @@ def _top(h, k, tol, max_products, seed):
 # %% ../../nbs/measures/50_hessian.ipynb #e7106f1d
 def top_eigenvalues(
     learn,             # A Learner whose network is in evaluation mode
-    k=1,               # How many, from 1 to the number of trainable weights
+    k=1,               # Number of eigenvalues, from 1 to the number of trainable weights
     dl=None,           # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,      # Only so many samples, chosen at random, always the same ones
+    samples=None,      # Number of samples, chosen at random, always the same ones; `None`: all
     tol=1e-5,          # Stop when every error is below this share of its eigenvalue, or is rounding
     max_products=None, # Products, and vectors of weights in memory, at most; `None`: 200 + 5 k
-    seed=0,            # Of the first vector
+    seed=0,            # Seed of the first vector
     progress=True,     # Show a bar after three seconds
 ) -> Eigenvalues: # Values, errors, products made, and whether `tol` was reached
     """Return the algebraically largest eigenvalues of the Hessian of the mean loss.
@@ -288,12 +288,12 @@ def top_eigenvalues(
 
 def top_eigenvectors(
     learn,             # A Learner whose network is in evaluation mode
-    k=1,               # How many
+    k=1,               # Number of eigenvalues
     dl=None,           # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,      # Only so many samples, chosen at random, always the same ones
+    samples=None,      # Number of samples, chosen at random, always the same ones; `None`: all
     tol=1e-5,          # As for `top_eigenvalues`
     max_products=None, # As for `top_eigenvalues`
-    seed=0,            # Of the first vector
+    seed=0,            # Seed of the first vector
     progress=True,     # Show a bar after three seconds
 ) -> tuple: # `Eigenvalues`, and `k` directions of length 1: dictionaries from parameter name to tensor
     "Return the largest eigenvalues and their directions in weight space."
@@ -314,7 +314,7 @@ class SpectralDensity(NamedTuple):
     converged: bool  # Is the error, integrated over the grid, within the tolerance?
     grid: Tensor     # `(points,)` eigenvalues
     nodes: list      # One `(steps,)` tensor per random vector: where its mass lies
-    weights: list    # Their weights, which sum to 1 for each vector
+    weights: list    # Weights of the nodes, which sum to 1 for each vector
 
     def mass(self,
         edges, # Ascending, at least two
@@ -332,9 +332,9 @@ class SpectralDensity(NamedTuple):
 
 def smoothed_density(
     nodes,       # One ascending `(steps,)` tensor per random vector
-    weights,     # Their weights
+    weights,     # Weights of the nodes
     width=.01,   # Standard deviation of a node's bump, as a share of the range of the nodes
-    points=1000, # Of the grid
+    points=1000, # Points of the grid
     tol=.1,      # Integral of the standard error below which it counts as converged
     n=0,         # Hessian-vector products that were made
     asked=True,  # `False` if Ctrl-C left out some of the vectors
@@ -358,13 +358,13 @@ def smoothed_density(
 def spectral_density(
     learn,         # A Learner whose network is in evaluation mode
     dl=None,       # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,  # Only so many samples, chosen at random, always the same ones
+    samples=None,  # Number of samples, chosen at random, always the same ones; `None`: all
     steps=60,      # Lanczos steps per random vector, >= 2; one vector of weights per step is kept in memory
     vectors=4,     # Random vectors, >= 2
     width=.01,     # Standard deviation of a node's bump, as a share of the range of the spectrum
-    points=1000,   # Of the grid
+    points=1000,   # Points of the grid
     tol=.1,        # Converged when the standard error, integrated over the eigenvalues, is below this
-    seed=0,        # Of the random vectors
+    seed=0,        # Seed of the random vectors
     progress=True, # Show a bar after three seconds
 ) -> SpectralDensity: # Density, standard error, products made, whether `tol` was reached, and the raw nodes
     """Estimate the density of the Hessian's eigenvalues by stochastic Lanczos quadrature.
@@ -393,10 +393,10 @@ def spectral_density(
 
 # %% ../../nbs/measures/50_hessian.ipynb #edb4fa79
 def plot_density(
-    density:SpectralDensity, # What to draw
+    density:SpectralDensity, # The density to draw
     ax=None,        # Axes to draw on; new ones if `None`
     label=None,     # For the legend
-    color=None,     # Of the line and its band
+    color=None,     # Colour of the line and its band
     floor=1e-4,     # The axis of the density begins here
 ): # The axes
     "Draw a spectral density on a logarithmic scale, with a band of one standard error."

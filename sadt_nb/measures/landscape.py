@@ -24,7 +24,7 @@ def _norm_over(p, axes): return torch.linalg.vector_norm(p, dim=axes, keepdim=Tr
 
 def random_direction(
     model:nn.Module, # Gives the shapes, and the norms for the normalisation
-    seed=0,          # Of the direction, which is the same on every device
+    seed=0,          # Seed of the direction, which is the same on every device
     norm='filter',   # 'filter', 'layer' or 'none'
 ) -> dict: # Parameter name to tensor
     """Return a random direction in weight space (Li et al. 2018).
@@ -142,10 +142,10 @@ def loss_line(
     learn,          # A Learner whose network is in evaluation mode
     direction=None, # Name to tensor, e.g. of `direction_between`; `None`: random, filter-normalised
     span=1.,        # From minus to plus this multiple of the direction; or a pair
-    points=51,      # Of the line, >= 2; with an odd number the middle is among them
+    points=51,      # Points of the line, >= 2; an odd number includes the middle
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, chosen at random, always the same ones
-    seed=0,         # Of a random direction
+    samples=None,   # Number of samples, chosen at random, always the same ones; `None`: all
+    seed=0,         # Seed of a random direction
     progress=True,  # Show a bar after three seconds
 ) -> Line: # Multiples, losses, and a text on direction and samples
     """Compute the loss along a straight line through the weights. Ctrl-C returns the losses so far.
@@ -165,10 +165,10 @@ def loss_surface(
     learn,           # A Learner whose network is in evaluation mode
     directions=None, # Two dictionaries from name to tensor; `None`: random, filter-normalised
     span=1.,         # From minus to plus this multiple of each direction; or a pair
-    points=51,       # In each direction, >= 2; with an odd number the middle is among them
+    points=51,       # Points in each direction, >= 2; an odd number includes the middle
     dl=None,         # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,    # Only so many samples, chosen at random, always the same ones
-    seed=0,          # Of random directions
+    samples=None,    # Number of samples, chosen at random, always the same ones; `None`: all
+    seed=0,          # Seed of random directions
     progress=True,   # Show a bar after three seconds
 ) -> Surface: # Multiples, losses, and a text on directions and samples
     """Compute the loss over a plane through the weights, in `points` squared passes over the samples.
@@ -226,7 +226,7 @@ def _draw_3d(ax, surface, z, levels):
 
 # %% ../../nbs/measures/52_landscape.ipynb #28f393b9
 def plot_surface(
-    surface:Surface, # What to draw
+    surface:Surface, # The surface to draw
     kind='contour',  # 'contour', 'heat' or '3d'
     ax=None,         # Axes to draw on (three-dimensional for '3d'); new ones if `None`
     levels=None,     # Losses of the contours, or the range of the colours; `None`: the range of the losses
@@ -250,7 +250,7 @@ def plot_surface(
 def plot_evolution(
     series,       # Label to a list with one entry per round: numbers, or estimates with `value` and `error`
     ax=None,      # Axes to draw on; new ones if `None`
-    ylabel='',    # What the numbers are
+    ylabel='',    # Name and unit of the numbers
     rounds=None,  # Names of the rounds; `None`: 0, 1, 2 ...
     colors=None,  # Label to colour
 ): # The axes

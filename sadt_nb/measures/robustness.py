@@ -112,7 +112,7 @@ def corrupt(
     x:Tensor,   # `(n, 3, h, w)` images in [0, 1], square
     kind,       # A name in `CORRUPTIONS`
     severity=3, # 1 to 5
-    seed=0,     # Of the noise
+    seed=0,     # Seed of the noise
 ) -> Tensor: # Corrupted images, in 256 levels
     """Corrupt images as CIFAR-10-C does.
 
@@ -162,10 +162,10 @@ def corrupted_accuracy(
     kinds=None,                 # Names in `CORRUPTIONS`; `None`: all
     severities=(1, 2, 3, 4, 5), # Which of 1 to 5
     dl=None,                    # Batches `(x, y)` of clean, normalised images; `None`: the validation loader
-    samples=None,               # Only so many samples, chosen at random, always the same ones
-    seed=0,                     # Of the noise, which is the same for every network
-    mean=None,                  # Of the normalisation; `None`: that of the loader
-    std=None,                   # Of the normalisation; `None`: that of the loader
+    samples=None,               # Number of samples, chosen at random, always the same ones; `None`: all
+    seed=0,                     # Seed of the noise, which is the same for every network
+    mean=None,                  # Mean of the normalisation; `None`: that of the loader
+    std=None,                   # Deviation of the normalisation; `None`: that of the loader
     progress=True,              # Show a bar after three seconds
 ) -> pd.DataFrame: # Accuracy by kind and severity; NaN where Ctrl-C came first
     """Return the accuracy on images that are corrupted as in CIFAR-10-C.
@@ -225,8 +225,8 @@ def shifted_accuracy(
     learn,     # A Learner whose network is in evaluation mode
     data,      # A pair of `.npy` files as CIFAR-10.1 has them, or a folder of images `<class>/*`
     bs=256,    # Images per batch
-    mean=None, # Of the normalisation; `None`: that of the validation loader
-    std=None,  # Of the normalisation; `None`: that of the validation loader
+    mean=None, # Mean of the normalisation; `None`: that of the validation loader
+    std=None,  # Deviation of the normalisation; `None`: that of the validation loader
 ) -> Accuracy: # Share of correct answers, its standard error, the number of images
     """Return the accuracy on a test set of another origin.
 
@@ -255,10 +255,10 @@ class EffectiveRobustness(NamedTuple):
     "How far networks lie above the line of ordinary networks."
     value: np.ndarray     # Shifted accuracy minus the expected one, for each network
     expected: np.ndarray  # Shifted accuracy on the line, for each network
-    low: np.ndarray       # Of the line's confidence band, at each network
-    high: np.ndarray      # Of the line's confidence band, at each network
-    slope: float          # Of the line, in logits
-    intercept: float      # Of the line, in logits
+    low: np.ndarray       # Lower end of the line's confidence band, for each network
+    high: np.ndarray      # Upper end of the line's confidence band, for each network
+    slope: float          # Slope of the line, in logits
+    intercept: float      # Intercept of the line, in logits
 
 def _accuracies(v):
     "Return an array of accuracies. Raises `ValueError` for values whose logits are infinite."
@@ -272,7 +272,7 @@ def effective_robustness(
     shifted,            # Their accuracies on the shifted test set
     baseline_reference, # Accuracies of ordinary networks on the ordinary set, three or more
     baseline_shifted,   # Their accuracies on the shifted test set
-    level=.95,          # Of the confidence band
+    level=.95,          # Level of the confidence band
 ) -> EffectiveRobustness: # One value per network in question
     """Return the accuracy above the line that ordinary networks lie on (Pham et al. 2022, Figure 9).
 
@@ -295,12 +295,12 @@ def effective_robustness(
 # %% ../../nbs/measures/53_robustness.ipynb #f7ac96d3
 def plot_robustness(
     reference,          # As for `effective_robustness`; a dictionary from label to accuracies
-    shifted,            # The same labels
-    baseline_reference, # Ordinary networks
-    baseline_shifted,   # Ordinary networks
+    shifted,            # Accuracies on the shifted test set, with the same labels
+    baseline_reference, # Accuracies of ordinary networks on the ordinary set
+    baseline_shifted,   # Accuracies of ordinary networks on the shifted set
     ax=None,            # Axes to draw on; new ones if `None`
     colors=None,        # Label to colour
-    level=.95,          # Of the confidence band
+    level=.95,          # Level of the confidence band
 ): # The axes
     "Draw shifted against ordinary accuracy on logit scales, with the line of ordinary networks."
     if ax is None: ax = plt.subplots(figsize=(5.5, 4.5), layout='constrained')[1]
@@ -332,8 +332,8 @@ class Calibration(NamedTuple):
 def calibration_error(
     learn,        # A Learner whose network is in evaluation mode
     dl=None,      # Batches `(x, y)` with class numbers, read once; `None`: the validation loader
-    bins=15,      # Of equal width in confidence, >= 1
-    samples=None, # Only so many samples, chosen at random, always the same ones
+    bins=15,      # Number of bins of equal width in confidence, >= 1
+    samples=None, # Number of samples, chosen at random, always the same ones; `None`: all
 ) -> Calibration: # The error, and the diagram's bars
     """Return the expected calibration error.
 

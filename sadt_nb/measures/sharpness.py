@@ -25,7 +25,7 @@ def sam_sharpness(
     learn,          # A Learner whose network is in evaluation mode
     rho=.05,        # Radius in weight space, > 0; with `adaptive` in multiples of each weight
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, chosen at random, always the same ones
+    samples=None,   # Number of samples, chosen at random, always the same ones; `None`: all
     adaptive=False, # Scale the neighbourhood with the size of each weight
 ) -> float: # Rise of the loss; negative where a step of this length overshoots
     """Return how much the loss rises at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
@@ -47,7 +47,7 @@ def sam_sharpness(
 def gradient_norm(
     learn,        # A Learner whose network is in evaluation mode
     dl=None,      # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None, # Only so many samples, chosen at random, always the same ones
+    samples=None, # Number of samples, chosen at random, always the same ones; `None`: all
 ) -> float: # Loss per unit of length in weight space
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
@@ -71,12 +71,12 @@ def _weight_noise(params, std, adaptive, g):
 
 def average_sharpness(
     learn,          # A Learner whose network is in evaluation mode
-    std=.01,        # Of the noise on every weight, > 0; with `adaptive` in multiples of each weight
+    std=.01,        # Deviation of the noise on a weight, > 0; with `adaptive` in multiples of the weight
     dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # Only so many samples, chosen at random, always the same ones
+    samples=None,   # Number of samples, chosen at random, always the same ones; `None`: all
     pairs=20,       # Random steps, each with its opposite, >= 2
     adaptive=False, # Scale the noise with the size of each weight
-    seed=0,         # Of the noise
+    seed=0,         # Seed of the noise
     progress=True,  # Show a bar after three seconds
 ) -> AverageSharpness: # Mean rise, its standard error, the pairs drawn, and whether all were
     """Return how much the loss rises on average when noise is added to the weights.
@@ -112,7 +112,7 @@ class FlatnessRecorder(Callback):
         measures=None, # Name to `f(learn, dl=...)`, which gives a number or has a `value`; `None`: SAM's
         every=1,       # Epochs between two measurements, >= 1
         dl=None,       # Batches `(x, y)`; `None`: the training loader, in order
-        samples=None,  # Only so many samples, chosen at random, always the same ones
+        samples=None,  # Number of samples, chosen at random, always the same ones; `None`: all
     ):
         if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
         self.measures = measures or dict(sharpness=sam_sharpness)
@@ -152,7 +152,7 @@ class FlatnessRecorder(Callback):
 # %% ../../nbs/measures/51_sharpness.ipynb #57d8939f
 def weight_histograms(
     model:nn.Module, # Its parameters with more than one axis are counted: kernels and matrices
-    bins=60,         # Of equal width, from minus to plus the layer's largest absolute weight
+    bins=60,         # Bins of equal width, from minus to plus the layer's largest absolute weight
 ) -> dict: # Name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
     "Return a histogram of the weights per layer. Raises `ValueError` for a network without such parameters."
     out = {}

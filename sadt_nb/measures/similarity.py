@@ -37,7 +37,7 @@ def collect_logits(
 # %% ../../nbs/measures/54_similarity.ipynb #8b0b692d
 def logit_mse(
     student:nn.Module, # One network
-    teacher:nn.Module, # The other one
+    teacher:nn.Module, # The other network
     dl,                # Batches `(x, ...)`
 ) -> float: # Squared logits, >= 0
     "Return the mean squared difference of two networks' logits (Pham et al. 2022, Figure 6)."
@@ -46,7 +46,7 @@ def logit_mse(
 
 def agreement(
     student:nn.Module, # One network
-    teacher:nn.Module, # The other one
+    teacher:nn.Module, # The other network
     dl,                # Batches `(x, ...)`
 ) -> float: # In [0, 1]
     "Return the share of samples for which both networks predict the same class."

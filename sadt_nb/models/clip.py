@@ -40,7 +40,7 @@ class ZeroShot(nn.Module):
 def zero_shot_weights(
     clip:nn.Module, # A CLIP of open_clip, in evaluation mode
     tokens:Tensor,  # `(classes, prompts, length)`: captions for each class, from open_clip's tokenizer
-) -> dict: # What a `ZeroShot` needs, for `torch.save`
+) -> dict: # State dict of a `ZeroShot`, for `torch.save`
     "Return the image network and the mean embedding of each class's captions."
     text = [F.normalize(clip.encode_text(t, normalize=True).mean(0), dim=-1) for t in tokens]
     image = {f'image.{k}': v for k, v in clip.visual.state_dict().items()}

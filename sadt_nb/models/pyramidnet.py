@@ -20,7 +20,7 @@ class PyramidBlock(nn.Module):
     def __init__(self,
         n_in:int,     # Input channels
         n:int,        # Output channels, `n_in` or more
-        stride:int=1, # Of the first convolution; with 2 the shortcut averages squares of 2 x 2 pixels
+        stride:int=1, # Stride of the first convolution; with 2 the shortcut averages 2 x 2 pixels
     ):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(n_in)

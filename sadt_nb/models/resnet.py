@@ -16,8 +16,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 class _Plain:
     "Base class of both blocks without a shortcut; it also removes the layer in the shortcut."
     def __init__(self,
-        *args,    # As for torchvision's block
-        **kwargs, # As for torchvision's block
+        *args,    # Arguments of torchvision's block
+        **kwargs, # Arguments of torchvision's block
     ):
         super().__init__(*args, **kwargs)
         self.downsample = None

@@ -18,7 +18,7 @@ class WideBlock(nn.Module):
     def __init__(self,
         n_in:int,         # Input channels
         n:int,            # Output channels; if they differ from `n_in`, the shortcut is a 1x1 convolution
-        stride:int=1,     # Of the first convolution; 2 halves the image
+        stride:int=1,     # Stride of the first convolution; 2 halves the image
         dropout:float=0., # Share of the numbers that are set to zero, in [0, 1]
     ):
         super().__init__()

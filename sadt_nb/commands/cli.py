@@ -375,7 +375,7 @@ def sadt_measure(
     name = Path(name)
     cfg = _stored_config(name, 'train one with sadt_train')
     if name.resolve().name != cfg.name:
-        raise ValueError(f'{name} does not bear the name of its run, {cfg.name}; rename it')
+        raise ValueError(f'{name} is not named after its run; rename it to {cfg.name}')
     chosen = measures.replace(',', ' ').split() or None
     measured = measure_run(cfg, name.resolve().parent, chosen, samples, force)['measures']
     for k, m in measured.items(): print(_measure_line(k, m))

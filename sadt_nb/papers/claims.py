@@ -55,7 +55,7 @@ class Evidence(NamedTuple):
         found = f'{self.mean:{digits}}'
         if self.low < self.high: found += f' [{self.low:{digits}}, {self.high:{digits}}]'
         found = f'{found} {self.mark}'.strip()
-        return f'{self.label} ' + found.replace(' ', '\N{NO-BREAK SPACE}') # all on one line
+        return f'{self.label} ' + found.replace(' ', '\N{NO-BREAK SPACE}') # no line break inside
 
 # %% ../../nbs/papers/109_claims.ipynb #658eb108
 def counted(
@@ -85,7 +85,7 @@ VERDICTS = { # verdict to its colour in figures
 }
 
 class Claim(NamedTuple):
-    "What a paper says, and what we have seen of it."
+    "A claim of a paper, with our evidence for it."
     says: str
     where: str         # Section, table or figure of the paper
     ours: list = []    # Evidence as the paper compares

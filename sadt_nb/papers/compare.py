@@ -16,7 +16,7 @@ from .base import SMALL_CIFAR, SMALL_DIGITS, PaperRun, distilled, noisy_digits, 
 _FLATNESS_METHODS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa', 'repeat_step')
 _FLATNESS_MEASURES = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness',
                       'gradient_norm', 'calibration_error', 'corrupted_accuracy')
-_PICTURES = { # of the first seed only
+_PICTURES = { # measures for figures, of these kinds and the first seed only
     'spectrum': ('baseline', 'sam', 'round 1', 'round 2'),
     'surface': ('baseline', 'sam', 'saf', 'mesa', 'round 1', 'round 2'),
 }

@@ -34,7 +34,7 @@ def verdict(
     published, # Published difference from the plain row, `None` if there is none
     low, high, # Ends of our interval, NaN if there is none
 ) -> str: # 'reproduced', 'not reproduced', 'not decidable here', or '' without a published difference
-    "Return the verdict of the rule above."
+    "Return the verdict of a row: whether our interval lies on the published side of zero."
     if published is None or published == 0: return ''
     if not low * high > 0: return 'not decidable here' # the interval contains zero, or there is none
     return 'reproduced' if (low > 0) == (published > 0) else 'not reproduced'
@@ -110,7 +110,7 @@ def comparison(
     scale=1.,             # Share of the published epochs that the runs were trained for
     amp='',               # Mixed precision that the runs were trained in; the preset's own if empty
 ) -> pd.DataFrame: # One row per row of the table; accuracies in percent, differences in points
-    "Return published and our accuracies side by side. Raises `ValueError` if no run has finished."
+    "Return published and our accuracies. Raises `ValueError` if no run of the table has finished."
     cells = pd.DataFrame(_cells(name, results, scale, amp))
     if cells['result'].isna().all(): raise _nothing_finished(name, scale, amp)
     out = []
@@ -255,7 +255,7 @@ def write_pages(
     scale=1.,  # Share of the published epochs that the runs were trained for
     amp='',    # Mixed precision that the runs were trained in; the preset's own if empty
 ) -> list[Path]: # The HTML page, which needs no other file; the Markdown page; its figure if there are curves
-    "Write the comparison with curves, rule and origin. Raises `ValueError` if no run has finished."
+    "Write a comparison with curves, rule and origin as pages. Raises `ValueError` if no run has finished."
     results = load_results(root)
     table = comparison(name, results, scale, amp)
     table = table.loc[:, (table != '').any()] # drop columns without any value

@@ -116,6 +116,14 @@ def _teacher_fields(folder, root):
         raise ValueError(f'the teacher is not below {root}; pass --root {folder.parent}')
     return dict(teachers=teacher, split=teacher.seed if teacher.split is None else teacher.split)
 
+# %% ../../nbs/commands/110_cli.ipynb #a915ba59
+def _print_result(cfg, r, root):
+    "Print accuracies, cost and folder of a finished run."
+    print(f'{cfg.method} on {cfg.data}: test accuracy {r["accuracy"]:.3f}, '
+          f'with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
+          f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
+    print(f'stored in {Path(root) / cfg.name}')
+
 # %% ../../nbs/commands/110_cli.ipynb #ba2266c5
 @command
 def sadt_train(
@@ -171,11 +179,7 @@ def sadt_train(
         method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
         opt_args=_options(opt_args), **_teacher_fields(teacher, root))
     r = run(cfg, root, force=force, minutes=minutes)
-    if this_rank(): return # under `accelerate launch` only the first process prints
-    print(f'{method} on {data}: test accuracy {r["accuracy"]:.3f}, '
-          f'with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
-          f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
-    print(f'stored in {Path(root) / cfg.name}')
+    if not this_rank(): _print_result(cfg, r, root) # under `accelerate launch` only the first process prints
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _list_tables(device=None):

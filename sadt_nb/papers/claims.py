@@ -232,6 +232,7 @@ def place_kind_seed(
     kind = ' · '.join(p for p in parts if not p.startswith(('noise ', 'seed ')))
     return dict(place=place, kind=kind, seed=parts[-1] if parts[-1].startswith('seed') else '')
 
+# %% ../../nbs/papers/109_claims.ipynb #8c5bad94
 def stored_networks(
     places:list, # List of `Place`
 ) -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `study`, `run`, and numbers
@@ -252,6 +253,7 @@ def stored_networks(
                              diversity=found['diversity']))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/papers/109_claims.ipynb #644ece89
 def tuned_networks(
     place:str, # Name for these networks
     study:str, # Page that shows them

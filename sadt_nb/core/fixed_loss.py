@@ -13,7 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastai.torch_core import to_device
 
-from .perturb import trainable_params, unwrapped
+from .perturb import trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174
 def _repeatable(dl, shuffle):
@@ -102,6 +102,7 @@ class FixedLoss:
         self.n = sum(len(y) for _, y in self.batches)
 
     def _weighted(self):
+        weights_moved() # since the last call, perhaps inside the user's autocast
         for xb, y in self.batches: yield self.loss_func(self.model(*xb), y) * (len(y) / self.n)
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 
 from .passes import ORDERS, replayed_rows, replays_other_loss
+from .perturb import weights_moved
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
 class LossTerm(Callback):
@@ -33,6 +34,8 @@ class LossTerm(Callback):
         if replays_other_loss(self.learn): return
         extra = self.term(self.learn.pred, replayed_rows(self.learn))
         if extra is not None: self.learn.loss_grad = self.learn.loss_grad + extra
+
+    def after_batch(self): weights_moved()
 
 # %% ../../nbs/core/04_loss_terms.ipynb #25aa4324
 class TrajectoryLoss(LossTerm):

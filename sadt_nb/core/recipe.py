@@ -17,7 +17,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .passes import ORDERS
-from .perturb import trainable_params, unwrapped
+from .perturb import trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
 
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
@@ -125,6 +125,7 @@ def _pull_(slow, fast, kept):
     fast_tensors = list(fast.values())
     torch._foreach_lerp_(slow_tensors, fast_tensors, 1 - kept)
     torch._foreach_copy_(fast_tensors, slow_tensors)
+    weights_moved()
 
 # %% ../../nbs/core/09_recipe.ipynb #3abc16fb
 class Lookahead(Callback):

@@ -423,6 +423,7 @@ def _training_parts(train, valid, n_train, split):
         train = train.subset(_split(train.y, n_train, split)[1])
     return train, held_out
 
+# %% ../../nbs/data/72_datasets.ipynb #ff568a8e
 def get_dls(
     name_or_path,       # A name in `DATASETS`, an image folder, or a tar archive of one
     bs:int=128,         # Images per training batch, at least 1, at most the number of training images

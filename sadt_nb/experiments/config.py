@@ -137,6 +137,7 @@ def _check_training(run):
     if run.select == 'valid' and not run.valid:
         raise ValueError("select='valid' needs validation images; set `valid` above 0")
 
+# %% ../../nbs/experiments/80_config.ipynb #9b9e7adf
 def _split(run):
     "Return what decides which images are held out for validation."
     return run.valid, run.seed if run.split is None else run.split
@@ -165,6 +166,7 @@ def _check_method(run):
     if needs_teacher: options['teacher'] = None
     make_method(run.method, **options) # raises for a wrong option
 
+# %% ../../nbs/experiments/80_config.ipynb #50c9cc9c
 @lru_cache(None) # a grid checks the same few networks hundreds of times
 def _check_model(name, args):
     "Raise `ValueError` if the network cannot be built."

@@ -227,6 +227,20 @@ def _counted(f, recorder, key):
         return f(*args, **kwargs)
     return counted
 
+def _start_counting(recorder):
+    "Count steps, training forwards and backwards of the recorder's Learner."
+    learn = recorder.learn
+    def count_forward(module, inputs): recorder.counts['forwards'] += learn.model.training
+    learn.opt.step = _counted(learn.opt.step, recorder, 'steps')
+    learn._backward = _counted(learn._backward, recorder, 'backwards')
+    recorder.hook = learn.model.register_forward_pre_hook(count_forward)
+
+def _stop_counting(recorder):
+    "Remove the counters."
+    vars(recorder.learn.opt).pop('step', None)
+    vars(recorder.learn).pop('_backward', None)
+    if recorder.hook: recorder.hook.remove()
+
 class _Sums:
     "Sums of the loss and of right predictions, kept on the device."
     def __init__(self, device):
@@ -254,15 +268,12 @@ class RunRecorder(Callback):
     order = Recorder.order + 1
     def __init__(self,
         on_epoch=None, # Called with the history after every epoch
-    ): self.on_epoch, self.rows, self.failed = on_epoch, [], None
+    ): self.on_epoch, self.rows, self.failed, self.hook = on_epoch, [], None, None
 
     def before_fit(self):
         self.rows, self.failed, self.kept = [], None, 0
         self.counts = dict(steps=0, forwards=0, backwards=0)
-        self.learn.opt.step = _counted(self.opt.step, self, 'steps')
-        self.learn._backward = _counted(self.learn._backward, self, 'backwards')
-        def count_forward(module, inputs): self.counts['forwards'] += self.model.training
-        self._hook = self.model.register_forward_pre_hook(count_forward)
+        _start_counting(self)
 
     def _start(self):
         self._sums = _Sums(next(self.model.parameters()).device)
@@ -308,11 +319,7 @@ class RunRecorder(Callback):
     def load_state_dict(self, state):
         self.rows, self.counts, self.kept = list(state['rows']), dict(state['counts']), state['kept']
 
-    def unhook(self):
-        "Remove the counters."
-        vars(self.learn.opt).pop('step', None)
-        vars(self.learn).pop('_backward', None)
-        if hasattr(self, '_hook'): self._hook.remove()
+    def unhook(self): _stop_counting(self)
 
 # %% ../../nbs/experiments/81_runner.ipynb #822a4071
 def weights_file(
@@ -671,6 +678,7 @@ class _Training:
         if self.recorder.failed: return self.store('diverged', resumed, error=self.recorder.failed)
         return self.store('finished', resumed, **_results(self.cfg, self.learn, self.folder))
 
+# %% ../../nbs/experiments/81_runner.ipynb #256f62c3
 def _train(cfg, root, force, progress, device, minutes):
     "Train, evaluate, store; the caller holds the lock."
     keep_pages()

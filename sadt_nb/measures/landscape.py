@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
-from ..core.perturb import trainable_params, unwrapped
+from ..core.perturb import trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/measures/52_landscape.ipynb #510e1ca3
 def _norm_over(p, axes): return torch.linalg.vector_norm(p, dim=axes, keepdim=True)
@@ -112,9 +112,12 @@ class _Slice:
                 torch._foreach_copy_(self.here, start)
                 for (tensors, deltas), c in zip(self.moves, multiples):
                     if c: torch._foreach_add_(tensors, deltas, alpha=float(c))
+                weights_moved()
                 return self.loss()
             try: yield loss_at
-            finally: torch._foreach_copy_(self.here, start)
+            finally:
+                torch._foreach_copy_(self.here, start)
+                weights_moved()
 
 # %% ../../nbs/measures/52_landscape.ipynb #208853bc
 def _multiples(span, points):

@@ -213,8 +213,8 @@ def _read_folder(folder, vocab):
     data = ImageFolder(folder)
     for c in data.classes:
         if c not in vocab:
-            raise ValueError(f'{folder} has a class {c!r}, which the network does not know; '
-                             f'it knows {", ".join(map(str, vocab))}')
+            raise ValueError(f'{folder} has a class {c!r}, which the network does not have; '
+                             f'it has {", ".join(map(str, vocab))}')
     x = [np.asarray(data.loader(f)) for f, _ in data.samples]
     if len({i.shape for i in x}) > 1: raise ValueError(f'the images in {folder} differ in size')
     return np.stack(x), np.array([vocab.index(data.classes[i]) for i in data.targets])

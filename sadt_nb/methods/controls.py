@@ -9,7 +9,7 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.passes import ORDERS, StepGrads
-from ..core.perturb import trainable_params
+from ..core.perturb import weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
 class RepeatStep(Callback):
@@ -29,8 +29,9 @@ class RepeatStep(Callback):
         grads = self.step_grads.grads
         if grads is None: return # the step was skipped after an overflow
         for _ in range(self.n - 1):
-            for n, p in trainable_params(self.model).items():
+            for n, p in self.step_grads.params().items():
                 if n in grads: p.grad.copy_(grads[n]) # the step itself may have written into the gradient
             self.learn._step()
 
+    def after_batch(self): weights_moved()
     def after_fit(self): self.learn.remove_cb(StepGrads)

@@ -82,6 +82,7 @@ class MESA(TrajectoryLoss):
     def after_step(self): self._stepped, self._refused = not self._refused, False
 
     def after_batch(self): # not in `after_step`: a method may make a second step after it
+        super().after_batch()
         if self._stepped: _average_(self.teacher, unwrapped(self.learn.model), self.beta)
         self._stepped = False
 

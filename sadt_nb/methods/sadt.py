@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.losses import kl_div
-from ..core.passes import ExtraPass, StepGrads, step_unscaled
+from ..core.passes import ExtraPass, StepGrads, step_unscaled, take_gradients
 from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
 from ..core.shared_trunk import shared_forward
 
@@ -245,12 +245,13 @@ class _TwoSteps(ExtraPass):
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
         if g_up is None: return # the first step was skipped after an overflow
+        stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
-        for p in params.values(): p.grad = None
-        self._add_teachers(params, g_up, micro_batches)
+        take_gradients(stepped.values())
+        self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
 
         def second_step():
-            _add_first_gradients(params, g_up)
+            _add_first_gradients(stepped, g_up)
             self.learn._step()
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()

@@ -24,7 +24,7 @@ class _Line(NamedTuple):
     "Published percent: a number, or a mean and its spread; `None` where the paper has none."
     teacher: tuple | float | None
     sam: tuple | float | None
-    rounds: dict # alpha: one value per round
+    rounds: dict # alpha to one value per round
 
 _TABLE2 = { # network, strong augmentation
     ('resnet18', False): _Line((95.57, .15), (96.25, .06), {
@@ -63,13 +63,13 @@ _TABLE3 = { # ResNet-20: with shortcuts, strong augmentation
 _PRETRAINED = 'starts from weights trained on ImageNet, in the folder SADT_WEIGHTS'
 
 def _row(label, run, value, note=''):
-    "A row with a published value in percent."
+    "Return a row with a published value in percent."
     mean, spread = value if isinstance(value, tuple) else (value, None)
     published = None if mean is None else round(mean / 100, 4)
     return PaperRun(label, run, published, note, None if spread is None else round(spread / 100, 4))
 
 def _rows(where, base, line, seeds=3, notes=None, with_sam=True):
-    "Teacher, rounds and SAM of one line of a table. `notes`: for the teacher, three rounds, and SAM."
+    "Yield teacher, rounds and SAM of one line of a table; `notes` has one for each of them, in this order."
     notes = notes or [''] * 5
     if base.model.startswith('vit'):
         base = base.but(model_args=dict(pretrained=True))
@@ -87,13 +87,13 @@ def _augmented(run, strong): return run.but(**_STRONG) if strong else run
 def _strength(strong): return 'AutoAugment, Cutout' if strong else 'crop and mirror'
 
 def _table2():
-    "Four networks on CIFAR-10, three values of alpha."
+    "Yield four networks on CIFAR-10, three values of alpha."
     for (model, strong), line in _TABLE2.items():
         base = _augmented(_DISTILL.but(model=model), strong)
         yield from _rows(f'{model} · {_strength(strong)}', base, line)
 
 def _table3():
-    "ResNet-20 with and without shortcuts."
+    "Yield ResNet-20 with and without shortcuts."
     for (skip, strong), line in _TABLE3.items():
         name = 'resnet20' if skip else 'resnet20 without shortcuts'
         base = _DISTILL.but(model='resnet20', model_args={} if skip else dict(skip=False))
@@ -115,7 +115,7 @@ _TABLE1 = [ # network, data, strong augmentation: teacher, student, SAM (which i
 _MISPRINT = 'printed as CIFAR-10, but 8 points below the row above, so taken as CIFAR-100'
 
 def _table1():
-    "Teacher, student and SAM of ten lines."
+    "Yield teacher, student and SAM of ten lines."
     for model, data, strong, accuracy, student, sam in _TABLE1:
         teacher = _augmented(_DISTILL.but(model=model, data=data, split=0), strong)
         where = f'{model} · {data} · {_strength(strong)}'
@@ -136,14 +136,14 @@ def _curvature_notes(*pairs):
     return [text.format(*pair) for pair in pairs]
 
 def _table4():
-    "SVHN: a teacher and three rounds."
+    "Return a teacher and three rounds on SVHN."
     notes = _curvature_notes((197.53, 9.24), (205.79, 11.2), (98.62, 8.3), (271.71, 12.873)) + ['']
     line = _Line(95.23, None, {.5: (95.94, 95.67, 95.17)})
     base = _DISTILL.but(data='svhn', flip=False)
     return _rows('resnet18 · svhn', base, line, seeds=1, notes=notes, with_sam=False)
 
 def _table5():
-    "Tiny ImageNet: a teacher, three rounds and SAM."
+    "Return a teacher, three rounds and SAM on Tiny ImageNet."
     notes = _curvature_notes((415.64, 13.52), (352.12, 12.1), (361.34, 14.23), (332.67, 13.45),
                              (310.87, 8.04))
     line = _Line(62.49, 63.26, {.2: (65.45, 66.26, 65.99)})
@@ -157,7 +157,7 @@ _CURVE_BAN = 'published as curves: the ensemble of rounds stays below the indepe
 def _strong_teacher(seed=0): return _DISTILL.but(split=0, seed=seed, **_STRONG)
 
 def _ensembles():
-    "Nine teachers, and students of two to nine of them."
+    "Yield nine teachers, and students of two to nine of them."
     teachers = independent(_strong_teacher(), 9)
     for i, teacher in enumerate(teachers, start=1):
         yield PaperRun(f'teacher {i} of 9', teacher)
@@ -166,7 +166,7 @@ def _ensembles():
         yield PaperRun(f'student of {n} teachers', student, note=_CURVE_ENSEMBLES)
 
 def _ban():
-    "Chains of rounds, and independent networks."
+    "Yield chains of rounds, and independent networks."
     for seed in range(0, 30, 10):
         base = _strong_teacher(seed)
         for i, run in enumerate(independent(base, 4)):
@@ -176,7 +176,7 @@ def _ban():
                 yield PaperRun(f'alpha {alpha}, round {r} · seed {seed}', run, note=_CURVE_BAN)
 
 def _growing(where, teacher, alphas, n=3):
-    "For two to `n + 1` members: independent networks, and for each alpha the teacher and its rounds."
+    "Yield ensembles of two to `n + 1` members: independent networks, and per alpha a teacher and its rounds."
     for k in range(1, n + 1):
         yield PaperEnsemble(f'independent, {k + 1} members · {where}', tuple(independent(teacher, k + 1)))
         for alpha in alphas:
@@ -184,7 +184,7 @@ def _growing(where, teacher, alphas, n=3):
             yield PaperEnsemble(f'alpha {alpha}, rounds 0 to {k} · {where}', chain)
 
 def _teachers_of(base, where=''):
-    "Ensembles of the first two to nine independent networks."
+    "Return ensembles of the first two to nine independent networks."
     teachers = independent(base, 9)
     return [PaperEnsemble(f'{n} teachers{where}', tuple(teachers[:n])) for n in range(2, 10)]
 
@@ -197,7 +197,7 @@ _CLIP = Run(data='imagenet', opt='sgd', opt_args=dict(momentum=.9, weight_decay=
             epochs=90, bs=1024, valid=0., amp='bf16')
 
 def _robust_teacher():
-    "CLIP teachers and their students."
+    "Yield CLIP teachers and their students."
     for depth, alphas in ((50, (0., .2, .4, .6, .8, 1.)), (101, (0.,))):
         base = _CLIP.but(model=f'clip_resnet{depth}')
         teacher = base.but(model_args=dict(zero_shot=True), epochs=0)
@@ -212,7 +212,7 @@ _NOISE = (0., .2, .4, .6)
 _DIGIT_SEEDS = range(0, 50, 10)
 
 def _digits():
-    "Digits with wrong labels: teachers, SAM, independent networks, and rounds."
+    "Yield teachers, SAM, independent networks and rounds on digits with wrong labels."
     for noise in _NOISE:
         for seed in _DIGIT_SEEDS:
             teacher = noisy_digits(noise, seed)
@@ -226,7 +226,7 @@ def _digits():
                     yield PaperRun(f'alpha {alpha}, round {r} · {where}', run)
 
 def _digits_ensembles():
-    "Nine teachers with 40% wrong labels, and students of one to nine of them."
+    "Yield nine teachers with 40% wrong labels, and students of one to nine of them."
     for seed in _DIGIT_SEEDS:
         teachers = independent(noisy_digits(.4, seed), 9)
         for i, teacher in enumerate(teachers, start=1):
@@ -235,13 +235,13 @@ def _digits_ensembles():
             yield PaperRun(f'student of {n} · seed {seed}', distilled(tuple(teachers[:n]), seed + 1000, .2))
 
 def _digits_select():
-    "The epoch chosen at the end, on validation images, or on test images."
+    "Yield runs whose epoch is the last, or chosen on validation images, or chosen on test images."
     for select in ('last', 'valid', 'test'):
         for seed in _DIGIT_SEEDS:
             yield PaperRun(f'{select} · seed {seed}', noisy_digits(.4, seed).but(select=select))
 
 def _digits_robust():
-    "Teachers of clean labels, students of labels of which 40% are wrong."
+    "Yield teachers with clean labels, and students with labels of which 40% are wrong."
     for seed in _DIGIT_SEEDS:
         teacher = noisy_digits(0., seed)
         yield PaperRun(f'teacher with clean labels · seed {seed}', teacher)
@@ -250,7 +250,7 @@ def _digits_robust():
             yield PaperRun(f'alpha {alpha} · seed {seed}', student)
 
 def _cifar_small():
-    "ResNet-20 on 10,000 images: two rounds, and independent networks."
+    "Yield ResNet-20 on 10,000 images: two rounds, and independent networks."
     for seed in (0, 10, 20):
         teacher = SMALL_CIFAR.but(seed=seed)
         yield PaperRun(f'teacher · seed {seed}', teacher)
@@ -277,19 +277,19 @@ def _cifar_small_members():
 _CURVATURE = ('trace', 'eigenvalue')
 
 def _chain(model, data='cifar10', measures=_CURVATURE):
-    "Teacher, three rounds and SAM, with strong augmentation, once."
+    "Yield teacher, three rounds and SAM, with strong augmentation and one seed."
     base = _augmented(_DISTILL.but(model=model, data=data), strong=True)
     nothing = _Line(None, None, {.5: (None, None, None)})
     for c in _rows(f'{model} · {data}', base, nothing, seeds=1):
         yield replace(c, measures=measures)
 
 def _figure5():
-    "Traces and eigenvalues of VGG16 and ViT-S."
+    "Yield VGG16 and ViT-S with traces and eigenvalues."
     for model in ('vgg16', 'vit_s32'):
         yield from figure_rows(_table2, model, _strength(True), measures=_CURVATURE)
 
 def _figure8():
-    "Loss surfaces of a teacher and two rounds, without shortcuts."
+    "Yield a teacher and two rounds without shortcuts, with loss surfaces."
     for c in figure_rows(_table3, 'without shortcuts', 'crop and mirror', measures=('surface',), seed=0):
         if c.run.method != 'sam' and 'round 3' not in c.label:
             yield c

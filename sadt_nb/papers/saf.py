@@ -33,7 +33,7 @@ _ACCURACY = { # mean and spread in percent, a column per method
 _CIFAR = Run(opt='sgd', lr=.05, bs=128, epochs=200, crop=4, flip=True, valid=0., select='test')
 
 def _table3():
-    "Every cell of Table 3, three seeds each."
+    "Yield every cell of Table 3, three seeds each."
     for (model, data), row in _ACCURACY.items():
         decay, rho = _TABLE3[model]
         base = _CIFAR.but(data=data, model=model, opt_args=dict(momentum=.9, weight_decay=decay))
@@ -57,7 +57,7 @@ def _imagenet_note(method, published):
     return '' if published else 'not legible in our copy of the paper'
 
 def _table1():
-    "Every row of Table 1."
+    "Yield every row of Table 1."
     for model, (decay, trajectory_decay, row) in _TABLE1.items():
         if model.startswith('vit'):
             recipe, start, momentum = dict(opt='adamw', lr=3e-3, epochs=300), 150, {}
@@ -74,12 +74,12 @@ def _table1():
 
 # %% ../../nbs/papers/103_saf.ipynb #e13fff99
 def extra_memory(
-    samples:int, # Of the training set
+    samples:int, # Number of training images
     classes:int, # Logits per sample
     weights:int, # Parameters of the network
     lag:int=3,   # Epochs that SAF looks back
 ) -> dict: # Bytes, in float32
-    "What SAF and MESA keep (SAF paper, Table 2): logits of `lag` epochs, and a second set of weights."
+    "Return the memory of SAF, logits of `lag` epochs, and of MESA, a set of weights (SAF paper, Table 2)."
     return dict(saf=4 * samples * classes * lag, mesa=4 * weights)
 
 _MB = 2**20 # bytes
@@ -88,9 +88,9 @@ def _megabytes(n): return f'{n / _MB:,.0f}'
 
 def memory_columns(
     cell:PaperRun, # A cell of a table
-    result:dict,   # Of its run, `{}` if there is none
+    result:dict,   # Result of the cell's run, `{}` if there is none
 ) -> dict: # Empty for tables that are not about memory
-    "What a method keeps from step to step, in MB of 2**20 bytes: published, computed, and held by our run."
+    "Return the MB (2**20 bytes) a method keeps from step to step: published, computed, held by our run."
     if cell.memory is None: return {}
     held = _megabytes(result['method_bytes']) if 'method_bytes' in result else '-'
     return {'published MB': _megabytes(cell.memory), 'computed MB': _megabytes(cell.formula), 'held MB': held}
@@ -101,7 +101,7 @@ def _first_repetition(table):
         if 'seed' not in c.label or c.label.endswith('seed 0'): yield c
 
 def _memory_rows(table, data, model, published, samples, classes, weights):
-    "Rows of one network, with the published memory of a method in MB."
+    "Yield the rows of one network, with the published memory of each method."
     computed = extra_memory(samples, classes, weights)
     for c in _first_repetition(table):
         method = c.run.method
@@ -111,18 +111,18 @@ def _memory_rows(table, data, model, published, samples, classes, weights):
                        formula=computed[method])
 
 def _table2():
-    "Memory of SAF and MESA on ImageNet, and of SAF on CIFAR-100."
+    "Yield the memory of SAF and MESA on ImageNet, and of SAF on CIFAR-100."
     published = dict(saf=14_643, mesa=98)
     yield from _memory_rows(_table1, 'imagenet', 'resnet50', published, 1_281_167, 1000, 25_557_032)
     yield from _memory_rows(_table3, 'cifar100', 'resnet18', dict(saf=57), 50_000, 100, 0)
 
 # %% ../../nbs/papers/103_saf.ipynb #4a17ba3a
 def _figure4():
-    "ResNet-18 on CIFAR-10, with the sharpness of every epoch."
+    "Return ResNet-18 on CIFAR-10, with the sharpness of every epoch."
     return [replace(c, run=c.run.but(track=1)) for c in figure_rows(_table3, 'cifar10 · resnet18', seed=0)]
 
 def _surfaces(model):
-    "The preset of a figure with loss surfaces."
+    "Return the preset of a figure with loss surfaces."
     return partial(figure_rows, _table3, f'cifar100 · {model}', measures=('surface',), seed=0)
 
 GRIDS = {

@@ -113,7 +113,7 @@ class FixedLoss:
 
     @torch.enable_grad()
     def gradient(self) -> tuple: # The loss, and its gradient by name, shapes as the parameters
-        "Return the loss and its gradient; `.grad` is left alone."
+        "Return the loss and its gradient; `.grad` does not change."
         ps = list(self.params.values())
         total, grads = 0., None
         for loss in self._weighted():

@@ -106,7 +106,7 @@ def copied(
 def perturbed(
     params:dict[str, Tensor], # Name to parameter, as `trainable_params` gives them
     deltas:dict[str, Tensor], # Name to additive change, same shape, dtype and device; names may be missing
-    scratch:dict|None=None,   # Keeps the copies of the weights for the next call; `None` allocates anew
+    scratch:dict|None=None,   # Keeps the copies of the weights for the next call; `None` always allocates
 ):
     """Add `deltas` to `params` inside the block; afterwards, and after any exception, every bit is as before.
 

@@ -170,7 +170,7 @@ class Lookahead(Callback):
         return dict(slow=self.slow, batches=self.batches)
 
     def load_state_dict(self, state:dict):
-        "Continue where `state_dict` was taken."
+        "Restore what `state_dict` returned."
         self.batches = state['batches']
         for name, t in state['slow'].items():
             self.slow[name].copy_(t)
@@ -237,7 +237,7 @@ class PartialEpochs(Callback):
             raise ValueError(f'{self.epochs} epochs are trained by `fit({whole})`, not `fit({self.n_epoch})`')
 
     def _share(self, batches):
-        "Return the share of all steps that is done after so many batches of this epoch."
+        "Return the share of all steps that is done after `batches` batches of this epoch."
         per_epoch = len(self.dl)
         self.total = math.ceil(round(self.epochs * per_epoch, 6)) # 1.1 * 10 is a little more than 11
         return (self.epoch * per_epoch + batches) / self.total

@@ -74,12 +74,12 @@ class Generations(NamedTuple):
 
     @property
     def ban(self) -> Ensemble:
-        "The born-again ensemble."
+        "Return the born-again ensemble."
         return Ensemble(self.models)
 
     @property
     def ensemble(self) -> Ensemble:
-        "The ensemble of independent networks, of the same size."
+        "Return the ensemble of independent networks, of the same size."
         return Ensemble(self.independent)
 
 # %% ../../nbs/methods/31_born_again.ipynb #6aef965c

@@ -16,12 +16,11 @@ from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac
 class Distillation(LossTerm):
-    """Replaces each training loss by `alpha` loss + (1 - `alpha`) `temperature`² KL(teacher || student)
-    (Pham et al. 2022, section 3).
+    """Replaces each training loss by `alpha` loss + (1 - `alpha`) `temperature`² KL(teacher || student).
 
-    The teacher is set to evaluation mode, gets no gradient and is not pickled with the Learner. Raises
-    `ValueError` for values out of range, before training starts without a teacher, and at the first batch if
-    the teacher has another number of classes."""
+    As in Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient and is not
+    pickled with the Learner. Raises `ValueError` for values out of range, before training starts without a
+    teacher, and at the first batch if the teacher has another number of classes."""
     order = ORDERS['loss_term'] - 1 # `alpha` weighs the labels' loss, not the terms that other methods add
     _stateattrs = ('teacher',)      # left out of pickled Learners
 

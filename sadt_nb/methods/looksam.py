@@ -15,7 +15,7 @@ from ..core.perturb import ascent, copied, global_dot, global_norm, trainable_pa
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
-    "`g_v = g_s - (g_s.g / ||g||²) g` by name, in the memory of `g`; g_s are the gradients of `params`."
+    "Return `g_v = g_s - (g_s.g / ||g||²) g` in the memory of `g`; g_s are the gradients of `params`."
     g_v, g_s = {}, []
     for n, t in g.items():
         if params[n].grad is None: continue
@@ -62,7 +62,7 @@ def _fitted(direction, params):
 class LookSAM(PerturbedPass):
     """SAM's gradient at every `k`-th step, `g + alpha ||g|| g_v / ||g_v||` at the others (Liu et al. 2022).
 
-    Under gradient accumulation every micro-batch is treated like a batch, and their `g_v` are averaged.
+    Under gradient accumulation every micro-batch is treated like a batch, and the `g_v` are averaged.
     Raises `ValueError` for values out of range, and before training if a loaded direction does not fit."""
     per_rank, _stateattrs = False, ('direction',)
 

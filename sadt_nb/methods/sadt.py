@@ -56,7 +56,7 @@ class gradient_ascent:
     def __init__(self,
         lr,         # Length of the step in units of the gradient, >= 0
         noise_std,  # Standard deviation of the noise added to the gradient, >= 0
-        min_ndim=1, # Noise only on parameters with at least so many axes; 2 in the released code
+        min_ndim=1, # Noise only on parameters with at least this many axes; 2 in the released code
     ):
         if lr < 0 or noise_std < 0:
             raise ValueError(f'`lr` and `noise_std` must not be negative, got {lr} and {noise_std}')
@@ -282,12 +282,11 @@ def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, 
 
 # %% ../../nbs/methods/40_sadt.ipynb #e658391a
 class SADT(_SeededNoise, _TwoSteps):
-    """Makes two optimizer steps per batch, the second with `g_up + sum(g_aux)` of perturbed teachers
-    (Fahim & Boutellier 2022, section 3.1).
+    """Makes two optimizer steps per batch, the second with `g_up + sum(g_aux)` of perturbed teachers.
 
-    Gradient transformations that run in `before_step`, such as clipping, act on `g_up` only. Raises
-    `ValueError` for arguments out of range, and before training starts if variant 2 finds no convolution or
-    no dense layer."""
+    After Fahim & Boutellier 2022, section 3.1. Gradient transformations that run in `before_step`, such as
+    clipping, act on `g_up` only. Raises `ValueError` for arguments out of range, and before training starts
+    if variant 2 finds no convolution or no dense layer."""
     def __init__(self,
         variant=1,       # 1: noise everywhere; 2: two teachers, last convolution, last dense layer; 3: ascent
         spec='paper',    # Presets as the 'paper' describes them or as the released 'code' has them

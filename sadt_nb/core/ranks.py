@@ -53,7 +53,7 @@ def over_ranks(
     return tensor
 
 def _ddp(model):
-    "The `DistributedDataParallel` around the network, compiled or not; `None` in a single process."
+    "Return the `DistributedDataParallel` around the network, compiled or not; `None` in a single process."
     for m in (model, getattr(model, '_orig_mod', None)):
         if isinstance(m, DistributedDataParallel): return m
 
@@ -96,12 +96,12 @@ def on_rank_zero(
 # %% ../../nbs/core/10_ranks.ipynb #75fd1289
 def bare_loader(
     dl, # Any iterable of batches
-): # The loader itself, if fastai has wrapped it for distributed training
+): # `dl`, or the loader inside if fastai has wrapped it for distributed training
     "Return the loader that goes over all samples in every process."
     return getattr(dl, '__dict__', {}).get('dl', dl)
 
 def _shared_loader_class():
-    "fastai's `DistributedDL` with the order of samples sent through this process group."
+    "Return fastai's `DistributedDL` with the order of samples sent through this process group."
     from fastai.distributed import DistributedDL # an import of seconds, needed in distributed training only
     class SharedDL(DistributedDL):
         @property
@@ -118,7 +118,7 @@ def _shared_loader_class():
 def distributed_context(
     learn, # A Learner; nothing happens in a single process
 ):
-    "fastai's context for distributed training, with BatchNorm over the whole batch on GPUs."
+    "Inside the block a fit runs in all processes, with BatchNorm over the whole batch on GPUs."
     if n_ranks() == 1:
         yield
         return

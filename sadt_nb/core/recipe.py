@@ -55,7 +55,7 @@ def decoupled_groups(
     bs:int=1024,         # Images per batch, >= 1
     momentum=.85,        # Of Nesterov, in [0, 1)
     weight_decay=.0153,  # Share by which weights shrink per 1,024 images, times `1 + 1/(1 - momentum)`; >= 0
-    bias_scale=64.,      # Biases of normalisation layers get so many times the rate, > 0
+    bias_scale=64.,      # Factor of the rate for biases of normalisation layers, > 0
 ) -> list[dict]: # For `torch.optim.SGD`; `initial_lr` is the rate at the peak of the schedule
     """Return groups for SGD whose rate, momentum, decay and batch size can be changed one at a time.
 
@@ -131,7 +131,7 @@ def _pull_(slow, fast, kept):
 class Lookahead(Callback):
     """Pulls weights and buffers to a slow average after every few batches, and sets them to it at the end.
 
-    Raises `ValueError` for values out of range, and before training for fewer batches than `every`."""
+    Raises `ValueError` for values out of range, and before training if it has fewer batches than `every`."""
     order, run_valid = ORDERS['step_grads'] + 1, False # after every method has finished the batch
 
     def __init__(self,
@@ -147,7 +147,7 @@ class Lookahead(Callback):
 
     def before_train(self):
         if hasattr(self.learn, 'lr_finder'): return
-        partial_epochs = getattr(self.learn, 'partial_epochs', None) # has counted its batches already
+        partial_epochs = getattr(self.learn, 'partial_epochs', None) # has already counted its batches
         batches = partial_epochs.total if partial_epochs else len(self.dl) * self.n_epoch
         if batches < self.every:
             raise ValueError(f'`every` is {self.every} batches, but training has {batches} and would end '
@@ -171,14 +171,14 @@ class Lookahead(Callback):
         return dict(slow=self.slow, batches=self.batches)
 
     def load_state_dict(self, state:dict):
-        "Continue where `state_dict` was taken."
+        "Restore what `state_dict` returned."
         self.batches = state['batches']
         for name, t in state['slow'].items():
             self.slow[name].copy_(t)
 
 # %% ../../nbs/core/09_recipe.ipynb #85a61439
 class FreezeAfter(Callback):
-    """Freezes parameters once so many epochs are over; by default what the model's `frozen_after` names.
+    """Freezes parameters after a number of epochs each; by default those in the model's `frozen_after`.
 
     Raises `ValueError` for a name that the model does not have."""
     order, run_valid = ORDERS['extra_pass'] - 2, False # before a method looks at gradients
@@ -220,8 +220,8 @@ class FreezeAfter(Callback):
 class PartialEpochs(Callback):
     """Ends `fit(ceil(epochs))` after `ceil(epochs * batches per epoch)` batches; schedules cover just these.
 
-    Raises `ValueError` before training if `fit` is asked for another number of epochs."""
-    order, run_valid = TrainEvalCallback.order + 1, False # what it sets, schedules read
+    Raises `ValueError` before training if `fit` is called with another number of epochs."""
+    order, run_valid = TrainEvalCallback.order + 1, False # before the schedules, which read `pct_train`
 
     def __init__(self,
         epochs, # How many, > 0; need not be whole
@@ -238,7 +238,7 @@ class PartialEpochs(Callback):
             raise ValueError(f'{self.epochs} epochs are trained by `fit({whole})`, not `fit({self.n_epoch})`')
 
     def _share(self, batches):
-        "Return the share of all steps that is done after so many batches of this epoch."
+        "Return the share of all steps that is done after `batches` batches of this epoch."
         per_epoch = len(self.dl)
         self.total = math.ceil(round(self.epochs * per_epoch, 6)) # 1.1 * 10 is a little more than 11
         return (self.epoch * per_epoch + batches) / self.total

@@ -12,7 +12,7 @@ from torch import nn
 
 # %% ../../nbs/core/11_shared_trunk.ipynb #581b43fe
 def _trunk_modules(model, touched):
-    "The largest modules without a perturbed part."
+    "Return the largest modules without a perturbed part."
     modules = dict(model.named_modules(remove_duplicate=False)) # a layer may be registered under two names
     above = set() # modules with a perturbed part
     for name, module in modules.items():
@@ -76,7 +76,7 @@ def _replaced(places, values):
         for module, key, parameter in saved: module._parameters[key] = parameter
 
 def _places(model, names):
-    "Where each parameter is used: its name to pairs of a module and an attribute."
+    "Return where each parameter is used: its name to pairs of a module and an attribute."
     places = {n: [] for n in names.values()}
     for module in model.modules():
         for key, parameter in module._parameters.items():

@@ -17,7 +17,7 @@ from ..core.perturb import trainable_params
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
 ) -> Tensor: # Norm of each output unit, with the axes of `x`; of the whole tensor for a vector or scalar
-    "Euclidean norm of each unit."
+    "Return the Euclidean norm of each unit."
     if x.ndim <= 1: return x.norm()
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
@@ -26,7 +26,7 @@ def clip_units_(
     params,     # Parameters
     grads,      # Their gradients, changed in place
     clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
-    eps=1e-3,   # Weight norms below this count as this
+    eps=1e-3,   # Smaller weight norms are replaced by this value
 ):
     "Scale down, in place, each unit's gradient that is longer than `clip` times the unit's weights."
     for p, g in zip(params, grads):
@@ -44,7 +44,7 @@ class AGC(Callback):
 
     def __init__(self,
         clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
-        eps=1e-3,   # Weight norms below this count as this, > 0
+        eps=1e-3,   # Smaller weight norms are replaced by this value, > 0
         exclude=(), # No clipping where a parameter's name contains one of these; in the paper, the classifier
     ):
         if clip <= 0 or eps <= 0: raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')

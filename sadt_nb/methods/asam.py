@@ -14,7 +14,7 @@ from ..core.perturb import ascent, perturbed, trainable_params, weight_sizes
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
 def _ascent(params, grads, rho, eta, scratch=None):
-    "ASAM's perturbation by name; `grads` are overwritten."
+    "Return ASAM's perturbation by name; `grads` are overwritten."
     weights = [n for n in grads if 'weight' in n]
     return ascent(grads, rho, weight_sizes(params, weights, eta, scratch), eps=1e-16)
 
@@ -25,7 +25,7 @@ def asam_step(
     rho=.5,                # Radius relative to the weights, > 0
     eta=.01,               # Added to the size of each weight, >= 0
 ) -> Tensor: # The loss at the unperturbed weights, detached
-    "One ASAM step in plain PyTorch (Kwon et al. 2021)."
+    "Make one ASAM step in plain PyTorch (Kwon et al. 2021)."
     optimizer.zero_grad()
     loss = loss_fn()
     loss.backward()

@@ -22,7 +22,7 @@ def sharpest(
     rise:Tensor, # `(n,)` increase of each sample's loss
     gamma,       # Fraction to keep, in (0, 1]
 ) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
-    "Positions of the samples whose loss rose most."
+    "Return the positions of the samples whose loss rose most."
     k = max(1, ceil(gamma * len(rise) - 1e-9)) # 0.1 * 30 is a little more than 3 in floating point
     return rise.topk(k).indices.sort().values
 
@@ -38,7 +38,7 @@ def esam_step(
     gamma=.5,              # Fraction of samples in the second pass, in (0, 1]
     generator=None,        # Source of the draws, on the CPU
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
-    "One ESAM step in plain PyTorch (Du et al. 2022)."
+    "Make one ESAM step in plain PyTorch (Du et al. 2022)."
     optimizer.zero_grad()
     before = losses(None)
     before.mean().backward()
@@ -62,15 +62,15 @@ def _check_mixing(learn):
 
 # %% ../../nbs/methods/22_esam.ipynb #7491b3d7
 class ESAM(PerturbedPass):
-    """Replaces each batch's gradient by that of its sharpest samples, uphill (Du et al. 2022).
+    """Replaces each batch's gradient by that of its sharpest samples at a point uphill (Du et al. 2022).
 
-    It is taken at `w + (rho / beta) m g / ||g||`; `m` is 1 for a tensor with probability `beta`, else 0.
+    The point is `w + (rho / beta) m g / ||g||`; `m` is 1 for a tensor with probability `beta`, else 0.
     Raises `ValueError` for values out of range. Raises it before training starts if `gamma` is below 1 and a
     callback mixes labels of the whole batch; the loader's `CutMix` can be used."""
     def __init__(self,
         rho=.05,     # Radius in weight space, > 0; read at every batch
         beta=.6,     # Probability that a parameter tensor is perturbed, in (0, 1]; 1: all are
-        gamma=.5,    # Fraction of samples in the second pass, in (0, 1]; 1: all, and none are chosen
+        gamma=.5,    # Fraction of samples in the second pass, in (0, 1]; 1: all, without a choice
         bn='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
         rng='fresh', # Dropout masks in the second pass: 'fresh' or 'replay'
         seed:int=0,  # Of the draws

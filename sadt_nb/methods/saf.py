@@ -27,7 +27,7 @@ class Records:
         samples:int, # Size of the training set
         classes:int, # Logits per sample
         device=None, # Where they are kept
-    ) -> 'Records': # With nothing on record
+    ) -> 'Records': # Without any record yet
         never = torch.iinfo(torch.int16).min
         logits = torch.zeros(lag, samples, classes, dtype=torch.float16, device=device)
         return cls(logits, torch.full((lag, samples), never, dtype=torch.int16, device=device))
@@ -43,8 +43,8 @@ class Records:
         ids:Tensor, # `(n,)` positions of the samples
         now:Tensor, # `(n, classes)` their logits
         epoch:int,  # The present epoch, from 0
-    ) -> Tensor: # `(n, classes)` logits of `lag` epochs ago; without a record `now`, whose divergence is zero
-        "Read the records of these samples, and write the present logits in their place."
+    ) -> Tensor: # `(n, classes)` logits of `lag` epochs ago; `now`, with divergence zero, if missing
+        "Return the records of these samples, and write the present logits in their place."
         slot = epoch % self.lag
         known = self.written[slot, ids] == epoch - self.lag
         past = torch.where(known[:, None], self.logits[slot, ids].to(now.dtype), now)
@@ -56,7 +56,7 @@ class Records:
     def merge(self,
         epoch:int, # The present epoch, from 0
     ):
-        "Give every process the records that the others have made in this epoch."
+        "Exchange the records of this epoch between all processes."
         if not (distributed.is_available() and distributed.is_initialized()): return
         if distributed.get_world_size() == 1: return
         slot = epoch % self.lag
@@ -93,7 +93,7 @@ def _check_labels(y, logits):
 class SAF(TrajectoryLoss):
     """Adds `lam` KL(prediction `lag` epochs ago || prediction), softened by `tau` (Du et al. 2022, eq. 9).
 
-    Needs a fastai DataLoader or `TensorDL`, which tell samples apart. Raises `ValueError` for values out of
+    Needs a fastai DataLoader or `TensorDL`, which give sample ids. Raises `ValueError` for values out of
     range, and before training for other loaders, for MixUp or CutMix, and for records of another data set."""
     _stateattrs = ('records',) # left out of pickled Learners
 
@@ -121,7 +121,7 @@ class SAF(TrajectoryLoss):
 
     @torch.no_grad()
     def _exchange(self, now):
-        "The past logits of this batch's samples; the present ones take their place."
+        "Return the past logits of this batch's samples, and store the present ones in their place."
         _check_logits(now, self.records)
         if self.learn.iter == 0: _check_labels(self.learn.yb[0], now) # once an epoch: it waits for the device
         if self.records is None:

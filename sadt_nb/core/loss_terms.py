@@ -13,7 +13,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 
-from .passes import ORDERS, replayed_rows, replays_other_loss
+from .passes import ORDERS, batch_size, device_of, replayed_rows, replays_other_loss
 from .perturb import weights_moved
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
@@ -96,10 +96,10 @@ class SampleIds(Callback):
         dl.get_idxs = get_and_keep_idxs
 
     def before_batch(self):
-        x = self.learn.xb[0]
-        if not isinstance(self._order, Tensor): self._order = torch.as_tensor(self._order, device=x.device)
+        if not isinstance(self._order, Tensor):
+            self._order = torch.as_tensor(self._order, device=device_of(self.model))
         start = self.iter * self.learn.dl.bs
-        self.ids = self._order[start:start + len(x)]
+        self.ids = self._order[start:start + batch_size(self.learn.xb)]
 
     def after_train(self): vars(self.learn.dl).pop('get_idxs', None)
     def after_fit(self): self.learn.remove_cb(self)

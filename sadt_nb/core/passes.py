@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy', 'device_of', 'replaying',
-           'replayed_rows', 'replays_other_loss', 'stepped_params', 'take_gradients', 'add_gradients', 'replay',
-           'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
+           'replayed_rows', 'replays_other_loss', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size',
+           'replay', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from itertools import chain
 
 import torch
 from torch import nn, Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
@@ -148,6 +148,12 @@ def add_gradients(
 # %% ../../nbs/core/01_passes.ipynb #3d92687d
 def _detached_copy(t): return t.detach().clone()
 
+def batch_size(
+    xb, # Inputs of a batch: tensors, also inside dicts, lists and tuples
+) -> int: # Samples
+    "Return the number of samples in a batch: the length of its first tensor."
+    return next(len(t) for t in tree_leaves(xb) if isinstance(t, Tensor))
+
 def _rows_of(batch, rows):
     "The samples at `rows` of every tensor in a batch: a tuple of tensors, dicts, lists."
     return tree_map_only(Tensor, lambda t: t[rows], batch)
@@ -186,6 +192,8 @@ def replay(
 
     `learn.pred`, `learn.loss` and `learn.loss_grad` are restored, on exceptions too."""
     _check_policy(bn, rng)
+    own = getattr(learn, 'own_replay', None) # of a plain loop, which has no Learner
+    if own: return own(bn, rng, rng_state, loss_func, backward, rows)
     device = device_of(learn.model)
     amp = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
     shown = _shown_to_others(learn)
@@ -222,6 +230,7 @@ def replay(
 class ExtraPass(Callback):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
     order, run_valid = ORDERS['extra_pass'], False
+    needs_logits = False # whether the predictions are needed, not the loss alone
 
     def __init__(self,
         bn='update',  # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -270,6 +279,13 @@ class ExtraPass(Callback):
         "Restore what `state_dict` returned."
 
 # %% ../../nbs/core/01_passes.ipynb #d433d3b4
+def _check_dense(grads):
+    "Raise `ValueError` for sparse gradients, which have no norm over all tensors."
+    for n, g in grads.items():
+        if g.is_sparse:
+            raise ValueError(f'the gradient of {n!r} is sparse, and a perturbation needs all of it; '
+                             'make the embedding with sparse=False')
+
 def _versions(params):
     "Which gradient each parameter has, and how often it has been written to."
     return {id(p): (id(p.grad), p.grad._version) for p in params if p.grad is not None}
@@ -315,17 +331,25 @@ class PerturbedPass(ExtraPass):
             params = {n: p for n, p in trainable_params(self.model).items() if p.grad is not None}
             grads = {n: p.grad for n, p in params.items()}
             take_gradients(stepped_params(self.learn)) # the extra pass starts from nothing, allocates its own
-            self.extra_pass(params, grads)
+            _check_dense(grads)
+            # `extra_pass` stops where it needs a gradient, or makes its passes by itself
+            for _ in self.extra_pass(params, grads) or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
 
     def extra_pass(self, params, grads):
-        "Leave the new gradient of this micro-batch in `.grad`."
+        "Perturb the weights, and stop once for the pass that leaves their gradient in `.grad`."
         deltas = dict(self.perturbation(params, grads)) # a new dict: it may be `grads` itself
         grads.clear()
+        if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}
         with perturbed(params, deltas, self.scratch):
             deltas.clear() # they are in the weights now; free them before the pass needs memory
-            self.second_pass()
+            yield          # `second_pass` runs here
+
+    def radius_scales(self, params) -> dict: # By name; empty: 1 for all
+        "Return the factor of each parameter's perturbation; a plain loop's groups can have a `rho`."
+        own = getattr(self.learn, 'radius_scales', None)
+        return own(self, params) if own else {}
 
     def second_pass(self):
         "Run the batch at the perturbed weights, and leave its gradient in `.grad`."

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 
 from ..core.passes import ORDERS
-from ..core.perturb import trainable_params
+from ..core.perturb import trainable_params, weights_moved
 
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb
 def unit_norm(
@@ -61,3 +61,5 @@ class AGC(Callback):
         for name, p in trainable_params(self.model).items():
             if p.grad is None or any(part in name for part in self.exclude): continue
             clip_units_([p], [p.grad], self.clip, self.eps)
+
+    def after_batch(self): weights_moved()

@@ -10,7 +10,7 @@ import torch
 from fastai.callback.core import Callback
 
 from ..core.passes import ORDERS
-from ..core.perturb import trainable_params
+from ..core.perturb import trainable_params, weights_moved
 
 # %% ../../nbs/methods/10_gradient_centralization.ipynb #14ab0f6c
 @torch.no_grad()
@@ -27,3 +27,5 @@ class GradientCentralization(Callback):
 
     def before_step(self):
         centralize_(p.grad for p in trainable_params(self.model).values() if p.grad is not None)
+
+    def after_batch(self): weights_moved()

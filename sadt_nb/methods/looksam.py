@@ -11,7 +11,7 @@ from copy import deepcopy
 import torch
 
 from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, copied, global_dot, global_norm, trainable_params
+from ..core.perturb import ascent, check_radius, copied, global_dot, global_norm, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
@@ -73,9 +73,7 @@ class LookSAM(PerturbedPass):
         bn='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
-        if rho <= 0:
-            raise ValueError(f'`rho` must be positive, got {rho}; '
-                             'use the plain optimizer for no perturbation')
+        check_radius(rho)
         if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')
         if k < 1: raise ValueError(f'`k` must be at least 1, got {k}')
         super().__init__(bn, rng)
@@ -95,7 +93,7 @@ class LookSAM(PerturbedPass):
     def extra_pass(self, params, grads):
         spare, self.direction = self.direction, None # the new direction goes into the memory of the old one
         g = copied(grads, spare)
-        super().extra_pass(params, grads) # leaves g_s in `.grad`
+        yield from super().extra_pass(params, grads) # leaves g_s in `.grad`
         g_v = _perpendicular_(g, params)
         if self._sum is None: self._sum = g_v
         else: torch._foreach_add_([self._sum[n] for n in g_v], list(g_v.values()))

@@ -95,7 +95,7 @@ _SMALL_BATCH, _LARGE_BATCH = 'cifar10 · simple_cnn · 512', 'cifar10 · simple_
 def _called(method): return method.upper().replace('SADT', 'SADT-')
 
 def _at_length(nets, label, a, b, **kw):
-    "Compare Simple CNN after all epochs of Table 1, at both batch sizes; without stored runs, `n` is 0."
+    "Compare Simple CNN after all epochs of Table 1, at both batch sizes, over stored seeds only."
     found = []
     for bs, column in (('512', _SMALL_BATCH), ('2,048', _LARGE_BATCH)):
         words = f'{label} (batches of {bs})'.strip()

@@ -124,7 +124,7 @@ class SAF(TrajectoryLoss):
     def _exchange(self, now):
         "Return the past logits of this batch's samples, and overwrite them by the present logits."
         _check_logits(now, self.records)
-        if self.learn.iter == 0: _check_labels(self.learn.yb[0], now) # once per epoch: it waits for the device
+        if self.learn.iter == 0: _check_labels(self.learn.yb[0], now) # once per epoch: waits for the device
         if self.records is None:
             whole = getattr(self.learn.dl, 'dl', self.learn.dl) # without fastai's distributed loader
             self.records = Records.empty(self.lag, whole.n, now.shape[1], now.device)

@@ -55,7 +55,26 @@ def _split(out):
     return out if isinstance(out, tuple) else (None, out)
 
 # %% ../../nbs/core/13_closures.ipynb #ea23db3d
-class _Loop:
+class _Gradients:
+    "Keeps the gradients of a pass apart from those that were there before."
+    def set_aside(self):
+        "Take all gradients but those that the last step has used."
+        used, self._used = self._used, {}
+        taken = take_gradients(stepped_params(self))
+        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), g._version)}
+
+    def remember_used(self):
+        "Note which gradients a step has used."
+        self._used = {}
+        for p in stepped_params(self):
+            if p.grad is not None: self._used[id(p)] = id(p.grad), p.grad._version
+
+    def has_gradients(self):
+        "Return whether a backward has run."
+        return any(p.grad is not None for p in stepped_params(self))
+
+# %% ../../nbs/core/13_closures.ipynb #998dcd97
+class _Loop(_Gradients):
     "What a method needs of a Learner in a loop without one: network, optimizer, and passes over a batch."
     loss_func, training, n_epoch = None, True, float('inf')
 
@@ -79,22 +98,6 @@ class _Loop:
         for cb in self.cbs.sorted('order'):
             f = getattr(type(cb), event, None)
             if f: f(cb)
-
-    def set_aside(self):
-        "Take all gradients but those that the last step has used."
-        used, self._used = self._used, {}
-        taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), g._version)}
-
-    def remember_used(self):
-        "Note which gradients a step has used."
-        self._used = {}
-        for p in stepped_params(self):
-            if p.grad is not None: self._used[id(p)] = id(p.grad), p.grad._version
-
-    def has_gradients(self):
-        "Return whether a backward has run."
-        return any(p.grad is not None for p in stepped_params(self))
 
     def run(self, rows=None, loss_func=None, between=None):
         "Run the closure and see to the backward; return the loss."
@@ -185,6 +188,7 @@ def _loop_backward(loop, closure):
     loop.batches += 1
     return loss
 
+# %% ../../nbs/core/13_closures.ipynb #a5df7cff
 def _loop_step(loop):
     "Let the optimizer use what is in `.grad`."
     done = []
@@ -249,26 +253,37 @@ def _check_base(optimizer, model):
         raise ValueError('the base optimizer steps no parameter of this network; make it with '
                          '`model.parameters()`')
 
-class MethodOptimizer(torch.optim.Optimizer):
-    """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
+class _MovedWeights:
+    "The weights between `first_step` and `second_step`, with the policies for what a forward leaves behind."
+    def __init__(self, loop):
+        method = loop.method
+        params = {n: p for n, p in trainable_params(loop.model).items() if p.grad is not None}
+        grads = {n: p.grad for n, p in params.items()}
+        take_gradients(stepped_params(loop))
+        self.passes = method.extra_pass(params, grads)
+        next(self.passes) # the weights have moved
+        self.policies = ExitStack()
+        self.policies.enter_context(bn_policy(loop.model, method.bn))
+        self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
 
-    Raises `TypeError` for a method that needs a fastai Learner, and `ValueError` for a base optimizer that
-    steps nothing of the network, or that evaluates the loss itself."""
-    def __init__(self,
-        method:ExtraPass,      # Such as `SAM(rho=.05)`
-        optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
-        model:nn.Module,       # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
-        scaler=None,           # `torch.amp.GradScaler`; then `step` unscales, and you call `scaler.update()`
-        max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
-    ):
-        _check_method(method)
-        _check_base(optimizer, model)
-        self.base, self.method = optimizer, method
-        self._ready = False
+    def finish(self):
+        "Put the weights back, and finish the method's gradient."
+        self.policies.close()
+        next(self.passes, None)
+
+    def abandon(self):
+        "Put the weights back, and leave the gradients alone."
+        self.policies.close()
+        self.passes.close()
+
+# %% ../../nbs/core/13_closures.ipynb #db08aaf3
+class _Wrapped(torch.optim.Optimizer):
+    "An optimizer that shares groups and state with the one inside it, and stores a method's state beside them."
+    def __init__(self, method, optimizer):
+        self.method, self.base = method, optimizer
+        self._ready = False # the groups are those of the base already
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
-        self._loop = _Loop(method, model, optimizer, scaler, max_norm)
-        self._second = None # the rest of a step that `first_step` began
 
     # the base may get new groups and a new state at any time, so both are looked up
     @property
@@ -285,6 +300,39 @@ class MethodOptimizer(torch.optim.Optimizer):
         if self._ready: self.base.add_param_group(group)
 
     def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        "Return the base optimizer's state, and the method's under 'method'."
+        return self.base.state_dict() | dict(method=self.method.state_dict())
+
+    def load_state_dict(self, state_dict):
+        "Restore what `state_dict` gave; a state of the base optimizer alone is taken as well."
+        state = dict(state_dict)
+        method = state.pop('method', None)
+        self.base.load_state_dict(state)
+        if method is not None: self.method.load_state_dict(method)
+
+    def __getstate__(self): return self.__dict__
+    def __setstate__(self, state): self.__dict__.update(state)
+
+# %% ../../nbs/core/13_closures.ipynb #e982580a
+class MethodOptimizer(_Wrapped):
+    """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
+
+    Raises `TypeError` for a method that needs a fastai Learner, and `ValueError` for a base optimizer that
+    steps nothing of the network, or that evaluates the loss itself."""
+    def __init__(self,
+        method:ExtraPass,      # Such as `SAM(rho=.05)`
+        optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
+        model:nn.Module,       # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
+        scaler=None,           # `torch.amp.GradScaler`; then `step` unscales, and you call `scaler.update()`
+        max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
+    ):
+        _check_method(method)
+        _check_base(optimizer, model)
+        super().__init__(method, optimizer)
+        self._loop = _Loop(method, model, optimizer, scaler, max_norm)
+        self._second = None # the rest of a step that `first_step` began
 
     def backward(self,
         closure, # Runs the (micro-)batch; returns the loss, or (logits, loss) for SADT; for ESAM, see there
@@ -304,50 +352,25 @@ class MethodOptimizer(torch.optim.Optimizer):
         """After the batch's own `backward`, move the weights to where the method needs the gradient.
 
         Raises `ValueError` for a method that makes other passes than one at perturbed weights."""
-        self._abandon()
-        loop, method = self._loop, self.method
+        method = self.method
         if not isinstance(method, PerturbedPass) or getattr(method, 'needs_rows', False):
             raise ValueError(f'{type(method).__name__} makes other passes than one at perturbed weights; '
                              'give `step` a closure')
-        params = {n: p for n, p in trainable_params(loop.model).items() if p.grad is not None}
-        if not method.active():
-            method._stash = {}
-            method.after_backward()
-            return False
-        grads = {n: p.grad for n, p in params.items()}
-        take_gradients(stepped_params(loop))
-        self._passes = method.extra_pass(params, grads)
-        next(self._passes) # the weights have moved
-        self._second = ExitStack()
-        self._second.callback(next, self._passes, None) # closed last: the weights move back
-        self._second.enter_context(bn_policy(loop.model, method.bn))
-        self._second.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
-        return True
+        self._abandon()
+        if method.active():
+            self._second = _MovedWeights(self._loop)
+            return True
+        method._stash = {}
+        method.after_backward()
+        return False
 
     def second_step(self):
         "Put the weights back, and step with the gradient from the perturbed weights."
-        if self._second is not None:
-            second, self._second = self._second, None
-            second.close()
+        second, self._second = self._second, None
+        if second is not None: second.finish()
         _loop_step(self._loop)
 
     def _abandon(self):
         "Put the weights back if a first step was never followed by a second."
-        if self._second is None: return
         second, self._second = self._second, None
-        self._passes.close() # the weights move back, and nothing else happens
-        second.close()
-
-    def state_dict(self) -> dict:
-        "Return the base optimizer's state, and the method's under 'method'."
-        return self.base.state_dict() | dict(method=self.method.state_dict())
-
-    def load_state_dict(self, state_dict):
-        "Restore what `state_dict` gave; a state of the base optimizer alone is taken as well."
-        state = dict(state_dict)
-        method = state.pop('method', None)
-        self.base.load_state_dict(state)
-        if method is not None: self.method.load_state_dict(method)
-
-    def __getstate__(self): return self.__dict__
-    def __setstate__(self, state): self.__dict__.update(state)
+        if second is not None: second.abandon()

@@ -53,6 +53,7 @@ def set_rng_states(
     torch.set_rng_state(states[0])
     if states[1] is not None: torch.get_device_module(device).set_rng_state(states[1], device)
 
+# %% ../../nbs/core/01_passes.ipynb #f346ef65
 @contextmanager
 def kept_buffers(
     model:nn.Module, # The network; only its buffers are restored, not its parameters
@@ -168,6 +169,7 @@ def _shown_to_others(learn):
             if p.grad is not None: p.grad = p.grad.clone()
     return shown
 
+# %% ../../nbs/core/01_passes.ipynb #9511d174
 def _gradient_callbacks(learn, until):
     "Send `after_backward` to the callbacks that run before `until`; to all if `until` is `None`."
     for cb in learn.cbs.sorted('order'):
@@ -290,9 +292,10 @@ def _versions(params):
     "Return for each parameter the identity of its gradient and the number of writes to the gradient."
     return {id(p): (id(p.grad), p.grad._version) for p in params if p.grad is not None}
 
-class PerturbedPass(ExtraPass):
-    "Replaces the gradient of every (micro-)batch by the gradient at `w + perturbation(params, grads)`."
-    per_rank = True # in distributed training, perturb along the gradient of this process's samples
+# %% ../../nbs/core/01_passes.ipynb #b6ffb98c
+class _OwnGradients(ExtraPass):
+    "Sets aside what `.grad` holds before the batch's backward, except what fastai has zeroed."
+    per_rank = True # under distributed training, perturb along the gradient of this process's samples
 
     def before_fit(self):
         super().before_fit()
@@ -306,6 +309,19 @@ class PerturbedPass(ExtraPass):
         if self._stepped: self._zeros = _versions(stepped_params(self.learn)) # fastai has zeroed them
         self._stepped = False
 
+    def before_backward(self):
+        if self.replaying: return
+        params = stepped_params(self.learn)
+        zeros, self._zeros = self._zeros, {}
+        self._stash = {}
+        for p, g in take_gradients(params).items():
+            if zeros.get(id(p)) != (id(g), g._version): self._stash[p] = g
+
+    def after_step(self): self._stepped = True # fastai zeroes the gradients next
+
+# %% ../../nbs/core/01_passes.ipynb #0992ec2b
+class PerturbedPass(_OwnGradients):
+    "Replaces the gradient of every (micro-)batch by the gradient at `w + perturbation(params, grads)`."
     def perturbation(self,
         params:dict[str, Tensor], # Trainable parameters that have a gradient
         grads:dict[str, Tensor],  # Gradients of this micro-batch, times AMP's loss scale; may be overwritten
@@ -316,14 +332,6 @@ class PerturbedPass(ExtraPass):
     def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass."
         return True
-
-    def before_backward(self):
-        if self.replaying: return
-        params = stepped_params(self.learn)
-        zeros, self._zeros = self._zeros, {}
-        self._stash = {}
-        for p, g in take_gradients(params).items():
-            if zeros.get(id(p)) != (id(g), g._version): self._stash[p] = g
 
     def after_backward(self):
         if self.replaying: return
@@ -357,7 +365,6 @@ class PerturbedPass(ExtraPass):
         self.replay()
 
     def replay(self, **kwargs): return super().replay(**{'until': self, **kwargs})
-    def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
 # %% ../../nbs/core/01_passes.ipynb #b831a8de
 class StepGrads(Callback):

@@ -80,7 +80,6 @@ class MESA(TrajectoryLoss):
 
     def after_cancel_step(self): self._refused = True
     def after_step(self): self._stepped, self._refused = not self._refused, False
-
     def after_batch(self): # not in `after_step`: a method may make its second step later
         super().after_batch()
         if self._stepped: _average_(self.teacher, unwrapped(self.learn.model), self.beta)

@@ -40,7 +40,8 @@ def test_a_parameter_outside_the_divergence_gets_its_first_gradient_twice():
             def forward(self, pred, y): return torch.nn.functional.cross_entropy(pred, y) + net.extra**2
         learner(net, [cb], loss_func=Loss(), opt_func=sgd_with_l2, wd=.1).fit(2)
         return net.extra.item()
-    assert extra_after_training(SADT()) == pytest.approx(extra_after_training(RepeatStep(2)), abs=1e-14)
+    sadt = SADT(divergence='categorical') # a loss of one's own does not say what the outputs are
+    assert extra_after_training(sadt) == pytest.approx(extra_after_training(RepeatStep(2)), abs=1e-14)
 
 
 CHANGES = [('noise_scale', 0.), ('kl', 'aux_to_clean'), ('kl_weight', 0.), ('first_step', False),

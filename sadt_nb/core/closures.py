@@ -278,7 +278,7 @@ class _MovedWeights:
 
 # %% ../../nbs/core/13_closures.ipynb #db08aaf3
 class _Wrapped(torch.optim.Optimizer):
-    "An optimizer that shares groups and state with the one inside it, and stores a method's state beside them."
+    "An optimizer that shares groups and state with the optimizer inside it, and stores a method's state."
     def __init__(self, method, optimizer):
         self.method, self.base = method, optimizer
         self._ready = False # the groups are those of the base already

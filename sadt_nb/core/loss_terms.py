@@ -13,6 +13,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 
+from .losses import as_divergence
 from .passes import ORDERS, batch_size, device_of, replayed_rows, replays_other_loss
 from .perturb import weights_moved
 
@@ -41,16 +42,18 @@ class LossTerm(Callback):
 class TrajectoryLoss(LossTerm):
     """Base class of `SAF` and `MESA`, which add a term from epoch `start_epoch` on.
 
-    Raises `ValueError` if `lam` or `start_epoch` is negative, or if `tau` is not positive."""
+    Raises `ValueError` if `lam` or `start_epoch` is negative, if `tau` is not positive, and, before training
+    starts, if neither `divergence` nor the loss function determines how predictions are compared."""
     def __init__(self,
         lam,         # Factor of the term, >= 0
         tau,         # Temperature that softens both predictions, > 0
         start_epoch, # Number of epochs without the term at the start of training, >= 0
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
     ):
         if lam < 0: raise ValueError(f'`lam` must not be negative, got {lam}')
         if tau <= 0: raise ValueError(f'`tau` must be positive, got {tau}')
         if start_epoch < 0: raise ValueError(f'`start_epoch` must not be negative, got {start_epoch}')
-        self.lam, self.tau = lam, tau
+        self.lam, self.tau, self.divergence = lam, tau, divergence
         self.start_epoch, self.done = start_epoch, 0
 
     @property
@@ -60,6 +63,7 @@ class TrajectoryLoss(LossTerm):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder')
+        self.compare = as_divergence(self.divergence, self.learn.loss_func)
         last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # predicting fires this event, too
         if self.run and self.start_epoch >= last:
             name = type(self).__name__

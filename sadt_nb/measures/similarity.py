@@ -48,10 +48,17 @@ def agreement(
     student:nn.Module, # One network
     teacher:nn.Module, # The other network
     dl,                # Batches `(x, ...)`
+    axis=1,            # Axis of the classes; `None`: every output is a label of its own, seen if positive
 ) -> float: # In [0, 1]
-    "Return the share of samples for which both networks predict the same class."
+    """Return the share of predictions in which both networks agree: on the class, or on each label.
+
+    Raises `ValueError` for outputs without classes along `axis`."""
     a, b = collect_logits((student, teacher), dl)
-    return (a.argmax(1) == b.argmax(1)).float().mean().item()
+    if axis is None: return ((a > 0) == (b > 0)).float().mean().item()
+    if a.ndim <= axis or a.shape[axis] < 2:
+        raise ValueError(f'outputs of shape {tuple(a.shape)} hold no classes along axis {axis}; '
+                         'use axis=None for labels')
+    return (a.argmax(axis) == b.argmax(axis)).float().mean().item()
 
 # %% ../../nbs/measures/54_similarity.ipynb #5a44f98b
 def diversity(

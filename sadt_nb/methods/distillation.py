@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..core.loss_terms import LossTerm
-from ..core.losses import kl_div
+from ..core.losses import as_divergence
 from ..core.passes import ORDERS, replaying, replays_other_loss
 from ..core.teachers import Ensemble
 
@@ -28,11 +28,15 @@ class Distillation(LossTerm):
         teacher,        # A network, or a list of networks whose logits are averaged; `None`: set it later
         alpha=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
         temperature=4., # Temperature that softens both predictions, > 0; read at every batch
+        divergence=None,# How predictions are compared, see `as_divergence`; `None`: as the loss says
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
         if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')
         if isinstance(teacher, (list, tuple)): teacher = Ensemble(teacher)
         self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
+        self.divergence = divergence
+
+    def before_fit(self): self.compare = as_divergence(self.divergence, self.learn.loss_func)
 
     def _init_state(self): self.teacher = None
 
@@ -54,7 +58,7 @@ class Distillation(LossTerm):
 
     def term(self, logits, rows):
         target = self._target if rows is None else self._target[rows]
-        imitation = kl_div(target.to(logits.dtype), logits, self.temperature)
+        imitation = self.compare(target.to(logits.dtype), logits, self.temperature)
         return (1 - self.alpha) * self.temperature**2 * imitation
 
     def after_loss(self):

@@ -11,7 +11,6 @@ from copy import deepcopy
 import torch
 
 from ..core.loss_terms import TrajectoryLoss
-from ..core.losses import kl_div
 from ..core.passes import replaying
 from ..core.perturb import unwrapped
 
@@ -46,10 +45,11 @@ class MESA(TrajectoryLoss):
         tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
         beta=.9995,    # Factor of the old average in the new average, in (0, 1); read at every batch
         start_epoch=5, # Number of epochs without the term at the start, >= 0; the average starts at once
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
     ):
         if not 0 < beta < 1: raise ValueError(f'`beta` must lie between 0 and 1, got {beta}')
-        super().__init__(lam, tau, start_epoch)
-        self.beta, self._state = beta, None
+        super().__init__(lam, tau, start_epoch, divergence)
+        self.beta, self._loaded = beta, None
         self._init_state()
 
     def _init_state(self): self.teacher = None # the averaged network, in evaluation mode
@@ -59,15 +59,15 @@ class MESA(TrajectoryLoss):
         self._stepped = self._refused = False
         model = unwrapped(self.learn.model)
         if self.teacher is None: self.teacher = deepcopy(model).requires_grad_(False).eval()
-        if self._state is not None: self._load_teacher()
+        if self._loaded is not None: self._load_teacher()
         _check_same_shapes(self.teacher, model)
         self.teacher.to(next(model.parameters()).device)
 
     def _load_teacher(self):
-        try: self.teacher.load_state_dict(self._state)
+        try: self.teacher.load_state_dict(self._loaded)
         except RuntimeError as e:
             raise ValueError(f'the loaded teacher does not fit the model: {e}') from None
-        self._state = None
+        self._loaded = None
 
     def after_pred(self):
         if self.active and not replaying(self.learn):
@@ -76,7 +76,7 @@ class MESA(TrajectoryLoss):
     def term(self, logits, rows):
         if not self.active: return None
         target = self._target if rows is None else self._target[rows]
-        return self.lam * kl_div(target.to(logits.dtype), logits, self.tau)
+        return self.lam * self.compare(target.to(logits.dtype), logits, self.tau)
 
     def after_cancel_step(self): self._refused = True
     def after_step(self): self._stepped, self._refused = not self._refused, False
@@ -86,9 +86,9 @@ class MESA(TrajectoryLoss):
         self._stepped = False
 
     def state_dict(self):
-        teacher = self._state if self.teacher is None else self.teacher.state_dict()
+        teacher = self._loaded if self.teacher is None else self.teacher.state_dict()
         return dict(super().state_dict(), teacher=teacher)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self._state = state['teacher']
+        self._loaded = state['teacher']

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import nn, Tensor
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.closures import closure_step
-from ..core.losses import kl_div
+from ..core.losses import as_divergence, kl_div
 from ..core.passes import ExtraPass, StepGrads, step_unscaled, take_gradients
 from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
 from ..core.shared_trunk import shared_forward
@@ -81,10 +82,10 @@ class normalized_ascent:
         return ascent(own, self.rho)
 
 # %% ../../nbs/methods/40_sadt.ipynb #b306fd36
-def _divergence(q, aux, kl):
+def _divergence(q, aux, kl, compare=kl_div):
     "Return KL(q || aux) for 'clean_to_aux', KL(aux || q) for 'aux_to_clean'; `q` and `aux` are logits."
-    if kl == 'clean_to_aux': return kl_div(q, aux)
-    return kl_div(aux, q)
+    if kl == 'clean_to_aux': return compare(q, aux)
+    return compare(aux, q)
 
 # %% ../../nbs/methods/40_sadt.ipynb #ce7643ed
 def _last(model, kinds, what):
@@ -129,19 +130,19 @@ def _code_presets(model, variant, scale):
 # %% ../../nbs/methods/40_sadt.ipynb #c0e02823
 class _SeededNoise:
     "A random generator on the parameters' device, made from `seed` at the first batch; its state is saved."
-    seed, generator, _state = 0, None, None
+    seed, generator, _loaded = 0, None, None
     fixed_generator = () # `sadt_step` gives one, or `None` for PyTorch's
 
     def _generator_on(self, device):
         if self.fixed_generator: return self.fixed_generator[0]
         if self.generator is None or self.generator.device.type != device.type:
             self.generator = torch.Generator(device).manual_seed(self.seed)
-            if self._state is not None: self.generator.set_state(self._state)
-            self._state = None
+            if self._loaded is not None: self.generator.set_state(self._loaded)
+            self._loaded = None
         return self.generator
 
     def state_dict(self): return {} if self.generator is None else dict(generator=self.generator.get_state())
-    def load_state_dict(self, state): self.generator, self._state = None, state.get('generator')
+    def load_state_dict(self, state): self.generator, self._loaded = None, state.get('generator')
 
 # %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
 class _MicroBatch(NamedTuple):
@@ -180,7 +181,7 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "Add the gradients of one teacher, or of several teachers in one pass, over all micro-batches."
     learn = sadt.learn
     batch = learn.xb, learn.yb
-    def divergence(clean, aux): return sadt.kl_weight * _divergence(clean, aux, kl)
+    def divergence(clean, aux): return sadt.kl_weight * _divergence(clean, aux, kl, sadt.compare)
     try:
         for micro in micro_batches:
             learn.xb, learn.yb = micro.xb, micro.yb
@@ -204,6 +205,8 @@ class _TwoSteps(ExtraPass):
     def before_fit(self):
         super().before_fit()
         self.teachers() # a missing layer raises an error here, not in mid-epoch
+        loss_func = self.learn.loss_func or F.cross_entropy # a closure's loss is not known
+        self.compare = as_divergence(self.divergence, loss_func)
         self._micro = []
         StepGrads.install(self.learn)
 
@@ -275,6 +278,7 @@ class SADT(_SeededNoise, _TwoSteps):
         rng='fresh',     # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,      # Seed of the noise
         share_trunk=True,# Run layers that `layer_noise` teachers share only once; `False`: a pass per teacher
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
         if perturb is not None: perturb = list(perturb)
@@ -283,7 +287,7 @@ class SADT(_SeededNoise, _TwoSteps):
         self.variant, self.spec, self.noise_scale = variant, spec, noise_scale
         self.perturb, self.rho, self.seed = perturb, rho, seed
         self.kl, self.kl_weight, self.grad_at = kl, kl_weight, grad_at
-        self.first_step, self.share_trunk = first_step, share_trunk
+        self.first_step, self.share_trunk, self.divergence = first_step, share_trunk, divergence
 
     def teachers(self) -> tuple: # List of functions, and 'clean_to_aux' or 'aux_to_clean'
         "Return the perturbations and the direction of the divergence for the current attributes."
@@ -316,8 +320,9 @@ def sadt_step(
     generator=None,    # Source of the noise; `None`: PyTorch's global one
     bn='update',       # BatchNorm statistics in the teachers' passes: 'update', or 'keep' as in the callback
     rng='fresh',       # Dropout masks in the teachers' passes: 'fresh' or 'replay'
+    divergence=None,   # How predictions are compared, see `as_divergence`; `None`: classes along axis 1
 ) -> Tensor: # The loss of the first pass, detached
     "Train on one batch: a step, the teachers' gradients at the perturbed weights, a second step."
-    method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng)
+    method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng, divergence=divergence)
     method.fixed_generator = (generator,)
     return closure_step(method, model, closure, optimizer)

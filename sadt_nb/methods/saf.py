@@ -10,14 +10,17 @@ import torch
 from torch import distributed, Tensor
 
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing
-from ..core.losses import kl_div
 from ..core.passes import replaying
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
+def _per_sample(values, outputs):
+    "Give a vector, one value per sample, the axes that it needs to be combined with outputs."
+    return values.reshape(-1, *[1] * (outputs.ndim - 1))
+
 class Records:
     "The logits of all samples in each of the last `lag` epochs."
     def __init__(self,
-        logits:Tensor,  # `(lag, samples, classes)` float16
+        logits:Tensor,  # `(lag, samples, classes)` float16; or another shape after the samples
         written:Tensor, # `(lag, samples)` int16: the epoch in which each record was written
     ): self.logits, self.written = logits, written
 
@@ -25,11 +28,12 @@ class Records:
     def empty(cls,
         lag:int,     # Number of epochs whose records are kept, >= 1
         samples:int, # Number of training samples
-        classes:int, # Number of classes, which is the number of logits per sample
+        shape,       # Shape of a sample's output, such as `(classes,)`; or the number of classes
         device=None, # Device of the records; `None`: the CPU
     ) -> 'Records': # Buffers in which every record is still missing
         never = torch.iinfo(torch.int16).min
-        logits = torch.zeros(lag, samples, classes, dtype=torch.float16, device=device)
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        logits = torch.zeros(lag, samples, *shape, dtype=torch.float16, device=device)
         return cls(logits, torch.full((lag, samples), never, dtype=torch.int16, device=device))
 
     @property
@@ -41,13 +45,13 @@ class Records:
 
     def exchange(self,
         ids:Tensor, # `(n,)` positions of the samples in the data set
-        now:Tensor, # `(n, classes)` present logits of the samples
+        now:Tensor, # `(n, classes)` present logits of the samples, or outputs of another shape
         epoch:int,  # Number of the present epoch, from 0
     ) -> Tensor: # `(n, classes)` logits of `lag` epochs ago; `now` for samples without a record
         "Return the records of `lag` epochs ago for these samples, and overwrite them by `now`."
         slot = epoch % self.lag
         known = self.written[slot, ids] == epoch - self.lag
-        past = torch.where(known[:, None], self.logits[slot, ids].to(now.dtype), now)
+        past = torch.where(_per_sample(known, now), self.logits[slot, ids].to(now.dtype), now)
         limit = torch.finfo(torch.float16).max
         self.logits[slot, ids] = now.clamp(-limit, limit).half()
         self.written[slot, ids] = epoch
@@ -61,10 +65,12 @@ class Records:
         if distributed.get_world_size() == 1: return
         slot = epoch % self.lag
         mine = self.written[slot] == epoch
-        logits, count = self.logits[slot].float() * mine[:, None], mine.float()
+        logits = self.logits[slot].float()
+        logits, count = logits * _per_sample(mine, logits), mine.float()
         distributed.all_reduce(logits)
         distributed.all_reduce(count)
-        mean = logits / count.clamp_min(1)[:, None] # samples that fill up the last batch have two records
+        times = _per_sample(count.clamp_min(1), logits) # samples that fill up the last batch have two records
+        mean = logits / times
         self.logits[slot] = mean.half()
         self.written[slot] = torch.where(count > 0, epoch, self.written[slot])
 
@@ -75,12 +81,14 @@ def _check_records(records, lag, samples):
     raise ValueError(f'the loaded records are for {records.logits.shape[1]} samples and lag {records.lag}, '
                      f'the data set has {samples} and lag is {lag}')
 
-def _check_logits(logits, records):
-    "Raise `ValueError` unless the logits have the shape `(n, classes)` and the records' number of classes."
-    classes = None if records is None else records.logits.shape[2]
-    if logits.ndim == 2 and classes in (None, logits.shape[1]): return
-    shape = '(n, classes)' if classes is None else f'(n, classes) with {classes} classes'
-    raise ValueError(f'SAF needs logits of shape {shape}, got {tuple(logits.shape)}')
+def _check_outputs(outputs, records):
+    "Raise `ValueError` unless a sample's output is one tensor in the shape of its record."
+    if not isinstance(outputs, Tensor):
+        name = type(outputs).__name__
+        raise ValueError(f'SAF records one tensor per sample, and the network returns {name}')
+    if records is None or outputs.shape[1:] == records.logits.shape[2:]: return
+    shapes = f'{tuple(outputs.shape[1:])} per sample, the records {tuple(records.logits.shape[2:])}'
+    raise ValueError(f'the network returns outputs of shape {shapes}')
 
 def _check_labels(y, logits):
     "Raise `ValueError` if the label of a sample has positive shares of several classes."
@@ -103,13 +111,14 @@ class SAF(TrajectoryLoss):
         tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
         lag:int=3,     # Age of the records in epochs, >= 1
         start_epoch=5, # Number of epochs without the term at the start of training, >= 0
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
     ):
         if lag < 1: raise ValueError(f'`lag` must be at least 1, got {lag}')
-        super().__init__(lam, tau, start_epoch)
+        super().__init__(lam, tau, start_epoch, divergence)
         self.lag = lag
         self._init_state()
 
-    def _init_state(self): self.records = None # made at the first batch, when the number of classes is known
+    def _init_state(self): self.records = None # made at the first batch, when the outputs' shape is known
 
     def before_fit(self):
         super().before_fit()
@@ -123,11 +132,13 @@ class SAF(TrajectoryLoss):
     @torch.no_grad()
     def _exchange(self, now):
         "Return the past logits of this batch's samples, and overwrite them by the present logits."
-        _check_logits(now, self.records)
-        if self.learn.iter == 0: _check_labels(self.learn.yb[0], now) # once per epoch: waits for the device
+        _check_outputs(now, self.records)
+        classes = getattr(self.compare, 'kind', '') == 'categorical'
+        # once per epoch, because the check waits for the device
+        if classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
         if self.records is None:
             whole = getattr(self.learn.dl, 'dl', self.learn.dl) # without fastai's distributed loader
-            self.records = Records.empty(self.lag, whole.n, now.shape[1], now.device)
+            self.records = Records.empty(self.lag, whole.n, now.shape[1:], now.device)
         self.records.to(now.device)
         return self.records.exchange(self.sample_ids.ids, now, self.done)
 
@@ -135,7 +146,7 @@ class SAF(TrajectoryLoss):
         if not replaying(self.learn): self._past = self._exchange(logits.detach())
         if not self.active: return None
         past = self._past if rows is None else self._past[rows]
-        return self.lam * kl_div(past, logits, self.tau)
+        return self.lam * self.compare(past, logits, self.tau)
 
     def after_train(self):
         if self.run and self.records is not None: self.records.merge(self.done)

@@ -1,0 +1,248 @@
+"""How predictions are compared: classes along an axis, labels, numbers; each with values by hand."""
+import math
+from functools import partial
+
+import pytest
+import torch
+from conftest import flat
+from fastai.callback.core import TrainEvalCallback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
+from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat,
+                           LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastai.optimizer import SGD
+from torch import nn
+from torch.nn import functional as F
+
+from sadt_nb.core.losses import Divergence, as_divergence, divergence_of, kd_loss, kl_div
+from sadt_nb.measures.similarity import agreement, logit_mse
+from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.distillation import Distillation
+from sadt_nb.methods.mesa import MESA
+from sadt_nb.methods.sadt import SADT, sadt_step, weight_noise
+from sadt_nb.methods.saf import SAF
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def categorical_by_hand(t, s, tau, axis):
+    "The mean over predictions of the sum over classes, with plain numbers."
+    t, s = ((z / tau).movedim(axis, -1).flatten(0, -2).tolist() for z in (t, s))
+    total = 0.
+    for a, b in zip(t, s):
+        za, zb = sum(map(math.exp, a)), sum(map(math.exp, b))
+        for u, v in zip(a, b):
+            p, q = math.exp(u) / za, math.exp(v) / zb
+            total += p * math.log(p / q)
+    return total / len(t)
+
+
+def bernoulli_by_hand(t, s, tau):
+    total, t, s = 0., (t / tau).flatten().tolist(), (s / tau).flatten().tolist()
+    for u, v in zip(t, s):
+        p, q = 1 / (1 + math.exp(-u)), 1 / (1 + math.exp(-v))
+        total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    return total / len(t)
+
+
+def gaussian_by_hand(t, s, tau):
+    pairs = list(zip(t.flatten().tolist(), s.flatten().tolist()))
+    return sum(((a - b) / tau)**2 for a, b in pairs) / len(pairs)
+
+
+TASKS = { # outputs, loss function, and the divergence by hand
+    'images': ((6, 3), nn.CrossEntropyLoss(), partial(categorical_by_hand, axis=1)),
+    'images, fastai': ((6, 3), CrossEntropyLossFlat(), partial(categorical_by_hand, axis=1)),
+    'segmentation': ((2, 3, 4, 5), nn.CrossEntropyLoss(), partial(categorical_by_hand, axis=1)),
+    'segmentation, fastai': ((2, 3, 4, 5), CrossEntropyLossFlat(axis=1),
+                             partial(categorical_by_hand, axis=1)),
+    'segmentation, Dice': ((2, 3, 4, 5), DiceLoss(), partial(categorical_by_hand, axis=1)),
+    'text': ((2, 5, 7), CrossEntropyLossFlat(), partial(categorical_by_hand, axis=-1)),
+    'multi-label': ((6, 4), nn.BCEWithLogitsLoss(), bernoulli_by_hand),
+    'multi-label, fastai': ((6, 4), BCEWithLogitsLossFlat(), bernoulli_by_hand),
+    'one logit': ((6, 1), BCEWithLogitsLossFlat(), bernoulli_by_hand),
+    'one logit, flat': ((6,), F.binary_cross_entropy_with_logits, bernoulli_by_hand),
+    'regression': ((6, 1), MSELossFlat(), gaussian_by_hand),
+    'regression, flat': ((6,), nn.MSELoss(), gaussian_by_hand),
+    'several numbers': ((6, 3), partial(F.mse_loss), gaussian_by_hand),
+}
+
+
+@pytest.mark.parametrize('tau', [1., 2.5])
+@pytest.mark.parametrize('task', TASKS)
+def test_value_by_hand(task, tau):
+    shape, loss, by_hand = TASKS[task]
+    t, s = normal(*shape), normal(*shape, seed=1)
+    assert divergence_of(loss)(t, s, tau).item() == pytest.approx(by_hand(t, s, tau), rel=1e-12)
+    assert abs(divergence_of(loss)(t, t, tau).item()) < 1e-14
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_gradients_by_finite_differences(task):
+    shape, loss, _ = TASKS[task]
+    t, s = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(divergence_of(loss), (t, s))
+
+
+def test_a_constant_per_pixel_changes_nothing():
+    z = normal(2, 3, 4, 5)
+    shifted = z + normal(2, 1, 4, 5, seed=1)
+    assert divergence_of(nn.CrossEntropyLoss())(z, shifted).abs() < 1e-12
+
+
+def test_other_losses():
+    for loss in (FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()):
+        assert divergence_of(loss).kind == 'categorical'
+    for unknown in (nn.L1Loss(), nn.HuberLoss(), nn.BCELoss(), lambda p, y: p.mean()):
+        assert divergence_of(unknown) is None
+
+
+def test_the_argument_overrides_the_loss():
+    assert as_divergence('gaussian', nn.CrossEntropyLoss()) == Divergence('gaussian')
+    assert as_divergence('categorical', CrossEntropyLossFlat()) == Divergence('categorical', -1)
+    own = Divergence('gaussian', scale=3.)
+    assert as_divergence(own, None) is own and own(torch.ones(2), torch.zeros(2)) == 3
+
+
+@pytest.mark.parametrize('make, words', [
+    (lambda: Divergence('laplace'), "'bernoulli'"), (lambda: Divergence('gaussian', scale=0.), '`scale`'),
+    (lambda: Divergence()(normal(6, 1), normal(6, 1)), 'no classes along axis 1'),
+    (lambda: Divergence()(normal(6), normal(6)), 'no classes along axis 1'),
+    (lambda: Divergence('bernoulli')(normal(6), normal(6, 1)), 'one shape'),
+    (lambda: as_divergence(None, nn.HuberLoss()), 'HuberLoss does not say'),
+])
+def test_bad_input(make, words):
+    with pytest.raises(ValueError, match=words): make()
+
+
+def test_kd_loss_takes_an_axis():
+    t, s = normal(2, 5, 7), normal(2, 5, 7, seed=1)
+    y = torch.tensor([[0, 1, 2, 3, 4], [5, 6, 0, 1, 2]])
+    expected = .3 * F.cross_entropy(s.reshape(-1, 7), y.reshape(-1)) + .7 * 4. * kl_div(t, s, 2.)
+    assert kd_loss(t, s, y, .3, 2.).item() == pytest.approx(expected.item(), rel=1e-12)
+    pixels, other = normal(2, 3, 4, 5), normal(2, 3, 4, 5, seed=1)
+    y = torch.zeros(2, 4, 5, dtype=torch.long)
+    expected = .3 * F.cross_entropy(other, y) + .7 * 4. * categorical_by_hand(pixels, other, 2., 1)
+    assert kd_loss(pixels, other, y, .3, 2., axis=1).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+NETWORKS = {
+    'segmentation': (lambda: nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
+                     (2, 6, 6), lambda n: torch.randint(0, 3, (n, 6, 6)), CrossEntropyLossFlat(axis=1)),
+    'text': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 7)), (5, 4),
+             lambda n: torch.randint(0, 7, (n, 5)), CrossEntropyLossFlat()),
+    'multi-label': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)), (4,),
+                    lambda n: torch.randint(0, 2, (n, 5)).double(), nn.BCEWithLogitsLoss()),
+    'one logit': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), (4,),
+                  lambda n: torch.randint(0, 2, (n, 1)).double(), nn.BCEWithLogitsLoss()),
+    'regression': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), (4,),
+                   lambda n: normal(n, 1, seed=5), MSELossFlat()),
+    'flat regression': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)),
+                        (4,), lambda n: normal(n, seed=5), MSELossFlat()),
+}
+
+
+def task(name):
+    make, shape, labels, loss = NETWORKS[name]
+    torch.manual_seed(0)
+    net, x = make().double(), normal(16, *shape)
+    return net, list(zip(x, labels(16))), loss
+
+
+def train(name, *cbs, epochs=3):
+    net, samples, loss = task(name)
+    dl = DataLoader(samples, bs=8, shuffle=False)
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=loss, opt_func=SGD, lr=.1, default_cbs=False,
+                    cbs=[TrainEvalCallback, *cbs])
+    learn.fit(epochs)
+    return learn
+
+
+def teacher(name):
+    torch.manual_seed(9)
+    return NETWORKS[name][0]().double()
+
+
+WITH_TERM = {
+    'sadt': lambda name: SADT(1, noise_scale=1000.),
+    'sadt up': lambda name: SADT(1, noise_scale=1000., grad_at='up'),
+    'saf': lambda name: SAF(2., 1., lag=1, start_epoch=1),
+    'mesa': lambda name: MESA(2., 1., .5, start_epoch=0),
+    'distillation': lambda name: Distillation(teacher(name), .5),
+}
+
+
+@pytest.mark.parametrize('method', WITH_TERM)
+@pytest.mark.parametrize('name', NETWORKS)
+def test_the_term_changes_training_for_every_task(name, method):
+    plain = RepeatStep(2) if method.startswith('sadt') else None
+    without = flat(train(name, *[plain] * (plain is not None)).model)
+    got = flat(train(name, WITH_TERM[method](name)).model)
+    assert (got - without).abs().max() > 1e-4 and torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_distillation_is_its_formula(name):
+    net, samples, loss = task(name)
+    x, y = (torch.stack(t) for t in zip(*samples[:8]))
+    copy, other = teacher(name), teacher(name)
+    learn = Learner(DataLoaders([(x, y)], [(x, y)]), net, loss_func=loss, opt_func=SGD, lr=.1,
+                    default_cbs=False, cbs=[TrainEvalCallback, Distillation(copy, .3, 2.)])
+    learn.fit(1)
+    fresh = task(name)[0]
+    kind = divergence_of(loss).kind
+    by_hand = {'bernoulli': bernoulli_by_hand, 'gaussian': gaussian_by_hand}.get(kind)
+    total = .3 * loss(fresh(x), y) + .7 * 4. * divergence_of(loss)(other(x).detach(), fresh(x), 2.)
+    if by_hand: value = by_hand(other(x).detach(), fresh(x).detach(), 2.)
+    else: value = categorical_by_hand(other(x).detach(), fresh(x).detach(), 2., divergence_of(loss).axis)
+    imitation = (total - .3 * loss(fresh(x), y)).item()
+    assert imitation == pytest.approx(.7 * 4. * value, rel=1e-10)
+    total.backward()
+    stepped = torch.cat([(p - .1 * p.grad).flatten() for p in fresh.parameters()])
+    torch.testing.assert_close(flat(net), stepped.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_an_unknown_loss_is_refused_before_training():
+    net, samples, _ = task('regression')
+    for make in WITH_TERM.values():
+        with pytest.raises(ValueError, match='does not say how predictions are compared'):
+            learn = Learner(DataLoaders(samples, samples), net, loss_func=nn.HuberLoss(), opt_func=SGD,
+                            default_cbs=False, cbs=[TrainEvalCallback, make('regression')])
+            learn.fit(1)
+
+
+def test_a_plain_step_with_one_output():
+    x, y = normal(8, 4), normal(8, 1, seed=1)
+    def step(**kwargs):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 1).double()
+        def closure():
+            out = net(x)
+            return out, F.mse_loss(out, y)
+        noise, opt = torch.Generator().manual_seed(0), torch.optim.SGD(net.parameters(), lr=.1)
+        sadt_step(net, closure, opt, [weight_noise(1.)], generator=noise, **kwargs)
+        return flat(net)
+    with pytest.raises(ValueError, match='no classes'): step()
+    assert not torch.allclose(step(divergence='gaussian'), step(divergence='bernoulli'))
+
+
+def test_agreement_of_segmentations_and_labels():
+    class Fixed(nn.Module):
+        def __init__(self, z):
+            super().__init__()
+            self.z = z
+        def forward(self, x): return self.z
+    z = torch.zeros(1, 2, 2, 2)
+    z[0, 0] = 1.
+    other = z.clone()
+    other[0, 1, 0, 0] = 5. # one pixel of four in another class
+    dl = [(torch.zeros(1), torch.zeros(1))]
+    assert agreement(Fixed(z), Fixed(other), dl) == .75
+    labels, others = torch.tensor([[1., -1.], [2., 3.]]), torch.tensor([[2., 1.], [3., 1.]])
+    assert agreement(Fixed(labels), Fixed(others), dl, axis=None) == .75
+    assert logit_mse(Fixed(labels), Fixed(others), dl) == pytest.approx((1 + 4 + 1 + 4) / 4)
+    one, other = Fixed(labels[:, :1]), Fixed(others[:, :1])
+    with pytest.raises(ValueError, match='axis=None'): agreement(one, other, dl)

@@ -8,9 +8,9 @@ import pytest
 optuna = pytest.importorskip('optuna', reason='the search needs pip install sadt_nb[sweep]')
 
 from sadt_nb.commands import cli
-from sadt_nb.experiments import grid
+from sadt_nb.experiments import grid, runner
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.runner import RunDiverged, RunError, write_json
+from sadt_nb.experiments.runner import RunDiverged, RunError, read_result, write_json
 from sadt_nb.experiments.sweep import SWEEPS, at_equal_passes, case_of, confirmed, finals, ranges, sweep
 from sadt_nb.methods.registry import METHODS
 
@@ -268,3 +268,57 @@ def test_from_the_shell_with_real_training(tmp_path, capsys):
     cli.sadt_sweep(**kwargs)
     assert capsys.readouterr().out.splitlines()[-3:] == table.splitlines()[-3:]
     assert times_of_weights() == written
+
+
+def store(cfg, root, lagging, fresh, **more):
+    "Store a finished run with two accuracies on validation images."
+    folder = root / cfg.name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / 'history.json', [dict(epoch=1, valid_accuracy=lagging, seconds=1.)])
+    result = dict(status='finished', accuracy=.5, train_seconds=1., valid_accuracy_bn=fresh, **more)
+    write_json(folder / 'result.json', result)
+    return result
+
+
+def made_up(monkeypatch, accuracy, **more):
+    "Replace training: running averages always give 25%, re-estimated statistics `accuracy(cfg)`."
+    def run(cfg, root, **kwargs): return store(cfg, root, .25, accuracy(cfg), **more)
+    monkeypatch.setattr(grid, 'run', run)
+
+
+def test_settings_are_chosen_on_re_estimated_statistics(monkeypatch, tmp_path):
+    made_up(monkeypatch, height)
+    found = sweep(dict(plain=PLAIN), tmp_path, trials=12, **quiet)['plain']
+    assert found.value == pytest.approx(height(found.best)) and found.value == found.trials['value'].max()
+    assert found.trials['value'].nunique() > 6
+    fresh = confirmed(dict(plain=found), tmp_path, seeds=[1, 2], top=3, **quiet)['plain']
+    tried = sorted(found.trials.sort_values('value')['run'][-3:], key=height)
+    assert fresh[0].but(seed=tried[-1].seed) == tried[-1]
+
+
+def test_a_search_that_chooses_nothing_says_so(monkeypatch, tmp_path):
+    made_up(monkeypatch, lambda cfg: .25)
+    with pytest.warns(UserWarning, match='all 4 settings end with the accuracy 25.0%'):
+        sweep(dict(plain=PLAIN), tmp_path, trials=4, **quiet)
+
+
+@pytest.mark.parametrize('best, warned', [(.11, True), (.14, False)])
+def test_a_search_at_chance_says_so(best, warned, monkeypatch, tmp_path, recwarn):
+    "Guessing among ten classes exceeds 12.9% on 400 images in one of forty runs."
+    made_up(monkeypatch, lambda cfg: best * height(cfg), data_facts=dict(classes=10, valid=400))
+    sweep(dict(plain=PLAIN), tmp_path, trials=4, **quiet)
+    said = [w for w in recwarn if 'no more than guessing' in str(w.message)]
+    assert bool(said) == warned
+
+
+def test_a_run_stores_the_accuracy_that_is_selected_on(tmp_path):
+    cfg = Run(epochs=2, n_train=200, bs=50, valid=.3, lr=1e-2, model_args=dict(dropout=0.))
+    result = runner.run(cfg, tmp_path, progress=False)
+    learn = runner.stored_learner(cfg, tmp_path)
+    again = runner.make_learner(cfg, root=tmp_path).dls
+    network = runner.reestimated(learn.model, again.train.new(drop_last=True))
+    assert result['valid_accuracy_bn'] == runner.evaluate(network, again.valid)['accuracy']
+    assert result['data_facts']['valid'] == len(again.valid.dataset) and result['data_facts']['classes'] == 10
+    assert read_result(cfg, tmp_path)['valid_accuracy_bn'] == result['valid_accuracy_bn']
+    unsplit = runner.run(cfg.but(valid=0.), tmp_path, progress=False)
+    assert 'valid_accuracy_bn' not in unsplit

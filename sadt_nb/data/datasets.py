@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cif
            'imagenet', 'load_data', 'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
-import hashlib, io, json, os, sys, tarfile, tempfile
+import hashlib, json, os, sys, tarfile, tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
+from .image_files import archive_images, folder_images, open_image
 from .loader import ImageData, TensorDL
 from .mapped import MappedImages, mapped_folder
 
@@ -66,44 +67,11 @@ def noisy_digits(
     train, test = digits()
     return wrong_labels(train, noise, seed), test
 
-# %% ../../nbs/data/72_datasets.ipynb #b6e8c643
-_IMAGES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.ppm', '.tif', '.tiff'}
-
-def _folder_files(root):
-    "Yield (part, class, name, file) of each image below `root`."
-    for part in ('train', 'test'):
-        for f in sorted((root / part).rglob('*')):
-            if not f.is_file() or f.suffix.lower() not in _IMAGES: continue
-            yield part, f.parent.name, str(f.relative_to(root)), f
-
-def _image_place(member, archive):
-    "Return (part, class, name) of an image, `None` for other files; raise `ValueError` for unsafe members."
-    path = Path(member.name)
-    outside = member.name.startswith(('/', '\\')) or '..' in path.parts or path.is_absolute()
-    if outside or member.issym() or member.islnk():
-        raise ValueError(f'{archive}: the member {member.name!r} is a link or leads outside the archive; '
-                         'refusing to read it')
-    if not member.isfile() or path.suffix.lower() not in _IMAGES: return None
-    start = next((i for i, p in enumerate(path.parts) if p in ('train', 'test')), None)
-    if start is None or len(path.parts) < start + 3: return None
-    inside = path.parts[start:]
-    return inside[0], inside[-2], '/'.join(inside)
-
-def _tar_files(archive):
-    "Yield (part, class, name, stream) of each image in the archive."
-    try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                place = _image_place(member, archive)
-                if place: yield *place, io.BytesIO(tar.extractfile(member).read())
-    except (tarfile.TarError, EOFError, OSError) as e:
-        raise ValueError(f'{archive} is not a complete tar archive ({e}); get it again') from None
-
 # %% ../../nbs/data/72_datasets.ipynb #25ccc592
 def _decode(stream, name, size):
     "Return one image as `(h, w, 3)` bytes."
     try:
-        im = Image.open(stream).convert('RGB')
+        im = open_image(stream)
         if size is not None: im = im.resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(im)
     except Exception as e:
@@ -124,7 +92,7 @@ def _check_parts(found, source):
                              'every class needs both')
 
 def _from_files(files, source, size=None):
-    "Return training and test images from what `_folder_files` or `_tar_files` yields."
+    "Return training and test images from what `folder_images` or `archive_images` yields."
     found, shape = {'train': [], 'test': []}, None
     for part, label, name, stream in files:
         im = _decode(stream, name, size)
@@ -173,7 +141,7 @@ def _cache_dir():
 
 def _fingerprint(source, size):
     "Return a hash of the names, sizes and dates of the source's files, and of the size of the images."
-    h = hashlib.sha256(json.dumps(['v1', str(source.resolve()), size]).encode())
+    h = hashlib.sha256(json.dumps(['v2', str(source.resolve()), size]).encode())
     if source.is_file(): files = [source]
     else: files = sorted(f for f in source.rglob('*') if f.is_file())
     for f in files:
@@ -244,11 +212,12 @@ def _find_cifar(name, path):
 # %% ../../nbs/data/72_datasets.ipynb #fe25e172
 def _read(source, size=None, name=None):
     "Decode a folder or an archive; with `name` ('cifar10' or 'cifar100'), also the official batches."
+    innermost = name == 'cifar100' # fastai's has folders of superclasses around the classes
     if source.is_file():
         if name and source.name == _OFFICIAL[name].filename: return _official_tar(name, source)
-        return _from_files(_tar_files(source), source, size)
+        return _from_files(archive_images(source, innermost=innermost), source, size)
     if name and source.name in _BATCHES.values(): return _official(name, source.parent)
-    return _from_files(_folder_files(source), source, size)
+    return _from_files(folder_images(source, innermost=innermost), source, size)
 
 def _cifar(name, path=None, size=None):
     source = _find_cifar(name, path)
@@ -322,7 +291,7 @@ def tiny_imagenet(
     def has_parts(p): return (p / 'train').is_dir() and ((p / 'test').is_dir() or (p / 'val').is_dir())
     folder = _find_folder('tiny_imagenet', path, has_parts, 'train/ and val/ or test/')
     as_distributed = (folder / 'val' / 'val_annotations.txt').exists()
-    list_files = _tiny_files if as_distributed else _folder_files
+    list_files = _tiny_files if as_distributed else folder_images
     return _cached(folder, size, lambda: _from_files(list_files(folder), folder, size))
 
 def imagenet(

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torchvision.transforms import functional as vision
 
+from .image_files import folder_images, open_image
 from .loader import ImageData
 
 # %% ../../nbs/data/73_mapped.ipynb #3e4005d8
@@ -31,14 +31,14 @@ class MappedImages(ImageData):
 def _prepared(file, size):
     "Resize an image to a shorter side of 8/7 of `size`, and return its middle: `(size, size, 3)` bytes."
     try:
-        image = vision.resize(Image.open(file).convert('RGB'), size * 8 // 7)
+        image = vision.resize(open_image(file), size * 8 // 7)
         return np.asarray(vision.center_crop(image, size))
     except Exception as e:
         raise ValueError(f'{file} is not a readable image ({e}); remove or replace it') from None
 
 def _stamp(root, size, files):
     "Return a hash of the folder's path, the image size and the names of the files."
-    lines = [str(root.resolve()), str(size)]
+    lines = ['v2', str(root.resolve()), str(size)]
     for f in files: lines.append(str(f.relative_to(root)))
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
@@ -66,8 +66,9 @@ def _write_array(array, files, shape):
 # %% ../../nbs/data/73_mapped.ipynb #5e8c74cf
 def _mapped(root, part, vocab, cache, size):
     "Return the images of one part from its array file in `cache`; write this file if it is missing."
-    files = sorted(f for f in (root / part).glob('*/*') if f.is_file())
-    classes = [f.parent.name for f in files]
+    found = sorted(folder_images(root, [part]), key=lambda item: item[2]) # by name
+    classes = [label for _, label, _, _ in found]
+    files = [file for *_, file in found]
     unmatched = set(vocab) ^ set(classes)
     if unmatched:
         raise ValueError(f'{root}: class {min(unmatched)!r} must have images in train/ and in {part}/')
@@ -92,6 +93,6 @@ def mapped_folder(
     images change but keep their names, remove the array file. Raises `ValueError` for an image that cannot
     be read, for a class that has no images in one of the parts, and for a disk without room."""
     root, cache = Path(root), Path(cache)
-    vocab = sorted(p.name for p in (root / 'train').iterdir() if p.is_dir())
+    vocab = sorted({label for _, label, _, _ in folder_images(root, ['train'])})
     test = 'val' if (root / 'val').is_dir() else 'test'
     return _mapped(root, 'train', vocab, cache, size), _mapped(root, test, vocab, cache, size)

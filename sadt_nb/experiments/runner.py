@@ -559,7 +559,9 @@ def first_layer_histogram(
 def _data_facts(dls):
     "Return the numbers of images and a checksum of the test set, as two data sets may share a name."
     test = dls[2].dataset
-    facts = dict(train=len(dls.train.dataset), test=len(test))
+    facts = dict(train=len(dls.train.dataset), test=len(test), classes=dls.c)
+    held_out = getattr(dls.valid, 'dataset', ())
+    if held_out is not test: facts['valid'] = len(held_out)
     x = getattr(test, 'x', None)
     if isinstance(x, torch.Tensor):
         crc = zlib.crc32(x.cpu().numpy().tobytes())
@@ -589,8 +591,10 @@ def _evaluations(cfg, model, dls):
     if cfg.epochs: # a network that is not trained here keeps its statistics
         whole_batches = len(dls.train.dataset) >= 2 * cfg.bs
         batches = dls.train.new(drop_last=True) if whole_batches else dls.train.new()
-        fresh = evaluate(reestimated(model, batches), test, right=True)
+        network = reestimated(model, batches)
+        fresh = evaluate(network, test, right=True)
     found = {}
+    if cfg.epochs and cfg.valid: found['valid_accuracy_bn'] = evaluate(network, dls.valid)['accuracy']
     for key in ('accuracy', 'loss', 'right'):
         found[key] = plain[key]
         found[f'{key}_bn'] = fresh[key]

@@ -7,14 +7,14 @@ __all__ = ['RATES', 'OPTION_RANGES', 'LINEAR', 'SWEEPS', 'ranges', 'at_equal_pas
            'case_of']
 
 # %% ../../nbs/experiments/89_sweep.ipynb #1c262952
-import warnings
+import math, warnings
 from typing import NamedTuple
 
 import pandas as pd
 
 from .config import Run
 from .grid import read_history, run_grid
-from .runner import RunDiverged
+from .runner import RunDiverged, read_result
 from ..methods.registry import METHODS
 
 # %% ../../nbs/experiments/89_sweep.ipynb #5c29939b
@@ -97,7 +97,27 @@ def _has_diverged(result):
     if isinstance(result, Exception) and not isinstance(result, RunDiverged): raise result
     return isinstance(result, RunDiverged)
 
-def _last_valid_accuracy(run, root): return read_history(run, root)[-1]['valid_accuracy']
+def _valid_accuracy(run, root):
+    "Return a run's accuracy on validation images with re-estimated BatchNorm statistics."
+    stored = read_result(run, root) or {}
+    if 'valid_accuracy_bn' in stored: return stored['valid_accuracy_bn']
+    return read_history(run, root)[-1]['valid_accuracy'] # earlier versions stored no other
+
+def _chance(facts):
+    "Return the accuracy that guessing exceeds in one of forty runs; 0 where the data's size is unknown."
+    classes, n = facts.get('classes'), facts.get('valid')
+    if not classes or not n: return 0.
+    return 1 / classes + 1.96 * math.sqrt((1 - 1 / classes) / classes / n)
+
+def _warn_if_nothing_chosen(label, trials, facts):
+    "Warn if no setting of a search is better than the others, or than guessing."
+    values = trials['value'][trials['error'] == '']
+    if len(values) > 1 and values.min() == values.max():
+        warnings.warn(f'{label}: all {len(values)} settings end with the accuracy {values.max():.1%} on '
+                      'validation images, so nothing was chosen; train longer, or search other ranges')
+    elif values.max() <= _chance(facts):
+        warnings.warn(f'{label}: the best of {len(values)} settings has {values.max():.1%} on validation '
+                      'images, no more than guessing; train longer, or search other ranges')
 
 # %% ../../nbs/experiments/89_sweep.ipynb #6f492b18
 class _Search:
@@ -115,15 +135,17 @@ class _Search:
 
     def tell(self, trial, values, cfg, result, root):
         "Store the accuracy of a proposal."
-        value = 0. if _has_diverged(result) else _last_valid_accuracy(cfg, root)
+        value = 0. if _has_diverged(result) else _valid_accuracy(cfg, root)
         self.study.tell(trial, value)
         error = f'{result}' if isinstance(result, Exception) else ''
         self.rows.append(dict(values, value=value, run=cfg, error=error))
+        if not error: self.facts = result.get('data_facts', {})
 
     def found(self, label):
         trials = pd.DataFrame(self.rows)
         if (trials['error'] != '').all():
             raise ValueError(f'{label}: all trials diverged; the first said: {trials["error"][0]}')
+        _warn_if_nothing_chosen(label, trials, self.facts)
         top = trials.loc[trials['value'].idxmax()]
         passes = sum(c.epochs * METHODS[c.method].passes for c in trials['run'])
         return Found(top['run'], float(top['value']), trials, passes)
@@ -200,7 +222,7 @@ def confirmed(
     results = run_grid(every, root, workers, progress=progress, **kwargs)
     diverged = {run for run, result in zip(every, results) if _has_diverged(result)}
     def mean_accuracy(runs):
-        return sum(0. if run in diverged else _last_valid_accuracy(run, root) for run in runs) / len(runs)
+        return sum(0. if run in diverged else _valid_accuracy(run, root) for run in runs) / len(runs)
     return {label: max(candidates, key=mean_accuracy) for label, candidates in groups.items()}
 
 # %% ../../nbs/experiments/89_sweep.ipynb #748fb3fb

@@ -1,0 +1,206 @@
+"""Which files are images of which class, and how they are opened, in folders, archives and mapped folders."""
+import io
+import os
+import tarfile
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from sadt_nb.data.datasets import load_data
+from sadt_nb.data.image_files import archive_images, folder_images, image_class, open_image
+from sadt_nb.data.mapped import mapped_folder
+
+
+def write(file, value=100, size=(8, 8), **kwargs):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, (value,) * 3).save(file, **kwargs)
+
+
+def photos(root):
+    "Two classes with two images each in both parts."
+    for part in ('train', 'test'):
+        for label, value in (('cat', 50), ('dog', 200)):
+            for i in range(2): write(root / part / label / f'{i}.png', value + i)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv('SADT_CACHE', str(tmp_path_factory.mktemp('cache')))
+
+
+@pytest.fixture(autouse=True)
+def no_other_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        yield
+
+
+def classes(data):
+    train, _ = data
+    return train.vocab, [train.vocab[y] for y in train.y]
+
+
+@pytest.mark.parametrize('name', [
+    'train/.ipynb_checkpoints/1.png', 'train/cat/._1.png', '__MACOSX/train/cat/1.png', 'train/cat/.DS_Store',
+    'train/cat/.thumbs/1.png'])
+def test_hidden_files_are_no_images(name, tmp_path):
+    root = photos(tmp_path / 'photos')
+    write(root / name, format='png')
+    assert classes(load_data(root)) == (['cat', 'dog'], ['cat', 'cat', 'dog', 'dog'])
+    assert mapped_folder(root, tmp_path / 'mapped', 8)[0].vocab == ['cat', 'dog']
+
+
+def test_the_class_is_the_first_folder_and_a_warning_says_so(tmp_path):
+    root = photos(tmp_path / 'photos')
+    write(root / 'train' / 'cat' / 'black' / 'at home' / '9.png')
+    with pytest.warns(UserWarning, match=r"train/cat/black/at home to 'cat'"):
+        vocab, labels = classes(load_data(root))
+    assert vocab == ['cat', 'dog'] and labels.count('cat') == 3
+    with pytest.warns(UserWarning, match='belong to that class'):
+        assert len(mapped_folder(root, tmp_path / 'mapped', 8)[0]) == 5
+    assert image_class('train/mammals/cat/1.png', innermost=True) == 'cat'
+
+
+def test_linked_class_folders_are_followed_but_never_in_a_circle(tmp_path):
+    root = photos(tmp_path / 'photos')
+    write(tmp_path / 'elsewhere' / '7.png')
+    for part in ('train', 'test'):
+        (root / part / 'fish').symlink_to(tmp_path / 'elsewhere', target_is_directory=True)
+    (root / 'train' / 'cat' / 'again').symlink_to(root / 'train', target_is_directory=True)
+    vocab, labels = classes(load_data(root))
+    assert vocab == ['cat', 'dog', 'fish'] and labels.count('fish') == 1 and labels.count('cat') == 2
+
+
+@pytest.mark.parametrize('suffix, kind', [('jfif', 'jpeg'), ('jpe', 'jpeg'), ('pgm', 'ppm'), ('pnm', 'ppm'),
+                                          ('JPG', 'jpeg'), ('tiff', 'tiff'), ('webp', 'webp')])
+def test_types_of_images(suffix, kind, tmp_path):
+    root = photos(tmp_path / 'photos')
+    write(root / 'train' / 'cat' / f'9.{suffix}', format=kind)
+    assert len(load_data(root)[0]) == 5
+
+
+def test_avif_where_pillow_has_it(tmp_path):
+    from PIL import features
+    if not features.check('avif'): pytest.skip('this Pillow cannot read AVIF')
+    root = photos(tmp_path / 'photos')
+    write(root / 'train' / 'cat' / '9.avif')
+    assert len(load_data(root)[0]) == 5
+
+
+def test_other_files_are_counted(tmp_path):
+    root = photos(tmp_path / 'photos')
+    (root / 'train' / 'cat' / 'notes.txt').write_text('')
+    (root / 'train' / 'dog' / 'film.mp4').write_text('')
+    (root / 'README').write_text('')
+    with pytest.warns(UserWarning, match=r'left out: 1 \.mp4, 1 \.txt'): load_data(root)
+
+
+def saved(image, kind, **kwargs):
+    stream = io.BytesIO()
+    image.save(stream, kind, **kwargs)
+    stream.seek(0)
+    return stream
+
+
+@pytest.mark.parametrize('kind', ['png', 'tiff'])
+def test_sixteen_bits_keep_their_range(kind):
+    values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    got = np.asarray(open_image(saved(Image.fromarray(values), kind)))
+    assert got.tolist() == [[[v, v, v] for v in (0, 1, 100, 255)]]
+
+
+WRONG_PIXELS = [((-1, 5), np.int32), ((0, 70_000), np.int32), ((.5, .1), np.float32)]
+
+
+@pytest.mark.parametrize('values, dtype', WRONG_PIXELS)
+def test_pixels_that_are_no_colours_are_an_error(values, dtype):
+    stream = saved(Image.fromarray(np.array([values], dtype=dtype)), 'tiff')
+    with pytest.raises(ValueError, match='not 8 or 16 bits'): open_image(stream)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_images_are_turned_upright(orientation):
+    picture = np.zeros((2, 3, 3), dtype=np.uint8)
+    picture[0, 0] = 255
+    image = Image.fromarray(picture)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    turns = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+             5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
+             7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a)}
+    got = np.asarray(open_image(saved(image, 'png', exif=exif)))
+    assert np.array_equal(got, turns[orientation](picture))
+
+
+def test_transparent_and_palette_images_become_rgb():
+    red = saved(Image.new('RGBA', (2, 2), (255, 0, 0, 255)), 'png')
+    assert open_image(red).getpixel((0, 0)) == (255, 0, 0)
+    assert open_image(saved(Image.new('P', (2, 2)), 'gif')).mode == 'RGB'
+
+
+def test_other_formats_are_not_tried(tmp_path):
+    root = photos(tmp_path / 'photos')
+    eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n'
+    (root / 'train' / 'cat' / '9.png').write_bytes(eps) # Pillow would start Ghostscript for it
+    for read in (load_data, lambda root: mapped_folder(root, tmp_path / 'mapped', 8)):
+        with pytest.raises(ValueError, match='is not a readable image'): read(root)
+
+
+def pack(root, archive, top='photos'):
+    if archive.suffix == '.zip':
+        with zipfile.ZipFile(archive, 'w') as z:
+            for f in root.rglob('*'):
+                if f.is_file(): z.write(f, f'{top}/{f.relative_to(root)}')
+    else:
+        with tarfile.open(archive, 'w:*' if archive.suffix == '.tar' else 'w:gz') as tar: tar.add(root, top)
+    return archive
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.tar.gz', 'a.tgz', 'a.tar'])
+def test_archives_hold_the_same_images(name, tmp_path):
+    root = photos(tmp_path / 'photos')
+    write(root / 'train' / 'cat' / '._0.png', format='png')
+    if name == 'a.tar':
+        with tarfile.open(tmp_path / name, 'w') as tar: tar.add(root, 'photos')
+        archive = tmp_path / name
+    else: archive = pack(root, tmp_path / name)
+    from_archive, from_folder = load_data(archive), load_data(root)
+    for a, b in zip(from_archive, from_folder):
+        assert a.vocab == b.vocab and (a.x == b.x).all() and (a.y == b.y).all()
+    listed = {(part, label, file) for part, label, file, _ in archive_images(archive)}
+    assert listed == {(part, label, file) for part, label, file, _ in folder_images(root)}
+
+
+@pytest.mark.parametrize('member', ['../train/cat/1.png', '/train/cat/1.png', 'C:/train/cat/1.png',
+                                    'photos/../../train/cat/1.png'])
+def test_zip_members_that_lead_outside_are_refused(member, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z: z.writestr(member, b'')
+    with pytest.raises(ValueError, match='leads outside'): list(archive_images(tmp_path / 'a.zip'))
+
+
+def test_links_in_archives_are_refused(tmp_path):
+    link = tarfile.TarInfo('train/cat/1.png')
+    link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
+    with tarfile.open(tmp_path / 'a.tar', 'w') as tar: tar.addfile(link)
+    with pytest.raises(ValueError, match='is a link'): list(archive_images(tmp_path / 'a.tar'))
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.tgz', 'a.rar'])
+def test_damaged_and_other_files_are_named(name, tmp_path):
+    if name == 'a.rar': (tmp_path / name).write_bytes(b'Rar!' + bytes(100))
+    else:
+        content = pack(photos(tmp_path / 'photos'), tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:len(content) // 2])
+    with pytest.raises(ValueError, match=f'{name} is not a complete tar or zip archive'):
+        list(archive_images(tmp_path / name))
+
+
+def test_a_changed_file_is_decoded_again(tmp_path):
+    root = photos(tmp_path / 'photos')
+    assert int(load_data(root)[0].x[0, 0, 0, 0]) == 50
+    write(root / 'train' / 'cat' / '0.png', 77)
+    os.utime(root / 'train' / 'cat' / '0.png', (1, 1))
+    assert int(load_data(root)[0].x[0, 0, 0, 0]) == 77

@@ -123,7 +123,7 @@ class _Search:
     def found(self, label):
         trials = pd.DataFrame(self.rows)
         if (trials['error'] != '').all():
-            raise ValueError(f'{label}: all trials diverged; the first said: {trials["error"][0]}')
+            raise ValueError(f'{label}: all trials diverged; the first error: {trials["error"][0]}')
         top = trials.loc[trials['value'].idxmax()]
         passes = sum(c.epochs * METHODS[c.method].passes for c in trials['run'])
         return Found(top['run'], float(top['value']), trials, passes)

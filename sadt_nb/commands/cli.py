@@ -41,7 +41,7 @@ from ..papers.saf import memory_columns
 # %% ../../nbs/commands/110_cli.ipynb #d23b89f3
 @contextmanager
 def _one_line_errors(command):
-    "End with one line on standard error: status 2 for a mistake, 130 for Ctrl-C."
+    "End the command with one line on standard error: status 2 for a mistake, 130 for Ctrl-C."
     try: yield
     except KeyboardInterrupt:
         print(f'\n{command}: stopped; run the command again to continue', file=sys.stderr)
@@ -54,7 +54,7 @@ def _one_line_errors(command):
 def _help_format(prog): return argparse.HelpFormatter(prog, max_help_position=26, width=110)
 
 def _parser(func):
-    "Return a parser made from a function's signature and docments; `name` is positional, a bool a switch."
+    "Return a parser from a function's signature and docments; `name` is positional, a bool is a switch."
     parser = argparse.ArgumentParser(func.__name__, description=func.__doc__, formatter_class=_help_format)
     for k, v in docments(func, full=True, returns=False).items():
         default = '' if v.default in (None, '', False) else f' (default: {v.default})'
@@ -71,7 +71,7 @@ def _parser(func):
 def command(
     func, # A function; its docstring and its docments become the help text
 ):
-    "Make a function a shell command: it reads the shell's arguments, and mistakes end with status 2."
+    "Return a shell command for a function: it reads the shell's arguments; mistakes end with status 2."
     @wraps(func)
     def main(*args, **kwargs):
         if not (args or kwargs): kwargs = vars(_parser(func).parse_args())
@@ -109,7 +109,7 @@ def _stored_config(folder, advice):
         raise ValueError(f'{folder} is not the folder of a run; {advice}') from None
 
 def _teacher_fields(folder, root):
-    "Return a student's teacher and split: the teacher's split, so validation images are new to both."
+    "Return a student's teacher and split; with the teacher's split, validation images are new to both."
     if folder is None: return {}
     teacher = _stored_config(folder, 'train the teacher first, with this command')
     if folder.resolve() != (Path(root) / teacher.name).resolve():
@@ -127,12 +127,12 @@ def _print_result(cfg, r, root):
 # %% ../../nbs/commands/110_cli.ipynb #ba2266c5
 @command
 def sadt_train(
-    method:str='sam',      # sam, sadt1, distillation, ...; an unknown name lists all
-    model:str='simple_cnn',# simple_cnn, resnet18, ...; an unknown name lists all
+    method:str='sam',      # sam, sadt1, distillation, ...; an unknown name prints all names
+    model:str='simple_cnn',# simple_cnn, resnet18, ...; an unknown name prints all names
     # digits, noisy_digits, cifar10, noisy_cifar10, cifar100, svhn, tiny_imagenet,
     # or a folder with train/<class>/* and test/<class>/*
     data:str='digits',
-    epochs:float=10,       # Passes over the training data, such as 10 or 9.9
+    epochs:float=10,       # Number of passes over the training data, such as 10 or 9.9
     bs:int=128,            # Images per batch
     lr:float=1e-3,         # Largest learning rate; for decoupled_sgd per 1,024 images
     seed:int=0,            # Seed of starting weights, data order, augmentation and the method's noise
@@ -141,19 +141,19 @@ def sadt_train(
     sched:str='cosine',    # cosine, constant, step, thirds, restart or triangle
     cutmix:float=0.,       # Alpha of CutMix, 0 for none
     crop:int=0,            # Border for random crops, in pixels
-    pad_mode:str='zeros',  # What the border shows: zeros or reflect
+    pad_mode:str='zeros',  # Border of --crop: zeros (black) or reflect (the image mirrored at its edge)
     rotate:float=0.,       # Largest angle in degrees by which training images are turned
     autoaugment:str='',    # Policy of AutoAugment: cifar10, svhn or imagenet
     cutout:int=0,          # Side of the square that Cutout hides, in pixels
     flip:bool=False,       # Mirror a random half of the training images
-    alternate:bool=False,  # Mirror a fixed half and the other half in turn, epoch by epoch
-    normalize:str='',      # data: subtract the channels' mean and divide by their deviation
+    alternate:bool=False,  # Mirror a fixed half of the images and the other half in turn, epoch by epoch
+    normalize:str='',      # data: subtract the mean of each channel and divide by its deviation
     label_smoothing:float=0., # Share of a label that is spread over all classes
-    drop_last:bool=False,  # Leave out a smaller last batch
-    lookahead:int=0,       # Batches after which weights are pulled to a slow average, 0 for never
-    views:int=0,           # Also store accuracies of averaged views of test images: 1 mirrored, 2 shifted too
+    drop_last:bool=False,  # Leave out the last batch of an epoch if it is smaller
+    lookahead:int=0,       # Number of batches between pulls of the weights to a slow average, 0 for never
+    views:int=0,           # Also test averages over views of an image: 1: mirrored; 2: also shifted
     valid:float=.1,        # Share of the training images held out for validation
-    n_train:int=None,      # Train on this many images only
+    n_train:int=None,      # Number of training images; by default all
     method_args:str='',    # Options of the method, such as 'rho=0.1' or 'spec=code'
     model_args:str='',     # Options of the model, such as 'init=keras' or 'widths=64,128,128'
     data_args:str='',      # Options of the data set, such as 'noise=0.2'
@@ -163,9 +163,9 @@ def sadt_train(
     tf32:bool=False,       # Use TF32 in matrix products, on GPUs that have it
     clip:float=0.,         # Largest norm of a step's gradient, 0 for no clipping
     select:str='last',     # Epoch whose weights are kept: last, or the best on valid or test data
-    teacher:Path=None,     # For distillation: the folder of a finished run below root
+    teacher:Path=None,     # For distillation: the folder of the teacher, a finished run below --root
     minutes:float=1.,      # Least minutes between two checkpoints, which are stored after epochs
-    force:bool=False,      # Train again even if there is a result or a checkpoint that does not fit
+    force:bool=False,      # Train again even if a result is stored; ignore a checkpoint that does not fit
 ):
     "Train one network with one method, print its test accuracy, and store everything."
     if flip and alternate: raise ValueError('--flip and --alternate are two ways to mirror; use one of them')
@@ -183,7 +183,7 @@ def sadt_train(
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _list_tables(device=None):
-    "Print every preset with its runs, its passes, and the time that its runs would take here in turn."
+    "Print every preset with its runs, its passes, and the time to train run after run on this machine."
     print('measuring this machine for a few seconds', file=sys.stderr)
     machine = probe_machine(device)
     kind = 'GPU' if torch.device(device or default_device()).type == 'cuda' else 'CPU'
@@ -219,18 +219,18 @@ def _published_table(name, root, scale, amp, only=''):
 def sadt_grid(
     name:str='',        # A published table, such as sadt/notebook20; --list shows all
     root:Path='runs',   # Folder for the results; finished runs are not repeated
-    workers:int=1,      # Processes that train at the same time
+    workers:int=1,      # Number of processes that train at the same time
     only:str='',        # Train only rows whose label has all these words, such as 'cifar10 simple_cnn 2048'
     # Share of the published epochs, such as 0.1 for a quick look; the rows are marked as scaled
     scale:float=1.,
-    amp:str='',         # Mixed precision for all runs, bf16 or fp16; the rows are marked
+    amp:str='',         # Mixed precision for all runs: bf16 or fp16; the rows are marked with it
     samples:int=1000,   # Number of training images for the measures that a figure needs
     minutes:float=1.,   # Least minutes between two checkpoints, which are stored after epochs
     force:bool=False,   # Train finished runs again
-    # Address of a Ray cluster whose machines train, 'auto' for the one that this machine belongs to;
-    # its machines must share the folder
+    # Address of a Ray cluster whose machines train; 'auto' for the cluster of this machine;
+    # all machines must share the folder --root
     ray:str='',
-    list:bool=False,    # Show the tables with their runs, passes and time, and stop
+    list:bool=False,    # Print all tables with their runs, passes and time, and train nothing
 ):
     "Train the unfinished runs of a published table, then print the table beside the published values."
     if list or not name: return _list_tables()
@@ -275,16 +275,16 @@ def _save_curves(name, root, scale, amp, figure):
 
 @command
 def sadt_report(
-    name:str='',       # A published table, such as sadt/notebook20; without it, all runs in the folder
-    # Folder of the results; 'published/notebook20' for those of a study that come with the package
+    name:str='',       # A published table, such as sadt/notebook20; without a name, all runs in the folder
+    # Folder of the results; 'published/notebook20' for the packaged results of that study
     root:Path='runs',
-    # Folder for the table's pages; by default root, or the current folder for published results
+    # Folder for the table's pages; by default --root, or the current folder for packaged results
     to:Path=None,
     scale:float=1.,    # Share of the published epochs that was trained
-    amp:str='',        # Mixed precision that was chosen for all runs
+    amp:str='',        # Mixed precision in which all runs were trained
     figure:Path=None,  # Save the training curves to this file
 ):
-    "Print the results of a folder, or a published table with a verdict per row, and write it as pages."
+    "Print the results of a folder; or print a published table with verdicts and write it to pages."
     plt.switch_backend('agg') # commands save figures, they do not show them
     folder = results_folder(root)
     if name:
@@ -296,7 +296,7 @@ def sadt_report(
 
 # %% ../../nbs/commands/110_cli.ipynb #5f17eae0
 def _sweep_cases(methods, plain):
-    "Return for each method its run with the passes of the plain run, and the ranges that are searched."
+    "Return, for each method, a run with as many passes as the plain run, and the ranges to search."
     cases = {}
     for method in methods.replace(',', ' ').split():
         run = at_equal_passes(plain.but(method=method), plain)
@@ -311,7 +311,7 @@ def _settings(run):
     return ' '.join(parts)
 
 def _sweep_row(found, runs, results):
-    "Return what was found for a method, and the accuracy of its runs with fresh seeds."
+    "Return the best settings of a method, and the accuracy of their runs with other seeds."
     tested = pd.Series([100 * r['accuracy'] for r in results if not isinstance(r, Exception)])
     spread = f' ± {tested.std():.1f}' if len(tested) > 1 else ''
     return {
@@ -326,25 +326,25 @@ def _sweep_row(found, runs, results):
 # %% ../../nbs/commands/110_cli.ipynb #816784f9
 @command
 def sadt_sweep(
-    name:str='',           # A search of the studies, such as sadt_parts, in place of methods, data and recipe
+    name:str='',           # A search of the library, such as sadt_parts; replaces methods, data and recipe
     methods:str='baseline sam', # Methods to compare, in quotes
     data:str='digits',     # A data set, or a folder with train/<class> and test/<class>
     model:str='simple_cnn',# Network, such as simple_cnn or resnet18
-    trials:int=16,         # Proposals per method
-    epochs:int=10,         # Epochs of plain training per proposal; other methods get the same passes
+    trials:int=16,         # Number of proposals per method
+    epochs:int=10,         # Epochs of plain training per proposal; other methods make as many passes
     bs:int=128,            # Images per batch
-    lr:float=1e-3,         # Centre of the searched learning rates, a thirtieth to thirty times this
-    valid:float=.2,        # Share of the training images on which proposals are judged
-    n_train:int=None,      # Train on this many images only
+    lr:float=1e-3,         # Centre of the searched learning rates: from a thirtieth to thirty times it
+    valid:float=.2,        # Share of the training images held out to judge the proposals
+    n_train:int=None,      # Number of training images; by default all
     opt:str='adam',        # Optimizer: adam, adamw, keras_adam or sgd
     opt_args:str='',       # Options of the optimizer, such as 'weight_decay=5e-4 momentum=0.9'
-    seeds:int=3,           # Number of fresh seeds for the found settings
-    # Number of best proposals that get the fresh seeds; the best on validation images is kept
+    seeds:int=3,           # Number of other seeds to train the best settings with
+    # Number of best proposals to train with the other seeds; the best on validation images is kept
     top:int=1,
     root:Path='runs',      # Folder for the results; finished runs are not repeated
-    workers:int=1,         # Processes that train at the same time
+    workers:int=1,         # Number of processes that train at the same time
 ):
-    "Search each method's best rate and radius with equal passes, and test them with fresh seeds."
+    "Search each method's best learning rate and radius at equal passes; test them with other seeds."
     if name and name not in SWEEPS:
         raise ValueError(f'unknown search {name!r}; choose one of {", ".join(SWEEPS)}, or give --methods')
     plain = Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=valid, n_train=n_train, opt=opt,
@@ -356,13 +356,13 @@ def sadt_sweep(
     fresh = confirmed(found, root, range(1, seeds + 1), top, workers)
     rows = {}
     for label, runs in fresh.items():
-        results = run_grid(runs, root, progress=False) # `confirmed` has trained them, so this only reads
+        results = run_grid(runs, root, progress=False) # this only reads: `confirmed` has trained them
         rows[label] = _sweep_row(found[label], runs, results)
     print(pd.DataFrame(rows).T.rename_axis('method').to_string())
 
 # %% ../../nbs/commands/110_cli.ipynb #4c9955ee
 def _measure_line(name, m):
-    "Return a measure with its error as text, and a remark if it has not converged."
+    "Return a text: a measure, its uncertainty, and a remark if the measure has not converged."
     error = f' ± {m["error"]:.2g}' if m.get('error') else ''
     remark = '' if m.get('converged', True) else '  (not converged)'
     return f'{name:22} {m["value"]:.5g}{error}{remark}'
@@ -374,7 +374,7 @@ def sadt_measure(
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
 ):
-    "Measure the flatness, calibration and robustness of a stored run, and store the numbers beside it."
+    "Measure the flatness, calibration and robustness of a stored run, and store the numbers beside the run."
     if not name: raise ValueError('say which run: the folder that sadt_train printed')
     name = Path(name)
     cfg = _stored_config(name, 'train one with sadt_train')
@@ -411,8 +411,8 @@ def _demo_part(results, data):
 @command
 def sadt_demo(
     root:Path='runs/demo',    # Folder for the results; finished runs are not repeated
-    seeds:int=3,              # Runs per method, each with its own starting weights and data order
-    epochs:int=8,             # Passes over the 400 training images
+    seeds:int=3,              # Number of runs per method, each with its own starting weights and data order
+    epochs:int=8,             # Number of passes over the 400 training images
     figure:Path='sadt_demo.png', # Where to save the training curves
 ):
     "Compare SAM, SADT and their controls on digits with true and noisy labels, in two to four minutes."

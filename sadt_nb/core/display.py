@@ -6,7 +6,7 @@
 __all__ = ['COLORS', 'Card', 'refused']
 
 # %% ../../nbs/core/12_display.ipynb #d1484a10
-COLORS = dict( # of the methods in `METHODS`
+COLORS = dict( # one colour per method in `METHODS`
     baseline='tab:gray', gc='tab:green', agc='tab:orange',
     sam='tab:blue', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal',
     saf='limegreen', mesa='darkgreen', distillation='mediumvioletred',
@@ -16,9 +16,9 @@ COLORS = dict( # of the methods in `METHODS`
 def _markdown_row(cells): return '| ' + ' | '.join(cells) + ' |'
 
 class Card:
-    "Rows of two or more columns that notebooks show as a table, and terminals as lines."
+    "Rows with two or more columns; a notebook shows them as a table, and a terminal as lines of text."
     def __init__(self,
-        rows, # Lists of strings of one length; the first holds the headings
+        rows, # Lists of strings, all of the same length; the first list holds the headings
     ): self.rows = rows
 
     def _repr_markdown_(self):
@@ -32,10 +32,10 @@ class Card:
 
 # %% ../../nbs/core/12_display.ipynb #b17604dd
 def refused(
-    f,              # Function or class
-    *args, **kwargs # Its arguments
+    f,              # Function or class to call
+    *args, **kwargs # Arguments of the call
 ):
-    "Print the `ValueError` that a call must raise. Raises `AssertionError` if the call raises none."
+    "Print the `ValueError` that `f` must raise. Raises `AssertionError` if `f` raises no `ValueError`."
     try: f(*args, **kwargs)
     except ValueError as e: print(e)
     else: raise AssertionError(f'{getattr(f, "__name__", f)} raised no error')

@@ -12,7 +12,7 @@ from torch import nn, Tensor
 class Ensemble(nn.Module):
     """A network that returns the mean of several networks' logits.
 
-    Raises `ValueError` without members, and when the members' outputs differ in shape."""
+    Raises `ValueError` if there are no members, and if the members' outputs differ in shape."""
     def __init__(self,
         models, # The members, at least one
     ):
@@ -21,9 +21,9 @@ class Ensemble(nn.Module):
         if not self.models: raise ValueError('an ensemble needs at least one network, got none')
 
     def forward(self,
-        *xb:Tensor, # As each member takes them
+        *xb:Tensor, # Inputs, as each member takes them
     ) -> Tensor: # `(n, classes)` logits
-        "Return the mean logits. Members run one after the other, so memory holds one prediction and the sum."
+        "Return the mean logits. Members run in turn, so memory holds only the sum and one member's logits."
         total = self.models[0](*xb)
         for m in self.models[1:]:
             z = m(*xb)

@@ -15,7 +15,7 @@ from fastai.torch_core import default_device, rank_distrib, show_images
 # %% ../../nbs/data/70_loader.ipynb #9cd9343e
 class ImageData:
     "Images as bytes, their classes, and the classes' names; a map-style data set of `(image, class)` pairs."
-    loss_func = nn.CrossEntropyLoss() # for class indices and soft labels; the default of a Learner
+    loss_func = nn.CrossEntropyLoss() # for class indices and soft labels; the default loss of a Learner
 
     def __init__(self,
         x,      # `(n, height, width, 3)` uint8 array or tensor, values 0-255
@@ -49,14 +49,14 @@ class ImageData:
 
 # %% ../../nbs/data/70_loader.ipynb #9ca69e25
 def _scale_and_shift(mean, std, dtype, device):
-    "Return (x / 255 - mean) / std as a factor and a summand, each with one element or one per channel."
+    "Return the factor and the summand of (x / 255 - mean) / std, each one number or one per channel."
     mean = torch.as_tensor(mean, dtype=dtype, device=device)
     std = torch.as_tensor(std, dtype=dtype, device=device)
-    mean, std = torch.broadcast_tensors(mean, std) # one of them may be a single number
+    mean, std = torch.broadcast_tensors(mean, std) # mean or std may be a single number
     return 1 / (255 * std), -mean / std
 
 def _normalised(x, mean, std, dtype, channels_last):
-    "Return `(n, h, w, 3)` bytes as `(n, 3, h, w)` normalised numbers, in the chosen memory format."
+    "Return `(n, h, w, 3)` bytes as `(n, 3, h, w)` normalised floats, in the chosen memory format."
     n, h, w, c = x.shape
     scale, shift = _scale_and_shift(mean, std, dtype, x.device)
     per_channel = scale.numel() > 1
@@ -74,12 +74,12 @@ def _normalised(x, mean, std, dtype, channels_last):
 class _SeededLoader(DataLoader):
     "A fastai loader whose order and augmentation have generators of their own."
     def _seed(self, seed):
-        "Make the two generators; `None` draws a seed."
+        "Create the two generators from `seed`; `None`: from a random seed."
         self.seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        self.epoch = -1 # number of the pass, from 0
+        self.epoch = -1 # number of the current pass, from 0
         self.order_rng = np.random.default_rng([self.seed, 0]) # the same in all processes
         rank = rank_distrib()
-        stream = [self.seed, 1, rank] if rank else [self.seed, 1] # each process augments samples of its own
+        stream = [self.seed, 1, rank] if rank else [self.seed, 1] # each process draws its own numbers
         self.tfm_rng = np.random.default_rng(stream)
 
     def get_idxs(self) -> np.ndarray: # `(n,)` positions in the data set
@@ -95,14 +95,14 @@ class _SeededLoader(DataLoader):
         return dict(order=order, tfm=tfm, epoch=self.epoch)
 
     def load_state_dict(self, state:dict):
-        "Continue from the point at which `state_dict` was taken."
+        "Continue from the state that `state_dict` returned."
         self.order_rng.bit_generator.state = state['order']
         self.tfm_rng.bit_generator.state = state['tfm']
         self.epoch = state['epoch']
 
 # %% ../../nbs/data/70_loader.ipynb #71736e8b
 class _BatchLoader(_SeededLoader):
-    "Cuts the batches of `ImageData` on the device."
+    "Makes batches of `ImageData` on the device."
     n_inp = 1
 
     @property
@@ -150,20 +150,20 @@ def _class_title(y, vocab):
 class TensorDL(_BatchLoader):
     """A loader whose batches of `ImageData` are selected, augmented and normalised on the device.
 
-    A transform with the attribute `per_sample` also gets `ids`, `epoch` and `size` of the data set.
+    A transform with the attribute `per_sample` also gets `ids`, `epoch`, and the `size` of the data set.
     Raises `ValueError` for a batch size below 1, or above the data set's size."""
     def __init__(self,
         dataset:ImageData,   # The images
         bs:int=128,          # Images per batch, 1 to `len(dataset)`
-        shuffle:bool=False,  # A new permutation for every pass?
+        shuffle:bool=False,  # Use a new permutation in every pass?
         drop_last:bool=False,# Leave out a last batch that is smaller than `bs`?
         tfms=(),             # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes, in this order
-        mean=0.,             # Subtracted after scaling to [0, 1]; a number or one per channel
-        std=1.,              # Divides after that; a number or one per channel
-        seed:int|None=None,  # Seeds order and augmentation; `None` draws one
+        mean=0.,             # Subtracted from values in [0, 1]; a number or one per channel
+        std=1.,              # Divides the difference; a number or one per channel
+        seed:int|None=None,  # Seed of order and augmentation; `None`: a random seed
         channels_last=False, # Give the batches the `channels_last` memory format
         dtype=torch.float32, # Type of the images that the model gets
-        device=None,         # Where data and batches lie; fastai's default device
+        device=None,         # Device of data and batches; `None`: fastai's default device
         num_workers=0,       # Ignored: batches are made in this process
         **kwargs,
     ):
@@ -176,24 +176,24 @@ class TensorDL(_BatchLoader):
         self._seed(seed)
 
     def new(self, dataset=None, cls=None, **kwargs) -> 'TensorDL':
-        "Return this loader with some arguments changed; its generators start anew from `seed`."
+        "Return a copy with some arguments changed; the generators of the copy start anew from its seed."
         mine = dict(tfms=self.tfms, mean=self.mean, std=self.std, seed=self.seed,
                     channels_last=self.channels_last, dtype=self.dtype)
         if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))
         return super().new(dataset, cls, **{**mine, **kwargs})
 
     def decode(self, b):
-        "Undo the normalisation: images in [0, 1]."
+        "Return images in [0, 1], without the normalisation, and labels."
         x, y = b[0].cpu(), b[1].cpu()
         mean = torch.as_tensor(self.mean, dtype=x.dtype).reshape(-1, 1, 1)
         std = torch.as_tensor(self.std, dtype=x.dtype).reshape(-1, 1, 1)
         return (x * std + mean).clamp(0, 1), y
 
     def show_batch(self,
-        b=None,       # A batch; the next one if `None`
-        max_n=9,      # Images at most
+        b=None,       # A batch; `None`: a new batch
+        max_n=9,      # Largest number of images
         nrows=None,   # Rows of the grid; `None`: a nearly square grid
-        figsize=None, # Inches
+        figsize=None, # Width and height in inches
         **kwargs,     # For fastai's `show_images`
     ):
         "Show images of a batch under the names of their classes, with shares for mixed labels."

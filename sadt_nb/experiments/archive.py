@@ -13,11 +13,11 @@ from pathlib import Path
 from ..core.checkpoint import write_whole
 
 # %% ../../nbs/experiments/79_archive.ipynb #a4545e01
-ARCHIVE = 'runs.jsonl.gz'                            # its name in a folder of results
-PARTS = ('config', 'result', 'history', 'measures') # files of a run, `config.json` and so on
+ARCHIVE = 'runs.jsonl.gz'                            # name of the archive in a folder of results
+PARTS = ('config', 'result', 'history', 'measures') # files of a run: `config.json` and so on
 
 @lru_cache(maxsize=64)
-def _read_lines(file, modified, size): # with the last two, a changed file is another entry of the cache
+def _read_lines(file, modified, size): # a changed file has another key in the cache
     records = {}
     try:
         with gzip.open(file, 'rt', encoding='utf-8') as lines:
@@ -31,7 +31,7 @@ def _read_lines(file, modified, size): # with the last two, a changed file is an
 
 def read_archive(
     folder, # Folder of results
-) -> dict: # Name of a run to its parts, which are the contents of its files; empty without an archive
+) -> dict: # Name of a run: its parts, the contents of its files; empty without an archive
     """Read the archive of a folder. The result is shared between calls and must not be changed.
 
     Raises `ValueError` if the file is damaged."""
@@ -41,14 +41,14 @@ def read_archive(
     return _read_lines(file, state.st_mtime_ns, state.st_size)
 
 def write_archive(
-    folder,       # Folder of results; made if it is not there
-    records:dict, # Name of a run to its parts
+    folder,       # Folder of results; created if it does not exist
+    records:dict, # Name of a run: its parts
 ):
-    "Add runs to the archive of a folder, replacing those of the same name. Writes the whole file or nothing."
+    "Add runs to a folder's archive, in place of runs of the same name; writes the whole file or nothing."
     folder = Path(folder)
     merged = read_archive(folder) | records
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # no time: equal runs give equal bytes
+    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # no time, so equal runs give equal bytes
         for name in sorted(merged):
             line = json.dumps({'name': name, **merged[name]}, separators=(',', ':'))
             z.write(line.encode() + b'\n')
@@ -60,7 +60,7 @@ def read_part(
     root,         # Folder of results
     name:str,     # Name of the run
     part:str,     # One of `PARTS`
-    default=None, # Returned if the run has no such part, or its file is damaged
+    default=None, # Value to return if the run has no such part, or the file is damaged
 ):
     "Return one part of a run from its folder, or from the archive."
     file = Path(root) / name / f'{part}.json'
@@ -70,7 +70,7 @@ def read_part(
 
 def read_parts(
     folder, # Folder of a run
-) -> dict: # The parts that are there
+) -> dict: # Name of a part: its content, for each file that exists
     "Return all parts of a run from its folder."
     found = {}
     for part in PARTS:
@@ -80,7 +80,7 @@ def read_parts(
 
 def stored_runs(
     root, # Folder of results
-) -> list: # Pairs of the folder that a run has or would have, and its parts; sorted by folder
+) -> list: # Pairs (folder, parts), sorted; a run in an archive has the folder that it would have
     "Return all runs below `root` that have a configuration, from folders and from archives."
     root = Path(root)
     found = {}

@@ -23,9 +23,9 @@ from .runner import RunError, read_result
 
 # %% ../../nbs/experiments/82_report.ipynb #9826e710
 def published(
-    study:str='', # A study, such as 'digits' or 'flatness_digits'; all of them if empty
+    study:str='', # A study, such as 'digits' or 'flatness_digits'; empty: all studies
 ) -> Path: # A folder of results
-    "Return where the packaged results are. Raises `FileNotFoundError` for an unknown study."
+    "Return the folder of the packaged results. Raises `FileNotFoundError` for an unknown study."
     every = Path(files('sadt_nb')) / 'published'
     if not (every / study).is_dir():
         known = ', '.join(sorted(f.name for f in every.iterdir() if f.is_dir()))
@@ -33,16 +33,16 @@ def published(
     return every / study
 
 def results_folder(
-    root, # A folder; if it does not exist, 'published' and 'published/...' are those of the package
+    root, # A folder; 'published' or 'published/...': that of the package, unless such a folder exists
 ) -> Path:
-    "Return the folder that `root` stands for."
+    "Return the folder of results that `root` names."
     root = Path(root)
     packaged = root.parts[:1] == ('published',) and not root.exists()
     return published('/'.join(root.parts[1:])) if packaged else root
 
 def load_results(
-    root, # Folder that `run` wrote to, or see `results_folder`
-) -> pd.DataFrame: # One row per run: fields of `Run`, of its result, `run` itself and its `history`
+    root, # Folder that `run` wrote to, or a name that `results_folder` takes
+) -> pd.DataFrame: # One row per run: fields of the `Run` and of its result, the `run` itself, `history`
     "Return all stored runs below `root`. Raises `FileNotFoundError` if there are none."
     rows = []
     for _, parts in stored_runs(results_folder(root)):
@@ -56,7 +56,7 @@ def load_results(
 
 # %% ../../nbs/experiments/82_report.ipynb #91a9fa38
 def _publish_weights(cfg, root, to):
-    "Write a run's weights as safetensors, with their SHA-256 beside them."
+    "Write a run's weights to a safetensors file, and the SHA-256 of the file to a second file."
     try: from safetensors.torch import save
     except ImportError:
         raise ImportError('publishing weights needs safetensors: pip install sadt_nb[weights]') from None
@@ -71,11 +71,11 @@ def _publish_weights(cfg, root, to):
     (target / 'weights.sha256').write_text(hashlib.sha256(data).hexdigest() + '\n')
 
 def publish(
-    runs,       # Configurations
+    runs,       # Configurations of the runs
     root,       # Folder that `run` wrote to
-    to,         # Folder to publish
-    weights=(), # Those of `runs` whose weights are written, too
-) -> int: # Number of finished runs, which were written
+    to,         # Folder that gets the archive
+    weights=(), # The runs among `runs` whose weights are written as well
+) -> int: # Number of runs that were written
     """Write configurations, results, histories and measures of finished runs into the archive of a folder.
 
     Raises `RunError` if weights are missing."""
@@ -89,7 +89,7 @@ def publish(
 
 # %% ../../nbs/experiments/82_report.ipynb #096ca2c7
 def _lineage(run):
-    "Return a text on a run's teachers: their number, or the number of rounds."
+    "Return a text on a run's teachers: the number of teachers, or the number of the round."
     if not run.teachers: return ''
     if len(run.teachers) > 1: return f'{len(run.teachers)} teachers'
     depth = 0
@@ -101,7 +101,7 @@ def _lineage(run):
 def _field(run, name): return _lineage(run) if name == 'teachers' else getattr(run, name)
 
 def _shown(run, name):
-    "Return a field as it is written in a label."
+    "Return the text of a field in a label."
     value = _field(run, name)
     if name == 'teachers': return value
     if name.endswith('_args'): return ' '.join(f'{k}={v}' for k, v in value)
@@ -119,9 +119,9 @@ def _differing(runs):
     return differing
 
 def labels(
-    results:pd.DataFrame, # As `load_results` gives it
+    results:pd.DataFrame, # Table of runs from `load_results`
 ) -> list[str]: # One per row
-    "Return a label for each run: its method, and the settings that differ, except the seeds."
+    "Return a label for each run: the method, and the settings in which runs differ, except the seeds."
     runs = list(results['run'])
     differing = _differing(runs)
     out = []
@@ -132,7 +132,7 @@ def labels(
 
 # %% ../../nbs/experiments/82_report.ipynb #acb761a1
 def _mean_and_spread(v, scale=100, digits='.1f'):
-    "Return as text the mean, and the standard deviation of several values; '' for no values."
+    "Return a text: the mean and, for several values, the standard deviation; '' for no values."
     v = v.dropna() * scale
     if v.empty: return ''
     mean = f'{v.mean():{digits}}'
@@ -157,10 +157,10 @@ def _table_row(g, measured):
     return row
 
 def results_table(
-    results:pd.DataFrame, # As `load_results` gives it; only finished runs count
-    by=None,              # Labels, one per row of `results`; `labels(results)` if `None`
+    results:pd.DataFrame, # Table of runs from `load_results`; only finished runs are used
+    by=None,              # Labels, one per row of `results`; `None`: `labels(results)`
 ) -> pd.DataFrame: # One row per label, in order of appearance
-    "Return mean and spread over seeds, the cost, and all stored results of `measure_run`."
+    "Return a table: mean and spread of accuracies over seeds, costs, and all stored measures."
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
@@ -187,16 +187,16 @@ def _plot_seeds(ax, histories, x, key, label, **style):
     ax.plot(pd.concat(seeds, axis=1).mean(axis=1), lw=1.5, label=f'{label} (n={len(seeds)})', **style)
 
 def plot_runs(
-    results:pd.DataFrame, # As `load_results` gives it
-    by=None,              # Labels, one per row of `results`
-    x='epoch',            # Horizontal axis: 'epoch', or 'steps' or 'forwards' for equal updates or passes
-    axs=None,             # Four axes
+    results:pd.DataFrame, # Table of runs from `load_results`
+    by=None,              # Labels, one per row of `results`; `None`: `labels(results)`
+    x='epoch',            # Horizontal axis: 'epoch', 'steps' (optimizer steps) or 'forwards' (forward passes)
+    axs=None,             # Four axes to draw on; `None`: those of a new figure
 ) -> np.ndarray: # The axes: training loss and accuracy, validation loss and accuracy
     "Draw training curves of stored runs."
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['history'].map(len) > 0]
     if axs is None: axs = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout='constrained')[1].ravel()
-    used = {} # labels of each method so far; each label gets a line style of its own
+    used = {} # number of labels per method so far; each label gets its own line style
     for label, g in df.groupby('label', sort=False):
         method = g['method'].iloc[0]
         style = LINE_STYLES[used.setdefault(method, 0) % len(LINE_STYLES)]

@@ -55,8 +55,8 @@ def _versions():
         found[name] = importlib.metadata.version(name)
     return found
 
-def code_version() -> dict: # `sadt_nb`, its version, and `source`, the first 12 digits of a SHA-256
-    "Return this library's version and a hash of its source, which uncommitted changes change, too."
+def code_version() -> dict: # `sadt_nb`: the version; `source`: the first 12 digits of a SHA-256
+    "Return this library's version and a hash of its source; uncommitted changes also change the hash."
     from sadt_nb import __version__
     version = dict(sadt_nb=__version__)
     if '__file__' not in globals(): return dict(version, source='notebook')
@@ -65,7 +65,7 @@ def code_version() -> dict: # `sadt_nb`, its version, and `source`, the first 12
     return dict(version, source=digest.hexdigest()[:12])
 
 def _cpu_name():
-    "Return the processor's model name on Linux, a more general name elsewhere."
+    "Return the processor's model name on Linux, and a more general name on other systems."
     try:
         for line in open('/proc/cpuinfo'):
             if line.startswith('model name'): return line.split(':')[1].strip()
@@ -78,14 +78,14 @@ def _hardware(device):
                 threads=torch.get_num_threads(), gpu=gpu, device=device.type)
 
 def provenance(
-    device:torch.device, # Where the work is done
+    device:torch.device, # Device that computes the result
 ) -> dict: # `versions`, `code` and `hardware`
-    "Return the origin of a result, which is stored with it."
+    "Return the origin of a result: what is stored with every result."
     return dict(versions=_versions(), code=code_version(), hardware=_hardware(device))
 
 # %% ../../nbs/experiments/81_runner.ipynb #7107cf14
 class RunError(RuntimeError):
-    "A run that could not be made or completed; the message says why and what to do."
+    "A run could not start or finish; the message says why and what to do."
 
 class RunDiverged(RunError):
     "The loss became NaN or infinite: the settings are wrong for this run."
@@ -99,7 +99,7 @@ def write_json(path, obj):
 
 @contextmanager
 def _disk_errors(root):
-    "Turn an error of the disk into a `RunError` that says what to do."
+    "Turn an `OSError`, such as a full disk, into a `RunError` that says what to do."
     try: yield
     except OSError as e:
         advice = 'choose another root, or make room: the same command then continues'
@@ -107,7 +107,7 @@ def _disk_errors(root):
 
 # %% ../../nbs/experiments/81_runner.ipynb #948bc320
 def _prepare_folder(cfg, root):
-    "Return the run's folder with its configuration, without half-written files of a killed process."
+    "Write the configuration to the run's folder, remove half-written files, and return the folder."
     folder = Path(root) / cfg.name
     with _disk_errors(root):
         for f in folder.glob('.*'):
@@ -135,7 +135,7 @@ def _check_config(cfg, root):
 
 def read_result(
     cfg:Run, # The configuration
-    root,    # Where its folder would be
+    root,    # Folder of all results
 ) -> dict | None: # `None` if there is no finished result
     "Return the stored result of a finished run."
     result = read_part(root, cfg.name, 'result', {})
@@ -173,13 +173,13 @@ class RestartEveryEpoch(Callback):
     "Starts every epoch with a new optimizer state and a new exponential decay, `lr * decay**(step/1000)`."
     run_valid = False
     def __init__(self,
-        lr,       # Rate at the start of each epoch
+        lr,       # Learning rate at the start of each epoch
         decay=.9, # Factor per 1000 steps
     ): self.lr, self.decay = lr, decay
 
     def before_fit(self):
         step = self.opt.step
-        def scheduled(*args, **kwargs): # a batch may step more than once, and the schedule counts steps
+        def scheduled(*args, **kwargs): # counts steps: a method may make several steps per batch
             self.opt.set_hyper('lr', self.lr * self.decay**(self.t / 1000))
             self.t += 1
             return step(*args, **kwargs)
@@ -193,7 +193,7 @@ class RestartEveryEpoch(Callback):
 
 # %% ../../nbs/experiments/81_runner.ipynb #679bf2ee
 def _factor(cfg):
-    "Return the schedule: a function from the share of training that is done to a factor of the rate."
+    "Return the schedule: a function from the finished share of training to a factor of the learning rate."
     rounding = 1e-9 # the share has a rounding error
     def thirds(done): return .1**int(done * 3 + rounding)
     def thirty_epochs(done): return .1**int(done * cfg.epochs / 30 + rounding)
@@ -203,7 +203,7 @@ def _factor(cfg):
     return known.get(cfg.sched, constant)
 
 def _schedule(cfg):
-    "Return the callbacks of a run's schedule."
+    "Return the callbacks that apply a run's schedule."
     factor = _factor(cfg)
     def rate(done): return cfg.lr * factor(done)
     if cfg.opt == 'decoupled_sgd' or cfg.sched == 'triangle': return [RateSchedule(factor)]
@@ -221,14 +221,14 @@ def _kept_bytes(learn):
     return total
 
 def _counted(f, recorder, key):
-    "Return the function with its calls counted in `recorder.counts`."
+    "Return a function that calls `f` and counts the calls in `recorder.counts[key]`."
     def counted(*args, **kwargs):
         recorder.counts[key] += 1
         return f(*args, **kwargs)
     return counted
 
 def _start_counting(recorder):
-    "Count steps, training forwards and backwards of the recorder's Learner."
+    "Start to count optimizer steps, forward passes in training, and backward passes of the Learner."
     learn = recorder.learn
     def count_forward(module, inputs): recorder.counts['forwards'] += learn.model.training
     learn.opt.step = _counted(learn.opt.step, recorder, 'steps')
@@ -236,19 +236,19 @@ def _start_counting(recorder):
     recorder.hook = learn.model.register_forward_pre_hook(count_forward)
 
 def _stop_counting(recorder):
-    "Remove the counters."
+    "Remove the counters of steps and passes from the Learner."
     vars(recorder.learn.opt).pop('step', None)
     vars(recorder.learn).pop('_backward', None)
     if recorder.hook: recorder.hook.remove()
 
 class _Sums:
-    "Sums of the loss and of right predictions, kept on the device."
+    "Sums of the loss and of correct predictions, kept on the device."
     def __init__(self, device):
         self.n, self.totals = 0, torch.zeros(2, device=device)
         self.first_bad = torch.tensor(-1, device=device) # first batch whose loss is not finite
 
     def add(self, loss, pred, y):
-        target = y if y.ndim == 1 else y.argmax(-1) # mixed labels: the larger share
+        target = y if y.ndim == 1 else y.argmax(-1) # of mixed labels, the class with the larger share
         right = (pred.argmax(-1) == target).sum()
         self.totals += torch.stack([loss * len(y), right])
         self.n += len(y)
@@ -267,7 +267,7 @@ class RunRecorder(Callback):
     "Records a row per epoch, counts steps and passes, and stops at a loss that is NaN or infinite."
     order = Recorder.order + 1
     def __init__(self,
-        on_epoch=None, # Called with the history after every epoch
+        on_epoch=None, # Function that gets the list of rows after every epoch
     ): self.on_epoch, self.rows, self.failed, self.hook = on_epoch, [], None, None
 
     def before_fit(self):
@@ -324,22 +324,22 @@ class RunRecorder(Callback):
 # %% ../../nbs/experiments/81_runner.ipynb #822a4071
 def weights_file(
     cfg:Run, # The configuration
-    root,    # Where its folder would be
-) -> Path: # It need not exist
-    "Return the path of a run's weights, as `run` writes them or as they come with the package."
+    root,    # Folder of all results
+) -> Path: # The file need not exist
+    "Return the path of a run's weights: the file that `run` writes, or else the file in the package."
     folder = Path(root) / cfg.name
     own, packaged = folder / 'weights.pt', folder / 'weights.safetensors'
     return packaged if packaged.is_file() and not own.is_file() else own
 
 def is_trained(
     cfg:Run, # The configuration
-    root,    # Where its folder would be
-) -> bool: # Finished, and its weights are there
-    "Return whether this run can be a teacher."
+    root,    # Folder of all results
+) -> bool: # `True`: the run is finished, and its weights are stored
+    "Return whether a run can be a teacher."
     return read_result(cfg, root) is not None and weights_file(cfg, root).is_file()
 
 def _is_damaged(file):
-    "Return whether a weights file has another hash than the one stored beside it."
+    "Return whether the hash of a weights file differs from the hash that is stored beside the file."
     stored = file.with_name('weights.sha256')
     if not (stored.is_file() and file.is_file()): return False
     return hashlib.sha256(file.read_bytes()).hexdigest() != stored.read_text().strip()
@@ -348,7 +348,7 @@ def load_model(
     cfg:Run,     # A run that `is_trained`
     root,        # Folder of all results
     classes:int, # Number of outputs
-    device=None, # Where the network goes
+    device=None, # Device of the network
 ) -> nn.Module: # In evaluation mode
     "Return the network of a finished run. Raises `RunError` if its weights are missing or do not fit."
     model = make_model(cfg.model, classes, **dict(cfg.model_args))
@@ -369,9 +369,9 @@ def _method(cfg, root, dls):
 # %% ../../nbs/experiments/81_runner.ipynb #0228efc1
 def run_loaders(
     cfg:Run,     # The configuration
-    device=None, # fastai's default device if `None`
+    device=None, # `None`: fastai's default device
 ): # fastai's `DataLoaders`: training, validation and test
-    "Return the data of a run. Raises `ValueError` for options that the data set does not take."
+    "Return the data loaders of a run. Raises `ValueError` for options that the data set does not take."
     if cfg.normalize in ('', 'data'):
         mean, std = ('data', 'data') if cfg.normalize else (0., 1.)
     else:
@@ -386,7 +386,7 @@ def run_loaders(
     except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
 
 def _share_among_ranks(dls, cfg):
-    "Give each process its part of every batch; without held-out images, validate on none."
+    "Give each process its part of every batch; if no images are held out, switch validation off."
     if cfg.bs % n_ranks():
         raise ValueError(f'{n_ranks()} processes cannot share batches of {cfg.bs}; take a multiple')
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
@@ -400,7 +400,7 @@ def _in_order(dl):
 
 # %% ../../nbs/experiments/81_runner.ipynb #e52b9f2f
 def _init_from_images(model, dl):
-    """Set weights that come from training images, as the filters of `fast_cnn` do, from 5,000 of them.
+    """Set weights that are computed from 5,000 training images, such as the first filters of `fast_cnn`.
 
     The images are not augmented. They are spread evenly over the training set, because images that are read
     from folders are sorted by class."""
@@ -424,7 +424,7 @@ def _network(cfg, dls):
     return model
 
 def _warn_emulated(device):
-    "Warn on an x86 processor without AVX-512, which has no arithmetic for half precision."
+    "Warn if the processor is an x86 without AVX-512, because it has no arithmetic for half precision."
     if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX2': return
     warnings.warn('this processor emulates half precision, which can take ten times as long as float32; '
                   'leave `amp` empty here', stacklevel=3)
@@ -439,7 +439,7 @@ def _recipe(cfg, model):
     return cbs
 
 def _features(cfg, dls):
-    "Return callbacks for precision, clipping, the choice of an epoch, and sharpness during training."
+    "Return callbacks for mixed precision, clipping, the choice of the kept epoch, and sharpness records."
     cbs = []
     if cfg.amp: cbs.append(DeviceMixedPrecision(cfg.amp))
     if cfg.clip: cbs.append(GradientClip(cfg.clip))
@@ -448,8 +448,8 @@ def _features(cfg, dls):
     return cbs
 
 def make_learner(
-    cfg:Run,     # What to train
-    device=None, # fastai's default device if `None`
+    cfg:Run,     # The run to train
+    device=None, # `None`: fastai's default device
     cbs=(),      # Further callbacks
     root='runs', # Folder of all results, where the teachers' weights are
 ) -> Learner: # Ready for `fit(ceil(cfg.epochs))`; `learn.dls[2]` is the test set
@@ -467,15 +467,15 @@ def make_learner(
     try: learn.create_opt()
     except TypeError as e:
         raise ValueError(f'optimizer {cfg.opt} does not take {dict(cfg.opt_args)}: {e}') from None
-    # dropout draws the same masks, however many random numbers the model took
+    # so dropout draws the same masks, whatever number of random numbers the model has drawn
     torch.manual_seed(cfg.seed + 1 + 1_000_003 * this_rank())
     return learn
 
 def stored_learner(
     cfg:Run,     # A run that `is_trained`
     root='runs', # Folder of all results
-    device=None, # fastai's default device if `None`
-) -> Learner: # In evaluation mode; `dls.train` is in order and plain, `dls[2]` is the test set
+    device=None, # `None`: fastai's default device
+) -> Learner: # In evaluation mode; `dls.train` in order, not augmented; `dls[2]`: test set
     "Return a Learner to measure a finished run. Raises `RunError` if weights are missing or do not fit."
     dls = run_loaders(cfg, device)
     dls.loaders[0] = _in_order(dls.train)
@@ -490,7 +490,7 @@ def _mirrored(model, x):
     return (model(x) + model(x.flip(-1))) / 2
 
 def _shifted(model, x):
-    "Average `_mirrored` with its mean over two views that are shifted by a pixel along the diagonal."
+    "Return the mean of `_mirrored(x)` and its average over two views, shifted diagonally by a pixel."
     h, w = x.shape[-2:]
     wide = nn.functional.pad(x, (1, 1, 1, 1), mode='reflect')
     moved = _mirrored(model, wide[..., :h, :w]) + _mirrored(model, wide[..., 2:, 2:])
@@ -502,10 +502,10 @@ VIEWS = {0: _single, 1: _mirrored, 2: _shifted}
 def evaluate(
     model:nn.Module, # Put into evaluation mode
     dl,              # Batches `(x, y)` with class indices
-    # Level: 0 logits of the image; 1 their mean over the image and its mirror image;
-    # 2 also over both, shifted by a pixel
+    # Level 0: the logits of an image; 1: their mean over the image and its mirror image;
+    # 2: their mean over these two and over copies of both that are shifted by a pixel
     views:int=0,
-    right=False,     # Also return which images were right, see `packed`
+    right=False,     # Also return which images were classified correctly, as text from `packed`
 ) -> dict: # `loss` (nats) and `accuracy`
     "Return mean cross-entropy and accuracy over a loader. The views are those of airbench."
     model.eval()
@@ -522,7 +522,7 @@ def evaluate(
     return found
 
 def reestimated(
-    model:nn.Module, # Left unchanged
+    model:nn.Module, # The network to copy; not changed
     dl,              # Training batches, augmented as in training
 ) -> nn.Module: # A copy whose BatchNorm statistics are averages over one pass of `dl`
     "Return a copy of the network with BatchNorm statistics estimated anew."
@@ -533,7 +533,7 @@ def reestimated(
 # %% ../../nbs/experiments/81_runner.ipynb #44bccbff
 def packed(
     flags, # `(n,)` booleans, a tensor or an array
-) -> str: # Base64 of eight flags per byte, the first one in the highest bit
+) -> str: # Base64 of bytes of eight flags each; the first flag is the highest bit
     "Return flags as a short string for JSON; 10,000 flags need 1.7 KB."
     flags = np.asarray(torch.as_tensor(flags).cpu(), dtype=bool)
     return base64.b64encode(np.packbits(flags).tobytes()).decode()
@@ -542,22 +542,22 @@ def unpacked(
     text:str, # The string that `packed` returned
     n:int,    # Number of flags
 ) -> np.ndarray: # `(n,)` booleans
-    "Return the flags that `packed` made into a string."
+    "Return the flags that `packed` has turned into a string."
     packed_bytes = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
     return np.unpackbits(packed_bytes, count=n).astype(bool)
 
 # %% ../../nbs/experiments/81_runner.ipynb #af2bd258
 def first_layer_histogram(
-    model:nn.Module, # Its first parameter with more than one axis is counted
+    model:nn.Module, # The weights are its first parameter with more than one axis
     bins=60,         # Bins of equal width, from minus to plus the largest absolute weight
-) -> dict: # `edges`, one more than `counts`
+) -> dict: # `counts`, one per bin, and `edges`, one more than bins
     "Return a histogram of the first layer's weights."
     edges, counts = next(iter(weight_histograms(model, bins).values()))
     return dict(edges=[round(e, 6) for e in edges.tolist()], counts=counts.tolist())
 
 # %% ../../nbs/experiments/81_runner.ipynb #63d07e97
 def _data_facts(dls):
-    "Return the numbers of images, and a checksum of the test set, since a name may stand for other pixels."
+    "Return the numbers of images and a checksum of the test set, as two data sets may share a name."
     test = dls[2].dataset
     facts = dict(train=len(dls.train.dataset), test=len(test))
     x = getattr(test, 'x', None)
@@ -567,13 +567,13 @@ def _data_facts(dls):
     return facts
 
 def _selected(learn):
-    "Return which epoch's weights were kept, the accuracy that decided it, and that of the last epoch."
+    "Return the epoch whose weights were kept, the accuracy of this epoch, and that of the last epoch."
     if not hasattr(learn, 'keep_best'): return {}
     keep = learn.keep_best
     return dict(epoch_kept=keep.epoch_kept + 1, accuracy_kept=keep.best, accuracy_last=keep.last)
 
 def _beside_teacher(learn):
-    "Return how far the student is from its teacher, on plain training images and on test images."
+    "Return the teacher's accuracy, and how far the student is from it on training and test images."
     if not hasattr(learn, 'distillation'): return {}
     student, teacher = unwrapped(learn.model), learn.distillation.teacher
     loaders = dict(train=_in_order(learn.dls.train), test=learn.dls[2])
@@ -583,7 +583,7 @@ def _beside_teacher(learn):
     return dict(teacher=facts)
 
 def _evaluations(cfg, model, dls):
-    "Return accuracy and loss, with stored and re-estimated BatchNorm statistics, and of averaged views."
+    "Return accuracy and loss, with stored and with re-estimated BatchNorm statistics, and for views."
     test = dls[2]
     plain = fresh = evaluate(model, test, right=True)
     if cfg.epochs: # a network that is not trained here keeps its statistics
@@ -600,7 +600,7 @@ def _evaluations(cfg, model, dls):
     return found
 
 def _results(cfg, learn, folder):
-    "Evaluate the trained network and store its weights."
+    "Evaluate the trained network, store its weights, and return the facts for the result."
     model = unwrapped(learn.model)
     found = _evaluations(cfg, model, learn.dls)
     with _disk_errors(folder.parent): write_whole(folder / 'weights.pt', saved(model.state_dict()))
@@ -612,10 +612,10 @@ def _results(cfg, learn, folder):
 
 # %% ../../nbs/experiments/81_runner.ipynb #aa6e8091
 def keep_pages():
-    """Let glibc keep freed memory.
+    """Make glibc keep freed memory for the next training step.
 
-    Giving it back after each step makes the CPU clear pages instead of multiplying matrices.
-    Does nothing on other systems."""
+    If glibc gives the memory back to the system, the CPU has to clear all pages again in each step.
+    The function does nothing on systems without glibc."""
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -631,7 +631,7 @@ def _tf32(on):
     finally: torch.set_float32_matmul_precision(before)
 
 def _own_message(e):
-    "Return the message without the line that fastai puts before a callback's error."
+    "Return the message of an error without the line that fastai adds before it."
     return str(e).split('\n\t')[-1]
 
 # %% ../../nbs/experiments/81_runner.ipynb #050ee729
@@ -674,13 +674,13 @@ class _Training:
         return checkpoint
 
     def finish(self, resumed):
-        "Store why the run failed, or evaluate the network and store the result."
+        "Store the reason if the run diverged; otherwise evaluate the network and store the result."
         if self.recorder.failed: return self.store('diverged', resumed, error=self.recorder.failed)
         return self.store('finished', resumed, **_results(self.cfg, self.learn, self.folder))
 
 # %% ../../nbs/experiments/81_runner.ipynb #256f62c3
 def _train(cfg, root, force, progress, device, minutes):
-    "Train, evaluate, store; the caller holds the lock."
+    "Train a run, store its result and return it; the caller holds the lock."
     keep_pages()
     training = _Training(cfg, root, progress, device)
     learn, recorder = training.learn, training.recorder
@@ -702,23 +702,23 @@ def _train(cfg, root, force, progress, device, minutes):
 
 # %% ../../nbs/experiments/81_runner.ipynb #a239cfe5
 def run(
-    cfg:Run,         # What to train
+    cfg:Run,         # The run to train
     root='runs',     # Folder of all results
-    force=False,     # Train again even if a result is there; ignore a checkpoint that does not fit
+    force=False,     # Train again even if a result is stored; ignore a checkpoint that does not fit
     progress=True,   # Show a progress bar
-    device=None,     # fastai's default device if `None`
-    minutes=1.,      # Store a checkpoint after an epoch, but not more often than this; 0: after every epoch
-    weights=False,   # Also train a finished run again if its weights are missing, as a teacher needs them
+    device=None,     # `None`: fastai's default device
+    minutes=1.,      # Least minutes between two checkpoints, stored after epochs; 0: after every epoch
+    weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
     """Train one configuration and store everything, or read what is stored.
 
     Missing teachers are trained first. An interrupted run, even after `kill -9`, continues from its last
-    checkpoint, and on a CPU ends with the same bits. Several processes that `accelerate launch` has
-    started share every batch; the first process writes the files.
+    checkpoint; on a CPU it ends with the same bits as a run without interruption. If `accelerate launch`
+    has started several processes, they share every batch, and the first process writes the files.
 
     Raises `RunDiverged` if the loss becomes NaN or infinite; `RunBusy` if another process trains this run;
-    `RunError` if the folder cannot be written or holds another configuration, or if the checkpoint is of
-    another version of the code; `ValueError` for data that do not fit."""
+    `RunError` if the folder cannot be written or holds another configuration, or if another version of
+    the code wrote the checkpoint; `ValueError` for data that do not fit."""
     join_ranks(device)
     def stored():
         if force or (weights and not is_trained(cfg, root)): return None
@@ -734,5 +734,5 @@ def run(
             held.enter_context(_lock(cfg, root))
             return stored()
         result = on_rank_zero(lock)
-        if result: return result # another process has trained it in the meantime
+        if result: return result # another process has trained the run in the meantime
         return _train(cfg, root, force, progress, device, minutes)

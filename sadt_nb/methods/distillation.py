@@ -18,16 +18,16 @@ from ..core.teachers import Ensemble
 class Distillation(LossTerm):
     """Replaces each training loss by `alpha` loss + (1 - `alpha`) `temperature`² KL(teacher || student).
 
-    As in Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient and is not
-    pickled with the Learner. Raises `ValueError` for values out of range, before training starts without a
-    teacher, and at the first batch if the teacher has another number of classes."""
-    order = ORDERS['loss_term'] - 1 # `alpha` weighs the labels' loss, not the terms that other methods add
-    _stateattrs = ('teacher',)      # left out of pickled Learners
+    The loss is that of Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
+    and is not pickled with the Learner. Raises `ValueError` for values out of range, before training starts
+    if there is no teacher, and at the first batch if the teacher has another number of classes."""
+    order = ORDERS['loss_term'] - 1 # so `alpha` multiplies the labels' loss, not other methods' terms
+    _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher,        # A network, or a list whose logits are averaged; `None`: set `.teacher` later
-        alpha=.5,       # Share of the labels' loss, in [0, 1]; 0 is pure imitation; read at every batch
-        temperature=4., # Softens both predictions, > 0; read at every batch
+        teacher,        # A network, or a list of networks whose logits are averaged; `None`: set it later
+        alpha=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
+        temperature=4., # Temperature that softens both predictions, > 0; read at every batch
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
         if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')

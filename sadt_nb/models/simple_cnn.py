@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../../nbs/models/60_simple_cnn.ipynb #b7f772b4
 def he_normal_(w:torch.Tensor) -> torch.Tensor:
-    "Fill `w` as Keras' `he_normal` does: normal, truncated at two deviations, then of variance 2 / fan_in."
+    "Fill `w` like Keras' `he_normal`: a normal, truncated at two deviations, scaled to variance 2 / fan_in."
     std = (2 / w[0].numel())**.5 / .87962566103423978 # the deviation of a standard normal truncated at 2
     return nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std)
 
@@ -23,7 +23,7 @@ def check_init(init):
     if init not in ('torch', 'keras'): raise ValueError(f"`init` must be 'torch' or 'keras', got {init!r}")
 
 def batch_norm(init, dim=2):
-    "Return a function that makes a BatchNorm for a number of channels, with a framework's constants."
+    "Return a function from number of channels to a BatchNorm with the constants of torch or of Keras."
     cls = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dim]
     if init == 'keras': return partial(cls, eps=1e-3, momentum=.01)
     return cls
@@ -46,9 +46,9 @@ def simple_cnn(
     classes:int=10,   # Number of outputs
     bottleneck=False, # The released code's extra ReLU layer of width 10 before the classifier
     init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
-    dropout:float=.3, # Between the convolutions and the dense layers
+    dropout:float=.3, # Dropout probability between the convolutions and the dense layers
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
-    "SADT's Simple CNN: three convolutions of 64, dense 512, dense 64, classifier; 635,466 parameters."
+    "Return SADT's Simple CNN: 3 convolutions of width 64, dense layers of 512 and 64, and a classifier."
     check_init(init)
     bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
     layers = OrderedDict(
@@ -61,5 +61,5 @@ def simple_cnn(
     if bottleneck: layers.update(bottleneck=nn.Linear(64, 10), relu6=nn.ReLU())
     layers['classifier'] = nn.Linear(10 if bottleneck else 64, classes)
     model = nn.Sequential(layers)
-    model.code_array = 'conv2.bias' # what variant 2 of SADT's released code perturbs in this network
+    model.code_array = 'conv2.bias' # the parameter that variant 2 of SADT's released code perturbs
     return keras_init_(model) if init == 'keras' else model

@@ -21,12 +21,12 @@ _STRONG = dict(autoaugment='cifar10', cutout=16)
 _ALPHAS = (.2, .5, .8)
 
 class _Line(NamedTuple):
-    "Published percent: a number, or a mean and its spread; `None` where the paper has none."
+    "Published accuracies in percent: a mean, or a mean with its standard deviation; `None` if not published."
     teacher: tuple | float | None
     sam: tuple | float | None
-    rounds: dict # alpha to one value per round
+    rounds: dict # alpha: one accuracy per round
 
-_TABLE2 = { # network, strong augmentation
+_TABLE2 = { # (network, with strong augmentation): accuracies
     ('resnet18', False): _Line((95.57, .15), (96.25, .06), {
         .2: ((95.80, .05), (95.58, .13), (95.62, .09)),
         .5: ((95.84, .10), (95.60, .17), (95.59, .01)),
@@ -52,7 +52,7 @@ _TABLE2 = { # network, strong augmentation
         .5: ((99.00, .01), (98.98, .01), (98.99, .04)),
         .8: ((99.01, .01), (98.99, .01), (99.01, .01))}),
 }
-_TABLE3 = { # ResNet-20: with shortcuts, strong augmentation
+_TABLE3 = { # (ResNet-20 with shortcuts, with strong augmentation): accuracies
     (False, True): _Line((93.28, .12), (93.52, .04), {.2: ((93.50, .04), (93.42, .11), (93.61, .03))}),
     (False, False): _Line((92.94, .10), (93.50, .04), {.2: ((93.38, .03), (93.52, .14), (93.48, .03))}),
     (True, True): _Line((93.25, .20), (94.01, .07), {.2: ((93.99, .15), (93.75, .10), (93.17, .58))}),
@@ -69,7 +69,7 @@ def _row(label, run, value, note=''):
     return PaperRun(label, run, published, note, None if spread is None else round(spread / 100, 4))
 
 def _rows(where, base, line, seeds=3, notes=None, with_sam=True):
-    "Yield teacher, rounds and SAM of one line of a table; `notes` has one for each of them, in this order."
+    "Yield teacher, rounds and SAM of one line of a table; `notes` has their five notes in this order."
     notes = notes or [''] * 5
     if base.model.startswith('vit'):
         base = base.but(model_args=dict(pretrained=True))
@@ -87,20 +87,20 @@ def _augmented(run, strong): return run.but(**_STRONG) if strong else run
 def _strength(strong): return 'AutoAugment, Cutout' if strong else 'crop and mirror'
 
 def _table2():
-    "Yield four networks on CIFAR-10, three values of alpha."
+    "Yield the runs of Table 2: four networks on CIFAR-10, with three values of alpha."
     for (model, strong), line in _TABLE2.items():
         base = _augmented(_DISTILL.but(model=model), strong)
         yield from _rows(f'{model} · {_strength(strong)}', base, line)
 
 def _table3():
-    "Yield ResNet-20 with and without shortcuts."
+    "Yield the runs of Table 3: ResNet-20 with and without shortcuts."
     for (skip, strong), line in _TABLE3.items():
         name = 'resnet20' if skip else 'resnet20 without shortcuts'
         base = _DISTILL.but(model='resnet20', model_args={} if skip else dict(skip=False))
         yield from _rows(f'{name} · {_strength(strong)}', _augmented(base, strong), line)
 
 # %% ../../nbs/papers/104_distill.ipynb #f4b1f8ca
-_TABLE1 = [ # network, data, strong augmentation: teacher, student, SAM (which is from Table 2)
+_TABLE1 = [ # network, data, strong augmentation, accuracies: teacher, student, SAM (from Table 2)
     ('resnet18', 'cifar10', False, 95.56, 95.84, 96.25),
     ('resnet18', 'cifar10', True, 97.16, 97.40, 97.42),
     ('vgg16', 'cifar10', False, 94.39, 94.50, 95.02),
@@ -115,7 +115,7 @@ _TABLE1 = [ # network, data, strong augmentation: teacher, student, SAM (which i
 _MISPRINT = 'printed as CIFAR-10, but 8 points below the row above, so taken as CIFAR-100'
 
 def _table1():
-    "Yield teacher, student and SAM of ten lines."
+    "Yield the teacher, the student and SAM of each of the ten lines."
     for model, data, strong, accuracy, student, sam in _TABLE1:
         teacher = _augmented(_DISTILL.but(model=model, data=data, split=0), strong)
         where = f'{model} · {data} · {_strength(strong)}'
@@ -157,7 +157,7 @@ _CURVE_BAN = 'published as curves: the ensemble of rounds stays below the indepe
 def _strong_teacher(seed=0): return _DISTILL.but(split=0, seed=seed, **_STRONG)
 
 def _ensembles():
-    "Yield nine teachers, and students of two to nine of them."
+    "Yield nine teachers, and a student of the first n teachers for each n from two to nine."
     teachers = independent(_strong_teacher(), 9)
     for i, teacher in enumerate(teachers, start=1):
         yield PaperRun(f'teacher {i} of 9', teacher)
@@ -166,7 +166,7 @@ def _ensembles():
         yield PaperRun(f'student of {n} teachers', student, note=_CURVE_ENSEMBLES)
 
 def _ban():
-    "Yield chains of rounds, and independent networks."
+    "Yield independent networks, and a chain of rounds for each alpha."
     for seed in range(0, 30, 10):
         base = _strong_teacher(seed)
         for i, run in enumerate(independent(base, 4)):
@@ -176,7 +176,7 @@ def _ban():
                 yield PaperRun(f'alpha {alpha}, round {r} · seed {seed}', run, note=_CURVE_BAN)
 
 def _growing(where, teacher, alphas, n=3):
-    "Yield ensembles of two to `n + 1` members: independent networks, and per alpha a teacher and its rounds."
+    "Yield ensembles of 2 to `n + 1` networks: independent ones and, per alpha, a teacher with its rounds."
     for k in range(1, n + 1):
         yield PaperEnsemble(f'independent, {k + 1} members · {where}', tuple(independent(teacher, k + 1)))
         for alpha in alphas:
@@ -184,7 +184,7 @@ def _growing(where, teacher, alphas, n=3):
             yield PaperEnsemble(f'alpha {alpha}, rounds 0 to {k} · {where}', chain)
 
 def _teachers_of(base, where=''):
-    "Return ensembles of the first two to nine independent networks."
+    "Return eight ensembles: the first n of nine independent networks, for each n from two to nine."
     teachers = independent(base, 9)
     return [PaperEnsemble(f'{n} teachers{where}', tuple(teachers[:n])) for n in range(2, 10)]
 
@@ -197,7 +197,7 @@ _CLIP = Run(data='imagenet', opt='sgd', opt_args=dict(momentum=.9, weight_decay=
             epochs=90, bs=1024, valid=0., amp='bf16')
 
 def _robust_teacher():
-    "Yield CLIP teachers and their students."
+    "Yield the CLIP teachers and their students."
     for depth, alphas in ((50, (0., .2, .4, .6, .8, 1.)), (101, (0.,))):
         base = _CLIP.but(model=f'clip_resnet{depth}')
         teacher = base.but(model_args=dict(zero_shot=True), epochs=0)
@@ -226,7 +226,7 @@ def _digits():
                     yield PaperRun(f'alpha {alpha}, round {r} · {where}', run)
 
 def _digits_ensembles():
-    "Yield nine teachers with 40% wrong labels, and students of one to nine of them."
+    "Yield nine teachers with 40% wrong labels, and students of the first one to nine teachers."
     for seed in _DIGIT_SEEDS:
         teachers = independent(noisy_digits(.4, seed), 9)
         for i, teacher in enumerate(teachers, start=1):
@@ -235,7 +235,7 @@ def _digits_ensembles():
             yield PaperRun(f'student of {n} · seed {seed}', distilled(tuple(teachers[:n]), seed + 1000, .2))
 
 def _digits_select():
-    "Yield runs whose epoch is the last, or chosen on validation images, or chosen on test images."
+    "Yield runs that keep the last epoch, the best on validation images, or the best on test images."
     for select in ('last', 'valid', 'test'):
         for seed in _DIGIT_SEEDS:
             yield PaperRun(f'{select} · seed {seed}', noisy_digits(.4, seed).but(select=select))
@@ -250,7 +250,7 @@ def _digits_robust():
             yield PaperRun(f'alpha {alpha} · seed {seed}', student)
 
 def _cifar_small():
-    "Yield ResNet-20 on 10,000 images: two rounds, and independent networks."
+    "Yield teachers, two rounds and independent networks: ResNet-20 on 10,000 images."
     for seed in (0, 10, 20):
         teacher = SMALL_CIFAR.but(seed=seed)
         yield PaperRun(f'teacher · seed {seed}', teacher)
@@ -277,19 +277,19 @@ def _cifar_small_members():
 _CURVATURE = ('trace', 'eigenvalue')
 
 def _chain(model, data='cifar10', measures=_CURVATURE):
-    "Yield teacher, three rounds and SAM, with strong augmentation and one seed."
+    "Yield one network's teacher, three rounds and SAM, with strong augmentation and one seed."
     base = _augmented(_DISTILL.but(model=model, data=data), strong=True)
     nothing = _Line(None, None, {.5: (None, None, None)})
     for c in _rows(f'{model} · {data}', base, nothing, seeds=1):
         yield replace(c, measures=measures)
 
 def _figure5():
-    "Yield VGG16 and ViT-S with traces and eigenvalues."
+    "Yield the rows of VGG16 and ViT-S in Table 2, measured by trace and largest eigenvalue."
     for model in ('vgg16', 'vit_s32'):
         yield from figure_rows(_table2, model, _strength(True), measures=_CURVATURE)
 
 def _figure8():
-    "Yield a teacher and two rounds without shortcuts, with loss surfaces."
+    "Yield a teacher and two rounds of ResNet-20 without shortcuts, measured by loss surfaces."
     for c in figure_rows(_table3, 'without shortcuts', 'crop and mirror', measures=('surface',), seed=0):
         if c.run.method != 'sam' and 'round 3' not in c.label:
             yield c

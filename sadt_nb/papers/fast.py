@@ -23,7 +23,7 @@ _FAST_SMALL = _FAST.but(model_args=dict(widths=(32, 128, 128)), epochs=16, bs=25
 _PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
 
 def _all_methods(base, seeds=range(3), noise=0.):
-    "Yield all methods at equal epochs, SAM at a second radius, and plain training at equal passes."
+    "Yield all methods at equal epochs, SAM with a second radius, and plain training with more passes."
     if noise:
         base = base.but(data='noisy_cifar10', data_args=dict(noise=noise))
     seeds = list(seeds)
@@ -39,7 +39,7 @@ def _all_methods(base, seeds=range(3), noise=0.):
             yield PaperRun(f'baseline, {label} · seed {seed}', plain.but(epochs=epochs), note='control')
 
 # %% ../../nbs/papers/105_fast.ipynb #d7e9cf04
-_STEPS = { # what each step of the recipe adds to the one before
+_STEPS = { # label of a row: what the row adds to the row before it
     'the network and SGD': {},
     'shift and mirror': dict(crop=2, flip=True),
     'whitening': dict(model_args=dict(widths=(32, 128, 128), identity=False)),
@@ -54,7 +54,7 @@ _FIRST_STEP = _FAST.but(epochs=8, bs=512, crop=0, pad_mode='zeros', flip=False, 
                         opt_args=dict(momentum=.85, weight_decay=.0153, bias_scale=1.))
 
 def _steps(seeds=range(3)):
-    "Yield runs that build up the recipe, one part after the other."
+    "Yield runs that build up the recipe: each adds one part to the run before."
     for seed in seeds:
         run = _FIRST_STEP.but(seed=seed)
         for label, change in _STEPS.items():
@@ -62,7 +62,7 @@ def _steps(seeds=range(3)):
             yield PaperRun(f'{label} · seed {seed}', run)
 
 def _search():
-    "Yield plain training at several widths, lengths and batches."
+    "Yield plain training at several widths, numbers of epochs and batch sizes."
     for widths in ((32, 128, 128), (64, 128, 128), (32, 192, 192), (64, 256, 256)):
         for epochs in (6, 8, 12, 16):
             for bs in (256, 512, 1024):

@@ -29,7 +29,7 @@ _NOTEBOOK_ROWS = [ # label, what differs from plain training, published accuracy
 ]
 
 def _notebook20():
-    "Yield the released notebook's methods and three controls, three seeds each."
+    "Yield runs of the released notebook's methods and of three controls, three seeds each."
     for label, change, published, note in _NOTEBOOK_ROWS:
         for seed in range(3):
             yield PaperRun(f'{label} · seed {seed}', _NOTEBOOK.but(seed=seed, **change), published, note)
@@ -38,7 +38,7 @@ def _notebook20():
 _METHODS = ('baseline', 'gc', 'agc', 'sam', 'sadt1', 'sadt2', 'sadt3')
 _MODELS = ('simple_cnn', 'vgg16_slim', 'inception_resnet_slim')
 _COLUMNS = [(model, bs) for model in _MODELS for bs in (512, 2048)]
-_ACCURACY = { # a row per method, a column per network and batch size
+_ACCURACY = { # one row per method, one column per network and batch size
     'cifar10': [
         (.783, .745, .841, .817, .817, .775),
         (.784, .738, .843, .804, .801, .763),
@@ -63,7 +63,7 @@ def _plain(data, model, bs):
                cutmix=.25, valid=.01, model_args=dict(init='keras'))
 
 def _table1():
-    "Yield every cell of Table 1."
+    "Yield one run for every cell of Table 1."
     for data, rows in _ACCURACY.items():
         for method, row in zip(_METHODS, rows):
             for (model, bs), published in zip(_COLUMNS, row):
@@ -71,7 +71,7 @@ def _table1():
                 yield PaperRun(f'{method} · {data} · {model} · {bs}', run, published)
 
 def _table1_controls():
-    "Yield two steps per batch, twice the rate and twice the epochs for every column of Table 1."
+    "Yield three controls per column of Table 1: two steps per batch, twice the rate, twice the epochs."
     for data in _ACCURACY:
         for model, bs in _COLUMNS:
             plain = _plain(data, model, bs)

@@ -14,13 +14,13 @@ from .base import PaperRun, figure_rows
 
 # %% ../../nbs/papers/103_saf.ipynb #4b2bce97
 _METHODS = ('baseline', 'sam', 'saf', 'mesa')
-_TABLE3 = { # per network: weight decay, SAM's radius
+_TABLE3 = { # per network: weight decay of all methods, radius of SAM
     'resnet18': (5e-4, .05),
     'resnet101': (5e-4, .05),
     'wide_resnet_28_10': (1e-3, .1),
     'pyramidnet_110': (5e-4, .2),
 }
-_ACCURACY = { # mean and spread in percent, a column per method
+_ACCURACY = { # mean and standard deviation in percent, one pair per method
     ('resnet18', 'cifar10'): [(95.61, .02), (96.50, .08), (96.37, .02), (96.24, .02)],
     ('resnet18', 'cifar100'): [(78.32, .02), (80.18, .08), (80.06, .05), (79.79, .09)],
     ('resnet101', 'cifar10'): [(96.52, .04), (97.01, .32), (96.93, .05), (96.90, .23)],
@@ -33,7 +33,7 @@ _ACCURACY = { # mean and spread in percent, a column per method
 _CIFAR = Run(opt='sgd', lr=.05, bs=128, epochs=200, crop=4, flip=True, valid=0., select='test')
 
 def _table3():
-    "Yield every cell of Table 3, three seeds each."
+    "Yield the runs of Table 3, three seeds per cell."
     for (model, data), row in _ACCURACY.items():
         decay, rho = _TABLE3[model]
         base = _CIFAR.but(data=data, model=model, opt_args=dict(momentum=.9, weight_decay=decay))
@@ -44,7 +44,7 @@ def _table3():
                 yield PaperRun(label, run.but(seed=seed), round(mean / 100, 4), spread=round(spread / 100, 4))
 
 # %% ../../nbs/papers/103_saf.ipynb #53e17c78
-_TABLE1 = { # per network: weight decay of SGD and SAM, of SAF and MESA; accuracy per method
+_TABLE1 = { # per network: weight decay of SGD and SAM, weight decay of SAF and MESA, accuracies
     'resnet50': (3e-5, 1e-4, dict(baseline=.760, sam=.769, esam=.771, gsam=.772, saf=.778, mesa=.775)),
     'resnet101': (3e-5, 3e-5, dict(baseline=.778, sam=.786, esam=.791, gsam=.789, saf=.793, mesa=.791)),
     'resnet152': (3e-5, 3e-5, dict(baseline=.785, sam=.793, saf=None, mesa=None)),
@@ -57,7 +57,7 @@ def _imagenet_note(method, published):
     return '' if published else 'not legible in our copy of the paper'
 
 def _table1():
-    "Yield every row of Table 1."
+    "Yield the rows of Table 1."
     for model, (decay, trajectory_decay, row) in _TABLE1.items():
         if model.startswith('vit'):
             recipe, start, momentum = dict(opt='adamw', lr=3e-3, epochs=300), 150, {}
@@ -75,11 +75,11 @@ def _table1():
 # %% ../../nbs/papers/103_saf.ipynb #e13fff99
 def extra_memory(
     samples:int, # Number of training images
-    classes:int, # Logits per sample
-    weights:int, # Parameters of the network
-    lag:int=3,   # Epochs that SAF looks back
-) -> dict: # Bytes, in float32
-    "Return the memory of SAF, logits of `lag` epochs, and of MESA, a set of weights (SAF paper, Table 2)."
+    classes:int, # Number of logits per image
+    weights:int, # Number of parameters of the network
+    lag:int=3,   # Number of past epochs whose logits SAF keeps
+) -> dict: # Bytes per method: 4 for each logit or parameter (float32)
+    "Return the memory of SAF (logits of `lag` epochs) and of MESA (a copy of the parameters): Table 2."
     return dict(saf=4 * samples * classes * lag, mesa=4 * weights)
 
 _MB = 2**20 # bytes
@@ -87,10 +87,10 @@ _MB = 2**20 # bytes
 def _megabytes(n): return f'{n / _MB:,.0f}'
 
 def memory_columns(
-    cell:PaperRun, # A cell of a table
-    result:dict,   # Result of the cell's run, `{}` if there is none
-) -> dict: # Empty for tables that are not about memory
-    "Return the MB (2**20 bytes) a method keeps from step to step: published, computed, held by our run."
+    cell:PaperRun, # One cell of a published table
+    result:dict,   # Result of the cell's run; `{}` if the cell is not trained yet
+) -> dict: # Column names and texts; empty for a table that is not about memory
+    "Return the MB (2**20 bytes) that a method keeps between steps: published, computed, used in our run."
     if cell.memory is None: return {}
     held = _megabytes(result['method_bytes']) if 'method_bytes' in result else '-'
     return {'published MB': _megabytes(cell.memory), 'computed MB': _megabytes(cell.formula), 'held MB': held}
@@ -101,7 +101,7 @@ def _first_repetition(table):
         if 'seed' not in c.label or c.label.endswith('seed 0'): yield c
 
 def _memory_rows(table, data, model, published, samples, classes, weights):
-    "Yield the rows of one network, with the published memory of each method."
+    "Yield a row with the published and the computed memory for each method of one network."
     computed = extra_memory(samples, classes, weights)
     for c in _first_repetition(table):
         method = c.run.method
@@ -118,11 +118,11 @@ def _table2():
 
 # %% ../../nbs/papers/103_saf.ipynb #4a17ba3a
 def _figure4():
-    "Return ResNet-18 on CIFAR-10, with the sharpness of every epoch."
+    "Return the runs of ResNet-18 on CIFAR-10 that record the sharpness after every epoch."
     return [replace(c, run=c.run.but(track=1)) for c in figure_rows(_table3, 'cifar10 · resnet18', seed=0)]
 
 def _surfaces(model):
-    "Return the preset of a figure with loss surfaces."
+    "Return the preset of a figure that shows the loss surfaces of one network on CIFAR-100."
     return partial(figure_rows, _table3, f'cifar100 · {model}', measures=('surface',), seed=0)
 
 GRIDS = {

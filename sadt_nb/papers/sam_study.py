@@ -16,17 +16,17 @@ _SEEDS = (20, 30, 40)
 _FULL = Run(data='cifar10', model='resnet18', opt='sgd', sched='constant', lr=.01, bs=128, epochs=100,
             valid=.01)
 _SMALL = _FULL.but(model='resnet20', n_train=10_000, valid=.04, amp='bf16', lr=.1, epochs=16)
-_PUBLISHED_A = {'SGD': (.6515, .6403, .6417), 'SAM': (.7122, .7077, .7098)}     # per seed
+_PUBLISHED_A = {'SGD': (.6515, .6403, .6417), 'SAM': (.7122, .7077, .7098)}     # one per seed
 _PUBLISHED_C = {'SAM': (.7006, .6544, .6549), 'ASAM': (.6865, .6577, .6623)}
 
 def _repeated(label, run, published=None, note='', seeds=_SEEDS):
-    "Yield one row per seed, with its published accuracy where there is one."
+    "Yield one row per seed, with the published accuracy of that seed if `published` is given."
     for i, seed in enumerate(seeds):
         accuracy = published[i] if published else None
         yield PaperRun(f'{label} · seed {seed}', run.but(seed=seed), accuracy, note)
 
 def _study_a(small=False):
-    "Yield SGD, SAM with the passes of SGD, and SAM with the epochs of SGD."
+    "Yield SGD, SAM with as many passes as SGD, and SAM with as many epochs as SGD."
     sgd = _SMALL if small else _FULL
     sam = sgd.but(method='sam')
     published = {} if small else _PUBLISHED_A

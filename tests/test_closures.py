@@ -1,0 +1,440 @@
+"""Methods in plain loops: the wrapper, the functions and the callbacks make the same steps."""
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from fastai.callback.core import TrainEvalCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+
+from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.methods.asam import ASAM, asam_step
+from sadt_nb.methods.esam import ESAM, esam_step
+from sadt_nb.methods.gsam import GSAM, gsam_step
+from sadt_nb.methods.looksam import LookSAM
+from sadt_nb.methods.mesa import MESA
+from sadt_nb.methods.sadt import SADT, sadt_step, weight_noise
+from sadt_nb.methods.sam import SAM, sam_step
+
+METHODS = {
+    'sam': partial(SAM, .1), 'sam adaptive': partial(SAM, 1., adaptive=True),
+    'sam every second': partial(SAM, .1, interval=2), 'sam keep': partial(SAM, .1, bn='keep'),
+    'sam replay': partial(SAM, .1, rng='replay'), 'asam': partial(ASAM, .5), 'gsam': partial(GSAM, .1, .1),
+    'looksam': partial(LookSAM, .1, k=3), 'esam': partial(ESAM, .1, gamma=1), 'esam half': partial(ESAM, .1),
+    'sadt1': partial(SADT, 1, noise_scale=100), 'sadt2': partial(SADT, 2, noise_scale=100, share_trunk=False),
+    'sadt3': partial(SADT, 3, noise_scale=100), 'sadt up': partial(SADT, 1, grad_at='up', noise_scale=100),
+    'sadt one step': partial(SADT, 1, first_step=False, noise_scale=100),
+}
+FIRST_STEP = [name for name in METHODS if not name.startswith(('sadt', 'esam half'))]
+
+
+def batches(n=6, bs=8, size=6):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(n * bs, 1, size, size, generator=gen, dtype=torch.float64)
+    y = torch.randint(0, 3, (n * bs,), generator=gen)
+    return list(zip(x.split(bs), y.split(bs)))
+
+
+def network(dropout=0., norm=True):
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if norm else nn.Identity(), nn.Tanh(), nn.Flatten(),
+              nn.Dropout(dropout), nn.Linear(64, 3)]
+    return nn.Sequential(*layers).double().train()
+
+
+def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1, momentum=.9, weight_decay=1e-3)
+
+
+def values(net): return torch.cat([v.flatten().double() for v in net.state_dict().values()]).detach()
+
+
+def closure_for(method, net, x, y):
+    "The closure that this method takes, in the form that returns and does not call backward."
+    if isinstance(method, SADT):
+        def logits_and_loss():
+            logits = net(x)
+            return logits, F.cross_entropy(logits, y)
+        return logits_and_loss
+    if isinstance(method, ESAM):
+        def losses(rows):
+            part = slice(None) if rows is None else rows
+            return F.cross_entropy(net(x[part]), y[part], reduction='none')
+        return losses
+    return lambda: F.cross_entropy(net(x), y)
+
+
+def by_callback(method, net, data, *cbs):
+    torch.manual_seed(2)
+    opt_func = partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9, weight_decay=1e-3))
+    learn = Learner(DataLoaders(data, data), net, loss_func=nn.CrossEntropyLoss(), lr=.1, opt_func=opt_func,
+                    wd=1e-3, default_cbs=False, cbs=[TrainEvalCallback, method, *cbs])
+    learn.fit(1)
+    return values(net)
+
+
+def by_wrapper(method, net, data, scaler=None, max_norm=None):
+    torch.manual_seed(2)
+    opt = MethodOptimizer(method, sgd(net), net, scaler, max_norm)
+    for x, y in data:
+        opt.step(closure_for(method, net, x, y))
+        if scaler: scaler.update()
+    return values(net)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_wrapper_makes_the_steps_of_the_callback(name):
+    dropout = .5 if 'replay' in name else 0.
+    got = by_wrapper(METHODS[name](), network(dropout), batches())
+    expected = by_callback(METHODS[name](), network(dropout), batches())
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    plain = network(dropout)
+    opt = sgd(plain)
+    torch.manual_seed(2)
+    for x, y in batches():
+        opt.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        opt.step()
+    assert (got - values(plain)).abs().max() > 1e-5
+
+
+FUNCTIONS = {
+    'sam': (partial(sam_step, rho=.1), METHODS['sam']),
+    'sam adaptive': (partial(sam_step, rho=1., adaptive=True), METHODS['sam adaptive']),
+    'sam keep': (partial(sam_step, rho=.1, bn='keep'), METHODS['sam keep']),
+    'asam': (partial(asam_step, rho=.5), METHODS['asam']),
+    'gsam': (partial(gsam_step, rho=.1), METHODS['gsam']),
+}
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_function_makes_the_steps_of_the_wrapper(name):
+    step, method = FUNCTIONS[name]
+    net = network()
+    opt = sgd(net)
+    for x, y in batches(): step(net, closure_for(method(), net, x, y), opt)
+    assert torch.equal(values(net), by_wrapper(method(), network(), batches()))
+
+
+def test_esam_and_sadt_functions_make_the_steps_of_the_wrapper():
+    net, generator = network(), torch.Generator().manual_seed(0)
+    opt = sgd(net)
+    for x, y in batches(): esam_step(net, closure_for(ESAM(), net, x, y), opt, .1, generator=generator)
+    assert torch.equal(values(net), by_wrapper(ESAM(.1), network(), batches()))
+    net, generator = network(), torch.Generator().manual_seed(0)
+    opt = sgd(net)
+    perturb = [weight_noise(.01)]
+    for x, y in batches():
+        sadt_step(net, closure_for(SADT(), net, x, y), opt, perturb, generator=generator, bn='keep')
+    assert torch.equal(values(net), by_wrapper(SADT(perturb=perturb), network(), batches()))
+
+
+@pytest.mark.parametrize('name', FIRST_STEP)
+def test_first_and_second_step_are_step(name):
+    method, net = METHODS[name](), network(.5 if 'replay' in name else 0.)
+    torch.manual_seed(2)
+    opt = MethodOptimizer(method, sgd(net), net)
+    for x, y in batches():
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        if opt.first_step(): F.cross_entropy(net(x), y).backward()
+        opt.second_step()
+    expected = by_wrapper(METHODS[name](), network(.5 if 'replay' in name else 0.), batches())
+    torch.testing.assert_close(values(net), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_abandoned_first_step_puts_the_weights_back():
+    net = network(norm=False)
+    opt, before = MethodOptimizer(SAM(.1), sgd(net), net), values(net)
+    (x, y), *_ = batches()
+    F.cross_entropy(net(x), y).backward()
+    assert opt.first_step() and not torch.equal(values(net), before)
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward() # taken at the moved weights, by mistake
+    opt.first_step() # begins anew, and first puts the weights back
+    opt._abandon()
+    assert torch.equal(values(net), before)
+
+
+def torch_style(net, opt, x, y, zero=True):
+    def closure():
+        if zero: opt.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        return loss
+    return closure
+
+
+@pytest.mark.parametrize('zeroed_by', ['wrapper', 'base', 'model', 'nobody'])
+def test_closures_that_call_backward(zeroed_by):
+    net = network()
+    base = sgd(net)
+    opt = MethodOptimizer(SAM(.1), base, net)
+    zeroing = dict(wrapper=opt, base=base, model=net, nobody=base)[zeroed_by]
+    losses = [opt.step(torch_style(net, zeroing, x, y, zeroed_by != 'nobody')) for x, y in batches()]
+    assert torch.equal(values(net), by_wrapper(SAM(.1), network(), batches()))
+    (x, y), *_ = batches()
+    torch.testing.assert_close(losses[0], F.cross_entropy(network()(x), y).detach(), rtol=0, atol=0)
+
+
+def test_accumulated_gradients_are_added_unless_the_closure_zeroes_them():
+    (x, y), *_ = batches()
+    extra = [torch.full_like(p, .01) for p in network().parameters()]
+    def one_step(closure_style):
+        net = network()
+        opt = MethodOptimizer(SAM(.1), torch.optim.SGD(net.parameters(), lr=1.), net)
+        for p, g in zip(net.parameters(), extra): p.grad = g.clone()
+        if closure_style == 'zeroes': opt.step(torch_style(net, opt, x, y))
+        else: opt.step(lambda: F.cross_entropy(net(x), y))
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+    difference = one_step('zeroes') - one_step('returns')
+    torch.testing.assert_close(difference, torch.full_like(difference, .01), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam half', 'sadt1', 'sadt3'])
+def test_micro_batches_are_those_of_gradient_accumulation(name):
+    data = batches(4, 4)
+    net, method = network(norm=False), METHODS[name]()
+    opt = MethodOptimizer(method, sgd(net), net)
+    torch.manual_seed(2)
+    for i, (x, y) in enumerate(data):
+        closure = closure_for(method, net, x, y)
+        if isinstance(method, SADT):
+            def halved(closure=closure):
+                logits, loss = closure()
+                return logits, loss / 2
+        elif isinstance(method, ESAM):
+            def halved(rows, closure=closure): return closure(rows) / 2
+        else:
+            def halved(closure=closure): return closure() / 2
+        opt.backward(halved)
+        if i % 2:
+            opt.step()
+            opt.zero_grad()
+    expected = by_callback(METHODS[name](), network(norm=False), data, GradientAccumulation(8))
+    torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
+
+
+def test_max_norm_clips_the_final_gradient_as_fastai_does():
+    got = by_wrapper(SAM(.1), network(norm=False), batches(), max_norm=.01)
+    expected = by_callback(SAM(.1), network(norm=False), batches(), GradientClip(.01))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_state_resumes_to_the_bit(name):
+    data, method = batches(), METHODS[name]()
+    whole = by_wrapper(METHODS[name](), network(), data)
+    net = network()
+    opt = MethodOptimizer(method, sgd(net), net)
+    torch.manual_seed(2)
+    for x, y in data[:4]: opt.step(closure_for(method, net, x, y))
+    state = copy.deepcopy([net.state_dict(), opt.state_dict(), torch.get_rng_state()])
+    del net, opt, method
+    method, net = METHODS[name](), network()
+    opt = MethodOptimizer(method, sgd(net), net)
+    net.load_state_dict(state[0])
+    opt.load_state_dict(state[1])
+    torch.set_rng_state(state[2])
+    for x, y in data[4:]: opt.step(closure_for(method, net, x, y))
+    assert torch.equal(values(net), whole)
+
+
+def test_groups_are_shared_and_followed_by_schedulers_and_hooks():
+    net = network()
+    base = torch.optim.SGD(net[0].parameters(), lr=.1)
+    opt = MethodOptimizer(SAM(.1), base, net)
+    opt.add_param_group(dict(params=net[5].parameters(), lr=.01))
+    assert opt.param_groups is base.param_groups and [g['lr'] for g in base.param_groups] == [.1, .01]
+    calls = []
+    opt.register_step_pre_hook(lambda *args: calls.append('before'))
+    opt.register_step_post_hook(lambda *args: calls.append('after'))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(opt, .5)
+    (x, y), *_ = batches()
+    opt.step(lambda: F.cross_entropy(net(x), y))
+    schedule.step()
+    assert calls == ['before', 'after'] and [g['lr'] for g in base.param_groups] == [.05, .005]
+    base.load_state_dict(base.state_dict()) # makes new groups
+    assert opt.param_groups is base.param_groups and opt.state is base.state
+
+
+def test_a_group_has_a_radius_of_its_own():
+    (x, y), *_ = batches()
+    net = network(norm=False)
+    groups = [dict(params=net[0].parameters(), rho=.3), dict(params=net[5].parameters())]
+    base = torch.optim.SGD(groups, lr=1.)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    MethodOptimizer(SAM(.1), base, net).step(lambda: F.cross_entropy(net(x), y))
+    got = {n: before[n] - p.detach() for n, p in net.named_parameters()}
+    oracle = network(norm=False)
+    grads = torch.autograd.grad(F.cross_entropy(oracle(x), y), list(oracle.parameters()))
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    with torch.no_grad():
+        for (n, p), g in zip(oracle.named_parameters(), grads):
+            rho = .3 if n.startswith('0.') else .1
+            p += rho * g / norm
+    expected = torch.autograd.grad(F.cross_entropy(oracle(x), y), list(oracle.parameters()))
+    for n, g in zip(got, expected): torch.testing.assert_close(got[n], g, rtol=1e-10, atol=1e-12)
+
+
+class Overflow(nn.Module):
+    "A network whose loss is infinite in one of its passes."
+    def __init__(self, net, bad):
+        super().__init__()
+        self.net, self.bad, self.calls = net, bad, 0
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) * (math.inf if self.calls == self.bad else 1.)
+
+
+@pytest.mark.parametrize('bad', [1, 2])
+@pytest.mark.parametrize('name', ['sam', 'gsam', 'looksam', 'sadt1'])
+def test_an_overflow_in_either_pass_skips_the_whole_batch(name, bad):
+    net = Overflow(network(norm=False), bad)
+    method, before = METHODS[name](), values(net)
+    scaler = torch.amp.GradScaler('cpu', init_scale=8.)
+    opt = MethodOptimizer(method, torch.optim.SGD(net.parameters(), lr=.1), net, scaler)
+    (x, y), *rest = batches()
+    opt.step(closure_for(method, net, x, y))
+    scaler.update()
+    if name == 'sadt1' and bad == 2: # the first step has been made by then
+        assert not torch.equal(values(net), before) and torch.isfinite(values(net)).all()
+    else: assert torch.equal(values(net), before)
+    assert scaler.get_scale() == 4.
+    opt.zero_grad()
+    for x, y in rest:
+        opt.step(closure_for(method, net, x, y))
+        scaler.update()
+    assert torch.isfinite(values(net)).all() and not torch.equal(values(net), before)
+
+
+@pytest.mark.parametrize('name', [n for n in METHODS if n != 'sam replay'])
+def test_a_loss_scale_changes_no_bit(name):
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    got = by_wrapper(METHODS[name](), network(), batches(), scaler=scaler)
+    expected = by_wrapper(METHODS[name](), network(), batches())
+    # the 1e-12 that is added to the gradient's norm counts for less under a scale
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
+STEPS = {
+    'sam': (partial(sam_step, rho=1.), lambda net, x, y: lambda: F.cross_entropy(net(x), y)),
+    'asam': (partial(asam_step, rho=1.), lambda net, x, y: lambda: F.cross_entropy(net(x), y)),
+    'gsam': (partial(gsam_step, rho=1.), lambda net, x, y: lambda: F.cross_entropy(net(x), y)),
+    'esam': (partial(esam_step, rho=1., beta=1., gamma=.5), partial(closure_for, ESAM())),
+    'sadt': (partial(sadt_step, perturb=[weight_noise(.1)]), partial(closure_for, SADT())),
+}
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_autocast_around_all_passes_sees_moved_weights(name):
+    step, closure = STEPS[name]
+    def train(cache_enabled):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).train()
+        opt = torch.optim.SGD(net.parameters(), lr=.5)
+        x, y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+        torch.manual_seed(3)
+        with torch.autocast('cpu', torch.bfloat16, cache_enabled=cache_enabled):
+            for _ in range(4): step(net, closure(net, x, y), opt)
+            return values(net), F.cross_entropy(net(x), y).item()
+    right, loss = train(False) # without the cache every pass casts the weights as they are
+    got, there = train(True)
+    assert torch.equal(got, right) and there == loss
+
+
+class Sum(PerturbedPass):
+    "Not a known method: two passes, at plus and minus one."
+    def extra_pass(self, params, grads):
+        for sign in (1, -1):
+            with torch.no_grad():
+                for p in params.values(): p += sign
+            self.second_pass()
+            with torch.no_grad():
+                for p in params.values(): p -= sign
+
+
+def test_methods_of_other_packages_that_make_their_own_passes():
+    (x, y), *_ = batches()
+    net = network(norm=False)
+    closure_step(Sum(), net, lambda: F.cross_entropy(net(x), y), torch.optim.SGD(net.parameters(), lr=1.))
+    oracle, total = network(norm=False), 0.
+    for sign in (1, -1):
+        moved = network(norm=False)
+        with torch.no_grad():
+            for p in moved.parameters(): p += sign
+        grads = torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters()))
+        total = total + torch.cat([g.flatten() for g in grads])
+    expected = nn.utils.parameters_to_vector(oracle.parameters()) - total
+    got = nn.utils.parameters_to_vector(net.parameters())
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def wrapped(method=None, net=None):
+    net = net or network()
+    return MethodOptimizer(method or SAM(.1), sgd(net), net), net
+
+
+def no_closure(): wrapped()[0].step(3)
+def number(): wrapped()[0].step(lambda: 3.)
+def no_graph():
+    opt, net = wrapped()
+    opt.step(lambda: F.cross_entropy(net(batches()[0][0]), batches()[0][1]).detach())
+def other_network():
+    opt, other = wrapped()[0], network()
+    opt.step(lambda: F.cross_entropy(other(batches()[0][0]), batches()[0][1]))
+def no_logits():
+    opt, net = wrapped(SADT())
+    opt.step(lambda: F.cross_entropy(net(batches()[0][0]), batches()[0][1]))
+def no_rows():
+    opt, net = wrapped(ESAM())
+    opt.step(lambda: F.cross_entropy(net(batches()[0][0]), batches()[0][1]))
+def lbfgs(): MethodOptimizer(SAM(), torch.optim.LBFGS(network().parameters()), network())
+def other_parameters(): MethodOptimizer(SAM(), sgd(network()), network())
+def learner_method(): MethodOptimizer(MESA(), sgd(network()), network())
+def method_class(): MethodOptimizer(SAM, sgd(network()), network())
+def not_an_optimizer(): MethodOptimizer(SAM(), network(), network())
+def first_step_of_sadt(): wrapped(SADT())[0].first_step()
+def sparse():
+    net = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    sam_step(net, lambda: net(torch.tensor([1, 2])).sum(), torch.optim.SGD(net.parameters(), lr=.1))
+def negative(): sam_step(network(), lambda: 0, sgd(network()), rho=-1)
+def not_a_number(): asam_step(network(), lambda: 0, sgd(network()), rho=math.nan)
+def endless(): sam_step(network(), lambda: 0, sgd(network()), rho=math.inf)
+
+
+@pytest.mark.parametrize('make, error, words', [
+    (no_closure, ValueError, 'a closure is a function'), (number, ValueError, "returned 'float'"),
+    (no_graph, ValueError, 'a tensor without a graph'),
+    (other_network, ValueError, 'does the closure run this network'),
+    (no_logits, ValueError, r'\(logits, loss\)'), (no_rows, ValueError, 'positions'),
+    (lbfgs, ValueError, 'several times in one step'), (other_parameters, ValueError, 'steps no parameter'),
+    (learner_method, TypeError, 'needs a fastai Learner'), (method_class, TypeError, r'SAM\(rho=.05\)'),
+    (not_an_optimizer, TypeError, 'got Sequential'),
+    (first_step_of_sadt, ValueError, 'give `step` a closure'),
+    (sparse, ValueError, 'sparse=False'), (negative, ValueError, '`rho` must be positive'),
+    (not_a_number, ValueError, '`rho` must be positive'), (endless, ValueError, '`rho` must be positive'),
+])
+def test_bad_input_is_an_error_with_advice(make, error, words):
+    with pytest.raises(error, match=words): make()
+
+
+def test_an_error_in_the_closure_leaves_weights_and_gradients():
+    net, calls = network(norm=False), []
+    opt = MethodOptimizer(SAM(.1), sgd(net), net)
+    kept = [torch.ones_like(p) for p in net.parameters()]
+    for p, g in zip(net.parameters(), kept): p.grad = g
+    before = values(net)
+    def fails():
+        calls.append(1)
+        if len(calls) == 2: raise RuntimeError('out of memory')
+        return F.cross_entropy(net(batches()[0][0]), batches()[0][1])
+    with pytest.raises(RuntimeError, match='out of memory'): opt.step(fails)
+    assert torch.equal(values(net), before)
+    assert all(p.grad is g for p, g in zip(net.parameters(), kept))

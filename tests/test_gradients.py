@@ -1,0 +1,285 @@
+"""What a second pass must respect: autocast, gradients of callbacks, masks, parameters of losses, buffers."""
+from functools import partial
+
+import pytest
+import torch
+from conftest import batches, cnn, flat, learner, needed
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from torch import nn
+from torch.nn import functional as F
+
+from sadt_nb.core.passes import kept_buffers, replaying
+from sadt_nb.measures.landscape import loss_line, random_direction
+from sadt_nb.measures.sharpness import average_sharpness, sam_sharpness
+from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.esam import ESAM, esam_step
+from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.methods.sadt import SADT
+from sadt_nb.methods.sam import SAM, sam_step
+
+OPTIONS = {
+    'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0),
+    'sadt2': dict(share_trunk=False), # a shared pass adds two gradients in bfloat16, one rounding less
+}
+
+
+def conv(dtype=torch.float64, **kw): return batches(conv=True, dtype=dtype, **kw)
+
+
+def method(name): return make_method(name, **{**needed(name), **OPTIONS.get(name, {})})
+
+
+@pytest.mark.parametrize('name', [name for name in METHODS if name not in ('baseline', 'saf')])
+def test_a_fit_inside_autocast_sees_the_weights_of_every_step(name):
+    def fit(cache_enabled):
+        net = cnn(dtype=torch.float32)
+        cbs = method(name)
+        for cb in cbs:
+            if hasattr(cb, 'teacher') and isinstance(cb.teacher, nn.Module): cb.teacher.float()
+        torch.manual_seed(3)
+        with torch.autocast('cpu', torch.bfloat16, cache_enabled=cache_enabled):
+            data = conv(torch.float32)
+            sgd_learner(net, data, *cbs, lr=.5)
+            x, y = data[0]
+            return flat(net), F.cross_entropy(net(x), y).item()
+    right, loss = fit(False) # without the cache every pass casts the weights as they are
+    got, there = fit(True)
+    assert torch.equal(got, right) and there == loss
+
+
+def test_measures_inside_autocast_see_moved_weights():
+    torch.manual_seed(0)
+    data = conv(torch.float32)
+    learn = learner(cnn(dtype=torch.float32), [], data)
+    learn.model.eval()
+    def measures(cache_enabled):
+        with torch.autocast('cpu', torch.bfloat16, cache_enabled=cache_enabled):
+            direction = random_direction(learn.model, seed=0)
+            sharpness = sam_sharpness(learn, .5, dl=data)
+            average = average_sharpness(learn, .1, dl=data, pairs=2, progress=False)
+            line = loss_line(learn, direction, points=3, dl=data, progress=False)
+            return [sharpness, average.value, *line.loss]
+    sharpness, average, *line = measures(True)
+    assert [sharpness, average, *line] == measures(False)
+    assert abs(sharpness) > 1e-3 and len(set(line)) == 3
+
+
+def sgd_learner(net, data, *cbs, **kw):
+    kw = dict(loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=.1) | kw
+    learn = Learner(DataLoaders(data, data), net, default_cbs=False, cbs=[TrainEvalCallback, *cbs], **kw)
+    learn.fit(1)
+    return flat(net)
+
+
+class AddsOne(Callback):
+    "Adds a gradient of one to every weight by a backward of its own, at one of the batch's events."
+    run_valid = False
+    def __init__(self, event, guarded):
+        self.guarded = guarded
+        setattr(self, event, self.add)
+    def add(self):
+        if self.guarded and replaying(self.learn): return
+        sum(p.sum() for p in self.model.parameters()).backward()
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1'])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward'])
+@pytest.mark.parametrize('guarded', [True, False])
+def test_a_backward_of_a_callback_counts_once_in_every_batch(name, event, guarded):
+    data = conv()
+    def weights(*cbs): return sgd_learner(cnn(bn=False), data[:1], *method(name), *cbs)
+    if name in ('sadt1', 'esam'): # its share also turns the ascent, or is in both steps: see the plain ones
+        return check_share_of_two_steps(name, data, event, guarded)
+    shift = weights() - weights(AddsOne(event, guarded))
+    torch.testing.assert_close(shift, torch.full_like(shift, .1), rtol=1e-9, atol=1e-12)
+
+
+def check_share_of_two_steps(name, data, event, guarded):
+    "The callback's gradient of one is in both steps of SADT, and once in ESAM's."
+    def weights(method, *cbs): return sgd_learner(cnn(bn=False), data[:1], method, *cbs)
+    if name == 'esam':
+        shift = weights(ESAM(.05, 1, 1)) - weights(ESAM(.05, 1, 1), AddsOne(event, guarded))
+        torch.testing.assert_close(shift, torch.full_like(shift, .1), rtol=1e-9, atol=1e-12)
+    else:
+        shift = weights(SADT(1, kl_weight=0.)) - weights(SADT(1, kl_weight=0.), AddsOne(event, guarded))
+        torch.testing.assert_close(shift, torch.full_like(shift, .2), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('event', ['before_batch', 'before_backward'])
+def test_the_share_is_kept_in_later_batches_too(event):
+    data = conv()[:2]
+    def shift(*cbs):
+        with_it = sgd_learner(cnn(bn=False), data, *cbs, AddsOne(event, False), lr=1e-6)
+        return (sgd_learner(cnn(bn=False), data, *cbs, lr=1e-6) - with_it) / 1e-6
+    torch.testing.assert_close(shift(SAM(.05)), torch.full_like(shift(), 2.), rtol=1e-4, atol=1e-4)
+
+
+class Mask(Callback):
+    "Keeps the first layer as it is, by zeroing its gradient after every backward."
+    run_valid = False
+    def after_backward(self):
+        for p in self.model[0].parameters(): p.grad.zero_()
+
+
+MASKED = ['baseline', 'sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1', 'sadt2', 'sadt3', 'repeat_step']
+
+
+@pytest.mark.parametrize('name', MASKED)
+def test_a_mask_on_gradients_holds_in_every_pass(name):
+    net = cnn(bn=False)
+    before = [p.detach().clone() for p in net.parameters()]
+    sgd_learner(net, conv(), *method(name), Mask(), wd=0.)
+    first = list(net[0].parameters())
+    assert all(torch.equal(p, b) for p, b in zip(first, before))
+    others = list(zip(net.parameters(), before))[len(first):]
+    assert not any(torch.equal(p, b) for p, b in others)
+
+
+class Scaled(nn.Module):
+    "Cross-entropy of logits times a scale that is trained, too."
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+    def forward(self, logits, y): return F.cross_entropy(self.scale * logits, y)
+
+
+def with_loss_params(loss, model): return [list(model.parameters()), list(loss.parameters())]
+
+
+def train_scale(*cbs, steps=1):
+    loss, net = Scaled(), cnn(bn=False)
+    data = conv()[:1] * steps
+    sgd_learner(net, data, *cbs, loss_func=loss, splitter=partial(with_loss_params, loss), lr=.1, wd=0.)
+    return loss.scale.item()
+
+
+def test_parameters_of_the_loss_get_the_second_gradient_only():
+    (x, y), *_ = conv()
+    net = cnn(bn=False)
+    grads = torch.autograd.grad(F.cross_entropy(net(x), y), list(net.parameters()))
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    with torch.no_grad():
+        for p, g in zip(net.parameters(), grads): p += .5 * g / norm
+    loss = Scaled()
+    expected = 1 - .1 * torch.autograd.grad(loss(net(x), y), loss.scale)[0].item()
+    assert train_scale(SAM(.5)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_parameters_of_the_loss_make_as_many_steps_as_the_network():
+    (x, y), *_ = conv()
+    net, loss = cnn(bn=False), Scaled()
+    g = torch.autograd.grad(loss(net(x), y), loss.scale)[0].item()
+    assert train_scale(RepeatStep(2)) == pytest.approx(1 - 2 * .1 * g, rel=1e-12)
+    assert train_scale(SADT(1)) == pytest.approx(1 - 2 * .1 * g, rel=1e-12)
+
+
+class OwnNorm(nn.Module):
+    "A normalisation of its own class, which puts new tensors in the place of its averages."
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('mean', torch.zeros(8, dtype=torch.float64))
+        self.register_buffer('last', None)
+        self.register_buffer('seen', torch.zeros((), dtype=torch.long))
+    def forward(self, x):
+        if self.training:
+            self.mean = .9 * self.mean + .1 * x.detach().mean(0)
+            self.last = x.detach()
+            self.seen += 1
+        return x - self.mean
+
+
+def own_norm_net():
+    torch.manual_seed(1)
+    spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(5, 8))
+    return nn.Sequential(spectral, OwnNorm(), nn.Tanh(), nn.Linear(8, 3)).double().train()
+
+
+def buffers(net): return {n: b.clone() for n, b in net.named_buffers()}
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1', 'sadt3'])
+def test_keep_restores_every_buffer(name):
+    data = batches()[:1]
+    def after(*cbs):
+        net = own_norm_net()
+        sgd_learner(net, data, *cbs)
+        return buffers(net)
+    kept, plain = after(*make_method(name, bn='keep')), after()
+    assert kept.keys() == plain.keys() and kept['1.seen'] == 1
+    for n in plain: torch.testing.assert_close(kept[n], plain[n], rtol=0, atol=0)
+    if name != 'esam': assert after(*make_method(name, bn='update'))['1.seen'] == 2
+
+
+def plain_step(step, **kwargs):
+    "Make one step of a plain function on one batch; return its network."
+    (x, y), *_ = batches()
+    net = own_norm_net()
+    def losses(rows=None):
+        part = slice(None) if rows is None else rows
+        values = F.cross_entropy(net(x[part]), y[part], reduction='none')
+        return values if step is esam_step else values.mean()
+    step(net, losses, torch.optim.SGD(net.parameters(), lr=.1), **kwargs)
+    return net
+
+
+@pytest.mark.parametrize('step', [sam_step, esam_step])
+def test_functions_keep_buffers_too(step):
+    once = own_norm_net()
+    once(batches()[0][0])
+    kept = buffers(plain_step(step, bn='keep'))
+    for n, b in once.named_buffers(): torch.testing.assert_close(kept[n], b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('step', [sam_step, esam_step])
+def test_statistics_move_twice_and_not_three_times(step): assert plain_step(step)[1].seen == 2
+
+
+def test_kept_buffers_after_an_exception():
+    net = own_norm_net()
+    before = buffers(net)
+    with pytest.raises(RuntimeError), kept_buffers(net):
+        net(torch.randn(4, 5, dtype=torch.float64))
+        raise RuntimeError
+    assert net[1].last is None and buffers(net).keys() == before.keys()
+    for n, b in before.items(): assert torch.equal(dict(net.named_buffers())[n], b)
+
+
+class DictNet(nn.Module):
+    "Takes a dict and a list, as networks for text and detection do, and returns a dict."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+    def forward(self, inputs, more): return dict(logits=self.b(torch.tanh(self.a(inputs['x']) + more[0])))
+
+
+class DictLoss(nn.CrossEntropyLoss):
+    def forward(self, out, y): return super().forward(out['logits'], y)
+
+
+def plain_net():
+    class Plain(DictNet):
+        def forward(self, x, more): return super().forward(dict(x=x), [more])['logits']
+    return Plain().double()
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam'])
+def test_batches_of_dicts_and_lists(name):
+    data = batches()
+    more = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nested = [(dict(x=x), [more], y) for x, y in data]
+    flat_batches = [(x, more, y) for x, y in data]
+    got = DictNet().double()
+    learn = Learner(DataLoaders(nested, nested), got, loss_func=DictLoss(), opt_func=SGD, lr=.1,
+                    default_cbs=False, cbs=[TrainEvalCallback, *method(name)])
+    learn.dls.n_inp = 2
+    learn.fit(1)
+    expected = plain_net()
+    learn = Learner(DataLoaders(flat_batches, flat_batches), expected, loss_func=nn.CrossEntropyLoss(),
+                    opt_func=SGD, lr=.1, default_cbs=False, cbs=[TrainEvalCallback, *method(name)])
+    learn.dls.n_inp = 2
+    learn.fit(1)
+    assert torch.equal(flat(got), flat(expected))

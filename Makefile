@@ -41,9 +41,9 @@ sync: $(READY)
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(BIN)/python docs/make_readme.py
 	@$(CHECKSUMS) > $(VENV)/after
 	@if diff $(VENV)/before $(VENV)/after > $(VENV)/changed; then \
-	  echo 'library, README and notebooks are in step'; \
+	  echo 'library, README and notebooks are up to date'; \
 	else \
-	  echo 'out of step with the notebooks, now mended; look at git diff and commit:'; \
+	  echo 'out of date with the notebooks, now corrected; look at git diff and commit:'; \
 	  sed -n 's/^> [0-9a-f]*  /  /p' $(VENV)/changed; \
 	  exit 1; \
 	fi

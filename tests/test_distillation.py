@@ -242,7 +242,7 @@ def test_a_result_without_weights_counts_until_a_student_needs_the_weights(tmp_p
 def test_a_teacher_of_another_shape_is_named(tmp_path):
     run(ZERO, tmp_path, **quiet)
     torch.save({'w': torch.zeros(2)}, tmp_path / ZERO.name / 'weights.pt')
-    with pytest.raises(runner.RunError, match='of another network'): run(student(ZERO, 1), tmp_path, **quiet)
+    with pytest.raises(runner.RunError, match='does not fit'): run(student(ZERO, 1), tmp_path, **quiet)
     class Evil:
         def __reduce__(self): return (print, ('this ran',))
     torch.save(Evil(), tmp_path / ZERO.name / 'weights.pt')

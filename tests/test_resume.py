@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint(half_done, damage):
     cfg, root, whole = half_done
     file = root / cfg.name / 'checkpoint.pt'
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.warns(UserWarning, match='checkpoint.pt is damaged; the one before it is taken'):
+    with pytest.warns(UserWarning, match='checkpoint.pt is damaged; the checkpoint before it is used'):
         r = run(cfg, root, **quiet)
     assert r['resumed'] == 2
     assert same(whole, outcome(cfg, root))
@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint(half_done, damage):
 def test_both_checkpoints_damaged(half_done):
     cfg, root, whole = half_done
     for f in ('checkpoint.pt', 'checkpoint.pt.previous'): (root / cfg.name / f).write_bytes(b'PK')
-    with pytest.warns(UserWarning, match='training starts anew'): r = run(cfg, root, **quiet)
+    with pytest.warns(UserWarning, match='training starts from the beginning'): r = run(cfg, root, **quiet)
     assert r['resumed'] == 0
     assert same(whole, outcome(cfg, root))
 

@@ -213,7 +213,7 @@ MISTAKES = [
     (dict(spaces=dict(sam=dict(rho=(.5, .1)))), 'range of rho'),
     (dict(spaces=dict(sam=dict(lr=(0., .1)))), 'range of lr'),
     (dict(spaces=dict(sam=dict(radius=(.1, .2)))), 'has no option .radius.'),
-    (dict(spaces=dict(sam=dict(lr=(1., 2.)))), 'all trials diverged; the first said: .*the loss became NaN'),
+    (dict(spaces=dict(sam=dict(lr=(1., 2.)))), 'all trials diverged; the first error: .*the loss became NaN'),
 ]
 
 

@@ -389,7 +389,7 @@ _DEMO_METHODS = ('baseline', 'sam', 'sadt1', 'sadt2', 'sadt3', 'repeat_step')
 _DEMO_DATA = {'digits': 'Digits', 'noisy_digits': 'Digits, 40% of the training labels wrong'}
 _DEMO_NOTES = """
 BN re-estimated: after so few updates BatchNorm's running averages lag behind the weights,
-  so they are taken anew over the training images
+  so they are re-estimated on the training images
 steps: optimizer updates; SADT and repeat_step make two per batch, so compare those with each other"""
 
 def _demo_runs(seeds, epochs):

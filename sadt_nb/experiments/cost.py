@@ -50,7 +50,7 @@ def run_cost(
     the network needs a package that is missing."""
     if run.data not in _IMAGES:
         known = ', '.join(_IMAGES)
-        unknown = f'how many images {run.data} holds is not known here'
+        unknown = f'the number of images in {run.data} is unknown'
         raise ValueError(f'{unknown}; the known data sets are {known}')
     n = round(_IMAGES[run.data] * (1 - run.valid))
     n = min(n, run.n_train or n)

@@ -81,7 +81,7 @@ class _ProcessWorker:
     def _translate(self, error):
         if not isinstance(error, BrokenProcessPool): return error
         self.pool = None
-        return _WorkerDied('is there enough memory for all workers at once?')
+        return _WorkerDied('perhaps there is too little memory for all workers; use fewer')
 
     def interrupt(self):
         processes = self.pool._processes if self.pool else None

@@ -144,7 +144,7 @@ class _Search:
     def found(self, label):
         trials = pd.DataFrame(self.rows)
         if (trials['error'] != '').all():
-            raise ValueError(f'{label}: all trials diverged; the first said: {trials["error"][0]}')
+            raise ValueError(f'{label}: all trials diverged; the first error: {trials["error"][0]}')
         _warn_if_nothing_chosen(label, trials, self.facts)
         top = trials.loc[trials['value'].idxmax()]
         passes = sum(c.epochs * METHODS[c.method].passes for c in trials['run'])

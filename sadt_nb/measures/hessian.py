@@ -158,7 +158,7 @@ def hessian_trace(
     `FixedLoss`."""
     if max_probes < 20:
         raise ValueError(f'`max_probes` must be at least 20, got {max_probes}; '
-                         'fewer say nothing about their error')
+                         'fewer give no reliable estimate of the error')
     if sketch < 0 or tol <= 0:
         raise ValueError(f'`sketch` must not be negative and `tol` must be positive, got {sketch} and {tol}')
     with _Products(learn, dl, samples, progress, 'trace', 2 * sketch + max_probes) as h:
@@ -373,7 +373,7 @@ def spectral_density(
     Ctrl-C returns the estimate so far. Raises `ValueError` if `vectors`, `steps`, `points` or `width` is
     out of range, and for the same reasons as `FixedLoss`."""
     if vectors < 2:
-        raise ValueError(f'`vectors` must be at least 2, got {vectors}; one says nothing about its error')
+        raise ValueError(f'`vectors` must be at least 2, got {vectors}; one gives no estimate of the error')
     if steps < 2 or points < 2 or width <= 0:
         raise ValueError('`steps` and `points` must be at least 2 and `width` positive, '
                          f'got {steps}, {points}, {width}')

@@ -84,7 +84,7 @@ def average_sharpness(
     Ctrl-C returns the estimate so far. Raises `ValueError` if `pairs` is less than 2 or `std` is not
     positive, and for the same reasons as `FixedLoss`."""
     if pairs < 2:
-        raise ValueError(f'`pairs` must be at least 2, got {pairs}; one says nothing about its error')
+        raise ValueError(f'`pairs` must be at least 2, got {pairs}; one gives no estimate of the error')
     if not std > 0: raise ValueError(f'`std` must be positive, got {std}')
     loss = FixedLoss(learn, dl, samples)
     here, rises = loss(), []

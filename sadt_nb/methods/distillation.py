@@ -46,7 +46,8 @@ class Distillation(LossTerm):
                              'set `learn.distillation.teacher` (a pickled Learner comes without)')
         student = {id(p) for p in self.learn.model.parameters()}
         for p in self.teacher.parameters():
-            if id(p) in student: raise ValueError('teacher and student share weights; teach with a copy')
+            if id(p) in student:
+                raise ValueError('teacher and student share weights; use a copy as the teacher')
         self.teacher.to(next(self.learn.model.parameters()).device).eval()
 
     def after_pred(self):

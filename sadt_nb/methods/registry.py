@@ -103,7 +103,7 @@ _SHARPNESS = dict(
               '[Kwon et al. 2021](https://arxiv.org/abs/2102.11600), ICML',
         key='`rho` = 0.5 on CIFAR-10, 1.0 on CIFAR-100, relative to the weights; `eta` = 0.01',
         avoid='when BatchNorm already makes the scale of weights meaningless and SAM\'s radius is tuned; '
-              'the two then do much the same'),
+              'the two methods then give nearly the same result'),
     esam=Method(
         ESAM, 'SAM on a random part of the weights and the sharpest half of the batch',
         passes=5.5 / 3, memory='1 x weights', seeded=True,
@@ -111,7 +111,7 @@ _SHARPNESS = dict(
               '[Du et al. 2022](https://arxiv.org/abs/2110.03141), ICLR',
         extra='a forward to choose the samples, and a full pass over the share `gamma` of them',
         key='`beta` = 0.6, `gamma` = 0.5, with SAM\'s `rho`',
-        avoid='with small batches, where half a batch is a noisy gradient; '
+        avoid='with small batches, where half a batch gives a noisy gradient; '
               'for networks whose BatchNorm needs the whole batch'),
     looksam=Method(
         LookSAM, 'SAM at every fifth step, its direction used again in between',
@@ -127,7 +127,7 @@ _SHARPNESS = dict(
         paper='Surrogate Gap Guided Sharpness-Aware Minimization, '
               '[Zhuang et al. 2022](https://arxiv.org/abs/2203.08065), ICLR',
         key='`alpha` = 0.4 in the authors\' CIFAR example (with `adaptive` and `rho` = 2)',
-        avoid='when SAM already underfits: GSAM holds the loss itself back'),
+        avoid='when SAM already underfits: GSAM lowers the training loss even less'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #9d94c6e5
@@ -182,7 +182,7 @@ _TWO_STEPS = dict(
     repeat_step=Method(
         RepeatStep, 'control: two steps on one gradient', steps=2, memory='1 x weights',
         key='`n` = 2 steps per batch, as SADT makes',
-        avoid='never alone: it belongs beside every result of a method that steps more than once'),
+        avoid='as a method of its own: it is a control for methods with several steps per batch'),
 )
 
 METHODS = Methods({**_GRADIENTS, **_SHARPNESS, **_TEACHERS, **_TWO_STEPS})

@@ -72,7 +72,7 @@ def load_weights(
     wrong = _differences(state, own)
     if wrong:
         network = type(model).__name__
-        raise ValueError(f'{file} does not fit, it is of another network than {network}: tensors {wrong}')
+        raise ValueError(f'{file} does not fit {network}: tensors {wrong}')
     if not any(v.is_meta for v in own.values()): model.load_state_dict(state)
     return model
 

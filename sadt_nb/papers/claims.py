@@ -160,11 +160,11 @@ class Comparisons:
         first = [self.value(place, a, key) for a, _ in pairs]
         second = [self.value(place, b, key) for _, b in pairs]
         df = sum(len(v) - 1 for v in first)
-        ratio = _pooled_variance(first) / _pooled_variance(second)
+        ratio = _sum_of_squares(first) / _sum_of_squares(second) # both have `df` degrees of freedom
         low, high = ratio / stats.f.ppf([.975, .025], df, df)
         return Evidence(place, label, *np.sqrt([ratio, low, high]), len(first[0]), LOWER, True)
 
-def _pooled_variance(groups):
+def _sum_of_squares(groups):
     "Return the squared deviations from each group's mean, summed over all groups."
     return sum(v.var() * (len(v) - 1) for v in groups)
 

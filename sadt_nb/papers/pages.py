@@ -259,11 +259,12 @@ def write_pages(
     results = load_results(root)
     table = comparison(name, results, scale, amp)
     table = table.loc[:, (table != '').any()] # drop columns without any value
-    runs = [c['result'] for c in _cells(name, results, scale, amp) if c['result'] is not None]
+    cells = list(_cells(name, results, scale, amp))
+    runs = [c['result'] for c in cells if c['result'] is not None]
     title, stem = f'{name}: published and ours', name.replace('/', '-')
     if scale != 1: title, stem = f'{title}, scaled to {scale:g} of the epochs', f'{stem}-{scale:g}'
     if amp: title, stem = f'{title}, in {amp}', f'{stem}-{amp}'
-    finished = f'{len(runs)} of {len(paper_grid(name))} runs are finished.'
+    finished = f'{len(runs)} of {len(cells)} runs are finished.'
     counted = f'{finished} Accuracies are on the test set, in percent; differences in points.'
     facts = dict(rule=_RULE, **_origin(runs))
     picture = _picture(name, results, scale, amp)

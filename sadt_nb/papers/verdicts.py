@@ -124,7 +124,7 @@ def _above_plain(nets):
                  'repeat_step, half the rate'),
         nets.gap(_TUNED, 'SADT-1 against plain training', 'SADT-1', 'plain, half the passes'),
         nets.gap(_TUNED, 'SADT-1 against two steps', 'SADT-1', 'two steps, half the passes')]
-    says = 'Every variant ends above plain training of as many epochs'
+    says = 'Every variant ends above plain training of the same number of epochs'
     return Claim(says, 'abstract, Table 1', ours, control)
 
 def _released_notebook(nets):
@@ -144,7 +144,7 @@ def _equal_time(nets):
         words = f'{_called(v)} against plain training of {epochs} epochs'
         kinds = f'{v} · equal passes', f'baseline, {epochs} epochs · fewer epochs'
         control.append(nets.gap(_NOISY, words, *kinds))
-    return Claim('More accurate after as much training time', 'section 4.2, Figure 2', ours, control)
+    return Claim('More accurate after equal training time', 'section 4.2, Figure 2', ours, control)
 
 def _training_speed(nets):
     def compared(everywhere, notebook, full):
@@ -310,7 +310,8 @@ def distill_claims(
     "Return the claims of the self-distillation paper."
     curvature = ('trace', 'eigenvalue')
     more = [nets.gap(_FORTY, f'{m} teachers against 1', f'student of {m}', 'student of 1') for m in (5, 9)]
-    words = 'in idea only, accuracy of a student whose teacher knew the right labels: alpha 1 against 0'
+    words = ('same idea only: accuracy of a student whose teacher was trained on right labels, '
+             'alpha 1 against 0')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', aside=True)]
     flatter = _everywhere(nets, '', 'round 1', 'baseline', *curvature)
     flatter_than_sam = _everywhere(nets, '', 'round 1', 'sam', *curvature)
@@ -325,7 +326,7 @@ def distill_claims(
         Claim('A student is flatter than SAM', 'section 6, Figures 4 and 7', flatter_than_sam,
               need=_UNFINISHED),
         Claim('A second round is no flatter than the first', 'section 6, Figure 4', second, need=_UNFINISHED),
-        Claim('A robust teacher hands its robustness on, and the less the more the labels count',
+        Claim('A robust teacher passes on its robustness, less of it when the labels weigh more',
               'section 7, Figure 9', robust, need='ImageNet and CLIP; ' + _presets('distill/robust_teacher')),
         Claim('All this on CIFAR-100, SVHN, Tiny ImageNet, with VGG and ViT; well-trained teachers beat the '
               'students of earlier papers; spectra and surfaces show the same flatness',
@@ -420,7 +421,7 @@ def _smaller_batches(nets):
 def _lead_at_128_minus_32(nets):
     def accuracy(m, bs): return nets.value(_CONSTANT, f'{m} · batch {bs}', 'accuracy')
     lead = accuracy('SAM', 128) - accuracy('SGD', 128) - accuracy('SAM', 32) + accuracy('SGD', 32)
-    return judged(_CONSTANT, 'what SAM is ahead at 128, minus at 32', lead)
+    return judged(_CONSTANT, "SAM's lead at 128 minus its lead at 32", lead)
 
 def _sam_flatter(nets):
     found = []
@@ -435,9 +436,9 @@ def sam_study_claims(
     pairs = [(f'SAM · batch {bs}', f'SGD · batch {bs}') for bs in _SIZES]
     tails = [nets.gap(_BARE, m, m, f'{m} with BatchNorm', 'tails') for m in ('SAM', 'ASAM')]
     return [
-        Claim('SAM is better than SGD of twice the epochs, at as many passes', 'section III-A, Table I',
+        Claim('SAM is better than SGD of twice the epochs, at equal passes', 'section III-A, Table I',
               [nets.gap(_CONSTANT, '', 'SAM', 'SGD')]),
-        Claim('After as many epochs SAM is better at every batch size', 'section III-B, Figure 1',
+        Claim('At equal epochs SAM is better at every batch size', 'section III-B, Figure 1',
               _sam_against_sgd(nets)),
         Claim('SAM varies less between seeds (standard deviations of test accuracy, SAM over SGD)',
               'section III-B, Figure 1', [nets.spread(_CONSTANT, 'all batch sizes together', pairs)]),

@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #fd8b189e
+from .core.closures import MethodOptimizer
 from .core.loss_terms import LossTerm
-from .core.losses import kd_loss, kl_div
+from .core.losses import Divergence, kd_loss, kl_div
 from .core.passes import ExtraPass, PerturbedPass, replay
 from .core.perturb import perturbed
 from .core.teachers import Ensemble

@@ -202,7 +202,8 @@ def test_costs_add_up():
     assert run_cost(two_teachers).flops == pytest.approx(with_forwards)
     expected = 2 * (c.passes * .1 + c.flops / 1e9)
     assert estimated_seconds([base, base], Machine(.1, 1e9)) == pytest.approx(expected)
-    with pytest.raises(ValueError, match='number of images in some/folder is unknown'): run_cost(Run(data='some/folder'))
+    unknown = Run(data='some/folder')
+    with pytest.raises(ValueError, match='number of images in some/folder is unknown'): run_cost(unknown)
 
 
 def test_durations_are_written_in_two_units_at_most():

@@ -6,6 +6,8 @@
 __all__ = ['ASAM', 'asam_step']
 
 # %% ../../nbs/methods/21_asam.ipynb #bedc714f
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,30 +16,41 @@ from ..core.passes import PerturbedPass
 from ..core.perturb import ascent, check_radius, weight_sizes
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
-def _ascent(params, grads, rho, eta, scratch=None):
+def _is_weight(name, parameter):
+    "Return whether a parameter is a weight by its role: it has several axes, or it is a layer's scale."
+    last = name.split('.')[-1]
+    if last.startswith('bias'): return False
+    return parameter.ndim > 1 or last == 'weight'
+
+def _ascent(params, grads, rho, eta, weights='role', scratch=None):
     "Return ASAM's perturbation by name; `grads` are overwritten."
-    weights = [n for n in grads if 'weight' in n]
+    if weights == 'role': weights = [n for n in grads if _is_weight(n, params[n])]
+    else: weights = [n for n in grads if 'weight' in n]
     return ascent(grads, rho, weight_sizes(params, weights, eta, scratch), eps=1e-16)
 
 # %% ../../nbs/methods/21_asam.ipynb #898d574d
 class ASAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho T² g / ||T g||` (Kwon et al. 2021).
 
-    `T = |w| + eta`, and 1 for parameters whose name lacks "weight". Under gradient accumulation every
-    micro-batch is perturbed along its own gradient. Raises `ValueError` for a radius that is not positive,
-    a negative `eta`, or an unknown policy."""
+    `T = |w| + eta` for weights, and 1 for biases. Under gradient accumulation every micro-batch is perturbed
+    along its own gradient. Raises `ValueError` for a radius that is not positive, a negative `eta`, or an
+    unknown choice or policy."""
     def __init__(self,
         rho=.5,      # Radius relative to the weights, > 0; read at every batch
         eta=.01,     # Added to the size of each weight, >= 0
         bn='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
+        weights='role', # What has T = |w| + eta: weights by their 'role' in the network, or by 'name'
     ):
         check_radius(rho)
-        if eta < 0: raise ValueError(f'`eta` must not be negative, got {eta}')
+        if not 0 <= eta < math.inf: raise ValueError(f'`eta` must not be negative, got {eta}')
+        if weights not in ('role', 'name'):
+            raise ValueError(f"`weights` must be 'role' or 'name', got {weights!r}")
         super().__init__(bn, rng)
-        self.rho, self.eta = rho, eta
+        self.rho, self.eta, self.weights = rho, eta, weights
 
-    def perturbation(self, params, grads): return _ascent(params, grads, self.rho, self.eta, self.scratch)
+    def perturbation(self, params, grads):
+        return _ascent(params, grads, self.rho, self.eta, self.weights, self.scratch)
 
 # %% ../../nbs/methods/21_asam.ipynb #63b2ca42
 def asam_step(
@@ -48,6 +61,7 @@ def asam_step(
     eta=.01,               # Added to the size of each weight, >= 0
     bn='update',           # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng='fresh',           # Dropout masks in the second pass: 'fresh' or 'replay'
+    weights='role',        # What has T = |w| + eta: weights by their 'role' in the network, or by 'name'
 ) -> Tensor: # The loss at the unperturbed weights, detached
     "Make one ASAM step in plain PyTorch (Kwon et al. 2021)."
-    return closure_step(ASAM(rho, eta, bn, rng), model, loss_fn, optimizer)
+    return closure_step(ASAM(rho, eta, bn, rng, weights), model, loss_fn, optimizer)

@@ -9,7 +9,7 @@ __all__ = ['Records', 'SAF']
 import torch
 from torch import distributed, Tensor
 
-from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing
+from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
 from ..core.passes import replaying
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
@@ -101,9 +101,9 @@ def _check_labels(y, logits):
 class SAF(TrajectoryLoss):
     """Adds `lam` KL(prediction `lag` epochs ago || prediction), softened by `tau` (Du et al. 2022, eq. 9).
 
-    Needs a fastai DataLoader or `TensorDL`, which give sample ids. Raises `ValueError` for values out of
-    range, and, before training starts, for other loaders, for MixUp or CutMix, and for records of another
-    data set."""
+    Needs a DataLoader of fastai or PyTorch, or `TensorDL`, for sample ids. Raises `ValueError` for values
+    out of range, and, before training starts, for other loaders, for MixUp or CutMix, and for records of
+    another data set."""
     _stateattrs = ('records',) # not in pickled Learners
 
     def __init__(self,
@@ -127,7 +127,7 @@ class SAF(TrajectoryLoss):
             raise ValueError(f'SAF compares each sample with its own past, and {mixed} mixes samples; '
                              'leave one of the two out')
         SampleIds.install(self.learn)
-        if self.records is not None: _check_records(self.records, self.lag, self.learn.dls.train.n)
+        if self.records is not None: _check_records(self.records, self.lag, n_samples(self.learn.dls.train))
 
     @torch.no_grad()
     def _exchange(self, now):
@@ -138,7 +138,7 @@ class SAF(TrajectoryLoss):
         if classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
         if self.records is None:
             whole = getattr(self.learn.dl, 'dl', self.learn.dl) # without fastai's distributed loader
-            self.records = Records.empty(self.lag, whole.n, now.shape[1:], now.device)
+            self.records = Records.empty(self.lag, n_samples(whole), now.shape[1:], now.device)
         self.records.to(now.device)
         return self.records.exchange(self.sample_ids.ids, now, self.done)
 

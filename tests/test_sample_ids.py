@@ -1,0 +1,124 @@
+"""Which samples a batch holds: with fastai's and PyTorch's loaders, workers, skipped samples, and in SAF."""
+import pytest
+import torch
+from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader, SkipItemException
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader as TorchLoader
+
+from sadt_nb.core.loss_terms import SampleIds
+from sadt_nb.methods.saf import SAF
+
+N = 22
+
+
+class Items:
+    "Item i has the input i; those in `skipped` are left out, as unreadable files are."
+    def __init__(self, skipped=()): self.skipped = set(skipped)
+    def __len__(self): return N
+    def __getitem__(self, i):
+        if i in self.skipped: raise SkipItemException()
+        return torch.full((5,), float(i)), torch.zeros(2)
+
+
+class Check(Callback):
+    run_valid = False
+    def before_fit(self):
+        SampleIds.install(self.learn)
+        self.seen = []
+    def after_pred(self):
+        expected = self.learn.xb[0][:, 0].long()
+        assert torch.equal(self.sample_ids.ids, expected), (self.sample_ids.ids, expected)
+        self.seen += expected.tolist()
+
+
+def fit(dl, *cbs, epochs=2):
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(5, 2), loss_func=F.mse_loss, opt_func=SGD, lr=1e-9,
+                    default_cbs=False, cbs=[TrainEvalCallback, *cbs])
+    learn.fit(epochs)
+    return learn
+
+
+SKIPPED = (0, 3, 4, 9, 17, 21)
+
+
+@pytest.mark.parametrize('options', [dict(), dict(shuffle=True), dict(shuffle=True, drop_last=True)])
+@pytest.mark.parametrize('skipped', [(), SKIPPED])
+def test_fastai_loaders(options, skipped):
+    check = Check()
+    dl = DataLoader(Items(skipped), bs=4, **options)
+    fit(dl, check)
+    kept = N - len(skipped)
+    if options.get('drop_last'): kept -= kept % 4
+    assert len(check.seen) == 2 * kept and not set(check.seen) & set(skipped)
+    assert not {'get_idxs', 'do_item'} & set(vars(dl))
+
+
+def test_skips_in_worker_processes_are_an_error():
+    with pytest.raises(Exception, match='sample 3, and sample ids are then unknown'):
+        fit(DataLoader(Items([3]), bs=4, num_workers=2), Check())
+    fit(DataLoader(Items(), bs=4, num_workers=2, shuffle=True), Check())
+
+
+@pytest.mark.parametrize('options', [
+    dict(batch_size=4), dict(batch_size=4, shuffle=True), dict(batch_size=4, shuffle=True, drop_last=True),
+    dict(batch_size=4, shuffle=True, num_workers=2),
+    dict(batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)])
+def test_pytorch_loaders(options):
+    check, dl = Check(), TorchLoader(Items(), **options)
+    sampler = dl.batch_sampler
+    fit(dl, check)
+    assert len(check.seen) == 2 * (20 if options.get('drop_last') else N) and dl.batch_sampler is sampler
+
+
+def test_a_batch_sampler_of_ones_own():
+    items = Items()
+    sampler = BatchSampler(RandomSampler(items, replacement=True, num_samples=30), 7, False)
+    check = Check()
+    fit(TorchLoader(items, batch_sampler=sampler), check)
+    assert len(check.seen) == 60
+
+
+def test_a_fit_after_an_exception_starts_with_a_clean_loader():
+    class Stop(Callback):
+        def after_pred(self):
+            if self.iter == 2: raise RuntimeError('stopped')
+    for dl in (DataLoader(Items(), bs=4), TorchLoader(Items(), batch_size=4)):
+        with pytest.raises(RuntimeError): fit(dl, Check(), Stop())
+        fit(dl, Check())
+
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter([Items()[i] for i in range(8)])
+
+
+@pytest.mark.parametrize('make', [
+    lambda: [(torch.zeros(4, 5), torch.zeros(4, 2))], lambda: TorchLoader(Stream(), batch_size=4),
+    lambda: TorchLoader(Items(), batch_size=None)])
+def test_loaders_without_an_order_are_refused(make):
+    with pytest.raises(ValueError, match='sample ids need'): fit(make(), Check())
+
+
+def test_a_collate_function_that_drops_samples_is_refused():
+    def collate(items): return torch.utils.data.default_collate(items[1:])
+    with pytest.raises(ValueError, match='a batch of 4 samples arrived with 3'):
+        fit(TorchLoader(Items(), batch_size=4, collate_fn=collate), Check())
+
+
+@pytest.mark.parametrize('make', [
+    lambda skipped: DataLoader(Items(skipped), bs=4, shuffle=True),
+    lambda skipped: TorchLoader(Items(), batch_size=4, shuffle=True)])
+def test_records_of_saf_belong_to_their_samples(make):
+    "At a rate of 0 the record of sample i is the network's output for it."
+    skipped = SKIPPED if make(()).__class__ is DataLoader else ()
+    saf = SAF(1., 1., lag=1, start_epoch=1)
+    learn = fit(make(skipped), saf)
+    outputs = learn.model(torch.stack([torch.full((5,), float(i)) for i in range(N)])).detach()
+    kept = [i for i in range(N) if i not in skipped]
+    torch.testing.assert_close(saf.records.logits[0][kept].float(), outputs[kept], rtol=2e-3, atol=2e-3)
+    assert (saf.records.written[0][list(skipped)] < 0).all()

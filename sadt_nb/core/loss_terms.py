@@ -51,7 +51,7 @@ class TrajectoryLoss(LossTerm):
         lam,         # Factor of the term, >= 0
         tau,         # Temperature that softens both predictions, > 0
         start_epoch, # Number of epochs without the term at the start of training, >= 0
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
         if lam < 0: raise ValueError(f'`lam` must not be negative, got {lam}')
         if tau <= 0: raise ValueError(f'`tau` must be positive, got {tau}')

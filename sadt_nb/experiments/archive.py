@@ -31,7 +31,7 @@ def _read_lines(file, modified, size): # a changed file has another key in the c
 
 def read_archive(
     folder, # Folder of results
-) -> dict: # Name of a run: its parts, the contents of its files; empty without an archive
+) -> dict: # From the name of a run to its parts, the contents of its files; empty without an archive
     """Read the archive of a folder. The result is shared between calls and must not be changed.
 
     Raises `ValueError` if the file is damaged."""
@@ -60,7 +60,7 @@ def read_part(
     root,         # Folder of results
     name:str,     # Name of the run
     part:str,     # One of `PARTS`
-    default=None, # Value to return if the run has no such part, or the file is damaged
+    default=None, # Value to return if the run has no such part, or the part's own file is damaged
 ):
     "Return one part of a run from its folder, or from the archive."
     file = Path(root) / name / f'{part}.json'
@@ -80,7 +80,7 @@ def read_parts(
 
 def stored_runs(
     root, # Folder of results
-) -> list: # Pairs (folder, parts), sorted; a run in an archive has the folder that it would have
+) -> list: # Pairs (folder, parts), sorted; `folder` need not exist for a run in an archive
     "Return all runs below `root` that have a configuration, from folders and from archives."
     root = Path(root)
     found = {}

@@ -38,7 +38,7 @@ def clip_units_(
 class AGC(Callback):
     """Clips every unit's gradient relative to its weights before every step (Brock et al. 2021, eq. 3).
 
-    Raises `ValueError` unless `clip` and `eps` are positive, and, before training starts, if an entry of
+    Raises `ValueError` if `clip` or `eps` is not positive, and, before training starts, if an entry of
     `exclude` occurs in no parameter name."""
     order, run_valid = ORDERS['grad_transform'], False
 

@@ -28,7 +28,7 @@ class Distillation(LossTerm):
         teacher,        # A network, or a list of networks whose logits are averaged; `None`: set it later
         alpha=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
         temperature=4., # Temperature that softens both predictions, > 0; read at every batch
-        divergence=None,# How predictions are compared, see `as_divergence`; `None`: as the loss says
+        divergence=None,# How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
         if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')

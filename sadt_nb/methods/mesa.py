@@ -45,7 +45,7 @@ class MESA(TrajectoryLoss):
         tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
         beta=.9995,    # Factor of the old average in the new average, in (0, 1); read at every batch
         start_epoch=5, # Number of epochs without the term at the start, >= 0; the average starts at once
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
         if not 0 < beta < 1: raise ValueError(f'`beta` must lie between 0 and 1, got {beta}')
         super().__init__(lam, tau, start_epoch, divergence)

@@ -278,7 +278,7 @@ class SADT(_SeededNoise, _TwoSteps):
         rng='fresh',     # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,      # Seed of the noise
         share_trunk=True,# Run layers that `layer_noise` teachers share only once; `False`: a pass per teacher
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
         if perturb is not None: perturb = list(perturb)

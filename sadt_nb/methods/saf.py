@@ -69,7 +69,7 @@ class Records:
         logits, count = logits * _per_sample(mine, logits), mine.float()
         distributed.all_reduce(logits)
         distributed.all_reduce(count)
-        times = _per_sample(count.clamp_min(1), logits) # samples that fill up the last batch have two records
+        times = _per_sample(count.clamp_min(1), logits) # samples repeated in the last batch have two records
         mean = logits / times
         self.logits[slot] = mean.half()
         self.written[slot] = torch.where(count > 0, epoch, self.written[slot])
@@ -111,7 +111,7 @@ class SAF(TrajectoryLoss):
         tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
         lag:int=3,     # Age of the records in epochs, >= 1
         start_epoch=5, # Number of epochs without the term at the start of training, >= 0
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: as the loss says
+        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
         if lag < 1: raise ValueError(f'`lag` must be at least 1, got {lag}')
         super().__init__(lam, tau, start_epoch, divergence)

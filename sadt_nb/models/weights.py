@@ -48,7 +48,7 @@ def _differences(state, own):
     return '; '.join(found)
 
 def _keeping(state, kept):
-    "Return `state`; if a tensor of `kept` is missing in it or has another shape, with all of `kept` instead."
+    "Return `state`, with the tensors of `kept` if one of these is missing in `state` or has another shape."
     for k, v in kept.items():
         if k not in state or state[k].shape != v.shape:
             others = {k: v for k, v in state.items() if k not in kept}

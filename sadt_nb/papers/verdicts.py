@@ -55,7 +55,7 @@ def studies() -> dict: # Name of a place: study page that shows it
         for percent in (20, 40, 60): shown[f'{place.name}, {percent}% wrong labels'] = place.study
     return shown
 
-def all_networks() -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `study`, `run`, and one per measured number
+def all_networks() -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `study`, `run`, and measured numbers
     "Return all stored networks that the evidence for the claims comes from."
     return pd.concat([stored_networks(PLACES), tuned_networks(_TUNED, 'what_helps_at_a_tuned_rate')])
 

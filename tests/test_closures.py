@@ -438,3 +438,52 @@ def test_an_error_in_the_closure_leaves_weights_and_gradients():
     with pytest.raises(RuntimeError, match='out of memory'): opt.step(fails)
     assert torch.equal(values(net), before)
     assert all(p.grad is g for p, g in zip(net.parameters(), kept))
+
+
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip('accelerate', reason='accelerate is not installed')
+    from accelerate.state import AcceleratorState, GradientState
+    yield accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+def test_sam_step_inside_accelerates_accumulation(accelerator):
+    "Each optimizer step uses the mean of the SAM gradients of its two micro-batches."
+    data = batches(4, 4)
+    net, expected = network(norm=False), network(norm=False)
+    prepared, opt = accelerator.prepare(net, sgd(net))
+    for x, y in data:
+        with accelerator.accumulate(prepared):
+            def closure(x=x, y=y):
+                loss = F.cross_entropy(prepared(x), y)
+                accelerator.backward(loss)
+                return loss
+            sam_step(prepared, closure, opt, rho=.1)
+    plain = MethodOptimizer(SAM(.1), sgd(expected), expected)
+    for i, (x, y) in enumerate(data):
+        plain.backward(lambda x=x, y=y: F.cross_entropy(expected(x), y) / 2)
+        if i % 2:
+            plain.step()
+            plain.zero_grad()
+    torch.testing.assert_close(values(net), values(expected), rtol=1e-11, atol=1e-13)
+
+
+def test_a_wrapper_that_accelerate_has_prepared(accelerator):
+    data = batches(4, 4)
+    net, expected = network(norm=False), network(norm=False)
+    wrapper = MethodOptimizer(SAM(.1), sgd(net), net)
+    prepared, opt = accelerator.prepare(net, wrapper)
+    for x, y in data:
+        with accelerator.accumulate(prepared):
+            wrapper.backward(lambda x=x, y=y: F.cross_entropy(prepared(x), y) / 2)
+            opt.step()
+            opt.zero_grad()
+    plain = MethodOptimizer(SAM(.1), sgd(expected), expected)
+    for i, (x, y) in enumerate(data):
+        plain.backward(lambda x=x, y=y: F.cross_entropy(expected(x), y) / 2)
+        if i % 2:
+            plain.step()
+            plain.zero_grad()
+    torch.testing.assert_close(values(net), values(expected), rtol=1e-11, atol=1e-13)

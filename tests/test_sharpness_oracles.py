@@ -115,9 +115,14 @@ def base(net, x, y, step, epoch): return grad(net, CE(net(x), y))
 
 
 def asam(rho=.5, eta=.01, T=None, bn='update', rng='fresh'):
-    "`T(name, parameter)` is the diagonal of the normalisation operator; its default is the paper's."
-    def paper_T(n, p): return p.detach().abs() + eta if 'weight' in n else torch.ones_like(p)
-    T = T or paper_T
+    """`T(name, parameter)` is the diagonal of the normalisation operator.
+
+    By default it is the paper's: `|w| + eta` for weights, and 1 for biases, the only other parameters here.
+    'name': the authors' code, where weights are those with "weight" in their name."""
+    def by_role(n, p): return torch.ones_like(p) if n.endswith('.bias') else p.detach().abs() + eta
+    def by_name(n, p): return p.detach().abs() + eta if 'weight' in n else torch.ones_like(p)
+    if T is None: T = by_role
+    elif T == 'name': T = by_name
     def rule(net, x, y, step, epoch):
         state = torch.get_rng_state()
         g, params = grad(net, CE(net(x), y)), dict(net.named_parameters())
@@ -262,6 +267,7 @@ def forward_sizes(net):
 
 # The SAM family: the callback, and its oracle
 FAMILY = {'asam': (partial(ASAM, .5, .1), partial(asam, .5, .1)),
+          'asam by name': (partial(ASAM, .5, .1, weights='name'), partial(asam, .5, .1, 'name')),
           'esam': (partial(ESAM, .2, .6, .5, seed=3), partial(esam, .2, .6, .5, 3)),
           'esam gamma=1': (partial(ESAM, .2, .4, 1., seed=1), partial(esam, .2, .4, 1., 1)),
           'looksam': (partial(LookSAM, .2, .7, 4), partial(looksam, .2, .7, 4)),
@@ -372,6 +378,7 @@ def test_hyperparameters_are_read_at_every_batch():
 
 
 PLAIN_STEPS = {'asam': (partial(asam_step, rho=.5, eta=.1), asam(.5, .1)),
+               'asam by name': (partial(asam_step, rho=.5, eta=.1, weights='name'), asam(.5, .1, 'name')),
                'gsam': (partial(gsam_step, rho=.2, alpha=.4), gsam(.2)),
                'gsam adaptive': (partial(gsam_step, rho=1., alpha=.3, adaptive=True), gsam(1., .3, True))}
 

@@ -1,7 +1,7 @@
 """Which samples a batch holds: with fastai's and PyTorch's loaders, workers, skipped samples, and in SAF."""
 import pytest
 import torch
-from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.learner import Learner
@@ -122,3 +122,19 @@ def test_records_of_saf_belong_to_their_samples(make):
     kept = [i for i in range(N) if i not in skipped]
     torch.testing.assert_close(saf.records.logits[0][kept].float(), outputs[kept], rtol=2e-3, atol=2e-3)
     assert (saf.records.written[0][list(skipped)] < 0).all()
+
+
+class SkipBatches(Callback):
+    "Cancels the first batches of an epoch, before anyone has seen them, as a run that continues does."
+    order = -100
+    def before_batch(self):
+        if self.iter < 2: raise CancelBatchException()
+
+
+@pytest.mark.parametrize('make', [
+    lambda: DataLoader(Items(), bs=4, shuffle=True), lambda: DataLoader(Items(SKIPPED), bs=4, shuffle=True),
+    lambda: TorchLoader(Items(), batch_size=4, shuffle=True)])
+def test_batches_may_be_cancelled(make):
+    check = Check()
+    fit(make(), check, SkipBatches(), epochs=1)
+    assert 0 < len(check.seen) < N - 6

@@ -105,7 +105,7 @@ class _FastaiOrder:
     "The positions that a fastai loader gives out, without those that its data set skips."
     def __init__(self, dl):
         self.loaders = dl, bare_loader(dl)
-        self.order, self.kept, self.skipped, self.at = [], [], 0, 0
+        self.bs, self.order, self.kept, self.skipped = dl.bs, [], [], 0
         self.restore() # something remains if the last epoch ended in an exception
         self.get_idxs, self.do_item = dl.get_idxs, getattr(self.loaders[1], 'do_item', None)
         dl.get_idxs = self.recorded_order
@@ -127,10 +127,10 @@ class _FastaiOrder:
         return item
 
     def ids(self, batch, n, device):
-        "Return the positions of the next `n` samples."
+        "Return the positions of batch number `batch`, which has `n` samples; all batches before it are full."
         if not isinstance(self.order, Tensor): self.order = torch.as_tensor(self.order, device=device)
         order = torch.as_tensor(self.kept, device=device) if self.skipped else self.order
-        start, self.at = self.at, self.at + n
+        start = batch * self.bs
         return order[start:start + n]
 
     def restore(self):

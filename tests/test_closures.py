@@ -1,6 +1,8 @@
 """Methods in plain loops: the wrapper, the functions and the callbacks make the same steps."""
 import copy
+import gc
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -13,6 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
+from sadt_nb.core import perturb
 from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.methods.asam import ASAM, asam_step
@@ -449,10 +452,22 @@ def accelerator():
     GradientState._reset_state()
 
 
+def two_by_two(data):
+    "Train with the mean of the SAM gradients of two micro-batches in each step."
+    net = network(norm=False)
+    opt = MethodOptimizer(SAM(.1), sgd(net), net)
+    for i, (x, y) in enumerate(data):
+        opt.backward(lambda x=x, y=y: F.cross_entropy(net(x), y) / 2)
+        if i % 2:
+            opt.step()
+            opt.zero_grad()
+    return values(net)
+
+
 def test_sam_step_inside_accelerates_accumulation(accelerator):
     "Each optimizer step uses the mean of the SAM gradients of its two micro-batches."
     data = batches(4, 4)
-    net, expected = network(norm=False), network(norm=False)
+    net = network(norm=False)
     prepared, opt = accelerator.prepare(net, sgd(net))
     for x, y in data:
         with accelerator.accumulate(prepared):
@@ -461,18 +476,12 @@ def test_sam_step_inside_accelerates_accumulation(accelerator):
                 accelerator.backward(loss)
                 return loss
             sam_step(prepared, closure, opt, rho=.1)
-    plain = MethodOptimizer(SAM(.1), sgd(expected), expected)
-    for i, (x, y) in enumerate(data):
-        plain.backward(lambda x=x, y=y: F.cross_entropy(expected(x), y) / 2)
-        if i % 2:
-            plain.step()
-            plain.zero_grad()
-    torch.testing.assert_close(values(net), values(expected), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(values(net), two_by_two(data), rtol=1e-11, atol=1e-13)
 
 
 def test_a_wrapper_that_accelerate_has_prepared(accelerator):
     data = batches(4, 4)
-    net, expected = network(norm=False), network(norm=False)
+    net = network(norm=False)
     wrapper = MethodOptimizer(SAM(.1), sgd(net), net)
     prepared, opt = accelerator.prepare(net, wrapper)
     for x, y in data:
@@ -480,10 +489,41 @@ def test_a_wrapper_that_accelerate_has_prepared(accelerator):
             wrapper.backward(lambda x=x, y=y: F.cross_entropy(prepared(x), y) / 2)
             opt.step()
             opt.zero_grad()
-    plain = MethodOptimizer(SAM(.1), sgd(expected), expected)
-    for i, (x, y) in enumerate(data):
-        plain.backward(lambda x=x, y=y: F.cross_entropy(expected(x), y) / 2)
-        if i % 2:
-            plain.step()
-            plain.zero_grad()
-    torch.testing.assert_close(values(net), values(expected), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(values(net), two_by_two(data), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam'])
+def test_a_step_leaves_no_copies_of_the_weights(name, monkeypatch):
+    "Without a garbage collection, which may come after many steps."
+    step, method = FUNCTIONS[name]
+    net, ((x, y), *_) = network(), batches()
+    made, allocate = [], perturb.scratch_like
+    def noted(*args):
+        made.append(weakref.ref(t := allocate(*args)))
+        return t
+    monkeypatch.setattr(perturb, 'scratch_like', noted)
+    gc.disable()
+    try:
+        step(net, closure_for(method(), net, x, y), sgd(net))
+        assert len(made) >= 6 and not any(r() is not None for r in made)
+    finally: gc.enable()
+
+
+def test_first_step_of_a_method_that_makes_its_own_passes():
+    net = network(norm=False)
+    opt, before = MethodOptimizer(Sum(), sgd(net), net), values(net)
+    F.cross_entropy(net(batches()[0][0]), batches()[0][1]).backward()
+    with pytest.raises(ValueError, match='Sum makes other passes'): opt.first_step()
+    assert torch.equal(values(net), before)
+
+
+def test_a_copied_optimizer_goes_on_with_the_copied_network():
+    net, ((x, y), *_) = network(), batches()
+    opt = MethodOptimizer(LookSAM(.1, k=3), sgd(net), net)
+    def step(net, opt): opt.step(lambda: F.cross_entropy(net(x), y))
+    step(net, opt)
+    other_net, other = copy.deepcopy((net, opt))
+    for _ in range(3): step(net, opt)
+    assert not torch.equal(values(other_net), values(net))
+    for _ in range(3): step(other_net, other)
+    assert torch.equal(values(other_net), values(net))

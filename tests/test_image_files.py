@@ -204,3 +204,20 @@ def test_a_changed_file_is_decoded_again(tmp_path):
     write(root / 'train' / 'cat' / '0.png', 77)
     os.utime(root / 'train' / 'cat' / '0.png', (1, 1))
     assert int(load_data(root)[0].x[0, 0, 0, 0]) == 77
+
+
+def test_a_colon_in_a_folders_name_is_no_drive(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z:
+        for part in ('train', 'test'):
+            stream = io.BytesIO()
+            Image.new('RGB', (4, 4)).save(stream, 'png')
+            z.writestr(f'cats: mine/{part}/cat/1.png', stream.getvalue())
+    assert [item[1] for item in archive_images(tmp_path / 'a.zip')] == ['cat', 'cat']
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.tgz'])
+def test_flipped_bytes_in_an_archive_are_an_error(name, tmp_path):
+    content = bytearray(pack(photos(tmp_path / 'photos'), tmp_path / name).read_bytes())
+    for i in range(60, 120): content[i] ^= 255
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match='is not'): load_data(tmp_path / name)

@@ -17,6 +17,7 @@ from fastai.callback.core import CancelStepException
 from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of, rng_policy,
                                  step_unscaled, stepped_params, take_gradients)
 from .perturb import trainable_params, weights_moved
+from .ranks import sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
 class _Groups:
@@ -143,6 +144,12 @@ class _Loop(_Gradients):
         self.optimizer.step()
         weights_moved()
 
+    def close(self):
+        "Let go of the callbacks. Without this, a step's copies of the weights would live until a collection."
+        self.method._unhook()
+        for cb in self.cbs: cb.learn = None
+        vars(self).clear()
+
 # %% ../../nbs/core/13_closures.ipynb #e2a5f788
 def _check_closure(method, closure):
     "Raise `ValueError` if a method cannot make its passes with this closure."
@@ -184,7 +191,9 @@ def _loop_backward(loop, closure):
         if not any(p.grad is not None for p in trainable_params(loop.model).values()):
             raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
         loop('after_backward')
-    finally: add_gradients(kept)
+    finally:
+        sync_gradients(loop.model, True)
+        add_gradients(kept)
     loop.batches += 1
     return loss
 
@@ -236,7 +245,7 @@ def closure_step(
         loss = _loop_backward(loop, closure)
         if accelerated is None or accelerated.sync_gradients: _loop_step(loop)
         if accelerated is not None: optimizer.zero_grad() # which accelerate does once per optimizer step
-    finally: method._unhook()
+    finally: loop.close()
     return loss
 
 # %% ../../nbs/core/13_closures.ipynb #208fb9fd
@@ -257,10 +266,7 @@ class _MovedWeights:
     "The weights between `first_step` and `second_step`, with the policies for what a forward leaves behind."
     def __init__(self, loop):
         method = loop.method
-        params = {n: p for n, p in trainable_params(loop.model).items() if p.grad is not None}
-        grads = {n: p.grad for n, p in params.items()}
-        take_gradients(stepped_params(loop))
-        self.passes = method.extra_pass(params, grads)
+        self.passes = method.extra_pass(*method.first_gradients())
         next(self.passes) # the weights have moved
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
@@ -312,8 +318,11 @@ class _Wrapped(torch.optim.Optimizer):
         self.base.load_state_dict(state)
         if method is not None: self.method.load_state_dict(method)
 
-    def __getstate__(self): return self.__dict__
-    def __setstate__(self, state): self.__dict__.update(state)
+    # fastai leaves a callback's large state out of copies, so that of the method is copied beside it
+    def __getstate__(self): return self.__dict__ | dict(_copied=self.method.state_dict())
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.method.load_state_dict(self.__dict__.pop('_copied'))
 
 # %% ../../nbs/core/13_closures.ipynb #e982580a
 class MethodOptimizer(_Wrapped):
@@ -335,9 +344,9 @@ class MethodOptimizer(_Wrapped):
         self._second = None # the rest of a step that `first_step` began
 
     def backward(self,
-        closure, # Runs the (micro-)batch; returns the loss, or (logits, loss) for SADT; for ESAM, see there
+        closure, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     ) -> Tensor: # The loss at the unperturbed weights, detached
-        "Add the method's gradient of one (micro-)batch to `.grad`; divide the loss by their number yourself."
+        "Add the method's gradient of a batch to `.grad`. Divide the losses of micro-batches by their number."
         return _loop_backward(self._loop, closure)
 
     def step(self,
@@ -353,7 +362,9 @@ class MethodOptimizer(_Wrapped):
 
         Raises `ValueError` for a method that makes other passes than one at perturbed weights."""
         method = self.method
-        if not isinstance(method, PerturbedPass) or getattr(method, 'needs_rows', False):
+        # a generator stops once, at the perturbed weights; other methods make their passes themselves
+        one_pass = isinstance(method, PerturbedPass) and inspect.isgeneratorfunction(method.extra_pass)
+        if not one_pass or getattr(method, 'needs_rows', False):
             raise ValueError(f'{type(method).__name__} makes other passes than one at perturbed weights; '
                              'give `step` a closure')
         self._abandon()

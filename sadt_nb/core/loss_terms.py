@@ -86,10 +86,11 @@ class TrajectoryLoss(LossTerm):
 # %% ../../nbs/core/04_loss_terms.ipynb #0b9ed4b9
 class _RecordedBatches:
     "A batch sampler that keeps the positions of each batch that it has given out."
-    def __init__(self, sampler): self.sampler, self.batches = sampler, []
-    def __len__(self): return len(self.sampler)
+    def __init__(self, recorded): self.recorded, self.batches = recorded, []
+    def __getattr__(self, name): return getattr(vars(self)['recorded'], name) # such as `batch_size`
+    def __len__(self): return len(self.recorded)
     def __iter__(self):
-        for ids in self.sampler:
+        for ids in self.recorded:
             self.batches.append(list(ids))
             yield self.batches[-1]
 
@@ -158,8 +159,8 @@ class _TorchOrder:
     def restore(self):
         sampler = self.dl.batch_sampler
         if not isinstance(sampler, _RecordedBatches): return
-        vars(self.dl)['batch_sampler'] = sampler.sampler
-        if self.dl._iterator is not None: self.dl._iterator._index_sampler = sampler.sampler
+        vars(self.dl)['batch_sampler'] = sampler.recorded
+        if self.dl._iterator is not None: self.dl._iterator._index_sampler = sampler.recorded
 
 # %% ../../nbs/core/04_loss_terms.ipynb #8b2342d0
 def n_samples(

@@ -336,14 +336,18 @@ class PerturbedPass(_OwnGradients):
     def after_backward(self):
         if self.replaying: return
         if self.active():
-            params = {n: p for n, p in trainable_params(self.model).items() if p.grad is not None}
-            grads = {n: p.grad for n, p in params.items()}
-            take_gradients(stepped_params(self.learn)) # the extra pass starts from nothing, allocates its own
-            _check_dense(grads)
             # `extra_pass` stops where it needs a gradient, or makes its passes by itself
-            for _ in self.extra_pass(params, grads) or (): self.second_pass()
+            for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
+
+    def first_gradients(self) -> tuple: # Parameters and gradients, each by name
+        "Return the gradients of the first pass, and leave none: the extra pass allocates its own."
+        params = {n: p for n, p in trainable_params(self.model).items() if p.grad is not None}
+        grads = {n: p.grad for n, p in params.items()}
+        _check_dense(grads)
+        take_gradients(stepped_params(self.learn))
+        return params, grads
 
     def extra_pass(self, params, grads):
         "Perturb the weights, and stop once for the pass that leaves their gradient in `.grad`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unwrapped', 'trainable_params', 'global_norm', 'global_dot', 'check_radius', 'ascent', 'scratch_like', 'copied',
-           'weights_moved', 'perturbed', 'weight_sizes']
+           'weights_moved', 'perturbed', 'weight_sizes', 'sam_ascent']
 
 # %% ../../nbs/core/00_perturb.ipynb #49bcc589
 import math
@@ -154,3 +154,14 @@ def weight_sizes(
         torch._foreach_abs_(ts)
         if eta: torch._foreach_add_(ts, eta)
     return sizes
+
+def sam_ascent(
+    params:dict[str, Tensor], # From name to parameter
+    grads:dict[str, Tensor],  # From name to gradient; overwritten
+    rho,                      # Radius, > 0
+    adaptive=False,           # `T = |w|` for every parameter, not 1
+    scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
+) -> dict[str, Tensor]: # `grads`, which now hold the step
+    "Return SAM's step uphill by name; GSAM makes the same."
+    sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None
+    return ascent(grads, rho, sizes)

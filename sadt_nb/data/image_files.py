@@ -6,7 +6,7 @@
 __all__ = ['FORMATS', 'IMAGE_TYPES', 'open_image', 'image_class', 'folder_images', 'archive_images']
 
 # %% ../../nbs/data/74_image_files.ipynb #2fb5326c
-import io, tarfile, warnings, zipfile
+import io, re, tarfile, warnings, zipfile, zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
@@ -99,7 +99,7 @@ def folder_images(
 def _inside(name, parts, archive):
     "Return a member's path from its part on, or `None`. Raises `ValueError` if it leads outside."
     path = PurePosixPath(name.replace('\\', '/'))
-    if path.is_absolute() or '..' in path.parts or ':' in path.parts[0]:
+    if path.is_absolute() or '..' in path.parts or re.match('[A-Za-z]:', name):
         raise ValueError(f'{archive}: the member {name!r} leads outside the archive; refusing to read it')
     start = next((i for i, p in enumerate(path.parts) if p in parts), None)
     return None if start is None else '/'.join(path.parts[start:])
@@ -133,6 +133,6 @@ def archive_images(
             inside = _inside(name, parts, archive)
             place = inside and wanted.place(inside)
             if place: yield *place, inside, io.BytesIO(read())
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, RuntimeError) as e:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as e:
         raise ValueError(f'{archive} is not a complete tar or zip archive ({e}); get it again') from None
     wanted.warn(archive)

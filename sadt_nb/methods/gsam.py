@@ -13,15 +13,10 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
 from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, copied, global_dot, weight_sizes
+from ..core.perturb import copied, global_dot, sam_ascent
 from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
-def _ascent(params, grads, rho, adaptive, scratch=None):
-    "Return SAM's perturbation by name; `grads` are overwritten."
-    sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None # the diagonal of T = |w|
-    return ascent(grads, rho, sizes)
-
 def _decompose_(params, g, alpha):
     "Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`; `g` is overwritten."
     final, plain = [], []
@@ -92,7 +87,7 @@ class GSAM(PerturbedPass):
         return self.rho_min + (self.rho_max - self.rho_min) * min(max(float(share), 0.), 1.)
 
     def perturbation(self, params, grads):
-        return _ascent(params, grads, self.rho, self.adaptive, self.scratch)
+        return sam_ascent(params, grads, self.rho, self.adaptive, self.scratch)
 
     def extra_pass(self, params, grads):
         g = copied(grads, self._copies)

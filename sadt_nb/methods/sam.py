@@ -11,13 +11,7 @@ from torch import Tensor
 
 from ..core.closures import closure_step
 from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, check_radius, weight_sizes
-
-# %% ../../nbs/methods/20_sam.ipynb #67637059
-def _ascent(params, grads, rho, adaptive, scratch=None):
-    "Return SAM's perturbation by name; `grads` are overwritten."
-    sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None # the diagonal of T = |w|
-    return ascent(grads, rho, sizes)
+from ..core.perturb import check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
 class SAM(PerturbedPass):
@@ -40,7 +34,7 @@ class SAM(PerturbedPass):
     def active(self): return self.steps % self.interval == 0
 
     def perturbation(self, params, grads):
-        return _ascent(params, grads, self.rho, self.adaptive, self.scratch)
+        return sam_ascent(params, grads, self.rho, self.adaptive, self.scratch)
 
     def after_step(self):
         super().after_step()

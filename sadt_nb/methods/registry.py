@@ -37,7 +37,7 @@ class Method:
     "The factory of a method and facts about the method; a call of it returns the callback."
     factory: object      # Called with the method's options, returns a `Callback`, or `None` for no callback
     summary: str         # What the method does, in one line
-    passes: float = 1    # Full passes per batch with default options; a backward counts as two forwards
+    passes: float = 1    # Full passes per batch with default options; a forward alone is a third of one
     steps: int = 1       # Optimizer steps per batch
     memory: str = '-'    # Memory that it holds during the whole training, in addition to plain training's
     seeded: bool = False # `True` if the method draws its own random numbers and takes `seed`
@@ -80,7 +80,7 @@ _GRADIENTS = dict(
         GradientCentralization, 'each unit\'s gradient without its mean',
         paper='[Yong et al. 2020](https://arxiv.org/abs/2004.01461), ECCV',
         key='none',
-        avoid='on layers whose outputs depend on the mean of their weights in a way that you want to learn, '
+        avoid='on layers that need to learn the mean of the weights of a unit, '
               'embeddings for example'),
     agc=Method(
         AGC, 'each unit\'s gradient clipped to a share of its weights',
@@ -92,11 +92,11 @@ _GRADIENTS = dict(
 # %% ../../nbs/methods/99_registry.ipynb #82e9cfc0
 _SHARPNESS = dict(
     sam=Method(
-        SAM, 'gradient a distance rho uphill', passes=2, memory='1 x weights',
+        SAM, 'takes the gradient at a distance rho uphill', passes=2, memory='1 x weights',
         paper='Sharpness-Aware Minimization, [Foret et al. 2021](https://arxiv.org/abs/2010.01412), ICLR',
-        extra='with `interval=k` 1/k',
+        extra='with `interval=k`, on average 1/k',
         key='`rho` = 0.05, a distance in weight space',
-        avoid='when the time of a second pass is better spent on a second epoch; compare with both'),
+        avoid='when twice as many plain epochs use the time of the second passes better'),
     asam=Method(
         ASAM, 'SAM with a radius relative to each weight', passes=2, memory='1 x weights',
         paper='Adaptive Sharpness-Aware Minimization, '
@@ -109,7 +109,7 @@ _SHARPNESS = dict(
         passes=5.5 / 3, memory='1 x weights', seeded=True,
         paper='Efficient Sharpness-Aware Minimization, '
               '[Du et al. 2022](https://arxiv.org/abs/2110.03141), ICLR',
-        extra='a forward to choose the samples, and a full pass over the share `gamma` of them',
+        extra='a forward to choose the share `gamma` of the samples, and a full pass over these',
         key='`beta` = 0.6, `gamma` = 0.5, with SAM\'s `rho`',
         avoid='with small batches, where half a batch gives a noisy gradient; '
               'for networks whose BatchNorm needs the whole batch'),
@@ -123,7 +123,8 @@ _SHARPNESS = dict(
         avoid='where the loss surface changes quickly from step to step: '
               'large learning rates, small batches, the first epochs'),
     gsam=Method(
-        GSAM, 'SAM that also closes the gap to the loss here', passes=2, memory='2 x weights',
+        GSAM, 'SAM that also shrinks the gap between the loss uphill and at the weights', passes=2,
+        memory='2 x weights',
         paper='Surrogate Gap Guided Sharpness-Aware Minimization, '
               '[Zhuang et al. 2022](https://arxiv.org/abs/2203.08065), ICLR',
         key='`alpha` = 0.4 in the authors\' CIFAR example (with `adaptive` and `rho` = 2)',
@@ -175,7 +176,7 @@ _TWO_STEPS = dict(
     sadt2=_sadt(
         partial(SADT, 2), 'two teachers: noise on the last convolution and on the last dense layer', passes=3,
         key='the noise on the two layers, a standard deviation of 1e-4',
-        extra='two networks that share their trunk, where it can be shared'),
+        extra='one for each teacher, with their common first layers run once where possible'),
     sadt3=_sadt(
         partial(SADT, 3), 'teacher: a noisy step of gradient ascent', passes=2,
         key='the step uphill and its noise, 1e-3 and 1e-4'),

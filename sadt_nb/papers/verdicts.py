@@ -86,7 +86,7 @@ def _cost(method, label, claimed, over='baseline'):
 
 def _presets(*names):
     "Return a text that names the presets to train, with their numbers of runs."
-    return 'it takes ' + ' and '.join(f'`sadt_grid {n}` ({len(paper_grid(n))} runs)' for n in names)
+    return 'a test needs ' + ' and '.join(f'`sadt_grid {n}` ({len(paper_grid(n))} runs)' for n in names)
 
 # %% ../../nbs/papers/110_verdicts.ipynb #a359daf3
 _VARIANTS = ('sadt1', 'sadt2', 'sadt3')
@@ -219,8 +219,8 @@ def _large_batches(nets):
         return nets.gap(_FULL, words, f'{kind} · {_LARGE_BATCH}', plain, region=NO_LOSS)
     ours = [against_plain(v, _called(v)) for v in _VARIANTS]
     control = [against_plain(c, c) for c in ('two steps per batch', 'twice the rate')]
-    return Claim('With batches of 2,048 SADT nearly reaches plain training with 512, to a point',
-                 'section 4.2, Table 1', ours, control, 'it takes three seeds')
+    return Claim('With batches of 2,048, SADT comes within a point of plain training with 512',
+                 'section 4.2, Table 1', ours, control, 'a test needs three seeds')
 
 def _other_data(nets):
     ours = []
@@ -239,7 +239,7 @@ def sadt_claims(
     "Return the claims of the SADT paper and of its released notebook."
     costs = [_cost(v, _called(v), 1.) for v in _VARIANTS]
     need = ('[the search for rates](what_helps_at_a_tuned_rate.ipynb) shows all methods level over two '
-            'decades of them, on digits; it takes networks and data on which the rate matters')
+            'decades of rates, on digits; a test needs networks and data on which the rate matters')
     return [
         _above_plain(nets), _released_notebook(nets), _equal_time(nets), _training_speed(nets),
         _above_the_others(nets), _agc_above_gc(nets), _sam_above_both(nets), _no_best_variant(nets),
@@ -284,7 +284,7 @@ def _independent_above_rounds(nets):
         for a in _ALPHAS:
             words = f'4 members, alpha {a}'
             ours.append(nets.gap(place, words, 'independent, 4 members', f'alpha {a}, rounds 0 to 3'))
-    says = 'An ensemble of independent networks is better than one of rounds'
+    says = 'An ensemble of independent networks is better than an ensemble of rounds'
     return Claim(says, 'section 5.2, Figure 2', ours)
 
 def _rounds_alike(nets):
@@ -310,7 +310,7 @@ def distill_claims(
     "Return the claims of the self-distillation paper."
     curvature = ('trace', 'eigenvalue')
     more = [nets.gap(_FORTY, f'{m} teachers against 1', f'student of {m}', 'student of 1') for m in (5, 9)]
-    words = ('same idea only: accuracy of a student whose teacher was trained on right labels, '
+    words = ('not the experiment, only its idea: accuracy of a student whose teacher had right labels, '
              'alpha 1 against 0')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', aside=True)]
     flatter = _everywhere(nets, '', 'round 1', 'baseline', *curvature)
@@ -397,7 +397,7 @@ def saf_claims(
         Claim('SAF and MESA do not slow training down (training accuracy, mean over the epochs)',
               'section 4.3, Figure 4', _trajectory_pace(nets)),
         Claim("SAF and MESA end in flatter minima than plain training, by SAM's own measure, and are flatter "
-              'from the epoch on in which their loss sets in',
+              'as soon as their loss term sets in',
               'section 4.3, Figures 2, 4, 5', _trajectory_flatness(nets), need=_UNFINISHED),
         Claim('On ImageNet, and on CIFAR with large networks, SAF and MESA are better than SAM',
               'abstract, Tables 1 and 3',
@@ -440,23 +440,24 @@ def sam_study_claims(
               [nets.gap(_CONSTANT, '', 'SAM', 'SGD')]),
         Claim('At equal epochs SAM is better at every batch size', 'section III-B, Figure 1',
               _sam_against_sgd(nets)),
-        Claim('SAM varies less between seeds (standard deviations of test accuracy, SAM over SGD)',
+        Claim('SAM varies less between seeds (ratio of standard deviations: SAM to SGD)',
               'section III-B, Figure 1', [nets.spread(_CONSTANT, 'all batch sizes together', pairs)]),
         Claim('Smaller batches generalise better, with both', 'section III-B, Figure 1',
               _smaller_batches(nets)),
-        Claim('Larger batches cost SAM less than SGD', 'section IV', [_lead_at_128_minus_32(nets)]),
-        Claim('SGD reaches the lower training loss (SAM over SGD)', 'section III-B, Figure 2',
+        Claim('Larger batches lower the accuracy of SAM less than that of SGD', 'section IV',
+              [_lead_at_128_minus_32(nets)]),
+        Claim('SGD reaches the lower training loss (ratio: SAM to SGD)', 'section III-B, Figure 2',
               _sam_against_sgd(nets, key='loss', region=HIGHER, factor=True)),
         Claim('Without BatchNorm ASAM is better than SAM', 'section IV, Table II',
               [nets.gap(_BARE, '', 'ASAM', 'SAM')]),
-        Claim('Without BatchNorm SAM reaches the far lower training loss (SAM over ASAM)',
+        Claim('Without BatchNorm SAM reaches the far lower training loss (ratio: SAM to ASAM)',
               'section III-C, Table II',
               [nets.gap(_BARE, '', 'SAM', 'ASAM', 'loss', LOWER, True)]),
         Claim("ASAM's training loss varies less between seeds (standard deviations, ASAM over SAM)",
               'section IV', [nets.spread(_BARE, '', [('ASAM', 'SAM')], 'loss')]),
         Claim("Without BatchNorm the first layer's weights have heavier tails "
               '(excess kurtosis, without minus with)',
-              'section III-C, Figure 3', tails, need='one seed has a twin with BatchNorm'),
+              'section III-C, Figure 3', tails, need='only one seed was also trained with BatchNorm'),
         Claim('SAM finds flatter minima than plain training', 'sections II, III-B', _sam_flatter(nets),
               need=_UNFINISHED)]
 

@@ -64,11 +64,13 @@ def _write_array(array, files, shape):
     finally: tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/data/73_mapped.ipynb #5e8c74cf
-def _mapped(root, part, vocab, cache, size):
+def _listed(root, part):
+    "Return classes and files of the images of one part, sorted by name."
+    found = sorted(folder_images(root, [part]), key=lambda item: item[2])
+    return [label for _, label, _, _ in found], [file for *_, file in found]
+
+def _mapped(root, part, classes, files, vocab, cache, size):
     "Return the images of one part from its array file in `cache`; write this file if it is missing."
-    found = sorted(folder_images(root, [part]), key=lambda item: item[2]) # by name
-    classes = [label for _, label, _, _ in found]
-    files = [file for *_, file in found]
     unmatched = set(vocab) ^ set(classes)
     if unmatched:
         raise ValueError(f'{root}: class {min(unmatched)!r} must have images in train/ and in {part}/')
@@ -93,6 +95,7 @@ def mapped_folder(
     images change but keep their names, remove the array file. Raises `ValueError` for an image that cannot
     be read, for a class that has no images in one of the parts, and for a disk without room."""
     root, cache = Path(root), Path(cache)
-    vocab = sorted({label for _, label, _, _ in folder_images(root, ['train'])})
-    test = 'val' if (root / 'val').is_dir() else 'test'
-    return _mapped(root, 'train', vocab, cache, size), _mapped(root, test, vocab, cache, size)
+    parts = ('train', 'val' if (root / 'val').is_dir() else 'test')
+    listed = {part: _listed(root, part) for part in parts}
+    vocab = sorted(set(listed['train'][0]))
+    return tuple(_mapped(root, part, *listed[part], vocab, cache, size) for part in parts)

@@ -14,8 +14,9 @@ from torch import nn, Tensor
 from fastcore.foundation import L
 from fastai.callback.core import CancelStepException
 
-from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of, rng_policy,
-                                 step_unscaled, stepped_params, take_gradients)
+from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of,
+                                 plain_gradients, rng_policy, step_unscaled, stepped_params,
+                                 take_gradients)
 from .perturb import trainable_params, weights_moved
 from .ranks import sync_gradients
 
@@ -123,7 +124,8 @@ class _Loop(_Gradients):
     def own_replay(self, bn, rng, rng_state, loss_func, backward, rows):
         "Run the closure again, as `replay` runs a Learner's batch again."
         shown = self.pred
-        taken = take_gradients(stepped_params(self))
+        taken_from = stepped_params(self)
+        taken = take_gradients(taken_from)
         self._replaying = True
         try:
             with bn_policy(self.model, bn), rng_policy(rng, rng_state, device_of(self.model)):
@@ -132,6 +134,7 @@ class _Loop(_Gradients):
         finally:
             self.pred, self._replaying = shown, False
             weights_moved() # a pass without a graph leaves cast weights that cannot be differentiated
+            plain_gradients(taken_from)
             add_gradients(taken)
 
     def radius_scales(self, method, params):

@@ -181,7 +181,7 @@ class FixedLoss:
         with differentiable(self.model), missing_derivative('once'):
             for loss in self.shares():
                 gs = torch.autograd.grad(loss, ps, materialize_grads=True)
-                if grads is None: grads = gs
+                if grads is None: grads = [g.resolve_conj() for g in gs] # sums are made in this memory
                 else: torch._foreach_add_(grads, gs)
                 total = total + loss.detach().double()
         return total.item(), dict(zip(self.params, grads))

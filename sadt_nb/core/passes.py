@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy', 'device_of', 'replaying',
-           'replayed_rows', 'replays_other_loss', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size',
-           'replay', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
+           'replayed_rows', 'replays_other_loss', 'stepped_params', 'take_gradients', 'plain_gradients',
+           'add_gradients', 'batch_size', 'replay', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -137,6 +137,13 @@ def take_gradients(
     for p in taken: p.grad = None
     return taken
 
+def plain_gradients(
+    params, # Parameters
+):
+    "Write out complex gradients that are conjugates of other tensors: these cannot be changed in place."
+    for p in params:
+        if p.is_complex() and p.grad is not None and p.grad.is_conj(): p.grad = p.grad.resolve_conj()
+
 def add_gradients(
     taken:dict, # Gradients that `take_gradients` returned
 ):
@@ -223,6 +230,7 @@ def replay(
             return tree_map_only(Tensor, Tensor.detach, pred)
     finally:
         weights_moved() # a pass without a graph leaves cast weights that later passes cannot differentiate
+        plain_gradients(params)
         add_gradients(taken)
         if amp and torch.is_autocast_enabled(amp.autocast.device): amp.autocast.__exit__(None, None, None)
         learn._replaying, learn._replayed_rows, learn._other_loss = False, None, False
@@ -344,6 +352,7 @@ class PerturbedPass(_OwnGradients):
     def first_gradients(self) -> tuple: # Parameters and gradients, each by name
         "Return the gradients of the first pass, and leave none: the extra pass allocates its own."
         params = {n: p for n, p in trainable_params(self.model).items() if p.grad is not None}
+        plain_gradients(params.values())
         grads = {n: p.grad for n, p in params.items()}
         _check_dense(grads)
         take_gradients(stepped_params(self.learn))

@@ -52,6 +52,10 @@ class _Products:
     def __init__(self, learn, dl, samples, progress, name, total):
         self.loss = loss = FixedLoss(learn, dl, samples)
         first = next(iter(loss.params.values()))
+        for n, p in loss.params.items():
+            if p.is_complex():
+                raise ValueError(f'{n!r} is complex, and the Hessian is that of real weights; store the real '
+                                 'and the imaginary part as two real parameters')
         self.params, self.dtype, self.device = loss.params, first.dtype, first.device
         self.sizes = [p.numel() for p in loss.params.values()]
         self.size, self.n = sum(self.sizes), 0

@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import PerturbedPass
+from ..core.passes import PerturbedPass, plain_gradients
 from ..core.perturb import ascent, check_radius, copied, global_dot, global_norm, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
@@ -99,7 +99,10 @@ class LookSAM(PerturbedPass):
         else: torch._foreach_add_([self._sum[n] for n in g_v], list(g_v.values()))
 
     def after_backward(self):
-        if not self.active(): _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
+        if not self.active():
+            params = trainable_params(self.learn.model)
+            plain_gradients(params.values())
+            _add_direction_(params, self.direction, self.alpha)
         super().after_backward()
 
     def after_cancel_step(self): self._refused = True

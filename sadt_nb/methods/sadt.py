@@ -16,13 +16,21 @@ from torch.nn.modules.conv import _ConvNd
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, kl_div
 from ..core.passes import ExtraPass, StepGrads, step_unscaled, take_gradients
-from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
+from ..core.perturb import ascent, perturbed, real_views, trainable_params, unwrapped
 from ..core.shared_trunk import shared_forward
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator):
-    "Return Gaussian noise in the shape of `p`."
-    return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
+    "Return Gaussian noise in the shape of `p`, in real and imaginary part if `p` is complex."
+    like, = real_views([p.detach()])
+    noise = torch.randn(like.shape, generator=generator, device=p.device, dtype=like.dtype) * std
+    return torch.view_as_complex(noise) if p.is_complex() else noise
+
+def _times_noise(p, noise):
+    "Return the change from `p` to `p * noise`; real and imaginary parts are multiplied on their own."
+    p_parts, noise_parts = real_views([p.detach(), noise])
+    change = p_parts * (noise_parts - 1)
+    return torch.view_as_complex(change) if p.is_complex() else change
 
 class weight_noise:
     "Gaussian noise on every parameter with at least `min_ndim` axes (variant 1)."
@@ -49,7 +57,7 @@ class layer_noise:
         for n, p in params.items():
             if n != self.layer and not n.startswith(self.layer + '.'): continue
             deltas[n] = _noise(p, self.std, generator)
-            if self.multiply: deltas[n] = p.detach() * (deltas[n] - 1)
+            if self.multiply: deltas[n] = _times_noise(p, deltas[n])
         return deltas
 
 # %% ../../nbs/methods/40_sadt.ipynb #c9130ada

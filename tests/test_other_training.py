@@ -5,10 +5,18 @@ from functools import partial
 import pytest
 import torch
 from conftest import learner
+from fastai.callback.core import Callback
+from fastai.callback.rnn import rnn_cbs
+from fastai.data.core import DataLoaders
+from fastai.losses import CrossEntropyLossFlat
+from fastai.text.models.awdlstm import AWD_LSTM
+from fastai.text.models.core import LinearDecoder, SequentialRNN
 from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.core.fixed_loss import FixedLoss
+from sadt_nb.core.passes import _rows_of_state, hidden_states
 from sadt_nb.core.perturb import ascent, global_dot, global_norm, weight_sizes
 from sadt_nb.measures.hessian import hessian_trace
 from sadt_nb.measures.sharpness import sam_sharpness
@@ -137,3 +145,205 @@ def test_sharpness_of_complex_weights(adaptive):
 def test_the_hessian_refuses_complex_weights():
     with pytest.raises(ValueError, match="'weight' is complex.*two real parameters"):
         hessian_trace(learner(Waves(False).eval(), data=data()))
+
+
+# Hidden states
+class Memory(nn.Module):
+    "A network whose hidden state goes from batch to batch; `kind` says where the state is kept."
+    def __init__(self, kind='tensor'):
+        super().__init__()
+        torch.manual_seed(4)
+        self.cell, self.head, self.kind = nn.Linear(7, 3), nn.Linear(3, 3), kind
+        self.double()
+        self.reset()
+    def reset(self):
+        self.h, self.batches = None, 0
+        if self.kind == 'in place': self.h = torch.zeros(6, 3, dtype=torch.float64)
+        if self.kind == 'list': self.h = []
+        if self.kind == 'axis 1': self.h = (torch.zeros(1, 6, 3, dtype=torch.float64),)
+    def state(self):
+        "Return the hidden state `(n, 3)`, or `None` at the start."
+        if self.kind in ('list', 'axis 1'): return self.h[0].reshape(-1, 3) if self.h else None
+        return self.h
+    def forward(self, x):
+        h = self.state()
+        h = torch.tanh(self.cell(torch.cat([x, x.new_zeros(len(x), 3) if h is None else h], 1)))
+        if self.kind == 'tensor': self.h = h.detach()
+        elif self.kind == 'in place': self.h.copy_(h.detach())
+        elif self.kind == 'list': self.h[:] = [h.detach()]
+        else: self.h = (h.detach()[None],)
+        self.batches += 1
+        return self.head(h)
+
+
+def by_hand(data, rho=.1, lr=.1):
+    "SAM with both passes of a batch from the same hidden state, and the state of the first pass afterwards."
+    net = Memory()
+    ps, states = list(net.parameters()), []
+    for x, y in data:
+        start = net.h
+        g = torch.autograd.grad(F.cross_entropy(net(x), y), ps)
+        left = net.h
+        length = math.sqrt(sum((t**2).sum() for t in g))
+        before = [p.detach().clone() for p in ps]
+        with torch.no_grad():
+            for p, t in zip(ps, g): p += rho * t / length
+        net.h = start
+        g = torch.autograd.grad(F.cross_entropy(net(x), y), ps)
+        with torch.no_grad():
+            for p, b, t in zip(ps, before, g): p.copy_(b - lr * t)
+        net.h = left
+        states.append(left)
+    return net, torch.stack(states)
+
+
+def plain_sgd(net): return torch.optim.SGD(net.parameters(), lr=.1)
+
+
+class NoteStates(Callback):
+    "Keeps the hidden state that each batch leaves."
+    run_valid = False
+    def before_fit(self): self.seen = []
+    def after_batch(self): self.seen.append(self.model.state().clone())
+
+
+def sam_by(way, net, data):
+    "Make SAM's steps on a network with a memory; return the hidden states that the batches left."
+    states = []
+    if way == 'callback':
+        learn = learner(net, [SAM(.1), NoteStates()], data)
+        learn.fit(1)
+        return torch.stack(learn.note_states.seen)
+    opt = MethodOptimizer(SAM(.1), plain_sgd(net), net)
+    base = plain_sgd(net)
+    for x, y in data:
+        if way == 'function': sam_step(net, closure_for('sam', net, x, y), base, rho=.1)
+        if way == 'wrapper': opt.step(closure_for('sam', net, x, y))
+        if way == 'two steps':
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            opt.first_step()
+            F.cross_entropy(net(x), y).backward()
+            opt.second_step()
+        states.append(net.state().clone())
+    return torch.stack(states)
+
+
+@pytest.mark.parametrize('kind', ['tensor', 'in place', 'list', 'axis 1'])
+@pytest.mark.parametrize('way', ['callback', 'function', 'wrapper', 'two steps'])
+def test_both_passes_start_from_the_same_hidden_state(way, kind):
+    expected, left = by_hand(data())
+    net = Memory(kind)
+    states = sam_by(way, net, data())
+    torch.testing.assert_close(flat_real(net), flat_real(expected), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(states, left, rtol=1e-11, atol=1e-13)
+    assert net.batches == (2 if way == 'callback' else 1) * len(data()) # `fit` validates, too
+
+
+@pytest.mark.parametrize('way, name', WAYS)
+def test_every_method_keeps_the_hidden_state_of_the_first_pass(way, name):
+    "The state after a batch is the one of the same weights without the method."
+    (x, y), *_ = data()
+    net, alone = Memory(), Memory()
+    alone(x)
+    one = [(x, y)]
+    if way is by_callback:
+        learn = learner(net, [METHODS[name]()], one)
+        learn.dls = DataLoaders(one, []) # without validation
+        learn.fit(1)
+    else: way(name, net, one)
+    torch.testing.assert_close(net.h, alone.h, rtol=0, atol=0)
+    assert net.batches == 1 # the other simple attributes of such a module are those of one pass, too
+
+
+@pytest.mark.parametrize('kind', ['tensor', 'axis 1'])
+def test_esam_takes_the_states_of_its_samples(kind):
+    "With as many classes of states as samples, the second pass over two samples starts from their states."
+    (x, y), *_ = data()
+    seen = []
+    class Spy(Memory):
+        def forward(self, x):
+            seen.append((x.detach().clone(), self.state().clone()))
+            return super().forward(x)
+    net = Spy(kind)
+    h = torch.arange(18.).view(6, 3).double() / 18
+    net.h = h if kind == 'tensor' else (h[None],)
+    esam_step(net, closure_for('esam', net, x, y), plain_sgd(net), rho=.1, gamma=.5)
+    first, _, second = seen
+    rows = [next(i for i in range(6) if torch.equal(x[i], part)) for part in second[0]]
+    assert len(rows) == 3 and torch.equal(first[1], h)
+    assert torch.equal(second[1], h[rows])
+
+
+def awd_lstm(seed=0):
+    torch.manual_seed(seed)
+    # with weight_p=0, fastai cannot evaluate the network
+    body = AWD_LSTM(12, 5, 7, 2, hidden_p=0., input_p=0., embed_p=0., weight_p=1e-14)
+    return SequentialRNN(body, LinearDecoder(12, 5, 0., tie_encoder=body.encoder)).double()
+
+
+def text(n=4, bs=3, length=6):
+    g = torch.Generator().manual_seed(1)
+    tokens = torch.randint(2, 12, (bs, n * length + 1), generator=g)
+    parts = range(0, n * length, length)
+    return [(tokens[:, i:i + length], tokens[:, i + 1:i + 1 + length]) for i in parts]
+
+
+@pytest.mark.parametrize('cb', [SAM(.1), SAM(.1, rng='replay'), GSAM(.1, .1, alpha=0.), ESAM(.1, 1., 1.)])
+def test_fastais_language_model_against_a_loop(cb):
+    "AWD_LSTM with the callbacks of fastai; the second pass has the loss terms of `RNNRegularizer`, too."
+    loss_func = CrossEntropyLossFlat()
+    net = awd_lstm()
+    learner(net, [*rnn_cbs(alpha=.5, beta=.25), cb], text(), loss_func=loss_func).fit(2)
+    by_hand, ps = awd_lstm(), None
+    def loss(x, y):
+        logits, raw, out = by_hand(x)
+        drift = (raw[:, 1:] - raw[:, :-1]).pow(2).mean()
+        return loss_func(logits, y) + .5 * out.pow(2).mean() + .25 * drift
+    ps = list(by_hand.parameters())
+    for _ in range(2):
+        by_hand.reset()
+        for x, y in text():
+            start, n = by_hand[0].hidden, by_hand[0].bs
+            g = torch.autograd.grad(loss(x, y), ps)
+            left, length = by_hand[0].hidden, math.sqrt(sum((t**2).sum() for t in g))
+            before = [p.detach().clone() for p in ps]
+            with torch.no_grad():
+                for p, t in zip(ps, g): p += .1 * t / length
+            by_hand[0].hidden, by_hand[0].bs = start, n
+            g = torch.autograd.grad(loss(x, y), ps)
+            with torch.no_grad():
+                for p, b, t in zip(ps, before, g): p.copy_(b - .1 * t)
+            by_hand[0].hidden = left
+    # fastai adds its terms in single precision
+    torch.testing.assert_close(flat_real(net), flat_real(by_hand), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize('name', ['esam', 'looksam', 'sadt1', 'sadt3'])
+def test_methods_train_fastais_language_model(name):
+    "ESAM's pass over some samples changes fastai's attribute `bs`, which comes back."
+    net = awd_lstm()
+    learner(net, [*rnn_cbs(), METHODS[name]()], text(), loss_func=CrossEntropyLossFlat()).fit(2)
+    assert net[0].bs == 3 and torch.isfinite(flat_real(net)).all()
+
+
+def test_a_network_without_states_has_nothing_to_copy():
+    assert hidden_states(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2))) == []
+
+
+@pytest.mark.parametrize('kind', ['tensor', 'in place', 'list'])
+def test_measures_start_from_the_same_hidden_state_at_every_call(kind):
+    net = Memory(kind).eval()
+    fresh = Memory().eval()
+    loss = FixedLoss(learner(net, data=data()))
+    expected = sum(F.cross_entropy(fresh(x), y).item() for x, y in data()) / len(data())
+    for _ in range(3):
+        assert abs(loss() - expected) < 1e-12 and abs(loss.gradient()[0] - expected) < 1e-12
+
+
+def test_samples_lie_along_the_axis_that_recurrent_layers_use():
+    "As many layers as samples: `(layers, n, width)`."
+    t, rows = torch.randn(6, 6, 3), torch.tensor([1, 4])
+    part = _rows_of_state(dict(h=(t, t[0]), other=torch.ones(2)), rows, 6)
+    assert torch.equal(part['h'][0], t[:, rows]) and torch.equal(part['h'][1], t[0][rows])
+    assert torch.equal(part['other'], torch.ones(2))

@@ -15,8 +15,8 @@ from fastcore.foundation import L
 from fastai.callback.core import CancelStepException
 
 from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of,
-                                 plain_gradients, rng_policy, step_unscaled, stepped_params,
-                                 take_gradients)
+                                 from_hidden_states, hidden_states, plain_gradients, rng_policy,
+                                 step_unscaled, stepped_params, take_gradients)
 from .perturb import trainable_params, weights_moved
 from .ranks import sync_gradients
 
@@ -121,14 +121,19 @@ class _Loop(_Gradients):
         with torch.no_grad(): out = self.xb(None) if self.per_sample else self.xb()
         return out if self.per_sample else _split(out)[0]
 
-    def own_replay(self, bn, rng, rng_state, loss_func, backward, rows):
+    def hidden_states(self, states, rows):
+        "Return a context for a pass from earlier hidden states; `pred` holds one loss for each sample."
+        return from_hidden_states(states, rows, 0 if rows is None else len(self.pred))
+
+    def own_replay(self, bn, rng, rng_state, loss_func, backward, rows, states):
         "Run the closure again, as `replay` runs a Learner's batch again."
         shown = self.pred
         taken_from = stepped_params(self)
         taken = take_gradients(taken_from)
         self._replaying = True
         try:
-            with bn_policy(self.model, bn), rng_policy(rng, rng_state, device_of(self.model)):
+            starts = rng_policy(rng, rng_state, device_of(self.model)), self.hidden_states(states, rows)
+            with bn_policy(self.model, bn), starts[0], starts[1]:
                 if not backward: return self.forward()
                 self.run(rows, loss_func)
         finally:
@@ -274,6 +279,7 @@ class _MovedWeights:
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
         self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
+        self.policies.enter_context(from_hidden_states(method.states))
 
     def finish(self):
         "Put the weights back, and finish the method's gradient."
@@ -345,6 +351,16 @@ class MethodOptimizer(_Wrapped):
         super().__init__(method, optimizer)
         self._loop = _Loop(method, model, optimizer, scaler, max_norm)
         self._second = None # the rest of a step that `first_step` began
+        self._remember_states()
+
+    def _remember_states(self):
+        "Note the hidden states from which the passes of the next `first_step` start."
+        if self._second is None and not self._loop._replaying:
+            self.method.states = hidden_states(self._loop.model)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self._remember_states()
 
     def backward(self,
         closure, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
@@ -362,6 +378,8 @@ class MethodOptimizer(_Wrapped):
 
     def first_step(self) -> bool: # Whether to run the batch again before `second_step`
         """After the batch's own `backward`, move the weights to where the method needs the gradient.
+
+        If you reset a network's hidden state, call `zero_grad` after the reset.
 
         Raises `ValueError` for a method that makes other passes than one at perturbed weights."""
         method = self.method
@@ -383,6 +401,7 @@ class MethodOptimizer(_Wrapped):
         second, self._second = self._second, None
         if second is not None: second.finish()
         _loop_step(self._loop)
+        self._remember_states()
 
     def _abandon(self):
         "Put the weights back if a first step was never followed by a second."

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as checkpointing
 from fastai.torch_core import to_device
 
+from .passes import from_hidden_states, hidden_states
 from .perturb import trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174
@@ -160,11 +161,13 @@ class FixedLoss:
         self.params = trainable_params(self.model)
         self.batches = collect_batches(learn, dl, samples)
         self.n = sum(len(y) for _, y in self.batches)
+        self._states = hidden_states(self.model)
 
     def shares(self): # Iterator of 0-d tensors, whose sum is the loss
         "Yield the share of each batch in the loss."
         weights_moved() # weights may have changed inside the user's autocast
-        for xb, y in self.batches: yield self.loss_func(self.model(*xb), y) * (len(y) / self.n)
+        with from_hidden_states(self._states): # a recurrent network may keep one from call to call
+            for xb, y in self.batches: yield self.loss_func(self.model(*xb), y) * (len(y) / self.n)
 
     @torch.no_grad()
     def __call__(self) -> float: # In nats for cross-entropy

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, kl_div
-from ..core.passes import ExtraPass, StepGrads, step_unscaled, take_gradients
+from ..core.passes import ExtraPass, StepGrads, changed_states, step_unscaled, take_gradients
 from ..core.perturb import ascent, perturbed, real_views, trainable_params, unwrapped
 from ..core.shared_trunk import shared_forward
 
@@ -159,23 +159,26 @@ class _MicroBatch(NamedTuple):
     yb: tuple              # Targets
     q: Tensor              # `(n, classes)` logits of the first pass, detached
     rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
+    states: list|None      # Hidden states at the start of the first pass
+
+    def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the gradient at `w_aux` of the divergence between `q` and the teacher."
     def loss(aux, *yb): return divergence(micro.q, aux)
-    with perturbed(params, delta, sadt.scratch): sadt.replay(rng_state=micro.rng_state, loss_func=loss)
+    with perturbed(params, delta, sadt.scratch): sadt.replay(**micro.starts(), loss_func=loss)
 
 def _backward_shared(sadt, deltas, micro, divergence):
     "Add the gradients of several teachers in one pass; layers that are equal in all teachers run once."
     def forward(*xb): return shared_forward(sadt.model, deltas, *xb)
     def loss(preds, *yb): return sum(divergence(micro.q, aux) for aux in preds)
-    sadt.replay(rng_state=micro.rng_state, forward=forward, loss_func=loss)
+    sadt.replay(**micro.starts(), forward=forward, loss_func=loss)
 
 def _backward_at_up(sadt, params, delta, micro, divergence):
     "Add the gradient at `w_up` of the divergence between the network and a constant teacher."
-    with perturbed(params, delta, sadt.scratch): aux = sadt.replay(rng_state=micro.rng_state, backward=False)
+    with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
     def loss(pred, *yb): return divergence(pred, aux)
-    sadt.replay(rng_state=micro.rng_state, loss_func=loss)
+    sadt.replay(**micro.starts(), loss_func=loss)
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _can_share(sadt, fns):
@@ -183,6 +186,7 @@ def _can_share(sadt, fns):
     if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
     one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
     closure = hasattr(sadt.learn, 'own_replay') # it runs the network by itself
+    if changed_states(sadt.states): return False # a layer that runs once per teacher would lose its state
     return one_layer_each and not closure and unwrapped(sadt.model) is sadt.learn.model
 
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
@@ -218,12 +222,14 @@ class _TwoSteps(ExtraPass):
         self._micro = []
         StepGrads.install(self.learn)
 
-    def before_batch(self): self.step_grads.hold = not self.first_step
+    def before_batch(self):
+        super().before_batch()
+        self.step_grads.hold = not self.first_step
 
     def before_backward(self):
         if self.replaying: return
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
-        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state))
+        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states))
 
     def after_step(self):
         micro_batches, self._micro = self._micro, []

@@ -20,11 +20,16 @@ from sadt_nb.core.passes import _rows_of_state, hidden_states
 from sadt_nb.core.perturb import ascent, global_dot, global_norm, weight_sizes
 from sadt_nb.measures.hessian import hessian_trace
 from sadt_nb.measures.sharpness import sam_sharpness
+from sadt_nb.methods.agc import AGC
 from sadt_nb.methods.asam import ASAM, asam_step
+from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.esam import ESAM, esam_step
+from sadt_nb.methods.gradient_centralization import GradientCentralization
 from sadt_nb.methods.gsam import GSAM, gsam_step
 from sadt_nb.methods.looksam import LookSAM
-from sadt_nb.methods.sadt import SADT, layer_noise, sadt_step, weight_noise
+from sadt_nb.methods.mesa import MESA
+from sadt_nb.methods.sadt import (SADT, gradient_ascent, layer_noise, normalized_ascent, sadt_step,
+                                  weight_noise)
 from sadt_nb.methods.sam import SAM, sam_step
 
 METHODS = {
@@ -347,3 +352,287 @@ def test_samples_lie_along_the_axis_that_recurrent_layers_use():
     part = _rows_of_state(dict(h=(t, t[0]), other=torch.ones(2)), rows, 6)
     assert torch.equal(part['h'][0], t[:, rows]) and torch.equal(part['h'][1], t[0][rows])
     assert torch.equal(part['other'], torch.ones(2))
+
+
+# Losses of single samples, for ESAM
+class OwnLoss(nn.Module):
+    "A loss without `reduction`."
+    def forward(self, pred, y): return F.cross_entropy(pred, y)
+
+
+class WrongLoss(OwnLoss):
+    "A loss whose `reduction` changes nothing."
+    reduction = 'mean'
+
+
+def own_loss(pred, y): return F.cross_entropy(pred, y)
+def reduced_loss(pred, y, reduction='mean'): return F.cross_entropy(pred, y, reduction=reduction)
+
+
+def small_net(norm=False):
+    torch.manual_seed(1)
+    middle = nn.BatchNorm1d(8) if norm else nn.Identity()
+    return nn.Sequential(nn.Linear(4, 8), middle, nn.Linear(8, 3)).double()
+
+
+@pytest.mark.parametrize('loss_func', [F.cross_entropy, reduced_loss, partial(F.cross_entropy, weight=None),
+                                       CrossEntropyLossFlat()])
+def test_esam_takes_functions_with_a_reduction(loss_func):
+    def weights(loss_func):
+        net = small_net()
+        learner(net, [ESAM(.1)], data(), loss_func=loss_func).fit(1)
+        return flat_real(net)
+    torch.testing.assert_close(weights(loss_func), weights(nn.CrossEntropyLoss()), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('loss_func', [own_loss, lambda pred, y: F.cross_entropy(pred, y), OwnLoss()])
+def test_esam_refuses_a_loss_without_reduction_before_training(loss_func):
+    net, batches_run = small_net(), []
+    learn = learner(net, [ESAM(.1)], data(), loss_func=loss_func)
+    net.register_forward_hook(lambda *args: batches_run.append(1))
+    with pytest.raises(ValueError, match='`gamma` below 1 needs.*gamma=1'): learn.fit(1)
+    assert not batches_run
+    learner(net, [ESAM(.1, gamma=1.)], data(), loss_func=loss_func).fit(1)
+
+
+def test_esam_names_a_reduction_that_does_nothing():
+    learn = learner(small_net(), [ESAM(.1)], data(), loss_func=WrongLoss())
+    with pytest.raises(ValueError, match='a loss for each of the 6 samples, got the shape'): learn.fit(1)
+
+
+@pytest.mark.parametrize('way', ['callback', 'function', 'wrapper'])
+@pytest.mark.parametrize('norm, kept', [(True, 2), (False, 1)])
+def test_esam_keeps_two_samples_for_batchnorm(way, norm, kept):
+    "`gamma` is a twelfth, so that a batch of six has half a sample."
+    net, sizes, options = small_net(norm), [], dict(rho=.1, gamma=1 / 12)
+    net.register_forward_pre_hook(lambda net, xb: sizes.append(len(xb[0])))
+    (x, y), *_ = data()
+    closure, base = closure_for('esam', net, x, y), plain_sgd(net)
+    if way == 'callback': learner(net, [ESAM(**options)], [(x, y)]).fit(1)
+    elif way == 'function': esam_step(net, closure, base, **options)
+    else: MethodOptimizer(ESAM(**options), base, net).step(closure)
+    assert sizes[:3] == [6, 6, kept] and torch.isfinite(flat_real(net)).all()
+
+
+# The same method twice
+TWICE = [(SAM, SAM), (SAM, ASAM), (GSAM, LookSAM), (ESAM, SAM), (SADT, SADT),
+         (RepeatStep, RepeatStep), (MESA, MESA)]
+
+
+@pytest.mark.parametrize('one, other', TWICE)
+def test_two_methods_for_the_same_thing_are_refused_before_training(one, other):
+    net, before = small_net(), flat_real(small_net())
+    names = f'{one.__name__}|{other.__name__}'
+    with pytest.raises(ValueError, match=rf'one method that .*got ({names}) and ({names}); remove one'):
+        learner(net, [one(), other()], data()).fit(1)
+    assert torch.equal(flat_real(net), before)
+
+
+def test_a_method_once_more_after_the_first_is_removed():
+    first = SAM(.1)
+    learn = learner(small_net(), [first], data())
+    learn.fit(1)
+    learn.remove_cb(first)
+    learn.add_cb(ASAM(.5))
+    learn.fit(1)
+
+
+@pytest.mark.parametrize('make', [GradientCentralization, AGC])
+def test_transforms_of_the_gradient_twice_are_once(make):
+    def weights(n):
+        net = small_net()
+        learner(net, [make() for _ in range(n)], data()).fit(1)
+        return flat_real(net)
+    torch.testing.assert_close(weights(2), weights(1), rtol=1e-12, atol=1e-14)
+    assert not torch.equal(weights(1), weights(0))
+
+
+# No gradient
+class Without(nn.Module):
+    "A network whose loss has no gradient (`none`), or a gradient of zero (`zero`)."
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.kind = nn.Linear(4, 3).double(), kind
+    def forward(self, x):
+        if self.kind == 'none': return x[:, :3].clone().requires_grad_()
+        return self.layer(x) * 0
+
+
+@pytest.mark.parametrize('kind', ['none', 'zero'])
+@pytest.mark.parametrize('name', METHODS)
+def test_a_batch_without_a_gradient_changes_nothing(name, kind):
+    "As with plain SGD."
+    net = Without(kind)
+    by_callback(name, net, data())
+    assert torch.equal(flat_real(net), flat_real(Without(kind)))
+
+
+@pytest.mark.parametrize('way, name', [w for w in WAYS if w[0] is not by_callback])
+def test_a_closure_without_a_gradient(way, name):
+    "Zero changes nothing; no gradient at all is an error, because the closure may run another network."
+    net = Without('zero')
+    assert torch.equal(way(name, net, data()), flat_real(Without('zero')))
+    with pytest.raises(ValueError, match='no parameter of the network has a gradient'):
+        way(name, Without('none'), data())
+
+
+def test_first_step_without_a_gradient():
+    net = Without('none')
+    opt = MethodOptimizer(SAM(.1), plain_sgd(net), net)
+    with pytest.raises(ValueError, match='no parameter of the network has a gradient'): opt.first_step()
+
+
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'sadt3'])
+def test_one_batch_without_a_gradient_among_others(name):
+    "Training goes on after it, and the batch itself changes nothing."
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = small_net()
+        def forward(self, x): return self.inner(x) if x[0, 0] > 0 else x[:, :3].clone().requires_grad_()
+    flags = [x[0, 0] > 0 for x, _ in data()]
+    assert any(flags) and not all(flags)
+    net, only = Sometimes(), Sometimes()
+    by_callback(name, net, data())
+    by_callback(name, only, [d for d, flag in zip(data(), flags) if flag])
+    if name in ('sam', 'asam', 'gsam'): # the others count batches, or draw noise for each
+        torch.testing.assert_close(flat_real(net), flat_real(only), rtol=1e-12, atol=1e-14)
+    assert torch.isfinite(flat_real(net)).all()
+
+
+# A layer that only one pass uses
+class Skips(nn.Module):
+    "Three layers; the first pass leaves out `out_first`, the second `out_second`."
+    def __init__(self, out_first=None, out_second=None):
+        super().__init__()
+        torch.manual_seed(5)
+        self.a, self.b, self.c = (nn.Linear(4, 3).double() for _ in range(3))
+        self.out, self.passes = (out_first, out_second), 0
+    def forward(self, x):
+        skipped = self.out[self.passes % 2]
+        self.passes += 1
+        return sum(layer(x) for name, layer in self.named_children() if name != skipped)
+
+
+def gradients_of(net, x, y):
+    "Return all gradients by name; zero where the pass leaves a layer out."
+    loss = F.cross_entropy(net(x), y)
+    return torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+
+
+def dot(a, b): return sum((s * t).sum() for s, t in zip(a, b))
+
+
+def expected_steps(kind, out, x, y, rho=.1, alpha=.4, lr=.1):
+    "Return the weights after one step of SAM, GSAM or LookSAM, and after a second one of LookSAM."
+    net = Skips(*out)
+    ps = list(net.parameters())
+    g = gradients_of(net, x, y)
+    step = [rho * t / dot(g, g).sqrt() for t in g]
+    with torch.no_grad():
+        for p, t in zip(ps, step): p += t
+    up = gradients_of(net, x, y)
+    with torch.no_grad():
+        for p, t in zip(ps, step): p -= t
+    final = up
+    if kind == 'gsam':
+        along = dot(g, up) / dot(up, up)
+        final = [u - alpha * (t - along * u) for t, u in zip(g, up)]
+    with torch.no_grad():
+        for p, t in zip(ps, final): p -= lr * t
+    if kind == 'looksam':
+        across = [u - dot(up, g) / dot(g, g) * t for t, u in zip(g, up)]
+        length = dot(across, across).sqrt()
+        net.out = None, None
+        g = gradients_of(net, x, y)
+        with torch.no_grad():
+            for p, t, v in zip(ps, g, across): p -= lr * (t + .7 * dot(g, g).sqrt() * v / length)
+    return flat_real(net)
+
+
+ONE_PASS = {'sam': (partial(SAM, .1), partial(sam_step, rho=.1)),
+            'gsam': (partial(GSAM, .1, .1), partial(gsam_step, rho=.1)),
+            'looksam': (partial(LookSAM, .1, k=5), None)}
+
+
+@pytest.mark.parametrize('out', [('c', None), (None, 'c'), ('b', 'c')])
+@pytest.mark.parametrize('way', ['callback', 'function', 'wrapper'])
+@pytest.mark.parametrize('kind', ONE_PASS)
+def test_a_layer_that_one_pass_leaves_out_has_a_gradient_of_zero_there(kind, way, out):
+    (x, y), *_ = data()
+    net, (method, step) = Skips(*out), ONE_PASS[kind]
+    base = plain_sgd(net)
+    batches = 2 if kind == 'looksam' else 1
+    if way == 'function' and step is None: pytest.skip('LookSAM has no plain function')
+    opt = MethodOptimizer(method(), base, net) if way == 'wrapper' else None
+    learn = learner(net, [method()], [(x, y)])
+    for i in range(batches):
+        if i: net.out = None, None
+        if way == 'callback':
+            net.train()
+            learn.fit(1)
+            net.passes += net.passes % 2 # `fit` validates, too
+        elif way == 'function': step(net, closure_for('sam', net, x, y), base)
+        else: opt.step(closure_for('sam', net, x, y))
+    torch.testing.assert_close(flat_real(net), expected_steps(kind, out, x, y), rtol=1e-9, atol=1e-11)
+
+
+def test_esam_draws_for_every_tensor_once_per_step():
+    "A layer that the first micro-batch leaves out is perturbed in the second one, if its draw says so."
+    (x, y), (x2, y2), *_ = data()
+    net, moved = Skips(), []
+    method = ESAM(.1, beta=1., gamma=1.)
+    opt = MethodOptimizer(method, plain_sgd(net), net)
+    at_rest = net.c.weight.detach().clone()
+    net.out = 'c', None
+    net.register_forward_pre_hook(lambda *args: moved.append(not torch.equal(net.c.weight, at_rest)))
+    opt.backward(closure_for('esam', net, x, y))
+    net.out = None, None
+    opt.backward(closure_for('esam', net, x2, y2))
+    assert moved == [False, False, False, True]
+
+
+# Values out of range in the plain functions and in the wrapper
+def refuse_step(step, **options):
+    net = small_net()
+    (x, y), *_ = data()
+    name = 'esam' if step is esam_step else 'sadt' if step is sadt_step else 'sam'
+    step(net, closure_for(name, net, x, y), plain_sgd(net), **options)
+
+
+NUMBERS = [0, -1, math.nan, math.inf, -math.inf]
+BAD = [(step, 'rho', v) for step in (sam_step, asam_step, gsam_step, esam_step) for v in NUMBERS]
+BAD += [(asam_step, 'eta', v) for v in (-1, math.nan, math.inf)]
+BAD += [(gsam_step, 'alpha', v) for v in (-1, math.nan, math.inf)]
+BAD += [(esam_step, name, v) for name in ('beta', 'gamma') for v in (0, -1, 1.1, math.nan, math.inf)]
+BAD += [(step, name, 'other') for step in (sam_step, asam_step, gsam_step, esam_step, sadt_step)
+        for name in ('bn', 'rng')]
+BAD += [(asam_step, 'weights', 'other'), (sadt_step, 'kl', 'other'), (sadt_step, 'perturb', [])]
+
+
+@pytest.mark.parametrize('step, name, value', BAD)
+def test_functions_refuse_values_out_of_range(step, name, value):
+    with pytest.raises(ValueError, match=rf'`{name}(_max)?`'): refuse_step(step, **{name: value})
+
+
+NEGATIVE = [-1, math.nan, math.inf]
+BAD_METHODS = [(LookSAM, 'rho', v) for v in NUMBERS] + [(LookSAM, 'alpha', v) for v in NEGATIVE]
+BAD_METHODS += [(LookSAM, 'k', v) for v in (0, -1, 2.5, math.nan, math.inf)]
+BAD_METHODS += [(SAM, 'interval', v) for v in (0, -1, 2.5, math.nan, math.inf)]
+BAD_METHODS += [(GSAM, name, v) for name in ('rho_max', 'rho_min') for v in (-1, math.nan, math.inf)]
+BAD_METHODS += [(GSAM, 'lr_min', v) for v in (-1, math.nan)] + [(GSAM, 'lr_max', math.nan)]
+BAD_METHODS += [(SADT, name, v) for name in ('kl_weight', 'noise_scale', 'rho') for v in NEGATIVE]
+
+
+@pytest.mark.parametrize('method, name, value', BAD_METHODS)
+def test_methods_refuse_values_out_of_range(method, name, value):
+    with pytest.raises(ValueError, match=f'`{name}`'): method(**{name: value})
+
+
+@pytest.mark.parametrize('make', [
+    lambda v: weight_noise(v), lambda v: layer_noise('0', v), lambda v: gradient_ascent(v, 0.),
+    lambda v: gradient_ascent(0., v), lambda v: normalized_ascent(v)])
+@pytest.mark.parametrize('value', [-1, math.nan, math.inf])
+def test_perturbations_refuse_values_out_of_range(make, value):
+    with pytest.raises(ValueError, match='must (not be negative|be a finite number)'): make(value)

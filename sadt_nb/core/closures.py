@@ -183,6 +183,11 @@ def _noticed_zeroing(*objects):
             if f is None: del o.zero_grad
             else: o.zero_grad = f
 
+def _check_gradients(model):
+    "Raise `ValueError` if no trainable parameter has a gradient."
+    if any(p.grad is not None for p in trainable_params(model).values()): return
+    raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
+
 def _loop_backward(loop, closure):
     "Add the gradient of one (micro-)batch, as the method defines it, to `.grad`; return the loss."
     method = loop.method
@@ -196,8 +201,7 @@ def _loop_backward(loop, closure):
         if not method.needs_logits: loop('before_backward') # a closure may make its backward itself
         with _noticed_zeroing(loop.optimizer, loop.model) as zeroed: loss = loop.run(between=between)
         if zeroed: kept = {} # the closure begins a new batch, as PyTorch's closures do
-        if not any(p.grad is not None for p in trainable_params(loop.model).values()):
-            raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
+        _check_gradients(loop.model)
         loop('after_backward')
     finally:
         sync_gradients(loop.model, True)
@@ -389,6 +393,7 @@ class MethodOptimizer(_Wrapped):
             raise ValueError(f'{type(method).__name__} makes other passes than one at perturbed weights; '
                              'give `step` a closure')
         self._abandon()
+        _check_gradients(self._loop.model)
         if method.active():
             self._second = _MovedWeights(self._loop)
             return True

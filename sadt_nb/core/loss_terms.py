@@ -6,7 +6,7 @@
 __all__ = ['LossTerm', 'TrajectoryLoss', 'n_samples', 'SampleIds', 'mixing']
 
 # %% ../../nbs/core/04_loss_terms.ipynb #f4104eb8
-import multiprocessing, warnings
+import math, multiprocessing, warnings
 from functools import partial
 
 import torch
@@ -16,8 +16,9 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 
 from .losses import as_divergence
-from .passes import ORDERS, batch_size, device_of, replayed_rows, replays_other_loss
-from .perturb import weights_moved
+from .passes import (ORDERS, batch_size, check_single, device_of, replayed_rows,
+                                 replays_other_loss)
+from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
@@ -53,9 +54,9 @@ class TrajectoryLoss(LossTerm):
         start_epoch, # Number of epochs without the term at the start of training, >= 0
         divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
-        if lam < 0: raise ValueError(f'`lam` must not be negative, got {lam}')
-        if tau <= 0: raise ValueError(f'`tau` must be positive, got {tau}')
-        if start_epoch < 0: raise ValueError(f'`start_epoch` must not be negative, got {start_epoch}')
+        check_not_negative(lam=lam)
+        if not 0 < tau < math.inf: raise ValueError(f'`tau` must be positive, got {tau}')
+        check_not_negative(start_epoch=start_epoch)
         self.lam, self.tau, self.divergence = lam, tau, divergence
         self.start_epoch, self.done = start_epoch, 0
 
@@ -65,6 +66,7 @@ class TrajectoryLoss(LossTerm):
         return self.done >= self.start_epoch
 
     def before_fit(self):
+        check_single(self, type(self), 'adds this term to the loss')
         self.run = not hasattr(self.learn, 'lr_finder')
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
         last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # predicting fires this event, too

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ORDERS', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy', 'device_of', 'hidden_states',
            'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows', 'replays_other_loss', 'stepped_params',
-           'take_gradients', 'plain_gradients', 'add_gradients', 'batch_size', 'replay', 'ExtraPass', 'PerturbedPass',
-           'StepGrads', 'step_unscaled']
+           'take_gradients', 'plain_gradients', 'add_gradients', 'batch_size', 'replay', 'check_single', 'ExtraPass',
+           'PerturbedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -313,6 +313,18 @@ def replay(
         learn._replaying, learn._replayed_rows, learn._other_loss = False, None, False
         for k, v in shown.items(): setattr(learn, k, v)
 
+# %% ../../nbs/core/01_passes.ipynb #2ebb6f19
+def check_single(
+    cb:Callback, # Callback of a Learner
+    kind:type,   # Class of which a Learner can have one instance, `type(cb)` or a base class
+    why:str,     # For the message: what two of them would both do
+):
+    "Raise `ValueError` if the Learner has another callback of this kind."
+    others = [other for other in cb.learn.cbs if other is not cb and isinstance(other, kind)]
+    if others:
+        names = f'{type(cb).__name__} and {type(others[0]).__name__}'
+        raise ValueError(f'a Learner can have one method that {why}, got {names}; remove one of the two')
+
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
 class ExtraPass(Callback):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
@@ -338,6 +350,7 @@ class ExtraPass(Callback):
         if self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
 
     def before_fit(self):
+        check_single(self, type(self), 'runs these extra passes')
         self._unhook() # a hook remains if the last fit ended in an exception
         if self.rng == 'replay': self._hook = self.model.register_forward_pre_hook(self._remember_rng)
         if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
@@ -422,9 +435,17 @@ class PerturbedPass(_OwnGradients):
         "Return whether this (micro-)batch gets an extra pass."
         return True
 
+    def before_fit(self):
+        check_single(self, PerturbedPass, "replaces each batch's gradient")
+        super().before_fit()
+
+    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
+        "Return whether the batch gave any trainable parameter of the network a gradient."
+        return any(p.grad is not None for p in trainable_params(self.model).values())
+
     def after_backward(self):
         if self.replaying: return
-        if self.active():
+        if self.active() and self.has_gradients():
             # `extra_pass` stops where it needs a gradient, or makes its passes by itself
             for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)

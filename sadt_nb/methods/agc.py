@@ -6,6 +6,8 @@
 __all__ = ['unit_norm', 'clip_units_', 'AGC']
 
 # %% ../../nbs/methods/11_agc.ipynb #ddd86315
+import math
+
 import torch
 from torch import Tensor
 from fastai.callback.core import Callback
@@ -47,7 +49,8 @@ class AGC(Callback):
         eps=1e-3,   # Weight norms below this value are replaced by it, > 0
         exclude=(), # Parameters with one of these texts in their name are not clipped
     ):
-        if clip <= 0 or eps <= 0: raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
+        if not (0 < clip < math.inf and 0 < eps < math.inf):
+            raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
         if isinstance(exclude, str): exclude = (exclude,)
         self.clip, self.eps, self.exclude = clip, eps, tuple(exclude)
 

@@ -6,14 +6,12 @@
 __all__ = ['ASAM', 'asam_step']
 
 # %% ../../nbs/methods/21_asam.ipynb #bedc714f
-import math
-
 import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
 from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, check_radius, weight_sizes
+from ..core.perturb import ascent, check_not_negative, check_radius, weight_sizes
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
 def _is_weight(name, parameter):
@@ -43,7 +41,7 @@ class ASAM(PerturbedPass):
         weights='role', # What has T = |w| + eta: weights by their 'role' in the network, or by 'name'
     ):
         check_radius(rho)
-        if not 0 <= eta < math.inf: raise ValueError(f'`eta` must not be negative, got {eta}')
+        check_not_negative(eta=eta)
         if weights not in ('role', 'name'):
             raise ValueError(f"`weights` must be 'role' or 'name', got {weights!r}")
         super().__init__(bn, rng)

@@ -6,12 +6,14 @@
 __all__ = ['Distillation']
 
 # %% ../../nbs/methods/30_distillation.ipynb #74b4bec6
+import math
+
 import torch
 from torch import nn
 
 from ..core.loss_terms import LossTerm
 from ..core.losses import as_divergence
-from ..core.passes import ORDERS, replaying, replays_other_loss
+from ..core.passes import ORDERS, check_single, replaying, replays_other_loss
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac
@@ -31,12 +33,15 @@ class Distillation(LossTerm):
         divergence=None,# How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
-        if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')
+        if not 0 < temperature < math.inf:
+            raise ValueError(f'`temperature` must be positive, got {temperature}')
         if isinstance(teacher, (list, tuple)): teacher = Ensemble(teacher)
         self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
         self.divergence = divergence
 
-    def before_fit(self): self.compare = as_divergence(self.divergence, self.learn.loss_func)
+    def before_fit(self):
+        check_single(self, Distillation, 'distils (for several teachers, give it one `Ensemble` of them)')
+        self.compare = as_divergence(self.divergence, self.learn.loss_func)
 
     def _init_state(self): self.teacher = None
 

@@ -13,17 +13,21 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
 from ..core.passes import PerturbedPass
-from ..core.perturb import copied, global_dot, sam_ascent
+from ..core.perturb import (check_finite, check_not_negative, copied, global_dot,
+                                  sam_ascent, trainable_params)
 from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
 def _decompose_(params, g, alpha):
-    "Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`; `g` is overwritten."
+    """Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and overwrite `g`.
+
+    A gradient that only one of the passes has counts as zero in the other pass."""
     final, plain = [], []
-    for n, t in g.items():
-        if params[n].grad is None: continue
-        final.append(params[n].grad)
-        plain.append(t)
+    for n, p in params.items():
+        if p.grad is None and n not in g: continue
+        if p.grad is None: p.grad = torch.zeros_like(p)
+        final.append(p.grad)
+        plain.append(g[n] if n in g else torch.zeros_like(p))
     along = global_dot(plain, final) / global_dot(final, final).clamp_min(1e-24)
     torch._foreach_mul_(plain, -alpha)
     torch._foreach_mul_(final, 1 + alpha * along)
@@ -44,10 +48,12 @@ def _peak(learn):
 # %% ../../nbs/methods/24_gsam.ipynb #0569c96f
 def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
     "Raise `ValueError` for values out of range or out of order."
+    check_finite(rho_max=rho_max, rho_min=rho_min, lr_min=lr_min)
+    if lr_max is not None: check_finite(lr_max=lr_max)
+    check_not_negative(alpha=alpha)
     if not (0 <= rho_min <= rho_max and rho_max > 0):
         raise ValueError('`rho_max` must be positive and `rho_min` between 0 and it, '
                          f'got {rho_max} and {rho_min}; use the plain optimizer for no perturbation')
-    if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')
     if lr_min < 0 or (lr_max is not None and lr_max < lr_min):
         raise ValueError('`lr_min` and `lr_max` must not be negative and in order, '
                          f'got {lr_min} and {lr_max}')
@@ -92,7 +98,7 @@ class GSAM(PerturbedPass):
     def extra_pass(self, params, grads):
         g = copied(grads, self._copies)
         yield from super().extra_pass(params, grads) # leaves g_p in `.grad`
-        average_over_ranks(self.learn.model, _decompose_(params, g, self.alpha))
+        average_over_ranks(self.learn.model, _decompose_(trainable_params(self.model), g, self.alpha))
 
     def second_pass(self): self.replay() # not synchronised: each process first decomposes its own gradient
 

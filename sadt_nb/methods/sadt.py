@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, kl_div
 from ..core.passes import ExtraPass, StepGrads, changed_states, step_unscaled, take_gradients
-from ..core.perturb import ascent, perturbed, real_views, trainable_params, unwrapped
+from ..core.perturb import (ascent, check_not_negative, perturbed, real_views,
+                                  trainable_params, unwrapped)
 from ..core.shared_trunk import shared_forward
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
@@ -38,7 +39,7 @@ class weight_noise:
         std,        # Standard deviation of the noise, >= 0
         min_ndim=1, # 1: all parameters, as in the paper; 2: kernels only, as in the released code
     ):
-        if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
+        check_not_negative(std=std)
         self.std, self.min_ndim = std, min_ndim
     def __call__(self, params, grads, generator):
         return {n: _noise(p, self.std, generator) for n, p in params.items() if p.ndim >= self.min_ndim}
@@ -50,7 +51,7 @@ class layer_noise:
         std,            # Standard deviation of the noise, >= 0
         multiply=False, # Multiply parameters by the noise, do not add it; the released code does so once
     ):
-        if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
+        check_not_negative(std=std)
         self.layer, self.std, self.multiply = layer, std, multiply
     def __call__(self, params, grads, generator):
         deltas = {}
@@ -68,8 +69,7 @@ class gradient_ascent:
         noise_std,  # Standard deviation of the noise added to the gradient, >= 0
         min_ndim=1, # Noise only on parameters with at least this many axes; 2 in the released code
     ):
-        if lr < 0 or noise_std < 0:
-            raise ValueError(f'`lr` and `noise_std` must not be negative, got {lr} and {noise_std}')
+        check_not_negative(lr=lr, noise_std=noise_std)
         self.lr, self.noise_std, self.min_ndim = lr, noise_std, min_ndim
     def __call__(self, params, grads, generator):
         deltas = {}
@@ -83,7 +83,7 @@ class normalized_ascent:
     def __init__(self,
         rho, # Euclidean length of the step, >= 0
     ):
-        if rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
+        check_not_negative(rho=rho)
         self.rho = rho
     def __call__(self, params, grads, generator):
         own = {n: g.clone() for n, g in grads.items()} # a copy: the second step uses the gradient again
@@ -234,9 +234,10 @@ class _TwoSteps(ExtraPass):
     def after_step(self):
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
-        if g_up is None: return # the first step was skipped after an overflow
+        if not g_up: return # the first step was skipped after an overflow, or the batch gave no gradient
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
+        if not params: return # the loss depends on parameters outside the network only
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
 
@@ -264,12 +265,10 @@ def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, 
     _check_choice('spec', spec, ('paper', 'code'))
     if kl is not None: _check_choice('kl', kl, ('clean_to_aux', 'aux_to_clean'))
     _check_choice('grad_at', grad_at, ('aux', 'up'))
-    if rho is not None and rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
+    if rho is not None: check_not_negative(rho=rho)
     if rho is not None and perturb is not None:
         raise ValueError('`rho` takes the place of `perturb`; give one of the two')
-    if kl_weight < 0 or noise_scale < 0:
-        raise ValueError('`kl_weight` and `noise_scale` must not be negative, '
-                         f'got {kl_weight} and {noise_scale}')
+    check_not_negative(kl_weight=kl_weight, noise_scale=noise_scale)
 
 # %% ../../nbs/methods/40_sadt.ipynb #e658391a
 class SADT(_SeededNoise, _TwoSteps):

@@ -11,6 +11,7 @@ from torch import distributed, Tensor
 
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
 from ..core.passes import replaying
+from ..core.perturb import check_count
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
 def _per_sample(values, outputs):
@@ -113,7 +114,7 @@ class SAF(TrajectoryLoss):
         start_epoch=5, # Number of epochs without the term at the start of training, >= 0
         divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
     ):
-        if lag < 1: raise ValueError(f'`lag` must be at least 1, got {lag}')
+        check_count(lag=lag)
         super().__init__(lam, tau, start_epoch, divergence)
         self.lag = lag
         self._init_state()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core.closures import closure_step
 from ..core.passes import PerturbedPass
-from ..core.perturb import check_radius, sam_ascent
+from ..core.perturb import check_count, check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
 class SAM(PerturbedPass):
@@ -27,7 +27,7 @@ class SAM(PerturbedPass):
         rng='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         check_radius(rho)
-        if interval < 1: raise ValueError(f'`interval` must be at least 1, got {interval}')
+        check_count(interval=interval)
         super().__init__(bn, rng)
         self.rho, self.adaptive, self.interval, self.steps = rho, adaptive, interval, 0
 

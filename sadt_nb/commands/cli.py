@@ -338,6 +338,7 @@ def sadt_sweep(
     n_train:int=None,      # Number of training images; by default all
     opt:str='adam',        # Optimizer: adam, adamw, keras_adam or sgd
     opt_args:str='',       # Options of the optimizer, such as 'weight_decay=5e-4 momentum=0.9'
+    data_args:str='',      # Options of the data set, such as 'noise=0.2' or 'size=32'
     seeds:int=3,           # Number of other seeds to train the best settings with
     # Number of best proposals to train with the other seeds; the best on validation images is kept
     top:int=1,
@@ -348,7 +349,7 @@ def sadt_sweep(
     if name and name not in SWEEPS:
         raise ValueError(f'unknown search {name!r}; choose one of {", ".join(SWEEPS)}, or give --methods')
     plain = Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=valid, n_train=n_train, opt=opt,
-                opt_args=_options(opt_args), split=0)
+                opt_args=_options(opt_args), data_args=_options(data_args), split=0)
     cases = SWEEPS[name]() if name else _sweep_cases(methods, plain)
     runs = {label: run for label, (run, _) in cases.items()}
     spaces = {label: space for label, (_, space) in cases.items()}

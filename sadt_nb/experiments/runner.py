@@ -414,11 +414,38 @@ def _init_from_images(model, dl):
     plain = dl.new(tfms=[], shuffle=False, channels_last=False)
     model.init_from_images(plain.batch(spread)[0])
 
+def _refuses(model, x):
+    "Return whether a network cannot run a batch."
+    try:
+        with torch.no_grad(): model(x)
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, ValueError, AssertionError): return True
+    return False
+
+def _check_images(cfg, model, dl):
+    "Raise `ValueError` if the network takes no images of this size, or no last batch of a single image."
+    if not hasattr(dl, 'batch'): return
+    n = len(dl.dataset)
+    x = _in_order(dl).batch(torch.arange(min(2, n)))[0]
+    modes = [(m, m.training) for m in model.modules()]
+    refuses = _refuses(model.eval(), x)
+    for m, training in modes: m.training = training
+    if refuses:
+        size = f'{x.shape[-1]}x{x.shape[-2]}'
+        raise ValueError(f'model {cfg.model} takes no images of {size} pixels; resize them with data_args, '
+                         "such as 'size=32', or choose a model for any size, such as resnet18")
+    left = n % cfg.bs
+    single = cfg.bs == 1 or (left == 1 and not cfg.drop_last)
+    if single and _refuses(deepcopy(model).train(), x[:1]): # a copy: BatchNorm's averages would move
+        raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, which '
+                         f'BatchNorm in {cfg.model} cannot normalise; choose another bs, or set drop_last')
+
 def _network(cfg, dls):
     "Return the network of a run with its starting weights, which depend on the seed alone."
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, dls.c, **dict(cfg.model_args)).to(dls.device)
     _init_from_images(model, dls.train)
+    _check_images(cfg, model, dls.train)
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     if cfg.compile: model = torch.compile(model, mode=cfg.compile)
     return model

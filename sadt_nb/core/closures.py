@@ -406,6 +406,7 @@ class MethodOptimizer(_Wrapped):
         second, self._second = self._second, None
         if second is not None: second.finish()
         _loop_step(self._loop)
+        self._opt_called = True # as `step` notes it for PyTorch's schedulers, which warn otherwise
         self._remember_states()
 
     def _abandon(self):

@@ -247,8 +247,8 @@ def _other_data(nets):
         ours.append(nets.gap(_FULL, f'{words}, batches of 2,048 against 512', *kinds, region=(-np.inf, 0),
                              aside=m == 'baseline'))
     need = '200 and 370 epochs on all images; ' + _presets('sadt/table1', 'sadt/table1_controls')
-    return Claim('The same results hold on CIFAR-100, with VGG and with Inception-ResNet. GC has a lower '
-                 'test accuracy with batches of 2,048 than with batches of 512 (difference in points).',
+    return Claim('The results above also hold on CIFAR-100, with VGG and with Inception-ResNet. GC has a '
+                 'lower test accuracy with batches of 2,048 than with batches of 512 (difference in points).',
                  'Table 1', ours, need=need)
 
 # %% ../../nbs/papers/110_verdicts.ipynb #288803ca
@@ -318,8 +318,9 @@ def _rounds_alike(nets):
     for a in _ALPHAS:
         kinds = f'alpha {a}, rounds 0 to 3', 'independent, 4 members'
         ours.append(nets.gap(_DIGITS, f'4 members, alpha {a}', *kinds, **ratio))
-    return Claim('The reason is that the networks of successive rounds differ less than independent networks '
-                 'do (diversity of the logits: rounds divided by independent networks)', 'section 5.2', ours)
+    return Claim('An ensemble of rounds is less accurate because successive rounds differ less than '
+                 'independent networks (diversity of the logits: rounds divided by independent networks)',
+                 'section 5.2', ours)
 
 def _rounds_approach(nets):
     ratio = dict(key='logits', region=LOWER, factor=True)
@@ -360,7 +361,7 @@ def distill_claims(
         Claim('A student inherits the robustness of a robust teacher. The larger the weight of the labels '
               'is, the less robustness the student inherits.',
               'section 7, Figure 9', robust, need='ImageNet and CLIP; ' + _presets('distill/robust_teacher')),
-        Claim('The same results hold on CIFAR-100, SVHN and Tiny ImageNet, with VGG and with ViT. '
+        Claim('The results above also hold on CIFAR-100, SVHN and Tiny ImageNet, with VGG and with ViT. '
               'Well-trained teachers have a higher test accuracy than the students of earlier papers. '
               'Spectra of the Hessian and surfaces of the loss show the same flatness.',
               'Tables 1 to 5, Figures 7, 8, 10 to 16',
@@ -435,7 +436,7 @@ def saf_claims(
         Claim('Training accuracy rises as fast with SAF and MESA as with plain training (difference in '
               'points of the mean over the epochs)', 'section 4.3, Figure 4', _trajectory_pace(nets)),
         Claim('SAF and MESA end in flatter minima than plain training, and their minima are flatter from the '
-              "epoch on in which their loss term begins (SAM's sharpness, divided by that of plain training)",
+              "epoch in which their loss term begins (SAM's sharpness, divided by that of plain training)",
               'section 4.3, Figures 2, 4, 5', _trajectory_flatness(nets), need=_UNFINISHED),
         Claim('On ImageNet, and on CIFAR with large networks, SAF and MESA have a higher test accuracy '
               'than SAM',

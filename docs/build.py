@@ -25,6 +25,9 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
         'Tutorials',
         'A course of nine notebooks, each of which computes for about a minute. '
         'Read them in order, or start with the one that you need.'),
+    guides=(
+        'Guides',
+        'The lines to copy: how to do one thing, with what works and what does not.'),
     methods=(
         'Methods',
         'One notebook for each method: the idea, the method in ten lines by hand, the callback, tests '
@@ -56,7 +59,7 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
         'Core',
         'What all methods are made of: exact perturbation, extra passes, divergences, checkpoints.'))
 # in these folders the source of an exported cell is shown; elsewhere it is folded
-OPEN = ('tutorials', 'methods', 'core', 'studies')
+OPEN = ('tutorials', 'guides', 'methods', 'core', 'studies')
 # pages that are Markdown files in the checkout
 DOCS = dict(citing='docs/citing.md', contributing='CONTRIBUTING.md', changelog='CHANGELOG.md',
             security='SECURITY.md')

@@ -34,7 +34,7 @@ def _speckle_noise(x, c, g): return x + x * (_noise_like(x, g) * c)
 def _shot_noise(x, c, g): return torch.poisson(x * c, generator=g) / c
 
 def _impulse_noise(x, c, g):
-    u = torch.rand(x.shape, generator=g, device=x.device)
+    u = torch.rand(x.shape, generator=g, device=x.device, dtype=torch.float32)
     return torch.where(u < c / 2, 1., torch.where(u < c, 0., x))
 
 def _gaussian_blur(x, c, g): # cut at four standard deviations, with the border repeated

@@ -71,7 +71,7 @@ class ESAM(PerturbedPass):
 
     def perturbation(self, params, grads):
         if self._mask is None:
-            draws = torch.rand(len(params), generator=self.generator)
+            draws = torch.rand(len(params), generator=self.generator, dtype=torch.float32)
             self._mask = (draws < self.beta).tolist()
         return _chosen(ascent(grads, self.rho / self.beta), self._mask)
 

@@ -23,18 +23,19 @@ OUT = ROOT / '_build'
 SECTIONS = dict( # folder of notebooks to title and lead, in the order of the sidebar
     tutorials=(
         'Tutorials',
-        'A course of nine notebooks, each about a minute of computing: '
-        'read them in order, or start where you are.'),
+        'A course of nine notebooks, each of which computes for about a minute. '
+        'Read them in order, or start with the one that you need.'),
     guides=(
         'Guides',
         'The lines to copy: how to do one thing, with what works and what does not.'),
     methods=(
         'Methods',
-        'One notebook for each method: the idea, ten lines by hand, the callback, tests against the paper, '
-        'what it costs.'),
+        'One notebook for each method: the idea, the method in ten lines by hand, the callback, tests '
+        'against the paper, and the cost.'),
     measures=(
         'Measures',
-        'How flat, how robust, how well calibrated, how alike: one line each, with an honest error.'),
+        'Functions that measure how flat, how robust, how well calibrated and how alike networks are, '
+        'most of them with an error.'),
     models=(
         'Models',
         'The networks of the papers.'),
@@ -43,16 +44,17 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
         'Data sets that live on the device, and augmentation for whole batches.'),
     experiments=(
         'Experiments',
-        'Configurations, runs that continue after anything, grids, measures, reports, searches.'),
+        'Configurations, runs that continue after an interruption, grids, measures, reports, searches.'),
     papers=(
         'Papers',
-        'One page per paper: what it claims, our grid for it, how to run it, what it costs; and verdicts.'),
+        'One page per paper: the claims of the paper, our runs for them, how to train the runs, and the '
+        'cost; and verdicts on all claims.'),
     commands=(
         'Commands',
-        'The library without a line of Python.'),
+        'The library from a shell, without a line of Python.'),
     studies=(
         'Studies',
-        "Stored results, read and discussed; the papers' numbers stand beside ours."),
+        "Stored results with a discussion, and the papers' numbers beside ours."),
     core=(
         'Core',
         'What all methods are made of: exact perturbation, extra passes, divergences, checkpoints.'))

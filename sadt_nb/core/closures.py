@@ -57,15 +57,15 @@ def _split(out):
 
 # %% ../../nbs/core/13_closures.ipynb #ea23db3d
 class _Gradients:
-    "Keeps the gradients of a pass apart from those that were there before."
+    "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def set_aside(self):
-        "Take all gradients but those that the last step has used."
+        "Take all gradients out of `.grad`; return those that the last step has not used."
         used, self._used = self._used, {}
         taken = take_gradients(stepped_params(self))
         return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), g._version)}
 
     def remember_used(self):
-        "Note which gradients a step has used."
+        "Store which gradients a step has used."
         self._used = {}
         for p in stepped_params(self):
             if p.grad is not None: self._used[id(p)] = id(p.grad), p.grad._version
@@ -105,7 +105,7 @@ class PlainLoop(_Gradients):
             if f: f(cb)
 
     def run(self, rows=None, loss_func=None, between=None):
-        "Run the closure and see to the backward; return the loss."
+        "Run the closure, call backward if the closure has not called it, and return the loss."
         out = self.xb(rows) if self.per_sample else self.xb()
         logits, loss = _split(out)
         if self.per_sample: logits, loss = loss.detach(), loss.mean()
@@ -149,7 +149,7 @@ class PlainLoop(_Gradients):
         weights_moved()
 
     def close(self):
-        "Let go of the callbacks. Without this, a step's copies of the weights would live until a collection."
+        "Drop the references to the callbacks, so that a step's copies of the weights are freed at once."
         self.method._unhook()
         for cb in self.cbs: cb.learn = None
         vars(self).clear()
@@ -165,7 +165,7 @@ def _check_closure(method, closure):
 
 @contextmanager
 def _noticed_zeroing(*objects):
-    "Give a list that is not empty once `zero_grad` of an optimizer or a module has been called."
+    "Yield a list that gets an entry when `zero_grad` of an optimizer or a module is called inside the block."
     calls, own = [], []
     for o in objects:
         def noticed(*args, _zero_grad=o.zero_grad, **kwargs):
@@ -215,7 +215,7 @@ def _loop_backward(loop, closure):
 
 # %% ../../nbs/core/13_closures.ipynb #a5df7cff
 def _loop_step(loop):
-    "Let the optimizer use what is in `.grad`."
+    "Make the optimizer's step with the gradients in `.grad`."
     done = []
     def step():
         params = stepped_params(loop)
@@ -238,7 +238,7 @@ def _loop_step(loop):
 _SERVED = 'SAM, ASAM, ESAM, GSAM, LookSAM and SADT'
 
 def _check_method(method):
-    "Raise `TypeError` for what is no method, or one that needs more of a Learner than passes and steps."
+    "Raise `TypeError` for an object that is no method, and for a method that needs a fastai Learner."
     if isinstance(method, ExtraPass): return
     raise TypeError(f'a closure can serve {_SERVED}, as instances such as SAM(rho=.05); got {method!r}, '
                     'which needs a fastai Learner')
@@ -284,7 +284,7 @@ def _check_passes(loop):
                      '`step(closure)`, or `backward(closure)` for each micro-batch before `step()`')
 
 def _check_base(optimizer, model):
-    "Raise `TypeError` or `ValueError` for an optimizer that cannot stand inside a `MethodOptimizer`."
+    "Raise `TypeError` or `ValueError` for an optimizer that `MethodOptimizer` cannot wrap."
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f'the base must be a `torch.optim.Optimizer`, got {type(optimizer).__name__}')
     closure = inspect.signature(optimizer.step).parameters.get('closure')
@@ -297,7 +297,7 @@ def _check_base(optimizer, model):
                          '`model.parameters()`')
 
 class _MovedWeights:
-    "The weights between `first_step` and `second_step`, with the policies for what a forward leaves behind."
+    "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
     def __init__(self, loop):
         method = loop.method
         self.passes = method.extra_pass(*method.first_gradients())
@@ -312,7 +312,7 @@ class _MovedWeights:
         next(self.passes, None)
 
     def abandon(self):
-        "Put the weights back, and leave the gradients alone."
+        "Put the weights back, and do not change the gradients."
         self.policies.close()
         self.passes.close()
 
@@ -325,7 +325,7 @@ class _Wrapped(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
 
-    # the base may get new groups and a new state at any time, so both are looked up
+    # the base may get new groups and a new state at any time, so both are read at every use
     @property
     def param_groups(self): return self.base.param_groups
     @param_groups.setter
@@ -346,7 +346,7 @@ class _Wrapped(torch.optim.Optimizer):
         return self.base.state_dict() | dict(method=self.method.state_dict())
 
     def load_state_dict(self, state_dict):
-        "Restore what `state_dict` gave; a state of the base optimizer alone is taken as well."
+        "Load what `state_dict` returned; the state of the base optimizer alone is accepted, too."
         state = dict(state_dict)
         method = state.pop('method', None)
         self.base.load_state_dict(state)

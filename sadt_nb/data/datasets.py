@@ -120,7 +120,7 @@ def _official(name, folder):
         try: part = _OFFICIAL[name](str(folder), train=train, download=False)
         except RuntimeError:
             raise ValueError(f'{folder}: the python batches of {name} do not match their published MD5 sums; '
-                             'they will not be opened, get them again') from None
+                             'the batches are not opened, download them again') from None
         data.append(ImageData(part.data, part.targets, part.classes))
     return tuple(data)
 
@@ -129,7 +129,7 @@ def _official_tar(name, path):
     cls = _OFFICIAL[name]
     if hashlib.md5(Path(path).read_bytes()).hexdigest() != cls.tgz_md5:
         raise ValueError(f'{path} does not match the published MD5 sum of {cls.filename}; '
-                         'it will not be opened, get it again')
+                         'the archive is not opened, download it again')
     with tempfile.TemporaryDirectory() as tmp, tarfile.open(path) as tar:
         tar.extraction_filter = getattr(tarfile, 'data_filter', None) # Python 3.11: from 3.11.4 on
         tar.extractall(tmp)
@@ -265,7 +265,7 @@ def _read_svhn(folder):
         try: part = SVHN(str(folder), split=split, download=False)
         except RuntimeError:
             raise ValueError(f'{folder}: the files of svhn do not match their published MD5 sums; '
-                             'they will not be opened, get them again') from None
+                             'the batches are not opened, download them again') from None
         data.append(ImageData(part.data.transpose(0, 2, 3, 1), part.labels, vocab))
     return tuple(data)
 

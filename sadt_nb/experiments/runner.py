@@ -354,7 +354,7 @@ def load_model(
     model = make_model(cfg.model, classes, **dict(cfg.model_args))
     file = weights_file(cfg, root)
     if _is_damaged(file):
-        raise RunError(f'{cfg.name}: {file.name} is damaged, its hash is another than in weights.sha256')
+        raise RunError(f'{cfg.name}: {file.name} is damaged: its hash is not the hash in weights.sha256')
     try: load_weights(model, file)
     except (OSError, ValueError) as e: raise RunError(f'{cfg.name}: {e}') from None
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)

@@ -45,11 +45,11 @@ def _peak(learn):
 def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
     "Raise `ValueError` for values out of range or out of order."
     if not (0 <= rho_min <= rho_max and rho_max > 0):
-        raise ValueError('`rho_max` must be positive and `rho_min` between 0 and it, '
+        raise ValueError('`rho_max` must be positive and `rho_min` between 0 and `rho_max`, '
                          f'got {rho_max} and {rho_min}; use the plain optimizer for no perturbation')
     if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')
     if lr_min < 0 or (lr_max is not None and lr_max < lr_min):
-        raise ValueError('`lr_min` and `lr_max` must not be negative and in order, '
+        raise ValueError('`lr_min` must not be negative and `lr_max` not below `lr_min`, '
                          f'got {lr_min} and {lr_max}')
 
 # %% ../../nbs/methods/24_gsam.ipynb #6e80e9e6

@@ -23,7 +23,7 @@ OUT = ROOT / '_build'
 SECTIONS = dict( # folder of notebooks to title and lead, in the order of the sidebar
     tutorials=(
         'Tutorials',
-        'A course of nine notebooks, each of which computes for about a minute. '
+        'A course of ten notebooks, each of which computes for about a minute. '
         'Read them in order, or start with the one that you need.'),
     guides=(
         'Guides',

@@ -8,6 +8,7 @@ __all__ = ['closure_step', 'MethodOptimizer']
 # %% ../../nbs/core/13_closures.ipynb #d880f7fd
 import inspect
 from contextlib import contextmanager, ExitStack
+from typing import Callable
 
 import torch
 from torch import nn, Tensor
@@ -230,7 +231,7 @@ def _check_method(method):
 def closure_step(
     method:ExtraPass, # Such as `SAM(rho=.05)`; made for this step, or kept for a state such as LookSAM's
     model:nn.Module,  # Its parameters are those that `optimizer` steps
-    closure,          # Runs the batch; returns the loss, or (logits, loss) for SADT
+    closure:Callable, # Runs the batch; returns the loss, or (logits, loss) for SADT
     optimizer:torch.optim.Optimizer, # Any base optimizer
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Make one step of a method in plain PyTorch; gradients from before are dropped.
@@ -331,10 +332,10 @@ class MethodOptimizer(_Wrapped):
     Raises `TypeError` for a method that needs a fastai Learner, and `ValueError` for a base optimizer that
     steps nothing of the network, or that evaluates the loss itself."""
     def __init__(self,
-        method:ExtraPass,      # Such as `SAM(rho=.05)`
+        method:ExtraPass,         # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
-        model:nn.Module,       # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
-        scaler=None,           # `torch.amp.GradScaler`; then `step` unscales, and you call `scaler.update()`
+        model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
+        scaler:'torch.amp.GradScaler|None'=None, # `step` then unscales; call `scaler.update()` yourself
         max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
     ):
         _check_method(method)
@@ -344,13 +345,13 @@ class MethodOptimizer(_Wrapped):
         self._second = None # the rest of a step that `first_step` began
 
     def backward(self,
-        closure, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
+        closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     ) -> Tensor: # The loss at the unperturbed weights, detached
         "Add the method's gradient of a batch to `.grad`. Divide the losses of micro-batches by their number."
         return _loop_backward(self._loop, closure)
 
     def step(self,
-        closure=None, # As for `backward`; `None`: use what `backward` has left in `.grad`
+        closure:Callable|None=None, # As for `backward`; `None`: use what `backward` has left in `.grad`
     ): # What the closure returned at the unperturbed weights, or `None`
         "Make one step of the method, with the gradients that were accumulated before, if any."
         loss = None if closure is None else self.backward(closure)

@@ -8,9 +8,11 @@ __all__ = ['collect_batches', 'FixedLoss']
 # %% ../../nbs/core/07_fixed_loss.ipynb #4bb27ca6
 import math
 import random
+from typing import Iterable
 
 import torch
 from torch import nn, Tensor
+from fastai.learner import Learner
 from fastai.torch_core import to_device
 
 from .perturb import trainable_params, unwrapped, weights_moved
@@ -39,9 +41,9 @@ def _inputs_and_target(batch, n_inp, device):
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #2b02c7b9
 def collect_batches(
-    learn,        # A Learner with `model`, and with `dls.train` if `dl` is `None`
-    dl=None,      # Any iterable of batches `(x, y)`; `None`: the training loader, in order, augmented
-    samples=None, # Largest number of samples; from a loader a fixed random choice, otherwise the first
+    learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
+    dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order, augmented
+    samples:int|None=None, # Largest number of samples; a loader gives a fixed random choice, others the first
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 
@@ -89,9 +91,9 @@ class FixedLoss:
     Raises `ValueError` for a network in training mode, without trainable or with non-finite weights,
     for batches without labels, and for a loss that is not a mean."""
     def __init__(self,
-        learn,        # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`
-        dl=None,      # Iterable of batches `(x, y)`, read once; `None`: see `collect_batches`
-        samples=None, # Largest number of samples, >= 1; see `collect_batches`
+        learn:Learner, # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`
+        dl:Iterable|None=None, # Iterable of batches `(x, y)`, read once; `None`: see `collect_batches`
+        samples:int|None=None, # Largest number of samples, >= 1; see `collect_batches`
     ):
         if samples is not None and samples < 1:
             raise ValueError(f'`samples` must be at least 1, got {samples}')

@@ -52,17 +52,17 @@ def global_dot(
 
 # %% ../../nbs/core/00_perturb.ipynb #a07d0763
 def check_radius(
-    rho, # Any number
+    rho:float, # Any number
 ):
     "Raise `ValueError` unless `rho` is a positive, finite number."
     if not 0 < rho < math.inf:
         raise ValueError(f'`rho` must be positive, got {rho}; use the plain optimizer for no perturbation')
 
 def ascent(
-    grads:dict[str, Tensor],  # Name to gradient; overwritten
-    rho,                      # Length of the step, in weight space if `scales` is `None`
+    grads:dict[str, Tensor],            # Name to gradient; overwritten
+    rho:float,                          # Length of the step, in weight space if `scales` is `None`
     scales:dict[str, Tensor]|None=None, # The diagonal of T by name, shapes as `grads`; 1 for missing names
-    eps=1e-12,                # Added to the norm, so that a zero gradient gives a zero step
+    eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
     gs, scaled, ts = list(grads.values()), [], []
@@ -144,7 +144,7 @@ def perturbed(
 def weight_sizes(
     params:dict[str, Tensor], # Dictionary from name to parameter
     names:Iterable[str],      # Names of the parameters whose sizes are returned
-    eta=0.,                   # Added to each size, >= 0
+    eta:float=0.,             # Added to each size, >= 0
     scratch:dict|None=None,   # Memory for the sizes, see `scratch_like`; `perturbed` may overwrite it
 ) -> dict[str, Tensor]: # From name to `|w| + eta`, without gradient
     "Return the diagonal of the matrix T of the adaptive methods, for `ascent`."
@@ -158,8 +158,8 @@ def weight_sizes(
 def sam_ascent(
     params:dict[str, Tensor], # From name to parameter
     grads:dict[str, Tensor],  # From name to gradient; overwritten
-    rho,                      # Radius, > 0
-    adaptive=False,           # `T = |w|` for every parameter, not 1
+    rho:float,                # Radius, > 0
+    adaptive:bool=False,      # `T = |w|` for every parameter, not 1
     scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return SAM's step uphill by name; GSAM makes the same."

@@ -472,9 +472,9 @@ def make_learner(
     return learn
 
 def stored_learner(
-    cfg:Run,     # A run that `is_trained`
-    root='runs', # Folder of all results
-    device=None, # `None`: fastai's default device
+    cfg:Run,                           # A run that `is_trained`
+    root:str|Path='runs',              # Folder of all results
+    device:str|torch.device|None=None, # `None`: fastai's default device
 ) -> Learner: # In evaluation mode; `dls.train` in order, not augmented; `dls[2]`: test set
     "Return a Learner to measure a finished run. Raises `RunError` if weights are missing or do not fit."
     dls = run_loaders(cfg, device)

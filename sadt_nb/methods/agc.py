@@ -6,6 +6,8 @@
 __all__ = ['unit_norm', 'clip_units_', 'AGC']
 
 # %% ../../nbs/methods/11_agc.ipynb #ddd86315
+from typing import Iterable
+
 import torch
 from torch import Tensor
 from fastai.callback.core import Callback
@@ -23,10 +25,10 @@ def unit_norm(
 
 @torch.no_grad()
 def clip_units_(
-    params,     # Parameters
-    grads,      # Gradients of the parameters, changed in place
-    clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
-    eps=1e-3,   # Weight norms below this value are replaced by it
+    params:Iterable[Tensor], # Parameters
+    grads:Iterable[Tensor],  # Gradients of the parameters, changed in place
+    clip:float=.01,          # Largest ratio of gradient norm to weight norm, > 0
+    eps:float=1e-3,          # Weight norms below this value are replaced by it
 ):
     "Scale down each unit's gradient whose norm is above `clip` times the norm of the unit's weights."
     for p, g in zip(params, grads):
@@ -43,9 +45,9 @@ class AGC(Callback):
     order, run_valid = ORDERS['grad_transform'], False
 
     def __init__(self,
-        clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
-        eps=1e-3,   # Weight norms below this value are replaced by it, > 0
-        exclude=(), # Parameters with one of these texts in their name are not clipped
+        clip:float=.01,               # Largest ratio of gradient norm to weight norm, > 0
+        eps:float=1e-3,               # Weight norms below this value are replaced by it, > 0
+        exclude:str|Iterable[str]=(), # Parameters with one of these texts in their name are not clipped
     ):
         if clip <= 0 or eps <= 0: raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
         if isinstance(exclude, str): exclude = (exclude,)

@@ -18,7 +18,7 @@ class RepeatStep(Callback):
     Raises `ValueError` for `n` below 1."""
     order, run_valid = ORDERS['extra_pass'], False
     def __init__(self,
-        n=2, # Number of steps per batch, >= 1; SADT makes 2
+        n:int=2, # Number of steps per batch, >= 1; SADT makes 2
     ):
         if n < 1: raise ValueError(f'`n` must be at least 1, got {n}')
         self.n = n

@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import PerturbedPass
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
 from ..core.perturb import ascent, check_radius, copied, global_dot, global_norm, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
@@ -67,11 +67,11 @@ class LookSAM(PerturbedPass):
     per_rank, _stateattrs = False, ('direction',)
 
     def __init__(self,
-        rho=.05,     # Radius in weight space, > 0; read at every batch
-        alpha=.7,    # Length of the added direction relative to the gradient, >= 0
-        k=5,         # SAM step at the first optimizer step and then at every k-th step; >= 1
-        bn='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        alpha:float=.7,              # Length of the added direction relative to the gradient, >= 0
+        k:int=5,                     # SAM step at the first optimizer step and then at every k-th step; >= 1
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         check_radius(rho)
         if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')

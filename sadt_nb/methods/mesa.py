@@ -11,6 +11,7 @@ from copy import deepcopy
 import torch
 
 from ..core.loss_terms import TrajectoryLoss
+from ..core.losses import DivergenceLike
 from ..core.passes import replaying
 from ..core.perturb import unwrapped
 
@@ -41,11 +42,11 @@ class MESA(TrajectoryLoss):
     _stateattrs = ('teacher',) # not in pickled Learners
 
     def __init__(self,
-        lam=.8,        # Factor of the divergence, >= 0; read at every batch
-        tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
-        beta=.9995,    # Factor of the old average in the new average, in (0, 1); read at every batch
-        start_epoch=5, # Number of epochs without the term at the start, >= 0; the average starts at once
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
+        lam:float=.8,      # Factor of the divergence, >= 0; read at every batch
+        tau:float=5.,      # Temperature that softens both predictions, > 0; there is no factor `tau**2`
+        beta:float=.9995,  # Factor of the old average in the new average, in (0, 1); read at every batch
+        start_epoch:int=5, # Number of epochs without the term at the start, >= 0; the average starts at once
+        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         if not 0 < beta < 1: raise ValueError(f'`beta` must lie between 0 and 1, got {beta}')
         super().__init__(lam, tau, start_epoch, divergence)

@@ -6,7 +6,7 @@
 __all__ = ['weight_noise', 'layer_noise', 'gradient_ascent', 'normalized_ascent', 'SADT', 'sadt_step']
 
 # %% ../../nbs/methods/40_sadt.ipynb #467082bd
-from typing import NamedTuple
+from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 from torch import nn, Tensor
@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.closures import closure_step
-from ..core.losses import as_divergence, kl_div
-from ..core.passes import ExtraPass, StepGrads, step_unscaled, take_gradients
+from ..core.losses import as_divergence, DivergenceLike, kl_div
+from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
+from ..core.passes import step_unscaled, take_gradients
 from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
 from ..core.shared_trunk import shared_forward
 
@@ -27,8 +28,8 @@ def _noise(p, std, generator):
 class weight_noise:
     "Gaussian noise on every parameter with at least `min_ndim` axes (variant 1)."
     def __init__(self,
-        std,        # Standard deviation of the noise, >= 0
-        min_ndim=1, # 1: all parameters, as in the paper; 2: kernels only, as in the released code
+        std:float,      # Standard deviation of the noise, >= 0
+        min_ndim:int=1, # 1: all parameters, as in the paper; 2: kernels only, as in the released code
     ):
         if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
         self.std, self.min_ndim = std, min_ndim
@@ -38,9 +39,9 @@ class weight_noise:
 class layer_noise:
     "Gaussian noise on one layer (variant 2)."
     def __init__(self,
-        layer:str,      # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
-        std,            # Standard deviation of the noise, >= 0
-        multiply=False, # Multiply parameters by the noise, do not add it; the released code does so once
+        layer:str,           # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
+        std:float,           # Standard deviation of the noise, >= 0
+        multiply:bool=False, # Multiply parameters by the noise, do not add it; the released code does so once
     ):
         if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
         self.layer, self.std, self.multiply = layer, std, multiply
@@ -56,9 +57,9 @@ class layer_noise:
 class gradient_ascent:
     "A step uphill along the noisy gradient (variant 3)."
     def __init__(self,
-        lr,         # Length of the step in units of the gradient, >= 0
-        noise_std,  # Standard deviation of the noise added to the gradient, >= 0
-        min_ndim=1, # Noise only on parameters with at least this many axes; 2 in the released code
+        lr:float,        # Length of the step in units of the gradient, >= 0
+        noise_std:float, # Standard deviation of the noise added to the gradient, >= 0
+        min_ndim:int=1,  # Noise only on parameters with at least this many axes; 2 in the released code
     ):
         if lr < 0 or noise_std < 0:
             raise ValueError(f'`lr` and `noise_std` must not be negative, got {lr} and {noise_std}')
@@ -73,7 +74,7 @@ class gradient_ascent:
 class normalized_ascent:
     "A step uphill of a given length, as in SAM (not in the paper)."
     def __init__(self,
-        rho, # Euclidean length of the step, >= 0
+        rho:float, # Euclidean length of the step, >= 0
     ):
         if rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
         self.rho = rho
@@ -265,20 +266,22 @@ class SADT(_SeededNoise, _TwoSteps):
     such as clipping, change `g_up` only. Raises `ValueError` for arguments out of range, and, before training
     starts, if variant 2 finds no convolution or no dense layer."""
     def __init__(self,
-        variant=1,       # 1: noise on all; 2: noise on last convolution and last dense layer; 3: ascent
-        spec='paper',    # Presets of the variant: as in the 'paper' or as in the released 'code'
-        perturb=None,    # Functions `(params, grads, generator) -> deltas`, one per teacher; `None`: preset
-        kl=None,         # 'clean_to_aux': KL(q || teacher); 'aux_to_clean': KL(teacher || q); `None`: preset
-        kl_weight=1.,    # Factor of the divergence, >= 0; 0: no extra pass, the second step uses only `g_up`
-        grad_at='aux',   # Gradient of the divergence: at `w_aux` ('aux'), or at `w_up` ('up', Figure 1)
-        noise_scale=1.,  # Factor of the presets' standard deviations, >= 0; 0: no noise
-        rho=None,        # Length of a step uphill, as in SAM, to a single teacher; `None`: the preset
-        first_step=True, # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
-        bn='keep',       # BatchNorm statistics in the extra passes: 'keep' or 'update'
-        rng='fresh',     # Dropout masks in the extra passes: 'fresh' or 'replay'
-        seed:int=0,      # Seed of the noise
-        share_trunk=True,# Run layers that `layer_noise` teachers share only once; `False`: a pass per teacher
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
+        variant:Literal[1, 2, 3]=1, # 1: noise on all; 2: on last convolution and last dense layer; 3: ascent
+        spec:Literal['paper', 'code']='paper', # Presets of the variant: of the paper, or of the released code
+        # One function `(params, grads, generator) -> deltas` per teacher; `None`: those of the variant
+        perturb:Iterable[Callable]|None=None,
+        # KL(q || teacher), or KL(teacher || q); `None`: that of the variant
+        kl:Literal['clean_to_aux', 'aux_to_clean']|None=None,
+        kl_weight:float=1., # Factor of the divergence, >= 0; 0: no extra pass, second step with `g_up` only
+        grad_at:Literal['aux', 'up']='aux', # Gradient of the divergence: at `w_aux`, or at `w_up` (Figure 1)
+        noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
+        rho:float|None=None, # Length of a step uphill, as in SAM, to a single teacher; `None`: the preset
+        first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
+        bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
+        rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
+        seed:int=0,                 # Seed of the noise
+        share_trunk:bool=True, # Run layers that `layer_noise` teachers share once; else a pass per teacher
+        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
         if perturb is not None: perturb = list(perturb)
@@ -312,15 +315,15 @@ class SADT(_SeededNoise, _TwoSteps):
 _VARIANT_1 = (weight_noise(1e-4),) # one teacher with noise on every parameter
 
 def sadt_step(
-    model:nn.Module,   # Its parameters are those that `optimizer` steps
-    closure,           # Called without arguments: runs the model on the batch, returns `(logits, loss)`
-    optimizer:torch.optim.Optimizer, # Steps twice
-    perturb=_VARIANT_1, # One function `(params, grads, generator) -> deltas` per teacher
-    kl='clean_to_aux', # KL(q || teacher), or 'aux_to_clean' for KL(teacher || q)
-    generator=None,    # Source of the noise; `None`: PyTorch's global one
-    bn='update',       # BatchNorm statistics in the teachers' passes: 'update', or 'keep' as in the callback
-    rng='fresh',       # Dropout masks in the teachers' passes: 'fresh' or 'replay'
-    divergence=None,   # How predictions are compared, see `as_divergence`; `None`: classes along axis 1
+    model:nn.Module,                       # Its parameters are those that `optimizer` steps
+    closure:Callable[[], tuple[Tensor, Tensor]], # Runs the model on the batch, returns `(logits, loss)`
+    optimizer:torch.optim.Optimizer,       # Steps twice
+    perturb:Iterable[Callable]=_VARIANT_1, # One function `(params, grads, generator) -> deltas` per teacher
+    kl:Literal['clean_to_aux', 'aux_to_clean']='clean_to_aux', # KL(q || teacher), KL(teacher || q)
+    generator:torch.Generator|None=None,   # Source of the noise; `None`: PyTorch's global one
+    bn:BatchNormPolicy='update',           # BatchNorm statistics in the teachers' passes: 'update' or 'keep'
+    rng:RandomPolicy='fresh',              # Dropout masks in the teachers' passes: 'fresh' or 'replay'
+    divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: classes, axis 1
 ) -> Tensor: # The loss of the first pass, detached
     "Train on one batch: a step, the teachers' gradients at the perturbed weights, a second step."
     method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng, divergence=divergence)

@@ -23,6 +23,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
+from .arguments import ShowsArguments
 from .passes import rng_states, set_rng_states
 from .perturb import unwrapped
 from .ranks import bare_loader, n_ranks, this_rank
@@ -266,7 +267,7 @@ def _check_interval(epochs, minutes):
     if not 0 <= minutes < math.inf: raise ValueError(f'`minutes` must not be negative, got {minutes}')
 
 # %% ../../nbs/core/08_checkpoint.ipynb #ba3f09e1
-class Checkpoint(CheckpointFile, Callback):
+class Checkpoint(ShowsArguments, CheckpointFile, Callback):
     """Stores the state of training after epochs, and continues from a stored state.
 
     Use it as `learn.fit(n, cbs=Checkpoint(file))`. After a crash, run the same line again, with a Learner

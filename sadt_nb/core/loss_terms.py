@@ -17,13 +17,14 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 
+from .arguments import ShowsArguments
 from .losses import as_divergence, DivergenceLike
 from .passes import ORDERS, batch_size, device_of, replayed_rows, replays_other_loss
 from .perturb import weights_moved
 from .ranks import bare_loader
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
-class LossTerm(Callback):
+class LossTerm(ShowsArguments, Callback):
     """Base class of callbacks that add a term to `learn.loss_grad`, the loss that is differentiated.
 
     `learn.loss`, which recorders show, stays the plain loss."""
@@ -81,7 +82,9 @@ class TrajectoryLoss(LossTerm):
         "Return what a resumed run needs to continue exactly."
         return dict(done=self.done)
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         "Restore the state that `state_dict` returned."
         self.done = state['done']
 
@@ -197,7 +200,9 @@ class SampleIds(Callback):
     def after_fit(self): self.learn.remove_cb(self)
 
     @classmethod
-    def install(cls, learn:Learner) -> 'SampleIds':
+    def install(cls,
+        learn:Learner, # Gets the callback if it has none
+    ) -> 'SampleIds':
         """Return the Learner's `SampleIds`; if it has none, add one until the end of the fit.
 
         Raises `ValueError` for a loader without an order of samples, such as a list of batches."""

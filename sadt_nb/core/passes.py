@@ -19,6 +19,7 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 
+from .arguments import ShowsArguments
 from .perturb import copied, perturbed, trainable_params, weights_moved
 from .ranks import sync_gradients
 
@@ -233,7 +234,7 @@ def replay(
         for k, v in shown.items(): setattr(learn, k, v)
 
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
-class ExtraPass(Callback):
+class ExtraPass(ShowsArguments, Callback):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
     order, run_valid = ORDERS['extra_pass'], False
     needs_logits = False # whether the predictions are needed, not the loss alone
@@ -273,7 +274,9 @@ class ExtraPass(Callback):
         if self._hook is not None: self._hook.remove()
         self._hook, self.rng_state = None, None
 
-    def replay(self, **kwargs:object):
+    def replay(self,
+        **kwargs:object, # Arguments of `replay`
+    ):
         "Call `replay` with the callback's own `bn`, `rng` and random state, unless `kwargs` has others."
         return replay(self.learn, **{'bn': self.bn, 'rng': self.rng, 'rng_state': self.rng_state, **kwargs})
 
@@ -281,7 +284,9 @@ class ExtraPass(Callback):
         "Return the state that a resumed run needs to continue exactly."
         return {}
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         "Restore the state that `state_dict` returned."
 
 # %% ../../nbs/core/01_passes.ipynb #d433d3b4
@@ -353,7 +358,10 @@ class PerturbedPass(_OwnGradients):
         take_gradients(stepped_params(self.learn))
         return params, grads
 
-    def extra_pass(self, params:dict[str, Tensor], grads:dict[str, Tensor]):
+    def extra_pass(self,
+        params:dict[str, Tensor], # Parameters that have a gradient
+        grads:dict[str, Tensor],  # Gradients of the first pass; emptied
+    ):
         "Perturb the weights, and stop once for the pass that leaves their gradient in `.grad`."
         deltas = dict(self.perturbation(params, grads)) # a new dict: it may be `grads` itself
         grads.clear()
@@ -362,7 +370,9 @@ class PerturbedPass(_OwnGradients):
             deltas.clear() # they are in the weights now; free them before the pass needs memory
             yield          # `second_pass` runs here
 
-    def radius_scales(self, params:dict[str, Tensor]) -> dict: # By name; empty: 1 for all
+    def radius_scales(self,
+        params:dict[str, Tensor], # Parameters by name
+    ) -> dict[str, float]: # By name; empty: 1 for all
         "Return the factor of each parameter's perturbation; a plain loop's groups can have a `rho`."
         own = getattr(self.learn, 'radius_scales', None)
         return own(self, params) if own else {}
@@ -400,7 +410,9 @@ class StepGrads(Callback):
     def after_batch(self): self.grads = None
 
     @classmethod
-    def install(cls, learn:Learner) -> 'StepGrads':
+    def install(cls,
+        learn:Learner, # Gets the callback if it has none
+    ) -> 'StepGrads':
         "Return the Learner's `StepGrads`; if the Learner has none, add one."
         found = next((cb for cb in learn.cbs if isinstance(cb, cls)), None)
         if found is None:

@@ -17,6 +17,7 @@ from fastai.callback.core import Callback, CancelTrainException, TrainEvalCallba
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
+from .arguments import ShowsArguments
 from .passes import ORDERS
 from .perturb import trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
@@ -100,7 +101,7 @@ def triangle(
         return start + (1 - start) * done / peak
     return 1 + (end - 1) * (done - peak) / (1 - peak)
 
-class RateSchedule(ParamScheduler):
+class RateSchedule(ShowsArguments, ParamScheduler):
     """Multiplies the learning rate of every parameter group by a function of the finished share of training.
 
     The learning rate is the group's `initial_lr`, or the Learner's rate if the group has no `initial_lr`."""
@@ -130,7 +131,7 @@ def _pull_(slow, fast, kept):
     weights_moved()
 
 # %% ../../nbs/core/09_recipe.ipynb #3abc16fb
-class Lookahead(Callback):
+class Lookahead(ShowsArguments, Callback):
     """Sets weights and buffers to their slow average after every few batches (Zhang et al. 2019).
 
     Raises `ValueError` for values out of range, and, before training starts, if training has fewer batches
@@ -173,14 +174,16 @@ class Lookahead(Callback):
         "Return the slow weights, and the number of batches so far."
         return dict(slow=self.slow, batches=self.batches)
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         "Restore the state that `state_dict` returned."
         self.batches = state['batches']
         for name, t in state['slow'].items():
             self.slow[name].copy_(t)
 
 # %% ../../nbs/core/09_recipe.ipynb #85a61439
-class FreezeAfter(Callback):
+class FreezeAfter(ShowsArguments, Callback):
     """Freezes parameters after a number of epochs; by default the parameters in the model's `frozen_after`.
 
     Raises `ValueError` for a name that the model does not have."""
@@ -220,7 +223,7 @@ class FreezeAfter(Callback):
             p.requires_grad_(True)
 
 # %% ../../nbs/core/09_recipe.ipynb #81de7d3a
-class PartialEpochs(Callback):
+class PartialEpochs(ShowsArguments, Callback):
     """Ends training after a fraction of an epoch; schedules end with the last batch.
 
     Call `fit(ceil(epochs))`. Training has `epochs` times the batches of an epoch, rounded up. Raises

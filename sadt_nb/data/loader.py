@@ -167,7 +167,7 @@ class TensorDL(_BatchLoader):
         dtype:torch.dtype=torch.float32,   # Type of the images that the model gets
         device:str|torch.device|None=None, # Device of data and batches; `None`: fastai's default device
         num_workers:int=0,                 # Ignored: batches are made in this process
-        **kwargs:object,
+        **kwargs:object,                   # Further arguments of fastai's `DataLoader`
     ):
         if not 1 <= bs <= max(1, len(dataset)):
             raise ValueError(f'`bs` must lie in 1..{len(dataset)} (the size of the data set), got {bs}')
@@ -184,7 +184,9 @@ class TensorDL(_BatchLoader):
         if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))
         return super().new(dataset, cls, **{**mine, **kwargs})
 
-    def decode(self, b:tuple):
+    def decode(self,
+        b:tuple, # A batch
+    ):
         "Return images in [0, 1], without the normalisation, and labels."
         x, y = b[0].cpu(), b[1].cpu()
         mean = torch.as_tensor(self.mean, dtype=x.dtype).reshape(-1, 1, 1)

@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from tqdm import tqdm
 
+from ..core.arguments import ShowsArguments
 from ..core.fixed_loss import FixedLoss, collect_batches
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
@@ -103,7 +104,7 @@ def average_sharpness(
     return AverageSharpness(v.mean().item(), v.std().item() / math.sqrt(len(v)), len(v), len(v) == pairs)
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
-class FlatnessRecorder(Callback):
+class FlatnessRecorder(ShowsArguments, Callback):
     """Measures the network after each `every` epochs, and after the last epoch.
 
     A measure returns a number, or a result with `value`. `rows` has one dictionary per measurement, and
@@ -145,7 +146,10 @@ class FlatnessRecorder(Callback):
         return dict(epoch=self.epoch + 1, loss=FixedLoss(self.learn, self._batches)(), **found)
 
     def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, state): self.rows = list(state['rows'])
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
+        self.rows = list(state['rows'])
 
     def table(self) -> pd.DataFrame: # One row per measurement: `epoch`, `loss` and the measures
         "Return the measurements as a table."

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from fastai.callback.core import Callback
 
+from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS
 from ..core.perturb import trainable_params, weights_moved
 
@@ -37,7 +38,7 @@ def clip_units_(
         g.mul_(bound.div_(norm).clamp_(max=1))
 
 # %% ../../nbs/methods/11_agc.ipynb #f1cbb7f3
-class AGC(Callback):
+class AGC(ShowsArguments, Callback):
     """Clips every unit's gradient relative to its weights before every step (Brock et al. 2021, eq. 3).
 
     Raises `ValueError` if `clip` or `eps` is not positive, and, before training starts, if an entry of

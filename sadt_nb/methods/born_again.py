@@ -13,6 +13,7 @@ from torch import nn
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
+from ..core.arguments import ShowsArguments
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -28,7 +29,7 @@ def _n_right(model, batches):
         n += len(y)
     return right, n
 
-class KeepBest(Callback):
+class KeepBest(ShowsArguments, Callback):
     """Ends training with the weights of the epoch with the highest accuracy, or of the first such epoch.
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
@@ -63,7 +64,9 @@ class KeepBest(Callback):
     def state_dict(self):
         return dict(best=self.best, epoch_kept=self.epoch_kept, last=self.last, weights=self._weights)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         self.best, self.epoch_kept, self.last = state['best'], state['epoch_kept'], state['last']
         self._weights = state['weights']
 

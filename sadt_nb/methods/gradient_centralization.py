@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from fastai.callback.core import Callback
 
+from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS
 from ..core.perturb import trainable_params, weights_moved
 
@@ -24,7 +25,7 @@ def centralize_(
     for g in grads:
         if g.ndim > 1: g.sub_(g.mean(dim=tuple(range(1, g.ndim)), keepdim=True))
 
-class GradientCentralization(Callback):
+class GradientCentralization(ShowsArguments, Callback):
     "Centralizes the gradients before every step (Yong et al. 2020, eq. 1)."
     order, run_valid = ORDERS['grad_transform'], False
 

@@ -10,7 +10,7 @@ import inspect, json, warnings
 from collections import UserDict
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, EntryPoint
 from pathlib import Path
 from typing import Iterable
 
@@ -57,7 +57,7 @@ class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
     def __init__(self,
         own:dict[str, Method],     # The library's methods by name
-        points:Iterable|None=None, # Entry points; `None`: those of the installed packages
+        points:Iterable[EntryPoint]|None=None, # `None`: those of the installed packages
     ): self.own, self.points, self.loaded = own, points, False
 
     @property
@@ -68,7 +68,9 @@ class Methods(UserDict):
             for ep in points: self.add(ep)
         return self.own
 
-    def add(self, ep):
+    def add(self,
+        ep:EntryPoint, # Its name is the method's, its value a `Method`
+    ):
         "Load the method of an entry point, or warn that it cannot be loaded."
         try:
             if ep.name in self.own: raise ValueError('there is a method of that name')

@@ -17,7 +17,8 @@ from fastai.callback.core import CancelStepException
 
 from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of, rng_policy,
                                  step_unscaled, stepped_params, take_gradients)
-from .perturb import trainable_params, weights_moved
+from .perturb import clip_gradients_, settle_gradients, trainable_params, version_of
+from .perturb import weights_moved
 from .ranks import sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
@@ -63,13 +64,13 @@ class _Gradients:
         "Take all gradients but those that the last step has used."
         used, self._used = self._used, {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), g._version)}
+        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), version_of(g))}
 
     def remember_used(self):
         "Note which gradients a step has used."
         self._used = {}
         for p in stepped_params(self):
-            if p.grad is not None: self._used[id(p)] = id(p.grad), p.grad._version
+            if p.grad is not None: self._used[id(p)] = id(p.grad), version_of(p.grad)
 
     def has_gradients(self):
         "Return whether a backward has run."
@@ -114,6 +115,7 @@ class _Loop(_Gradients):
             _check_loss(loss)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scaled.backward()
+        settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
 
     def forward(self):
@@ -132,7 +134,7 @@ class _Loop(_Gradients):
                 self.run(rows, loss_func)
         finally:
             self.pred, self._replaying = shown, False
-            weights_moved() # a pass without a graph leaves cast weights that cannot be differentiated
+            weights_moved(self.model) # a pass without a graph leaves weights that later passes cannot use
             add_gradients(taken)
 
     def radius_scales(self, method, params):
@@ -143,7 +145,7 @@ class _Loop(_Gradients):
 
     def _step(self):
         self.optimizer.step()
-        weights_moved()
+        weights_moved(self.model)
 
     def close(self):
         "Let go of the callbacks. Without this, a step's copies of the weights would live until a collection."
@@ -204,7 +206,7 @@ def _loop_step(loop):
     done = []
     def step():
         params = stepped_params(loop)
-        if loop.max_norm is not None: nn.utils.clip_grad_norm_(params, loop.max_norm)
+        if loop.max_norm is not None: clip_gradients_(params, loop.max_norm)
         try:
             loop('before_step')
             loop._step()

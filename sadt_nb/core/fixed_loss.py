@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 
-from .perturb import trainable_params, unwrapped, weights_moved
+from .perturb import check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174
 def _repeatable(dl, shuffle):
@@ -76,6 +76,7 @@ def _check_measurable(model, loss_func):
     reduction = getattr(loss_func, 'reduction', 'mean')
     if reduction != 'mean':
         raise ValueError(f"the loss must be a mean over the batch, got reduction '{reduction}'")
+    check_whole(model, 'a measure needs all weights in one process')
     if not trainable_params(model): raise ValueError('the network has no trainable parameters')
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not torch.isfinite(t).all():
@@ -89,7 +90,7 @@ class FixedLoss:
     divides by another number, so its mean over all samples depends on the division into batches.
 
     Raises `ValueError` for a network in training mode, without trainable or with non-finite weights,
-    for batches without labels, and for a loss that is not a mean."""
+    for sharded weights, for batches without labels, and for a loss that is not a mean."""
     def __init__(self,
         learn:Learner, # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`
         dl:Iterable|None=None, # Iterable of batches `(x, y)`, read once; `None`: see `collect_batches`

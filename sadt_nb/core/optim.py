@@ -11,6 +11,8 @@ from typing import Callable, Iterable
 import torch
 from fastai.optimizer import OptimWrapper
 
+from .perturb import local_parts, settle_gradients
+
 # %% ../../nbs/core/03_optim.ipynb #ef0ff76c
 def _keras_adam_step_(ps, grads, ms, vs, counts, lr, betas, eps, weight_decay):
     "Update the parameters `ps` and their moments `ms` and `vs` in place; `counts` are step numbers from 1."
@@ -52,6 +54,7 @@ class KerasAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state: state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state['step'] += 1
+                settle_gradients([p])
                 ps.append(p)
                 grads.append(p.grad)
                 ms.append(state['m'])
@@ -59,7 +62,7 @@ class KerasAdam(torch.optim.Optimizer):
                 counts.append(state['step'])
             if not ps: continue
             options = {k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
-            _keras_adam_step_(ps, grads, ms, vs, counts, **options)
+            _keras_adam_step_(*map(local_parts, (ps, grads, ms, vs)), counts, **options)
 
 # %% ../../nbs/core/03_optim.ipynb #3035bd2f
 def keras_adam(

@@ -20,7 +20,8 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
-from .perturb import copied, perturbed, trainable_params, weights_moved
+from .perturb import copied, local_parts, perturbed, settle_gradients, trainable_params
+from .perturb import version_of, weights_moved
 from .ranks import sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
@@ -138,6 +139,8 @@ def take_gradients(
     params:Iterable[Tensor], # Parameters
 ) -> dict: # From parameter to gradient
     "Return the gradients of parameters, and set `.grad` of these parameters to `None`."
+    params = list(params)
+    settle_gradients(params)
     taken = {p: p.grad for p in params if p.grad is not None}
     for p in taken: p.grad = None
     return taken
@@ -147,7 +150,8 @@ def add_gradients(
 ):
     "Add gradients that were set aside to the gradients in `.grad`."
     both = {p: g for p, g in taken.items() if p.grad is not None}
-    if both: torch._foreach_add_([p.grad for p in both], list(both.values()))
+    settle_gradients(both)
+    if both: torch._foreach_add_(local_parts(p.grad for p in both), local_parts(both.values()))
     for p, g in taken.items():
         if p.grad is None: p.grad = g
 
@@ -224,10 +228,11 @@ def replay(
             learn('before_backward')
             take_gradients(params) # drops gradients of callbacks: the first pass has them
             learn._backward()
+            settle_gradients(params)
             _gradient_callbacks(learn, until)
             return tree_map_only(Tensor, Tensor.detach, pred)
     finally:
-        weights_moved() # a pass without a graph leaves cast weights that later passes cannot differentiate
+        weights_moved(learn.model) # a pass without a graph leaves weights that later passes cannot use
         add_gradients(taken)
         if amp and torch.is_autocast_enabled(amp.autocast.device): amp.autocast.__exit__(None, None, None)
         learn._replaying, learn._replayed_rows, learn._other_loss = False, None, False
@@ -258,11 +263,12 @@ class ExtraPass(ShowsArguments, Callback):
         if self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
 
     def before_fit(self):
+        trainable_params(self.learn.model) # an error here is better than in mid-epoch
         self._unhook() # a hook remains if the last fit ended in an exception
         if self.rng == 'replay': self._hook = self.model.register_forward_pre_hook(self._remember_rng)
         if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
 
-    def after_batch(self): weights_moved() # weights may have changed inside the user's autocast
+    def after_batch(self): weights_moved(self.learn.model) # perhaps inside the user's autocast
 
     def after_fit(self):
         self._unhook()
@@ -299,7 +305,7 @@ def _check_dense(grads):
 
 def _versions(params):
     "Return for each parameter the identity of its gradient and the number of writes to the gradient."
-    return {id(p): (id(p.grad), p.grad._version) for p in params if p.grad is not None}
+    return {id(p): (id(p.grad), version_of(p.grad)) for p in params if p.grad is not None}
 
 # %% ../../nbs/core/01_passes.ipynb #b6ffb98c
 class _OwnGradients(ExtraPass):
@@ -324,7 +330,7 @@ class _OwnGradients(ExtraPass):
         zeros, self._zeros = self._zeros, {}
         self._stash = {}
         for p, g in take_gradients(params).items():
-            if zeros.get(id(p)) != (id(g), g._version): self._stash[p] = g
+            if zeros.get(id(p)) != (id(g), version_of(g)): self._stash[p] = g
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 

@@ -19,7 +19,7 @@ from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
 from .passes import ORDERS
-from .perturb import trainable_params, unwrapped, weights_moved
+from .perturb import local_parts, trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
 
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
@@ -124,8 +124,8 @@ def _float_tensors(model):
 @torch.no_grad()
 def _pull_(slow, fast, kept):
     "Set slow and fast tensors to the sum of `kept` times the slow and `1 - kept` times the fast tensors."
-    slow_tensors = [slow[name] for name in fast]
-    fast_tensors = list(fast.values())
+    slow_tensors = local_parts(slow[name] for name in fast)
+    fast_tensors = local_parts(fast.values())
     torch._foreach_lerp_(slow_tensors, fast_tensors, 1 - kept)
     torch._foreach_copy_(fast_tensors, slow_tensors)
     weights_moved()

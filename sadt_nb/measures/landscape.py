@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
-from ..core.perturb import trainable_params, unwrapped, weights_moved
+from ..core.perturb import check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/measures/52_landscape.ipynb #510e1ca3
 def _norm_over(p, axes): return torch.linalg.vector_norm(p, dim=axes, keepdim=True)
@@ -36,6 +36,7 @@ def random_direction(
     if norm not in ('filter', 'layer', 'none'):
         raise ValueError(f"`norm` must be 'filter', 'layer' or 'none', got {norm!r}")
     g, out = torch.Generator().manual_seed(seed), {}
+    check_whole(model, 'a direction needs all weights in one process')
     for n, p in trainable_params(model).items():
         p = p.detach()
         d = torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)

@@ -14,13 +14,19 @@ from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS
-from ..core.perturb import trainable_params, weights_moved
+from ..core.perturb import is_sharded, Replicate, trainable_params, weights_moved
 
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb
+def _sharded_unit_norm(x):
+    "Return the norms of all units in every process."
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, keepdim=x.ndim > 1)
+    return norms.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
 ) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the norm of all of it
     "Return the Euclidean norm of each unit."
+    if is_sharded(x): return _sharded_unit_norm(x)
     if x.ndim <= 1: return x.norm()
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 

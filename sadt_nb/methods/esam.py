@@ -15,9 +15,9 @@ from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 
 from ..core.closures import closure_step
-from ..core.passes import batch_size, BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import ascent, check_radius
-from ..core.ranks import sync_gradients
+from ..core.passes import batch_size, BatchNormPolicy, device_of, PerturbedPass, RandomPolicy
+from ..core.perturb import ascent, check_radius, is_sharded
+from ..core.ranks import over_ranks, sync_gradients
 
 # %% ../../nbs/methods/22_esam.ipynb #ed9acbb5
 def sharpest(
@@ -73,6 +73,8 @@ class ESAM(PerturbedPass):
     def perturbation(self, params, grads):
         if self._mask is None:
             draws = torch.rand(len(params), generator=self.generator)
+            if any(map(is_sharded, params.values())): # the parts of a tensor move together
+                draws = over_ranks(draws.to(device_of(self.model)), 'first')
             self._mask = (draws < self.beta).tolist()
         return _chosen(ascent(grads, self.rho / self.beta), self._mask)
 

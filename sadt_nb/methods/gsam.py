@@ -15,7 +15,7 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
 from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import copied, global_dot, sam_ascent
+from ..core.perturb import copied, global_dot, local_parts, sam_ascent
 from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
@@ -27,9 +27,10 @@ def _decompose_(params, g, alpha):
         final.append(params[n].grad)
         plain.append(t)
     along = global_dot(plain, final) / global_dot(final, final).clamp_min(1e-24)
-    torch._foreach_mul_(plain, -alpha)
-    torch._foreach_mul_(final, 1 + alpha * along)
-    torch._foreach_add_(final, plain)
+    g, g_p = local_parts(plain), local_parts(final)
+    torch._foreach_mul_(g, -alpha)
+    torch._foreach_mul_(g_p, 1 + alpha * along)
+    torch._foreach_add_(g_p, g)
     return final
 
 # %% ../../nbs/methods/24_gsam.ipynb #a9ed7a4f

@@ -13,7 +13,7 @@ import torch
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
 from ..core.passes import replaying
-from ..core.perturb import unwrapped
+from ..core.perturb import check_whole, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
 @torch.no_grad()
@@ -38,7 +38,7 @@ class MESA(TrajectoryLoss):
     """Adds `lam` KL(teacher's prediction || prediction), softened by `tau` (Du et al. 2022, eqs. 10, 13).
 
     The teacher has the moving average of the weights. Raises `ValueError` for values out of range, and,
-    before training starts, if a loaded teacher does not fit the model."""
+    before training starts, for sharded weights, and if a loaded teacher does not fit the model."""
     _stateattrs = ('teacher',) # not in pickled Learners
 
     def __init__(self,
@@ -59,6 +59,7 @@ class MESA(TrajectoryLoss):
         if not self.run: return
         self._stepped = self._refused = False
         model = unwrapped(self.learn.model)
+        check_whole(model, 'MESA keeps a copy of the network')
         if self.teacher is None: self.teacher = deepcopy(model).requires_grad_(False).eval()
         if self._loaded is not None: self._load_teacher()
         _check_same_shapes(self.teacher, model)

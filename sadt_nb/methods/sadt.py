@@ -18,13 +18,16 @@ from ..core.closures import closure_step
 from ..core.losses import as_divergence, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
 from ..core.passes import step_unscaled, take_gradients
-from ..core.perturb import ascent, perturbed, trainable_params, unwrapped
+from ..core.perturb import ascent, is_sharded, local_parts, perturbed, placed_like
+from ..core.perturb import trainable_params, unwrapped
+from ..core.ranks import over_ranks
 from ..core.shared_trunk import shared_forward
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator):
     "Return Gaussian noise in the shape of `p`."
-    return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
+    noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
+    return placed_like(noise, p) # of a sharded parameter's noise, each process keeps its part
 
 class Perturbation(ShowsArguments):
     "Base class of the functions in `SADT(perturb=...)`, each of which makes a teacher; any function will do."
@@ -182,12 +185,21 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
     sadt.replay(rng_state=micro.rng_state, loss_func=loss)
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
+def _agree_over_ranks(params, deltas):
+    "Give all processes the first process's noise for the ordinary parameters of a partly sharded network."
+    if not any(map(is_sharded, params.values())): return
+    for delta in deltas:
+        for n, d in delta.items():
+            if not is_sharded(d): over_ranks(d, 'first')
+
 def _can_share(sadt, fns):
-    "Return whether one pass computes all teachers. Compiled and distributed models need a pass per teacher."
+    "Return whether one pass computes all teachers, which no compiled or distributed model allows."
     if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
     one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
     closure = hasattr(sadt.learn, 'own_replay') # it runs the network by itself
-    return one_layer_each and not closure and unwrapped(sadt.model) is sadt.learn.model
+    sharded = any(map(is_sharded, sadt.learn.model.parameters()))
+    own_forward = closure or sharded or unwrapped(sadt.model) is not sadt.learn.model
+    return one_layer_each and not own_forward
 
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "Add the gradients of one teacher, or of several teachers in one pass, over all micro-batches."
@@ -206,7 +218,8 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
 def _add_first_gradients(params, g_up):
     "Add `g_up` to `.grad`; if no teacher gives a parameter a gradient, `.grad` is a copy of `g_up`."
     both = [n for n, p in params.items() if p.grad is not None]
-    if both: torch._foreach_add_([params[n].grad for n in both], [g_up[n] for n in both])
+    second = local_parts(params[n].grad for n in both)
+    if both: torch._foreach_add_(second, local_parts(g_up[n] for n in both))
     for n, p in params.items():
         if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may write into it
 
@@ -320,6 +333,7 @@ class SADT(_SeededNoise, _TwoSteps):
         if _can_share(self, fns): groups = [fns]
         for group in groups:
             deltas = [fn(params, g_up, generator) for fn in group] # drawn even if unused: later noise stays
+            _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 
 # %% ../../nbs/methods/40_sadt.ipynb #a77616e8

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import nbformat
 from fastcore.docments import docments, empty
 from nbdev.doclinks import NbdevLookup
+from sadt_nb.core.arguments import without_parameters
 from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +154,9 @@ def parameters(fn, links):
         lines += ['', f'**Returns** {code(type_name(back.anno))} {text}'.rstrip()]
     return lines
 
-def doc(obj, links): return links.text(inspect.getdoc(obj) or '') if getattr(obj, '__doc__', None) else ''
+def doc(obj, links):
+    "Return a docstring without the parameters, for which there is a table."
+    return links.text(without_parameters(inspect.getdoc(obj) or '')) if getattr(obj, '__doc__', None) else ''
 
 def function_api(module, name, fn, links):
     return [f':::{{py:function}} {name}{signature(fn)}', f':module: {module}', '', doc(fn, links), '',
@@ -163,7 +166,7 @@ def class_api(module, name, cls, links):
     "Return a class with its own docstring, and its public methods that have one."
     own = cls.__dict__.get('__doc__')
     is_generated = own and own.startswith(f'{name}(') # as for named tuples
-    text = links.text(inspect.cleandoc(own)) if own and not is_generated else ''
+    text = links.text(without_parameters(inspect.cleandoc(own))) if own and not is_generated else ''
     lines = [f'::::{{py:class}} {name}{signature(cls)}', f':module: {module}', '', text, '',
              *parameters(cls, links)]
     for member, fn in vars(cls).items():

@@ -8,6 +8,7 @@ __all__ = ['PlainLoop', 'closure_step', 'check_one_pass', 'MethodOptimizer']
 # %% ../../nbs/core/13_closures.ipynb #d880f7fd
 import inspect
 from contextlib import contextmanager, ExitStack
+from typing import Callable
 
 import torch
 from torch import nn, Tensor
@@ -16,7 +17,8 @@ from fastai.callback.core import CancelStepException
 
 from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of, rng_policy,
                                  step_unscaled, stepped_params, take_gradients)
-from .perturb import trainable_params, weights_moved
+from .perturb import clip_gradients_, settle_gradients, trainable_params, version_of
+from .perturb import weights_moved
 from .ranks import sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
@@ -62,13 +64,13 @@ class _Gradients:
         "Take all gradients out of `.grad`; return those that the last step has not used."
         used, self._used = self._used, {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), g._version)}
+        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), version_of(g))}
 
     def remember_used(self):
         "Store which gradients a step has used."
         self._used = {}
         for p in stepped_params(self):
-            if p.grad is not None: self._used[id(p)] = id(p.grad), p.grad._version
+            if p.grad is not None: self._used[id(p)] = id(p.grad), version_of(p.grad)
 
     def has_gradients(self):
         "Return whether a backward has run."
@@ -117,6 +119,7 @@ class PlainLoop(_Gradients):
             _check_loss(loss)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scaled.backward()
+        settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
 
     def forward(self):
@@ -135,7 +138,7 @@ class PlainLoop(_Gradients):
                 self.run(rows, loss_func)
         finally:
             self.pred, self._replaying = shown, False
-            weights_moved() # a pass without a graph leaves cast weights that cannot be differentiated
+            weights_moved(self.model) # a pass without a graph leaves weights that later passes cannot use
             add_gradients(taken)
 
     def radius_scales(self, method, params):
@@ -146,7 +149,7 @@ class PlainLoop(_Gradients):
 
     def _step(self):
         self.optimizer.step()
-        weights_moved()
+        weights_moved(self.model)
 
     def close(self):
         "Drop the references to the callbacks, so that a step's copies of the weights are freed at once."
@@ -219,7 +222,7 @@ def _loop_step(loop):
     done = []
     def step():
         params = stepped_params(loop)
-        if loop.max_norm is not None: nn.utils.clip_grad_norm_(params, loop.max_norm)
+        if loop.max_norm is not None: clip_gradients_(params, loop.max_norm)
         try:
             loop('before_step')
             loop._step()
@@ -246,7 +249,7 @@ def _check_method(method):
 def closure_step(
     method:ExtraPass, # Such as `SAM(rho=.05)`; made for this step, or kept for a state such as LookSAM's
     model:nn.Module,  # Its parameters are those that `optimizer` steps
-    closure,          # Runs the batch; returns the loss, or (logits, loss) for SADT
+    closure:Callable, # Runs the batch; returns the loss, or (logits, loss) for SADT
     optimizer:torch.optim.Optimizer, # Any base optimizer
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Make one step of a method in plain PyTorch; gradients from before are dropped.
@@ -365,10 +368,10 @@ class MethodOptimizer(_Wrapped):
     Raises `TypeError` for a method that needs a fastai Learner, and `ValueError` for a base optimizer that
     steps nothing of the network, or that evaluates the loss itself."""
     def __init__(self,
-        method:ExtraPass,      # Such as `SAM(rho=.05)`
+        method:ExtraPass,         # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
-        model:nn.Module,       # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
-        scaler=None,           # `torch.amp.GradScaler`; then `step` unscales, and you call `scaler.update()`
+        model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
+        scaler:'torch.amp.GradScaler|None'=None, # `step` then unscales; call `scaler.update()` yourself
         max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
     ):
         _check_method(method)
@@ -378,13 +381,13 @@ class MethodOptimizer(_Wrapped):
         self._second = None # the rest of a step that `first_step` began
 
     def backward(self,
-        closure, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
+        closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     ) -> Tensor: # The loss at the unperturbed weights, detached
         "Add the method's gradient of a batch to `.grad`. Divide the losses of micro-batches by their number."
         return _loop_backward(self._loop, closure)
 
     def step(self,
-        closure=None, # As for `backward`; `None`: use what `backward` has left in `.grad`
+        closure:Callable|None=None, # As for `backward`; `None`: use what `backward` has left in `.grad`
     ): # What the closure returned at the unperturbed weights, or `None`
         """Make one step of the method, with the gradients that were accumulated before, if any.
 

@@ -10,8 +10,9 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import PerturbedPass
-from ..core.perturb import ascent, check_radius, copied, global_dot, global_norm, trainable_params
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
+from ..core.perturb import ascent, check_radius, copied, global_dot, global_norm, local_parts
+from ..core.perturb import placed_like, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
@@ -23,8 +24,8 @@ def _perpendicular_(g, params):
         g_s.append(params[n].grad)
     vs = list(g_v.values())
     along = global_dot(g_s, vs) / global_dot(vs, vs).clamp_min(1e-24)
-    torch._foreach_mul_(vs, -along)
-    torch._foreach_add_(vs, g_s)
+    torch._foreach_mul_(local_parts(vs), -along)
+    torch._foreach_add_(local_parts(vs), local_parts(g_s))
     return g_v
 
 def _add_direction_(params, direction, alpha):
@@ -36,17 +37,19 @@ def _add_direction_(params, direction, alpha):
         if n not in direction: continue
         turned.append(p.grad)
         directions.append(direction[n])
-    if turned: torch._foreach_add_(turned, torch._foreach_mul(directions, alpha * global_norm(grads)))
+    if not turned: return
+    added = torch._foreach_mul(local_parts(directions), alpha * global_norm(grads))
+    torch._foreach_add_(local_parts(turned), added)
 
 # %% ../../nbs/methods/23_looksam.ipynb #770da87b
 def _unit_(direction):
     "Scale `direction`, as one vector of all its tensors, to a norm of one, and return it."
     tensors = list(direction.values())
-    torch._foreach_div_(tensors, global_norm(tensors) + 1e-12)
+    torch._foreach_div_(local_parts(tensors), global_norm(tensors) + 1e-12)
     return direction
 
 def _fitted(direction, params):
-    """Return `direction` on the devices of `params`, without names that are not in `params`.
+    """Return `direction`, placed like `params`, without names that are not in `params`.
 
     Raises `ValueError` if a shape differs."""
     fitted = {}
@@ -55,7 +58,7 @@ def _fitted(direction, params):
         if params[n].shape != d.shape:
             raise ValueError(f'the loaded direction does not fit the model: {n} has shape '
                              f'{tuple(params[n].shape)}, not {tuple(d.shape)}')
-        fitted[n] = d.to(params[n].device)
+        fitted[n] = placed_like(d.to(params[n].device), params[n])
     return fitted
 
 # %% ../../nbs/methods/23_looksam.ipynb #cf3aded5
@@ -67,11 +70,11 @@ class LookSAM(PerturbedPass):
     per_rank, _stateattrs = False, ('direction',)
 
     def __init__(self,
-        rho=.05,     # Radius in weight space, > 0; read at every batch
-        alpha=.7,    # Length of the added direction relative to the gradient, >= 0
-        k=5,         # SAM step at the first optimizer step and then at every k-th step; >= 1
-        bn='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        alpha:float=.7,              # Length of the added direction relative to the gradient, >= 0
+        k:int=5,                     # SAM step at the first optimizer step and then at every k-th step; >= 1
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         check_radius(rho)
         if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')
@@ -96,7 +99,7 @@ class LookSAM(PerturbedPass):
         yield from super().extra_pass(params, grads) # leaves g_s in `.grad`
         g_v = _perpendicular_(g, params)
         if self._sum is None: self._sum = g_v
-        else: torch._foreach_add_([self._sum[n] for n in g_v], list(g_v.values()))
+        else: torch._foreach_add_(local_parts(self._sum[n] for n in g_v), local_parts(g_v.values()))
 
     def after_backward(self):
         if not self.active(): _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)

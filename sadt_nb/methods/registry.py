@@ -10,8 +10,9 @@ import inspect, json, warnings
 from collections import UserDict
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, EntryPoint
 from pathlib import Path
+from typing import Iterable
 
 import pandas as pd
 import sadt_nb
@@ -47,12 +48,17 @@ class Method:
     key: str = ''        # Most important hyperparameter, with its published value
     avoid: str = ''      # When not to use the method
 
-    def __call__(self, **options): return self.factory(**options)
+    def __call__(self,
+        **options:object, # Options of the callback
+    ): return self.factory(**options)
 
 # %% ../../nbs/methods/99_registry.ipynb #d0110fac
 class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
-    def __init__(self, own, points=None): self.own, self.points, self.loaded = own, points, False
+    def __init__(self,
+        own:dict[str, Method],     # The library's methods by name
+        points:Iterable[EntryPoint]|None=None, # `None`: those of the installed packages
+    ): self.own, self.points, self.loaded = own, points, False
 
     @property
     def data(self):
@@ -62,7 +68,9 @@ class Methods(UserDict):
             for ep in points: self.add(ep)
         return self.own
 
-    def add(self, ep):
+    def add(self,
+        ep:EntryPoint, # Its name is the method's, its value a `Method`
+    ):
         "Load the method of an entry point, or warn that it cannot be loaded."
         try:
             if ep.name in self.own: raise ValueError('there is a method of that name')
@@ -198,9 +206,9 @@ def _check_name(name):
     if name not in METHODS: raise ValueError(f'unknown method {name!r}; choose one of {", ".join(METHODS)}')
 
 def make_method(
-    name:str,    # A name in `METHODS`
-    seed:int=0,  # Seed of methods that draw random numbers
-    **options,   # Options of the method's callback
+    name:str,         # A name in `METHODS`
+    seed:int=0,       # Seed of methods that draw random numbers
+    **options:object, # Options of the method's callback
 ) -> list[Callback]: # List for a Learner's `cbs`; empty for the baseline
     "Return the callbacks of a method. Raises `ValueError` for an unknown name, option or value."
     _check_name(name)
@@ -257,8 +265,8 @@ def _facts(name, m):
             'key hyperparameter': m.key, 'when not to use it': m.avoid}
 
 def method_card(
-    *names:str, # Names in `METHODS`; each gets a column
-    **facts,    # Fields of `Method` with other values than in `METHODS`
+    *names:str,     # Names in `METHODS`; each gets a column
+    **facts:object, # Fields of `Method` with other values than in `METHODS`
 ) -> Card: # The card, with a column per method
     """Return where a method comes from, what it costs, what to set, and when not to use it.
 

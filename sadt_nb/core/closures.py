@@ -13,10 +13,11 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from fastcore.foundation import L
-from fastai.callback.core import CancelStepException
+from fastai.callback.core import Callback, CancelStepException
 
-from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of, rng_policy,
-                                 step_unscaled, stepped_params, take_gradients)
+from .passes import BatchNormPolicy, ExtraPass, PerturbedPass, RandomPolicy, add_gradients
+from .passes import bn_policy, device_of, rng_policy, step_unscaled, stepped_params
+from .passes import take_gradients
 from .perturb import clip_gradients_, settle_gradients, trainable_params, version_of
 from .perturb import weights_moved
 from .ranks import sync_gradients
@@ -85,7 +86,13 @@ class PlainLoop(_Gradients):
     "What a method needs of a Learner in a loop without one: network, optimizer, and passes over a batch."
     loss_func, training, n_epoch = None, True, float('inf')
 
-    def __init__(self, method, model, optimizer, scaler=None, max_norm=None):
+    def __init__(self,
+        method:ExtraPass,                # Such as `SAM(rho=.05)`
+        model:nn.Module,                 # The network
+        optimizer:torch.optim.Optimizer, # Steps the network's parameters
+        scaler:torch.amp.GradScaler|None=None, # Unscales before the step
+        max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
+    ):
         self.method, self.model, self.optimizer = method, model, optimizer
         self.scaler, self.max_norm, self.opt = scaler, max_norm, _Groups(optimizer)
         self.cbs, self.xb, self.yb, self.pred = L(), None, (), None
@@ -94,19 +101,27 @@ class PlainLoop(_Gradients):
         self.add_cb(method)
         method.before_fit()
 
-    def add_cb(self, cb):
+    def add_cb(self,
+        cb:Callback, # Gets this loop as its `learn`
+    ):
         "Add a callback, as a Learner does."
         cb.learn = self
         self.cbs.append(cb)
         setattr(self, cb.name, cb)
 
-    def __call__(self, event):
+    def __call__(self,
+        event:str, # Name of a fastai event, such as 'before_batch'
+    ):
         "Send an event to the callbacks in their order."
         for cb in self.cbs.sorted('order'):
             f = getattr(type(cb), event, None)
             if f: f(cb)
 
-    def run(self, rows=None, loss_func=None, between=None):
+    def run(self,
+        rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch
+        loss_func:Callable|None=None,   # Function of the logits instead of the closure's own loss
+        between:Callable|None=None,     # Called between forward and backward
+    ) -> Tensor: # Detached
         "Run the closure, call backward if the closure has not called it, and return the loss."
         out = self.xb(rows) if self.per_sample else self.xb()
         logits, loss = _split(out)
@@ -127,7 +142,14 @@ class PlainLoop(_Gradients):
         with torch.no_grad(): out = self.xb(None) if self.per_sample else self.xb()
         return out if self.per_sample else _split(out)[0]
 
-    def own_replay(self, bn, rng, rng_state, loss_func, backward, rows):
+    def own_replay(self,
+        bn:BatchNormPolicy,      # 'update' or 'keep'
+        rng:RandomPolicy,        # 'fresh' or 'replay'
+        rng_state:tuple|None,    # Random state at the start of the first pass
+        loss_func:Callable|None, # Function of the logits instead of the closure's own loss
+        backward:bool,           # `False`: run only the forward, without a graph
+        rows:Tensor|None,        # `(k,)` positions of samples; `None`: the whole batch
+    ) -> Tensor|None: # Logits, or losses, of a pass without backward
         "Run the closure again, as `replay` runs a Learner's batch again."
         shown = self.pred
         taken = take_gradients(stepped_params(self))
@@ -141,7 +163,10 @@ class PlainLoop(_Gradients):
             weights_moved(self.model) # a pass without a graph leaves weights that later passes cannot use
             add_gradients(taken)
 
-    def radius_scales(self, method, params):
+    def radius_scales(self,
+        method:ExtraPass,         # Its `rho` is that of groups without one
+        params:dict[str, Tensor], # Parameters by name
+    ) -> dict[str, float]: # By name; empty: 1 for all
         "Return factors by name where parameter groups have a `rho` of their own."
         own = {id(p): g['rho'] for g in self.optimizer.param_groups if 'rho' in g for p in g['params']}
         if not own: return {}

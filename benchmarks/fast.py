@@ -1,6 +1,6 @@
 """What the fast CIFAR-10 recipe costs in a Learner, against a bare PyTorch loop of the same recipe.
 
-    SADT_DATA=cifar10.tgz python -m benchmarks.fast [--part overhead|loader|methods|formats|seconds]
+    SADT_DATA=cifar10.tgz python -m benchmarks.fast [--part overhead|loader|methods|parts|formats|seconds]
         [--repeats 9] [--widths 64 256 256] [--bs 1024] [--steps N] [--device cuda] [--out FILE]
 
 overhead  Seconds per step of an epoch of N steps, the loader included: a Learner of `make_learner`, the same
@@ -10,6 +10,8 @@ loader    The training loader alone, as a share of an epoch of training. Limit: 
 methods   A step of every method in a Learner, as a ratio to the plain step. Limits: SAM 2.05, SADT-1 2.08,
           MESA 1.40. The terms of MESA and SAF act from the start, and distillation has a teacher of the same
           network. LookSAM's ratio is the mean over five steps.
+parts     A step of each row of `fast/steps`, which adds the parts of the recipe one by one, as a ratio to the
+          first row, with the widths and the batch of these rows.
 formats   On a CPU: images per second of the bare step by precision, memory format, batch, and with
           torch.compile where there is a compiler; and the kernels in which the fastest one spends its time.
 seconds   On a GPU: seconds of a whole run of the recipe, with `run` and with the bare loop, and the accuracy
@@ -292,6 +294,23 @@ def methods(a, device):
     return dict(rows=rows)
 
 
+def parts(a, device):
+    data = recipe(a.widths, a.bs, a.bs)
+    cases = {}
+    for row in paper_grid('fast/steps'):
+        label, _, seed = row.label.rpartition(' · ')
+        if seed != 'seed 0': continue
+        images = a.steps * row.run.bs
+        own = dict(n_train=images) if data.data == 'cifar10' else dict(data_args=dict(n=images))
+        cfg = row.run.but(data=data.data, epochs=1, views=0, **own)
+        cases[label] = learner_epoch(cfg, device)[0], a.steps
+    times = in_rounds(cases, a.repeats, device)
+    first = next(iter(cases))
+    rows = {name: against(times, name, first) for name in cases}
+    for name, row in rows.items(): print(f'parts: {name:36} {said(row)} times the first row', flush=True)
+    return dict(rows=rows)
+
+
 def compiles():
     "Return whether torch.compile finds a compiler."
     try:
@@ -409,7 +428,8 @@ def seconds(a, device):
     return dict(rows=rows)
 
 
-PARTS = dict(overhead=overhead, loader=loader, methods=methods, formats=formats, seconds=seconds)
+PARTS = dict(overhead=overhead, loader=loader, methods=methods, parts=parts, formats=formats,
+             seconds=seconds)
 ONLY = dict(formats='cpu', seconds='cuda')
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import nbformat
 from fastcore.docments import docments, empty
 from nbdev.doclinks import NbdevLookup
+from sadt_nb.core.arguments import without_parameters
 from sphinx.cmd.build import build_main
 
 ROOT = Path(__file__).parents[1]
@@ -23,15 +24,19 @@ OUT = ROOT / '_build'
 SECTIONS = dict( # folder of notebooks to title and lead, in the order of the sidebar
     tutorials=(
         'Tutorials',
-        'A course of nine notebooks, each about a minute of computing: '
-        'read them in order, or start where you are.'),
+        'A course of ten notebooks, each of which computes for about a minute. '
+        'Read them in order, or start with the one that you need.'),
+    guides=(
+        'Guides',
+        'The lines to copy: how to do one thing, with what works and what does not.'),
     methods=(
         'Methods',
-        'One notebook for each method: the idea, ten lines by hand, the callback, tests against the paper, '
-        'what it costs.'),
+        'One notebook for each method: the idea, the method in ten lines by hand, the callback, tests '
+        'against the paper, and the cost.'),
     measures=(
         'Measures',
-        'How flat, how robust, how well calibrated, how alike: one line each, with an honest error.'),
+        'Functions that measure how flat, how robust, how well calibrated and how alike networks are, '
+        'most of them with an error.'),
     models=(
         'Models',
         'The networks of the papers.'),
@@ -40,21 +45,22 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
         'Data sets that live on the device, and augmentation for whole batches.'),
     experiments=(
         'Experiments',
-        'Configurations, runs that continue after anything, grids, measures, reports, searches.'),
+        'Configurations, runs that continue after an interruption, grids, measures, reports, searches.'),
     papers=(
         'Papers',
-        'One page per paper: what it claims, our grid for it, how to run it, what it costs; and verdicts.'),
+        'One page per paper: the claims of the paper, our runs for them, how to train the runs, and the '
+        'cost; and verdicts on all claims.'),
     commands=(
         'Commands',
-        'The library without a line of Python.'),
+        'The library from a shell, without a line of Python.'),
     studies=(
         'Studies',
-        "Stored results, read and discussed; the papers' numbers stand beside ours."),
+        "Stored results with a discussion, and the papers' numbers beside ours."),
     core=(
         'Core',
         'What all methods are made of: exact perturbation, extra passes, divergences, checkpoints.'))
 # in these folders the source of an exported cell is shown; elsewhere it is folded
-OPEN = ('tutorials', 'methods', 'core', 'studies')
+OPEN = ('tutorials', 'guides', 'methods', 'core', 'studies')
 # pages that are Markdown files in the checkout
 DOCS = dict(citing='docs/citing.md', contributing='CONTRIBUTING.md', changelog='CHANGELOG.md',
             security='SECURITY.md')
@@ -148,7 +154,9 @@ def parameters(fn, links):
         lines += ['', f'**Returns** {code(type_name(back.anno))} {text}'.rstrip()]
     return lines
 
-def doc(obj, links): return links.text(inspect.getdoc(obj) or '') if getattr(obj, '__doc__', None) else ''
+def doc(obj, links):
+    "Return a docstring without the parameters, for which there is a table."
+    return links.text(without_parameters(inspect.getdoc(obj) or '')) if getattr(obj, '__doc__', None) else ''
 
 def function_api(module, name, fn, links):
     return [f':::{{py:function}} {name}{signature(fn)}', f':module: {module}', '', doc(fn, links), '',
@@ -158,7 +166,7 @@ def class_api(module, name, cls, links):
     "Return a class with its own docstring, and its public methods that have one."
     own = cls.__dict__.get('__doc__')
     is_generated = own and own.startswith(f'{name}(') # as for named tuples
-    text = links.text(inspect.cleandoc(own)) if own and not is_generated else ''
+    text = links.text(without_parameters(inspect.cleandoc(own))) if own and not is_generated else ''
     lines = [f'::::{{py:class}} {name}{signature(cls)}', f':module: {module}', '', text, '',
              *parameters(cls, links)]
     for member, fn in vars(cls).items():

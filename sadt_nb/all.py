@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/all.ipynb #fd8b189e
+from .core.arguments import explain as _explain
 from .core.closures import MethodOptimizer
 from .core.loss_terms import LossTerm
 from .core.losses import Divergence, kd_loss, kl_div
@@ -45,3 +46,6 @@ from .papers.grids import PAPER_GRIDS, paper_grid
 
 # %% ../nbs/all.ipynb #2334f3da
 __all__ = sorted(n for n in globals() if not n.startswith('_'))
+
+for _name in __all__: # `help` shows what the parameters of functions mean, too
+    if callable(globals()[_name]): _explain(globals()[_name])

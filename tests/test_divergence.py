@@ -12,6 +12,7 @@ from fastai.learner import Learner
 from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat,
                            LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.optimizer import SGD
+from tasks import NETWORKS, normal, task
 from torch import nn
 from torch.nn import functional as F
 
@@ -22,10 +23,6 @@ from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.sadt import SADT, sadt_step, weight_noise
 from sadt_nb.methods.saf import SAF
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def categorical_by_hand(t, s, tau, axis):
@@ -127,29 +124,6 @@ def test_kd_loss_takes_an_axis():
     y = torch.zeros(2, 4, 5, dtype=torch.long)
     expected = .3 * F.cross_entropy(other, y) + .7 * 4. * categorical_by_hand(pixels, other, 2., 1)
     assert kd_loss(pixels, other, y, .3, 2., axis=1).item() == pytest.approx(expected.item(), rel=1e-12)
-
-
-NETWORKS = {
-    'segmentation': (lambda: nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, 3, 1)),
-                     (2, 6, 6), lambda n: torch.randint(0, 3, (n, 6, 6)), CrossEntropyLossFlat(axis=1)),
-    'text': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 7)), (5, 4),
-             lambda n: torch.randint(0, 7, (n, 5)), CrossEntropyLossFlat()),
-    'multi-label': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)), (4,),
-                    lambda n: torch.randint(0, 2, (n, 5)).double(), nn.BCEWithLogitsLoss()),
-    'one logit': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), (4,),
-                  lambda n: torch.randint(0, 2, (n, 1)).double(), nn.BCEWithLogitsLoss()),
-    'regression': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), (4,),
-                   lambda n: normal(n, 1, seed=5), MSELossFlat()),
-    'flat regression': (lambda: nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1), nn.Flatten(0)),
-                        (4,), lambda n: normal(n, seed=5), MSELossFlat()),
-}
-
-
-def task(name):
-    make, shape, labels, loss = NETWORKS[name]
-    torch.manual_seed(0)
-    net, x = make().double(), normal(16, *shape)
-    return net, list(zip(x, labels(16))), loss
 
 
 def train(name, *cbs, epochs=3):

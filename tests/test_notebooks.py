@@ -146,7 +146,7 @@ def test_figures_have_an_alt_text(path):
 TUTORIALS = in_folder('tutorials')
 
 
-def test_the_course_is_complete(): assert [p.stem[:2] for p in TUTORIALS] == [f'{i:02}' for i in range(1, 10)]
+def test_the_course_is_complete(): assert [p.stem[:2] for p in TUTORIALS] == [f'{i:02}' for i in range(1, 11)]
 
 
 @pytest.mark.parametrize('path', TUTORIALS, ids=ids(TUTORIALS))
@@ -157,7 +157,7 @@ def test_tutorials_follow_the_pattern(path):
     assert re.search(r'^# .+\n\n> ', first)
     assert f'/blob/main/nbs/tutorials/{path.name})' in first
     assert '(colab.svg)' in first
-    assert f'Tutorial {int(path.stem[:2])} of 9' in first
+    assert f'Tutorial {int(path.stem[:2])} of 10' in first
     assert source(given[1]) == INSTALL_CELL
     text = prose(path)
     headings = re.findall(r'^## (.+)$', text, re.M)

@@ -296,7 +296,7 @@ def sadt_report(
 
 # %% ../../nbs/commands/110_cli.ipynb #5f17eae0
 def _sweep_cases(methods, plain):
-    "Return, for each method, a run with as many passes as the plain run, and the ranges to search."
+    "Return, for each method, a run with the passes of the plain run, and the ranges to search."
     cases = {}
     for method in methods.replace(',', ' ').split():
         run = at_equal_passes(plain.but(method=method), plain)
@@ -331,7 +331,7 @@ def sadt_sweep(
     data:str='digits',     # A data set, or a folder with train/<class> and test/<class>
     model:str='simple_cnn',# Network, such as simple_cnn or resnet18
     trials:int=16,         # Number of proposals per method
-    epochs:int=10,         # Epochs of plain training per proposal; other methods make as many passes
+    epochs:int=10,         # Epochs of plain training per proposal; other methods make equal passes
     bs:int=128,            # Images per batch
     lr:float=1e-3,         # Centre of the searched learning rates: from a thirtieth to thirty times it
     valid:float=.2,        # Share of the training images held out to judge the proposals

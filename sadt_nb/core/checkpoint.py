@@ -23,6 +23,7 @@ from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
+from .arguments import ShowsArguments
 from .passes import rng_states, set_rng_states
 from .perturb import unwrapped
 from .ranks import bare_loader, n_ranks, this_rank
@@ -164,9 +165,9 @@ def _continue(learn, state):
 
 # %% ../../nbs/core/08_checkpoint.ipynb #9742b633
 def write_whole(
-    file:Path,     # Path of the file; the folder must exist
-    data,          # Bytes to write
-    previous=None, # New name for a `file` that already exists; `None`: it is overwritten
+    file:Path,                   # Path of the file; the folder must exist
+    data:bytes,                  # Bytes to write
+    previous:str|Path|None=None, # New name for a `file` that already exists; `None`: it is overwritten
 ):
     "Write a file completely or not at all. Raises `OSError` if it cannot be written; nothing changes then."
     partial = file.with_name(f'.{file.name}.{os.getpid()}')
@@ -183,7 +184,7 @@ def write_whole(
         raise
 
 def saved(
-    obj, # Tensors, numbers, strings, and containers of them
+    obj:object, # Tensors, numbers, strings, and containers of them
 ) -> memoryview: # The bytes that `torch.save` writes
     "Return the bytes of a file that holds an object."
     buffer = io.BytesIO()
@@ -219,8 +220,8 @@ def _newest(file):
 class CheckpointFile:
     "The newest checkpoint of a training on disk, and the one before it."
     def __init__(self,
-        file,   # Path of the file; the folder must exist
-        tag='', # Text that identifies the training
+        file:str|Path, # Path of the file; the folder must exist
+        tag:str='',    # Text that identifies the training
     ): self.file, self.tag = Path(file), tag
 
     def _read(self, n_epoch):
@@ -247,7 +248,7 @@ class CheckpointFile:
                           'training goes on without it')
 
     def fits(self,
-        n_epoch, # Number of epochs of the whole training
+        n_epoch:int, # Number of epochs of the whole training
     ) -> bool: # `False` if the checkpoint is missing or belongs to another training
         "Return whether there is a checkpoint of this training."
         try: return self._read(n_epoch) is not None
@@ -266,7 +267,7 @@ def _check_interval(epochs, minutes):
     if not 0 <= minutes < math.inf: raise ValueError(f'`minutes` must not be negative, got {minutes}')
 
 # %% ../../nbs/core/08_checkpoint.ipynb #ba3f09e1
-class Checkpoint(CheckpointFile, Callback):
+class Checkpoint(ShowsArguments, CheckpointFile, Callback):
     """Stores the state of training after epochs, and continues from a stored state.
 
     Use it as `learn.fit(n, cbs=Checkpoint(file))`. After a crash, run the same line again, with a Learner
@@ -277,10 +278,10 @@ class Checkpoint(CheckpointFile, Callback):
     order, run_valid = -10_000, False # before all other callbacks
 
     def __init__(self,
-        file,       # Path of the file; the folder must exist
-        epochs=1,   # Smallest number of epochs from one checkpoint to the next, >= 1
-        minutes=0., # Shortest time from one checkpoint to the next, in minutes, >= 0
-        tag='',     # Text that identifies the training; it must be the same when training continues
+        file:str|Path,    # Path of the file; the folder must exist
+        epochs:int=1,     # Smallest number of epochs from one checkpoint to the next, >= 1
+        minutes:float=0., # Shortest time from one checkpoint to the next, in minutes, >= 0
+        tag:str='',       # Text that identifies the training; it must be the same when training continues
     ):
         _check_interval(epochs, minutes)
         super().__init__(file, tag)

@@ -5,6 +5,9 @@
 # %% auto #0
 __all__ = ['COLORS', 'Card', 'refused']
 
+# %% ../../nbs/core/12_display.ipynb #f9008047
+from typing import Callable
+
 # %% ../../nbs/core/12_display.ipynb #d1484a10
 COLORS = dict( # one colour per method in `METHODS`
     baseline='tab:gray', gc='tab:green', agc='tab:orange',
@@ -18,7 +21,7 @@ def _markdown_row(cells): return '| ' + ' | '.join(cells) + ' |'
 class Card:
     "Rows with two or more columns; a notebook shows them as a table, and a terminal as lines of text."
     def __init__(self,
-        rows, # Lists of strings, all of the same length; the first list holds the headings
+        rows:list[list[str]], # Lists of strings, all of the same length; the first list holds the headings
     ): self.rows = rows
 
     def _repr_markdown_(self):
@@ -32,8 +35,9 @@ class Card:
 
 # %% ../../nbs/core/12_display.ipynb #b17604dd
 def refused(
-    f,              # Function or class to call
-    *args, **kwargs # Arguments of the call
+    f:Callable,      # Function or class to call
+    *args:object,    # Arguments of the call
+    **kwargs:object, # Arguments of the call
 ):
     "Print the `ValueError` that `f` must raise. Raises `AssertionError` if `f` raises no `ValueError`."
     try: f(*args, **kwargs)

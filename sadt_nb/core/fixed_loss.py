@@ -10,15 +10,17 @@ import math
 import random
 import re
 from contextlib import contextmanager, ExitStack
+from typing import Iterable
 
 import torch
 from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint as checkpointing
+from fastai.learner import Learner
 from fastai.torch_core import to_device
 
 from .passes import from_hidden_states, hidden_states
-from .perturb import trainable_params, unwrapped, weights_moved
+from .perturb import check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174
 def _repeatable(dl, shuffle):
@@ -44,9 +46,9 @@ def _inputs_and_target(batch, n_inp, device):
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #2b02c7b9
 def collect_batches(
-    learn,        # A Learner with `model`, and with `dls.train` if `dl` is `None`
-    dl=None,      # Any iterable of batches `(x, y)`; `None`: the training loader, in order, augmented
-    samples=None, # Largest number of samples; from a loader a fixed random choice, otherwise the first
+    learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
+    dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order, augmented
+    samples:int|None=None, # Largest number of samples; a loader gives a fixed random choice, others the first
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 
@@ -79,6 +81,7 @@ def _check_measurable(model, loss_func):
     reduction = getattr(loss_func, 'reduction', 'mean')
     if reduction != 'mean':
         raise ValueError(f"the loss must be a mean over the batch, got reduction '{reduction}'")
+    check_whole(model, 'a measure needs all weights in one process')
     if not trainable_params(model): raise ValueError('the network has no trainable parameters')
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not torch.isfinite(t).all():
@@ -148,11 +151,12 @@ class FixedLoss:
     divides by another number, so its mean over all samples depends on the division into batches.
 
     Raises `ValueError` for a network in training mode, without trainable or with non-finite weights,
-    for batches without labels, for a loss that is not a mean, and for a layer without a derivative."""
+    for sharded weights, for batches without labels, for a loss that is not a mean, and for a layer without
+    a derivative."""
     def __init__(self,
-        learn,        # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`
-        dl=None,      # Iterable of batches `(x, y)`, read once; `None`: see `collect_batches`
-        samples=None, # Largest number of samples, >= 1; see `collect_batches`
+        learn:Learner, # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`
+        dl:Iterable|None=None, # Iterable of batches `(x, y)`, read once; `None`: see `collect_batches`
+        samples:int|None=None, # Largest number of samples, >= 1; see `collect_batches`
     ):
         if samples is not None and samples < 1:
             raise ValueError(f'`samples` must be at least 1, got {samples}')

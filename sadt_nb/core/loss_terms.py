@@ -8,21 +8,24 @@ __all__ = ['LossTerm', 'TrajectoryLoss', 'n_samples', 'SampleIds', 'mixing']
 # %% ../../nbs/core/04_loss_terms.ipynb #f4104eb8
 import math, multiprocessing, warnings
 from functools import partial
+from typing import Iterable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.learner import Learner
 
-from .losses import as_divergence
-from .passes import (ORDERS, batch_size, check_single, device_of, replayed_rows,
-                                 replays_other_loss)
+from .arguments import ShowsArguments
+from .losses import as_divergence, DivergenceLike
+from .passes import ORDERS, batch_size, check_single, device_of, replayed_rows
+from .passes import replays_other_loss
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
-class LossTerm(Callback):
+class LossTerm(ShowsArguments, Callback):
     """Base class of callbacks that add a term to `learn.loss_grad`, the loss that is differentiated.
 
     `learn.loss`, which recorders show, stays the plain loss."""
@@ -49,10 +52,10 @@ class TrajectoryLoss(LossTerm):
     Raises `ValueError` if `lam` or `start_epoch` is negative, if `tau` is not positive, and, before training
     starts, if neither `divergence` nor the loss function determines how predictions are compared."""
     def __init__(self,
-        lam,         # Factor of the term, >= 0
-        tau,         # Temperature that softens both predictions, > 0
-        start_epoch, # Number of epochs without the term at the start of training, >= 0
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
+        lam:float,                      # Factor of the term, >= 0
+        tau:float,                      # Temperature that softens both predictions, > 0
+        start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
+        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         check_not_negative(lam=lam)
         if not 0 < tau < math.inf: raise ValueError(f'`tau` must be positive, got {tau}')
@@ -81,7 +84,9 @@ class TrajectoryLoss(LossTerm):
         "Return what a resumed run needs to continue exactly."
         return dict(done=self.done)
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         "Restore the state that `state_dict` returned."
         self.done = state['done']
 
@@ -166,7 +171,7 @@ class _TorchOrder:
 
 # %% ../../nbs/core/04_loss_terms.ipynb #8b2342d0
 def n_samples(
-    dl, # A loader
+    dl:Iterable, # A loader
 ) -> int|None: # `None` if the loader does not know
     "Return the number of samples in a loader's data set."
     if isinstance(dl, TorchLoader): return len(dl.dataset)
@@ -197,7 +202,9 @@ class SampleIds(Callback):
     def after_fit(self): self.learn.remove_cb(self)
 
     @classmethod
-    def install(cls, learn) -> 'SampleIds':
+    def install(cls,
+        learn:Learner, # Gets the callback if it has none
+    ) -> 'SampleIds':
         """Return the Learner's `SampleIds`; if it has none, add one until the end of the fit.
 
         Raises `ValueError` for a loader without an order of samples, such as a list of batches."""
@@ -214,7 +221,7 @@ class SampleIds(Callback):
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e1368042
 def mixing(
-    learn, # A fastai Learner
+    learn:Learner, # A fastai Learner
 ) -> str:  # Name of a class; '' if there is none
     """Return the name of the callback or transform that mixes a Learner's training samples.
 

@@ -6,8 +6,12 @@
 __all__ = ['KerasAdam', 'keras_adam']
 
 # %% ../../nbs/core/03_optim.ipynb #aca66987
+from typing import Callable, Iterable
+
 import torch
 from fastai.optimizer import OptimWrapper
+
+from .perturb import local_parts, settle_gradients
 
 # %% ../../nbs/core/03_optim.ipynb #ef0ff76c
 def _keras_adam_step_(ps, grads, ms, vs, counts, lr, betas, eps, weight_decay):
@@ -29,11 +33,11 @@ class KerasAdam(torch.optim.Optimizer):
     The formula is in Kingma & Ba 2015, section 2, last paragraph before section 2.1.
     Raises `ValueError` for a negative `lr` or `eps` and for `betas` outside [0, 1)."""
     def __init__(self,
-        params,             # Parameters or parameter groups
-        lr=1e-3,            # Learning rate, >= 0
-        betas=(.9, .999),   # Decay rates of the first and the second moment, in [0, 1)
-        eps=1e-7,           # Added to the square root of the uncorrected second moment, >= 0
-        weight_decay=0.,    # Decoupled: a step multiplies the weights by 1 - lr * weight_decay
+        params:Iterable,       # Parameters or parameter groups
+        lr:float=1e-3,         # Learning rate, >= 0
+        betas:tuple[float, float]=(.9, .999), # Decay rates of the first and the second moment, in [0, 1)
+        eps:float=1e-7,        # Added to the square root of the uncorrected second moment, >= 0
+        weight_decay:float=0., # Decoupled: a step multiplies the weights by 1 - lr * weight_decay
     ):
         if lr < 0 or eps < 0: raise ValueError(f'`lr` and `eps` must not be negative, got {lr} and {eps}')
         for beta in betas:
@@ -41,7 +45,7 @@ class KerasAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure:Callable|None=None):
         "Update all parameters that have a gradient."
         for group in self.param_groups:
             ps, grads, ms, vs, counts = [], [], [], [], []
@@ -50,6 +54,7 @@ class KerasAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state: state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state['step'] += 1
+                settle_gradients([p])
                 ps.append(p)
                 grads.append(p.grad)
                 ms.append(state['m'])
@@ -57,13 +62,13 @@ class KerasAdam(torch.optim.Optimizer):
                 counts.append(state['step'])
             if not ps: continue
             options = {k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
-            _keras_adam_step_(ps, grads, ms, vs, counts, **options)
+            _keras_adam_step_(*map(local_parts, (ps, grads, ms, vs)), counts, **options)
 
 # %% ../../nbs/core/03_optim.ipynb #3035bd2f
 def keras_adam(
-    params,     # Parameters or parameter groups
-    lr,         # Learning rate, >= 0
-    **kwargs,   # Further arguments of `KerasAdam`
+    params:Iterable,                    # Parameters or parameter groups
+    lr:float,                           # Learning rate, >= 0
+    **kwargs:float|tuple[float, float], # Further arguments of `KerasAdam`
 ) -> OptimWrapper: # For a Learner's `opt_func`
     "Return `KerasAdam` for a Learner: `Learner(..., opt_func=keras_adam)`."
     return OptimWrapper(params, KerasAdam, lr=lr, **kwargs)

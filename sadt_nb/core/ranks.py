@@ -8,11 +8,13 @@ __all__ = ['n_ranks', 'this_rank', 'join_ranks', 'over_ranks', 'sync_gradients',
 
 # %% ../../nbs/core/10_ranks.ipynb #1d3d4549
 from contextlib import contextmanager
+from typing import Callable, Iterable, Literal
 
 import numpy as np
 import torch
 from torch import distributed, nn, Tensor
 from torch.nn.parallel import DistributedDataParallel
+from fastai.learner import Learner
 from fastai.torch_core import default_device, num_distrib
 
 from .perturb import real_views
@@ -28,7 +30,7 @@ def this_rank() -> int: # Rank, from 0
     return distributed.get_rank() if n_ranks() > 1 else 0
 
 def join_ranks(
-    device=None, # Device of this process; `None`: fastai's default device
+    device:str|torch.device|None=None, # Device of this process; `None`: fastai's default device
 ):
     """Join the other processes, if `accelerate launch` or torchrun has started several processes.
 
@@ -42,8 +44,8 @@ def join_ranks(
 
 # %% ../../nbs/core/10_ranks.ipynb #c2c4b48b
 def over_ranks(
-    tensor:Tensor, # Tensor with the same shape in all processes; overwritten
-    how='sum',     # 'sum', 'max', or 'first' for the value of the first process
+    tensor:Tensor,                            # Tensor with the same shape in all processes; overwritten
+    how:Literal['sum', 'max', 'first']='sum', # 'sum', 'max', or 'first' for the value of the first process
 ) -> Tensor: # The combined tensor, equal in all processes
     "Combine a tensor over all processes."
     if n_ranks() == 1: return tensor
@@ -83,7 +85,7 @@ def average_over_ranks(
 
 # %% ../../nbs/core/10_ranks.ipynb #a18968be
 def on_rank_zero(
-    f, # A function without arguments, called in the first process only
+    f:Callable, # A function without arguments, called in the first process only
 ): # The value that `f` returned
     "Run a function in the first process, and return its value, or raise its exception, in all processes."
     if n_ranks() == 1: return f()
@@ -98,7 +100,7 @@ def on_rank_zero(
 
 # %% ../../nbs/core/10_ranks.ipynb #75fd1289
 def bare_loader(
-    dl, # Any iterable of batches
+    dl:Iterable, # Any iterable of batches
 ): # The loader inside fastai's wrapper for distributed training; `dl` if there is no wrapper
     "Return the loader without fastai's wrapper; it goes over all samples in every process."
     return getattr(dl, '__dict__', {}).get('dl', dl)
@@ -119,7 +121,7 @@ def _shared_loader_class():
 
 @contextmanager
 def distributed_context(
-    learn, # A Learner; nothing happens in a single process
+    learn:Learner, # A Learner; nothing happens in a single process
 ):
     "Inside the block, `fit` runs in all processes, with BatchNorm over the whole batch on GPUs."
     if n_ranks() == 1:

@@ -8,6 +8,7 @@ __all__ = ['norm_bias_split', 'decoupled_groups', 'decoupled_sgd', 'triangle', '
 
 # %% ../../nbs/core/09_recipe.ipynb #1d6feed9
 import math
+from typing import Callable, Iterable
 
 import torch
 from torch import nn, Tensor
@@ -16,8 +17,9 @@ from fastai.callback.core import Callback, CancelTrainException, TrainEvalCallba
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
+from .arguments import ShowsArguments
 from .passes import ORDERS
-from .perturb import trainable_params, unwrapped, weights_moved
+from .perturb import local_parts, trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
 
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
@@ -50,12 +52,12 @@ def _check_decoupled(lr, bs, momentum, weight_decay, bias_scale):
         raise ValueError(f'`weight_decay` must not be negative, got {weight_decay}')
 
 def decoupled_groups(
-    params,              # A model, or the result of `norm_bias_split`
-    lr=11.5,             # Learning rate per 1,024 images, the formula's eta, > 0
-    bs:int=1024,         # Images per batch, >= 1
-    momentum=.85,        # Nesterov momentum, in [0, 1)
-    weight_decay=.0153,  # Decay per 1,024 images, the formula's lambda, >= 0
-    bias_scale=64.,      # Factor of the learning rate for biases of normalisation layers, > 0
+    params:nn.Module|Iterable, # A model, or the result of `norm_bias_split`
+    lr:float=11.5,             # Learning rate per 1,024 images, the formula's eta, > 0
+    bs:int=1024,               # Images per batch, >= 1
+    momentum:float=.85,        # Nesterov momentum, in [0, 1)
+    weight_decay:float=.0153,  # Decay per 1,024 images, the formula's lambda, >= 0
+    bias_scale:float=64.,      # Factor of the learning rate for biases of normalisation layers, > 0
 ) -> list[dict]: # Groups for `torch.optim.SGD`; `initial_lr` is the rate at the peak of the schedule
     """Return groups for SGD whose learning rate, momentum and decay hardly depend on each other.
 
@@ -77,9 +79,9 @@ def decoupled_groups(
 
 # %% ../../nbs/core/09_recipe.ipynb #1d2bd3d4
 def decoupled_sgd(
-    params,   # The result of `norm_bias_split`
-    lr,       # Learning rate per 1,024 images, > 0
-    **kwargs, # Further arguments of `decoupled_groups`
+    params:Iterable, # The result of `norm_bias_split`
+    lr:float,        # Learning rate per 1,024 images, > 0
+    **kwargs:float,  # Further arguments of `decoupled_groups`
 ) -> OptimWrapper: # For a Learner's `opt_func`
     """Return SGD with the groups of `decoupled_groups`, for a Learner.
 
@@ -89,22 +91,22 @@ def decoupled_sgd(
 
 # %% ../../nbs/core/09_recipe.ipynb #354d6f8f
 def triangle(
-    done,      # Finished share of training, in [0, 1]
-    start=.2,  # Factor at the start
-    peak=.23,  # Share of training at which the factor is 1, in (0, 1)
-    end=.07,   # Factor at the end
+    done:float,     # Finished share of training, in [0, 1]
+    start:float=.2, # Factor at the start
+    peak:float=.23, # Share of training at which the factor is 1, in (0, 1)
+    end:float=.07,  # Factor at the end
 ) -> float: # Factor of the learning rate
     "Return a factor that rises linearly from `start` to 1 and then falls linearly to `end`."
     if done < peak:
         return start + (1 - start) * done / peak
     return 1 + (end - 1) * (done - peak) / (1 - peak)
 
-class RateSchedule(ParamScheduler):
+class RateSchedule(ShowsArguments, ParamScheduler):
     """Multiplies the learning rate of every parameter group by a function of the finished share of training.
 
     The learning rate is the group's `initial_lr`, or the Learner's rate if the group has no `initial_lr`."""
     def __init__(self,
-        factor=triangle, # Function from the finished share of training, in [0, 1], to the factor
+        factor:Callable[[float], float]=triangle, # From the finished share, in [0, 1], to the factor
     ):
         super().__init__({'lr': self._rates})
         self.factor = factor
@@ -122,14 +124,14 @@ def _float_tensors(model):
 @torch.no_grad()
 def _pull_(slow, fast, kept):
     "Set slow and fast tensors to the sum of `kept` times the slow and `1 - kept` times the fast tensors."
-    slow_tensors = [slow[name] for name in fast]
-    fast_tensors = list(fast.values())
+    slow_tensors = local_parts(slow[name] for name in fast)
+    fast_tensors = local_parts(fast.values())
     torch._foreach_lerp_(slow_tensors, fast_tensors, 1 - kept)
     torch._foreach_copy_(fast_tensors, slow_tensors)
     weights_moved()
 
 # %% ../../nbs/core/09_recipe.ipynb #3abc16fb
-class Lookahead(Callback):
+class Lookahead(ShowsArguments, Callback):
     """Sets weights and buffers to their slow average after every few batches (Zhang et al. 2019).
 
     Raises `ValueError` for values out of range, and, before training starts, if training has fewer batches
@@ -137,8 +139,8 @@ class Lookahead(Callback):
     order, run_valid = ORDERS['step_grads'] + 1, False # after every method has finished the batch
 
     def __init__(self,
-        every:int=5, # Number of batches from one update of the slow average to the next, >= 1
-        decay=.95,   # Share of the slow average that is kept per batch at the end of training, in [0, 1)
+        every:int=5,     # Number of batches from one update of the slow average to the next, >= 1
+        decay:float=.95, # Share of the slow average that is kept per batch at the end of training, in [0, 1)
     ):
         if not isinstance(every, int) or every < 1:
             raise ValueError(f'`every` must be a whole number of batches, at least 1, got {every!r}')
@@ -172,14 +174,16 @@ class Lookahead(Callback):
         "Return the slow weights, and the number of batches so far."
         return dict(slow=self.slow, batches=self.batches)
 
-    def load_state_dict(self, state:dict):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         "Restore the state that `state_dict` returned."
         self.batches = state['batches']
         for name, t in state['slow'].items():
             self.slow[name].copy_(t)
 
 # %% ../../nbs/core/09_recipe.ipynb #85a61439
-class FreezeAfter(Callback):
+class FreezeAfter(ShowsArguments, Callback):
     """Freezes parameters after a number of epochs; by default the parameters in the model's `frozen_after`.
 
     Raises `ValueError` for a name that the model does not have."""
@@ -219,7 +223,7 @@ class FreezeAfter(Callback):
             p.requires_grad_(True)
 
 # %% ../../nbs/core/09_recipe.ipynb #81de7d3a
-class PartialEpochs(Callback):
+class PartialEpochs(ShowsArguments, Callback):
     """Ends training after a fraction of an epoch; schedules end with the last batch.
 
     Call `fit(ceil(epochs))`. Training has `epochs` times the batches of an epoch, rounded up. Raises
@@ -227,7 +231,7 @@ class PartialEpochs(Callback):
     order, run_valid = TrainEvalCallback.order + 1, False # before the schedules, which read `pct_train`
 
     def __init__(self,
-        epochs, # Number of epochs, > 0, which may be a fraction
+        epochs:float, # Number of epochs, > 0, which may be a fraction
     ):
         if not 0 < epochs < math.inf:
             raise ValueError(f'`epochs` must be positive, got {epochs}')

@@ -8,7 +8,7 @@ __all__ = ['shared_forward']
 # %% ../../nbs/core/11_shared_trunk.ipynb #a434c22e
 from contextlib import contextmanager
 
-from torch import nn
+from torch import nn, Tensor
 
 # %% ../../nbs/core/11_shared_trunk.ipynb #581b43fe
 def _trunk_modules(model, touched):
@@ -86,7 +86,7 @@ def _places(model, names):
 def shared_forward(
     model:nn.Module, # A module that is neither compiled nor distributed
     deltas:list,     # One dictionary per network, from parameter name to additive change
-    *inputs,         # Inputs of the model
+    *inputs:Tensor,  # Inputs of the model
 ) -> tuple: # The prediction of each network
     """Run one network per entry of `deltas`; layers before the first changed layer run once for all.
 

@@ -6,6 +6,8 @@
 __all__ = ['Ensemble']
 
 # %% ../../nbs/core/05_teachers.ipynb #758c097f
+from typing import Iterable
+
 from torch import nn, Tensor
 
 # %% ../../nbs/core/05_teachers.ipynb #36a08580
@@ -14,7 +16,7 @@ class Ensemble(nn.Module):
 
     Raises `ValueError` if there are no members, and if the members' outputs differ in shape."""
     def __init__(self,
-        models, # The members, at least one
+        models:Iterable[nn.Module], # The members, at least one
     ):
         super().__init__()
         self.models = nn.ModuleList(models)

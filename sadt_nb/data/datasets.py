@@ -9,6 +9,7 @@ __all__ = ['DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cif
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
 import hashlib, json, os, sys, tarfile, tempfile
 from pathlib import Path
+from typing import Literal, Sequence
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def _official(name, folder):
         try: part = _OFFICIAL[name](str(folder), train=train, download=False)
         except RuntimeError:
             raise ValueError(f'{folder}: the python batches of {name} do not match their published MD5 sums; '
-                             'they will not be opened, get them again') from None
+                             'the batches are not opened, download them again') from None
         data.append(ImageData(part.data, part.targets, part.classes))
     return tuple(data)
 
@@ -129,7 +130,7 @@ def _official_tar(name, path):
     cls = _OFFICIAL[name]
     if hashlib.md5(Path(path).read_bytes()).hexdigest() != cls.tgz_md5:
         raise ValueError(f'{path} does not match the published MD5 sum of {cls.filename}; '
-                         'it will not be opened, get it again')
+                         'the archive is not opened, download it again')
     with tempfile.TemporaryDirectory() as tmp, tarfile.open(path) as tar:
         tar.extraction_filter = getattr(tarfile, 'data_filter', None) # Python 3.11: from 3.11.4 on
         tar.extractall(tmp)
@@ -265,7 +266,7 @@ def _read_svhn(folder):
         try: part = SVHN(str(folder), split=split, download=False)
         except RuntimeError:
             raise ValueError(f'{folder}: the files of svhn do not match their published MD5 sums; '
-                             'they will not be opened, get them again') from None
+                             'the batches are not opened, download them again') from None
         data.append(ImageData(part.data.transpose(0, 2, 3, 1), part.labels, vocab))
     return tuple(data)
 
@@ -394,27 +395,28 @@ def _training_parts(train, valid, n_train, split):
 
 # %% ../../nbs/data/72_datasets.ipynb #ff568a8e
 def get_dls(
-    name_or_path,       # A name in `DATASETS`, an image folder, or a tar archive of one
-    bs:int=128,         # Images per training batch, at least 1, at most the number of training images
-    valid:float=.1,     # Share of the training images used for validation, in [0, 1); stratified, seeded
+    name_or_path:str|Path, # A name in `DATASETS`, an image folder, or a tar archive of one
+    bs:int=128,            # Images per training batch, at least 1, at most the number of training images
+    valid:float=.1,        # Share of the training images used for validation, in [0, 1); stratified, seeded
     n_train:int|None=None, # Number of training images, after the validation split, stratified; `None`: all
-    crop:int=0,         # Border in pixels for random crops; 0 for none
-    pad_mode='zeros',   # Border of `crop`: 'zeros' (black), or 'reflect': the image mirrored at its edge
-    flip=False,         # `True`: mirror a random half; 'alternate': one half and the other half, in turn
+    crop:int=0,            # Border in pixels for random crops; 0 for none
+    pad_mode:Literal['zeros', 'reflect']='zeros', # Border of `crop`: black, or the image mirrored at its edge
+    flip:bool|Literal['alternate']=False, # Mirror a random half; 'alternate': one half, then the other
     resized_crop:float=0., # Smallest share of the area of a part that is enlarged, in (0, 1]; 0 for none
-    rotate:float=0.,    # Largest angle, in degrees, by which images are turned either way; 0 for none
+    rotate:float=0.,       # Largest angle, in degrees, by which images are turned either way; 0 for none
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
-    cutout:int=0,       # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
-    cutout_inside=False,# Draw only squares that lie wholly inside the image?
-    cutmix:float=0.,    # Alpha of CutMix; 0 for none
-    cutmix_per='sample',# One CutMix rectangle per 'sample' or per 'batch'
-    mean=0., std=1.,    # For values in [0, 1]: a number, one per channel, or 'data': computed from the images
-    seed:int=0,         # Seed of the split, the order and the augmentation
-    split:int|None=None,# Seed of the split alone; `None`: `seed`
-    drop_last=False,    # Leave out a smaller last training batch?
-    channels_last=False,# Memory format of the batches
-    device=None,        # Device of data and batches; `None`: fastai's default device
-    **kwargs,           # Options for `load_data`
+    cutout:int=0,          # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
+    cutout_inside:bool=False, # Draw only squares that lie wholly inside the image?
+    cutmix:float=0.,       # Alpha of CutMix; 0 for none
+    cutmix_per:Literal['sample', 'batch']='sample', # One CutMix rectangle per 'sample' or per 'batch'
+    mean:float|Sequence[float]|Literal['data']=0., # For values in [0, 1]; 'data': computed from the images
+    std:float|Sequence[float]|Literal['data']=1., # For values in [0, 1]; 'data': computed from the images
+    seed:int=0,            # Seed of the split, the order and the augmentation
+    split:int|None=None,   # Seed of the split alone; `None`: `seed`
+    drop_last:bool=False,  # Leave out a smaller last training batch?
+    channels_last:bool=False, # Memory format of the batches
+    device:str|torch.device|None=None, # Device of data and batches; `None`: fastai's default device
+    **kwargs:object,       # Options for `load_data`
 ) -> DataLoaders: # `train`, `valid` (the test set if `valid` is 0) and, as `dls[2]`, the test set
     """Return loaders for training, validation and test. Raises `ValueError` for values out of range.
 

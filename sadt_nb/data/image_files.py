@@ -74,7 +74,7 @@ class _Filter:
 
 # %% ../../nbs/data/74_image_files.ipynb #8938cbd7
 def _files_below(folder, above=()):
-    "Yield all files below a folder in order, through links, but never twice through the same folder."
+    "Yield all files below a folder in order, through links, except links to a parent folder."
     here = folder.resolve()
     if here in above: return
     for entry in sorted(folder.iterdir()):

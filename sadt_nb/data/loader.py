@@ -6,6 +6,8 @@
 __all__ = ['ImageData', 'TensorDL']
 
 # %% ../../nbs/data/70_loader.ipynb #b8a4ca8c
+from typing import Callable, Iterable, Sequence
+
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -153,19 +155,19 @@ class TensorDL(_BatchLoader):
     A transform with the attribute `per_sample` also gets `ids`, `epoch`, and the `size` of the data set.
     Raises `ValueError` for a batch size below 1, or above the data set's size."""
     def __init__(self,
-        dataset:ImageData,   # The images
-        bs:int=128,          # Images per batch, 1 to `len(dataset)`
-        shuffle:bool=False,  # Use a new permutation in every pass?
-        drop_last:bool=False,# Leave out a last batch that is smaller than `bs`?
-        tfms=(),             # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes, in this order
-        mean=0.,             # Subtracted from values in [0, 1]; a number or one per channel
-        std=1.,              # Divides the difference; a number or one per channel
-        seed:int|None=None,  # Seed of order and augmentation; `None`: a random seed
-        channels_last=False, # Give the batches the `channels_last` memory format
-        dtype=torch.float32, # Type of the images that the model gets
-        device=None,         # Device of data and batches; `None`: fastai's default device
-        num_workers=0,       # Ignored: batches are made in this process
-        **kwargs,
+        dataset:ImageData,                 # The images
+        bs:int=128,                        # Images per batch, 1 to `len(dataset)`
+        shuffle:bool=False,                # Use a new permutation in every pass?
+        drop_last:bool=False,              # Leave out a last batch that is smaller than `bs`?
+        tfms:Iterable[Callable]=(),        # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes
+        mean:float|Sequence[float]=0.,     # Subtracted from values in [0, 1]; a number or one per channel
+        std:float|Sequence[float]=1.,      # Divides the difference; a number or one per channel
+        seed:int|None=None,                # Seed of order and augmentation; `None`: a random seed
+        channels_last:bool=False,          # Give the batches the `channels_last` memory format
+        dtype:torch.dtype=torch.float32,   # Type of the images that the model gets
+        device:str|torch.device|None=None, # Device of data and batches; `None`: fastai's default device
+        num_workers:int=0,                 # Ignored: batches are made in this process
+        **kwargs:object,                   # Further arguments of fastai's `DataLoader`
     ):
         if not 1 <= bs <= max(1, len(dataset)):
             raise ValueError(f'`bs` must lie in 1..{len(dataset)} (the size of the data set), got {bs}')
@@ -182,7 +184,9 @@ class TensorDL(_BatchLoader):
         if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))
         return super().new(dataset, cls, **{**mine, **kwargs})
 
-    def decode(self, b):
+    def decode(self,
+        b:tuple, # A batch
+    ):
         "Return images in [0, 1], without the normalisation, and labels."
         x, y = b[0].cpu(), b[1].cpu()
         mean = torch.as_tensor(self.mean, dtype=x.dtype).reshape(-1, 1, 1)
@@ -190,11 +194,11 @@ class TensorDL(_BatchLoader):
         return (x * std + mean).clamp(0, 1), y
 
     def show_batch(self,
-        b=None,       # A batch; `None`: a new batch
-        max_n=9,      # Largest number of images
-        nrows=None,   # Rows of the grid; `None`: a nearly square grid
-        figsize=None, # Width and height in inches
-        **kwargs,     # For fastai's `show_images`
+        b:tuple|None=None,                     # A batch; `None`: a new batch
+        max_n:int=9,                           # Largest number of images
+        nrows:int|None=None,                   # Rows of the grid; `None`: a nearly square grid
+        figsize:tuple[float, float]|None=None, # Width and height in inches
+        **kwargs:object,                       # For fastai's `show_images`
     ):
         "Show images of a batch under the names of their classes, with shares for mixed labels."
         x, y = self.decode(self.one_batch() if b is None else b)

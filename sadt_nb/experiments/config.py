@@ -147,10 +147,10 @@ def _check_teacher(run, teacher):
     if not isinstance(teacher, Run):
         raise ValueError(f'a teacher is given as its `Run`, got {type(teacher).__name__}')
     if teacher.data != run.data:
-        raise ValueError(f'the teacher learnt {teacher.data}, the student is to learn {run.data}')
+        raise ValueError(f'the teacher was trained on {teacher.data}, but the student trains on {run.data}')
     if teacher.normalize != run.normalize:
-        raise ValueError(f'the teacher saw images with normalize={teacher.normalize!r}, '
-                         f'the student has {run.normalize!r}; give both the same')
+        raise ValueError(f'the teacher was trained with normalize={teacher.normalize!r}, '
+                         f'the student has normalize={run.normalize!r}; give both the same value')
     if run.valid and _split(teacher) != _split(run):
         raise ValueError('the teacher was trained on images that the student holds out for validation; '
                          'give both the same `split` and `valid`')

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Iterable
 
 import torch
 from rich.console import Console
@@ -381,19 +382,19 @@ class _Grid:
 
 # %% ../../nbs/experiments/85_grid.ipynb #98f868dd
 def run_grid(
-    runs,          # Configurations of the runs
-    root='runs',   # Folder of all results
-    workers:int=1, # Number of processes; they share the CPU's threads, or the GPU
-    force=False,   # Train finished runs again
-    progress=True, # Print a line per run, and in a terminal a table of running runs
-    minutes=1.,    # Least minutes between two checkpoints of a run, stored after epochs
-    attempts=3,    # Number of attempts at a run whose process dies, each from the last checkpoint
+    runs:Iterable[Run],   # Configurations of the runs
+    root:str|Path='runs', # Folder of all results
+    workers:int=1,        # Number of processes; they share the CPU's threads, or the GPU
+    force:bool=False,     # Train finished runs again
+    progress:bool=True,   # Print a line per run, and in a terminal a table of running runs
+    minutes:float=1.,     # Least minutes between two checkpoints of a run, stored after epochs
+    attempts:int=3,       # Number of attempts at a run whose process dies, each from the last checkpoint
     # Run: names in `MEASURES` to measure after training; a run without weights is trained again first
-    measures=None,
-    samples=1000,  # Number of training images to measure on
+    measures:dict[Run, Iterable[str]]|None=None,
+    samples:int=1000,     # Number of training images to measure on
     # Address of a Ray cluster; 'auto' for the cluster of this machine, 'local' for a new one on this machine
     # alone. All machines must share the folder `root`; `workers` counts the processes of all machines
-    ray=None,
+    ray:str|None=None,
 ) -> list: # Per run, in the order of `runs`: the result, or the `Exception` of a failed run
     """Train all runs that are not finished yet. Ctrl-C stops the training; the same call continues it.
 

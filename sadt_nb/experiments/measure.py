@@ -9,6 +9,7 @@ __all__ = ['MEASURES', 'SLOW', 'missing_measures', 'measure_run']
 import time, zlib
 from functools import partial
 from pathlib import Path
+from typing import Iterable
 
 import numpy as np
 import torch
@@ -104,12 +105,12 @@ def missing_measures(
 
 # %% ../../nbs/experiments/86_measure.ipynb #58d60c3e
 def measure_run(
-    cfg:Run,       # A run that `is_trained`
-    root='runs',   # Folder of all results
-    measures=None, # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
-    samples=1000,  # Number of images, drawn at random but the same in every call; without augmentation
-    force=False,   # Also repeat stored measures
-    device=None,   # `None`: fastai's default device
+    cfg:Run,                           # A run that `is_trained`
+    root:str|Path='runs',              # Folder of all results
+    measures:Iterable[str]|None=None,  # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
+    samples:int=1000, # Number of images, drawn at random but the same in every call; without augmentation
+    force:bool=False,                  # Also repeat stored measures
+    device:str|torch.device|None=None, # `None`: fastai's default device
 ) -> dict: # Content of `measures.json`: each measure by name, versions, hardware
     """Measure a stored run and write the numbers beside it.
 

@@ -10,6 +10,7 @@ import hashlib
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Literal, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,7 +42,7 @@ def results_folder(
     return published('/'.join(root.parts[1:])) if packaged else root
 
 def load_results(
-    root, # Folder that `run` wrote to, or a name that `results_folder` takes
+    root:str|Path, # Folder that `run` wrote to, or a name that `results_folder` takes
 ) -> pd.DataFrame: # One row per run: fields of the `Run` and of its result, the `run` itself, `history`
     "Return all stored runs below `root`. Raises `FileNotFoundError` if there are none."
     rows = []
@@ -157,8 +158,8 @@ def _table_row(g, measured):
     return row
 
 def results_table(
-    results:pd.DataFrame, # Table of runs from `load_results`; only finished runs are used
-    by=None,              # Labels, one per row of `results`; `None`: `labels(results)`
+    results:pd.DataFrame,       # Table of runs from `load_results`; only finished runs are used
+    by:Sequence[str]|None=None, # Labels, one per row of `results`; `None`: `labels(results)`
 ) -> pd.DataFrame: # One row per label, in order of appearance
     "Return a table: mean and spread of accuracies over seeds, costs, and all stored measures."
     df = results.assign(label=labels(results) if by is None else list(by))
@@ -187,10 +188,10 @@ def _plot_seeds(ax, histories, x, key, label, **style):
     ax.plot(pd.concat(seeds, axis=1).mean(axis=1), lw=1.5, label=f'{label} (n={len(seeds)})', **style)
 
 def plot_runs(
-    results:pd.DataFrame, # Table of runs from `load_results`
-    by=None,              # Labels, one per row of `results`; `None`: `labels(results)`
-    x='epoch',            # Horizontal axis: 'epoch', 'steps' (optimizer steps) or 'forwards' (forward passes)
-    axs=None,             # Four axes to draw on; `None`: those of a new figure
+    results:pd.DataFrame,             # Table of runs from `load_results`
+    by:Sequence[str]|None=None,       # Labels, one per row of `results`; `None`: `labels(results)`
+    x:Literal['epoch', 'steps', 'forwards']='epoch', # Horizontal axis; steps of the optimizer, forward passes
+    axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; `None`: those of a new figure
 ) -> np.ndarray: # The axes: training loss and accuracy, validation loss and accuracy
     "Draw training curves of stored runs."
     df = results.assign(label=labels(results) if by is None else list(by))

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from filelock import FileLock, Timeout
 
+from ..core.arguments import ShowsArguments
 from ..core.checkpoint import Checkpoint, CheckpointError, saved, write_whole
 from ..core.optim import keras_adam
 from ..core.perturb import unwrapped
@@ -169,12 +171,12 @@ def _opt_func(cfg):
     cls = {'adam': torch.optim.Adam, 'adamw': torch.optim.AdamW, 'sgd': torch.optim.SGD}[cfg.opt]
     return partial(OptimWrapper, opt=cls, **args)
 
-class RestartEveryEpoch(Callback):
+class RestartEveryEpoch(ShowsArguments, Callback):
     "Starts every epoch with a new optimizer state and a new exponential decay, `lr * decay**(step/1000)`."
     run_valid = False
     def __init__(self,
-        lr,       # Learning rate at the start of each epoch
-        decay=.9, # Factor per 1000 steps
+        lr:float,       # Learning rate at the start of each epoch
+        decay:float=.9, # Factor per 1000 steps
     ): self.lr, self.decay = lr, decay
 
     def before_fit(self):
@@ -263,11 +265,11 @@ class _Sums:
         return loss / max(1, n), right / max(1, n)
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
-class RunRecorder(Callback):
+class RunRecorder(ShowsArguments, Callback):
     "Records a row per epoch, counts steps and passes, and stops at a loss that is NaN or infinite."
     order = Recorder.order + 1
     def __init__(self,
-        on_epoch=None, # Function that gets the list of rows after every epoch
+        on_epoch:Callable|None=None, # Function that gets the list of rows after every epoch
     ): self.on_epoch, self.rows, self.failed, self.hook = on_epoch, [], None, None
 
     def before_fit(self):
@@ -354,7 +356,7 @@ def load_model(
     model = make_model(cfg.model, classes, **dict(cfg.model_args))
     file = weights_file(cfg, root)
     if _is_damaged(file):
-        raise RunError(f'{cfg.name}: {file.name} is damaged, its hash is another than in weights.sha256')
+        raise RunError(f'{cfg.name}: {file.name} is damaged: its hash is not the hash in weights.sha256')
     try: load_weights(model, file)
     except (OSError, ValueError) as e: raise RunError(f'{cfg.name}: {e}') from None
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
@@ -499,9 +501,9 @@ def make_learner(
     return learn
 
 def stored_learner(
-    cfg:Run,     # A run that `is_trained`
-    root='runs', # Folder of all results
-    device=None, # `None`: fastai's default device
+    cfg:Run,                           # A run that `is_trained`
+    root:str|Path='runs',              # Folder of all results
+    device:str|torch.device|None=None, # `None`: fastai's default device
 ) -> Learner: # In evaluation mode; `dls.train` in order, not augmented; `dls[2]`: test set
     "Return a Learner to measure a finished run. Raises `RunError` if weights are missing or do not fit."
     dls = run_loaders(cfg, device)

@@ -45,7 +45,7 @@ def at_equal_passes(
     run:Run,  # The run whose number of epochs is changed (to at least 1)
     like:Run, # The run whose number of passes is matched; usually plain training
 ) -> Run:
-    "Return `run` with as many passes as `like`; its number of epochs is rounded to a whole number."
+    "Return `run` with the number of passes of `like`; the epochs are rounded to a whole number."
     passes = like.epochs * METHODS[like.method].passes
     return run.but(epochs=max(1, round(passes / METHODS[run.method].passes)))
 

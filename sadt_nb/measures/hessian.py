@@ -8,12 +8,13 @@ __all__ = ['Trace', 'hessian_trace', 'Eigenvalues', 'top_eigenvalues', 'top_eige
 
 # %% ../../nbs/measures/50_hessian.ipynb #2d750684
 import math
-from typing import NamedTuple
+from typing import Iterable, NamedTuple, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn, Tensor
+from fastai.learner import Learner
 from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss, MissingDerivative, differentiable, missing_derivative
@@ -132,14 +133,14 @@ class _TraceEstimate:
 
 # %% ../../nbs/measures/50_hessian.ipynb #b5a6cf50
 def hessian_trace(
-    learn,          # A Learner in evaluation mode with `model`, `loss_func` and, if `dl` is `None`, `dls`
-    dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # How many samples to use: a random choice, the same in every call; `None`: all
-    tol=.05,        # Stop when the standard error is below this share of the value
-    max_probes=200, # Largest number of random vectors, >= 20; with at most this many weights: exact trace
-    sketch=10,      # Dimension of the subspace with exact trace; costs 2 products each; 0: plain Hutchinson
-    seed=0,         # Seed of the random vectors
-    progress=True,  # Show a bar after three seconds
+    learn:Learner,      # A Learner in evaluation mode with `model`, `loss_func` and, if `dl` is `None`, `dls`
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    tol:float=.05,      # Stop when the standard error is below this share of the value
+    max_probes:int=200, # Largest number of random vectors, >= 20; with at most this many weights: exact trace
+    sketch:int=10, # Dimension of the subspace with exact trace; costs 2 products each; 0: plain Hutchinson
+    seed:int=0,         # Seed of the random vectors
+    progress:bool=True, # Show a bar after three seconds
 ) -> Trace: # Value, standard error, number of products, and whether `tol` was reached
     """Estimate the trace of the Hessian of the mean loss. Ctrl-C returns the estimate so far.
 
@@ -259,14 +260,14 @@ def _top(h, k, tol, max_products, seed):
 
 # %% ../../nbs/measures/50_hessian.ipynb #e7106f1d
 def top_eigenvalues(
-    learn,             # A Learner whose network is in evaluation mode
-    k=1,               # Number of eigenvalues, from 1 to the number of trainable weights
-    dl=None,           # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,      # How many samples to use: a random choice, the same in every call; `None`: all
-    tol=1e-5,          # Stop when every error is below this share of its eigenvalue, or is only rounding
-    max_products=None, # Largest number of products and of network-sized vectors in memory; `None`: 200 + 5 k
-    seed=0,            # Seed of the first vector
-    progress=True,     # Show a bar after three seconds
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    k:int=1,               # Number of eigenvalues, from 1 to the number of trainable weights
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is only rounding
+    max_products:int|None=None, # Largest number of products and of vectors in memory; `None`: 200 + 5 k
+    seed:int=0,            # Seed of the first vector
+    progress:bool=True,    # Show a bar after three seconds
 ) -> Eigenvalues: # Values, errors, number of products, and whether `tol` was reached
     """Return the algebraically largest eigenvalues of the Hessian of the mean loss.
 
@@ -277,14 +278,14 @@ def top_eigenvalues(
         return found
 
 def top_eigenvectors(
-    learn,             # A Learner whose network is in evaluation mode
-    k=1,               # Number of eigenvalues
-    dl=None,           # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,      # How many samples to use: a random choice, the same in every call; `None`: all
-    tol=1e-5,          # As for `top_eigenvalues`
-    max_products=None, # As for `top_eigenvalues`
-    seed=0,            # Seed of the first vector
-    progress=True,     # Show a bar after three seconds
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    k:int=1,               # Number of eigenvalues
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    tol:float=1e-5,        # As for `top_eigenvalues`
+    max_products:int|None=None, # As for `top_eigenvalues`
+    seed:int=0,            # Seed of the first vector
+    progress:bool=True,    # Show a bar after three seconds
 ) -> tuple: # `Eigenvalues`, and `k` directions of length 1, each a dictionary from parameter name to tensor
     "Return the largest eigenvalues and their directions in weight space."
     with _Products(learn, dl, samples, progress, 'eigenvectors', max_products or 200 + 5 * k) as h:
@@ -307,7 +308,7 @@ class SpectralDensity(NamedTuple):
     weights: list    # One `(steps,)` tensor of node weights per random vector, with the sum 1
 
     def mass(self,
-        edges, # Ascending, at least two
+        edges:Sequence[float], # Ascending, at least two
     ) -> tuple: # Share of eigenvalues in each bin `(low, high]`, and its standard error
         """Return the share of all eigenvalues that lies between the edges.
 
@@ -321,13 +322,13 @@ class SpectralDensity(NamedTuple):
         return per_vector.mean(0), per_vector.std(0) / math.sqrt(len(per_vector))
 
 def smoothed_density(
-    nodes,       # One ascending `(steps,)` tensor of nodes per random vector
-    weights,     # One `(steps,)` tensor of node weights per random vector
-    width=.01,   # Standard deviation of a node's bump, as a share of the range of the nodes
-    points=1000, # Number of points of the grid
-    tol=.1,      # The result counts as converged if the integral of the standard error is at most this
-    n=0,         # Number of Hessian-vector products that gave the nodes
-    asked=True,  # `False` if Ctrl-C came before all random vectors were used
+    nodes:Sequence[Tensor],   # One ascending `(steps,)` tensor of nodes per random vector
+    weights:Sequence[Tensor], # One `(steps,)` tensor of node weights per random vector
+    width:float=.01,          # Standard deviation of a node's bump, as a share of the range of the nodes
+    points:int=1000,          # Number of points of the grid
+    tol:float=.1, # The result counts as converged if the integral of the standard error is at most this
+    n:int=0,                  # Number of Hessian-vector products that gave the nodes
+    asked:bool=True,          # `False` if Ctrl-C came before all random vectors were used
 ) -> SpectralDensity: # The density on a grid
     "Return the spectral density that belongs to nodes and node weights, for instance to stored ones."
     nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
@@ -346,16 +347,16 @@ def smoothed_density(
 
 # %% ../../nbs/measures/50_hessian.ipynb #d2c95af4
 def spectral_density(
-    learn,         # A Learner whose network is in evaluation mode
-    dl=None,       # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,  # How many samples to use: a random choice, the same in every call; `None`: all
-    steps=60,      # Lanczos steps per random vector, >= 2; each keeps a network-sized vector in memory
-    vectors=4,     # Number of random vectors, >= 2
-    width=.01,     # Standard deviation of a node's bump, as a share of the range of the nodes
-    points=1000,   # Number of points of the grid
-    tol=.1,        # The result counts as converged if the integral of the standard error is at most this
-    seed=0,        # Seed of the random vectors
-    progress=True, # Show a bar after three seconds
+    learn:Learner,      # A Learner whose network is in evaluation mode
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    steps:int=60,       # Lanczos steps per random vector, >= 2; each keeps a network-sized vector in memory
+    vectors:int=4,      # Number of random vectors, >= 2
+    width:float=.01,    # Standard deviation of a node's bump, as a share of the range of the nodes
+    points:int=1000,    # Number of points of the grid
+    tol:float=.1,       # The result counts as converged if the integral of the standard error is at most this
+    seed:int=0,         # Seed of the random vectors
+    progress:bool=True, # Show a bar after three seconds
 ) -> SpectralDensity: # Density, standard error, number of products, convergence, nodes and node weights
     """Estimate the density of the Hessian's eigenvalues by stochastic Lanczos quadrature.
 
@@ -384,10 +385,10 @@ def spectral_density(
 # %% ../../nbs/measures/50_hessian.ipynb #edb4fa79
 def plot_density(
     density:SpectralDensity, # The density to draw
-    ax=None,        # Axes to draw on; new ones if `None`
-    label=None,     # Label in the legend
-    color=None,     # Colour of the line and its band
-    floor=1e-4,     # Lower end of the axis of the density
+    ax:plt.Axes|None=None,   # Axes to draw on; new ones if `None`
+    label:str|None=None,     # Label in the legend
+    color:str|None=None,     # Colour of the line and its band
+    floor:float=1e-4,        # Lower end of the axis of the density
 ): # The axes
     "Draw a spectral density on a logarithmic scale, with a band of one standard error."
     if ax is None: ax = plt.subplots(figsize=(6.5, 3.6), layout='constrained')[1]

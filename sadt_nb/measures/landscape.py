@@ -8,24 +8,25 @@ __all__ = ['random_direction', 'direction_between', 'Line', 'Surface', 'loss_lin
 
 # %% ../../nbs/measures/52_landscape.ipynb #3bc23c72
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Iterable, Literal, NamedTuple, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import nn
+from torch import nn, Tensor
+from fastai.learner import Learner
 from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
-from ..core.perturb import trainable_params, unwrapped, weights_moved
+from ..core.perturb import check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/measures/52_landscape.ipynb #510e1ca3
 def _norm_over(p, axes): return torch.linalg.vector_norm(p, dim=axes, keepdim=True)
 
 def random_direction(
     model:nn.Module, # The network; the direction gets the shapes and norms of its trainable parameters
-    seed=0,          # Seed of the direction; every device gives the same direction
-    norm='filter',   # Normalisation: 'filter', 'layer' or 'none'
+    seed:int=0,      # Seed of the direction; every device gives the same direction
+    norm:Literal['filter', 'layer', 'none']='filter', # Normalisation: 'filter', 'layer' or 'none'
 ) -> dict: # From parameter name to tensor
     """Return a random direction in weight space (Li et al. 2018).
 
@@ -35,6 +36,7 @@ def random_direction(
     if norm not in ('filter', 'layer', 'none'):
         raise ValueError(f"`norm` must be 'filter', 'layer' or 'none', got {norm!r}")
     g, out = torch.Generator().manual_seed(seed), {}
+    check_whole(model, 'a direction needs all weights in one process')
     for n, p in trainable_params(model).items():
         p = p.detach()
         d = torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)
@@ -142,14 +144,14 @@ def _filled(f, grid, shape, name, progress):
 
 # %% ../../nbs/measures/52_landscape.ipynb #96e60ca3
 def loss_line(
-    learn,          # A Learner whose network is in evaluation mode
-    direction=None, # Dictionary from name to tensor; `None`: a random direction, filter-normalised
-    span=1.,        # Largest multiple of the direction, the smallest is minus it; or a pair (low, high)
-    points=51,      # Number of points, >= 2; an odd number includes the multiple zero if `span` is a number
-    dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # How many samples to use: a random choice, the same in every call; `None`: all
-    seed=0,         # Seed of the random direction
-    progress=True,  # Show a bar after three seconds
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    direction:dict[str, Tensor]|None=None, # Name to tensor; `None`: a random direction, filter-normalised
+    span:float|tuple[float, float]=1., # Largest multiple of the direction, least is minus it; or (low, high)
+    points:int=51, # Number of points, >= 2; an odd number includes the multiple zero if `span` is a number
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    seed:int=0,            # Seed of the random direction
+    progress:bool=True,    # Show a bar after three seconds
 ) -> Line: # Multiples, losses, and a description of direction and samples
     """Compute the loss along a straight line through the weights. Ctrl-C returns the losses so far.
 
@@ -165,14 +167,14 @@ def loss_line(
     return Line(at, loss, f'{about}; {s.loss.n:,} samples')
 
 def loss_surface(
-    learn,           # A Learner whose network is in evaluation mode
-    directions=None, # Two dictionaries from name to tensor; `None`: random directions, filter-normalised
-    span=1.,         # Largest multiple of each direction, the smallest is minus it; or a pair (low, high)
-    points=51,       # Number of points along each direction, >= 2; see `loss_line`
-    dl=None,         # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,    # How many samples to use: a random choice, the same in every call; `None`: all
-    seed=0,          # Seed of the random directions
-    progress=True,   # Show a bar after three seconds
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    directions:Sequence[dict[str, Tensor]]|None=None, # Two, name to tensor; `None`: random, filter-normalised
+    span:float|tuple[float, float]=1., # Largest multiple of each direction, least is minus it; or (low, high)
+    points:int=51,         # Number of points along each direction, >= 2; see `loss_line`
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    seed:int=0,            # Seed of the random directions
+    progress:bool=True,    # Show a bar after three seconds
 ) -> Surface: # Multiples, losses, and a description of directions and samples
     """Compute the loss over a plane through the weights, with `points` squared passes over the samples.
 
@@ -196,9 +198,9 @@ def _axes(ax, **kwargs):
     return plt.subplots(figsize=(5, 4), layout='constrained', **kwargs)[1]
 
 def plot_line(
-    lines,       # A `Line`, or a dictionary from label to `Line`
-    ax=None,     # Axes to draw on; new ones if `None`
-    colors=None, # Dictionary from label to colour
+    lines:Line|dict[str, Line],      # A `Line`, or a dictionary from label to `Line`
+    ax:plt.Axes|None=None,           # Axes to draw on; new ones if `None`
+    colors:dict[str, str]|None=None, # Dictionary from label to colour
 ): # The axes
     "Draw the loss along one or several lines, with directions and samples as text below the axis."
     if not isinstance(lines, dict): lines = {'': lines}
@@ -229,10 +231,10 @@ def _draw_3d(ax, surface, z, levels):
 
 # %% ../../nbs/measures/52_landscape.ipynb #28f393b9
 def plot_surface(
-    surface:Surface, # The surface to draw
-    kind='contour',  # 'contour', 'heat' or '3d'
-    ax=None,         # Axes to draw on (three-dimensional for '3d'); new ones if `None`
-    levels=None,     # Ascending losses of the contours; for 'heat' and '3d' the range of colours; `None`: 14
+    surface:Surface,                  # The surface to draw
+    kind:Literal['contour', 'heat', '3d']='contour', # 'contour', 'heat' or '3d'
+    ax:plt.Axes|None=None,            # Axes to draw on (three-dimensional for '3d'); new ones if `None`
+    levels:Sequence[float]|None=None, # Losses of the contours, or range of the colours; `None`: 14
 ): # The axes
     """Draw a landscape on a logarithmic scale, with its directions and samples as text.
 
@@ -251,11 +253,11 @@ def plot_surface(
 
 # %% ../../nbs/measures/52_landscape.ipynb #d6c1eb44
 def plot_evolution(
-    series,       # Dictionary: label to one entry per round, a number or a result with `value` and `error`
-    ax=None,      # Axes to draw on; new ones if `None`
-    ylabel='',    # Name and unit of the numbers
-    rounds=None,  # Names of the rounds; `None`: 0, 1, 2 ...
-    colors=None,  # Dictionary from label to colour
+    series:dict[str, Sequence], # Label to one entry per round, a number or a result with `value` and `error`
+    ax:plt.Axes|None=None,      # Axes to draw on; new ones if `None`
+    ylabel:str='',              # Name and unit of the numbers
+    rounds:Sequence|None=None,  # Names of the rounds; `None`: 0, 1, 2 ...
+    colors:dict[str, str]|None=None, # Dictionary from label to colour
 ): # The axes
     "Draw a measure against the round, with error bars, on a log scale (Pham et al. 2022, Figure 4)."
     ax = _axes(ax)
@@ -272,9 +274,9 @@ def plot_evolution(
     return ax
 
 def plot_ecdf(
-    spectra,     # Dictionary from label to eigenvalues
-    ax=None,     # Axes to draw on; new ones if `None`
-    colors=None, # Dictionary from label to colour
+    spectra:dict[str, Sequence[float]], # Dictionary from label to eigenvalues
+    ax:plt.Axes|None=None,              # Axes to draw on; new ones if `None`
+    colors:dict[str, str]|None=None,    # Dictionary from label to colour
 ): # The axes
     "Draw the share of the given eigenvalues up to each value (Pham et al. 2022, Figure 16)."
     ax = _axes(ax)

@@ -10,7 +10,7 @@ __all__ = ['CORRUPTIONS', 'corrupt', 'Accuracy', 'corrupted_accuracy', 'shifted_
 # %% ../../nbs/measures/53_robustness.ipynb #abf6c1f5
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,6 +22,7 @@ from torch import nn, Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as TF
+from fastai.learner import Learner
 from tqdm import tqdm
 
 from ..core.fixed_loss import FixedLoss
@@ -34,7 +35,7 @@ def _speckle_noise(x, c, g): return x + x * (_noise_like(x, g) * c)
 def _shot_noise(x, c, g): return torch.poisson(x * c, generator=g) / c
 
 def _impulse_noise(x, c, g):
-    u = torch.rand(x.shape, generator=g, device=x.device)
+    u = torch.rand(x.shape, generator=g, device=x.device, dtype=torch.float32)
     return torch.where(u < c / 2, 1., torch.where(u < c, 0., x))
 
 def _gaussian_blur(x, c, g): # cut at four standard deviations, with the border repeated
@@ -109,10 +110,10 @@ CORRUPTIONS = dict( # name: (function of images, setting and generator; settings
     jpeg_compression=(_jpeg_compression, (80, 65, 58, 50, 40)))
 
 def corrupt(
-    x:Tensor,   # `(n, 3, h, w)` images in [0, 1], square
-    kind,       # A name in `CORRUPTIONS`
-    severity=3, # 1 to 5
-    seed=0,     # Seed of the noise
+    x:Tensor,       # `(n, 3, h, w)` images in [0, 1], square
+    kind:str,       # A name in `CORRUPTIONS`
+    severity:int=3, # 1 to 5
+    seed:int=0,     # Seed of the noise
 ) -> Tensor: # Corrupted images in [0, 1], rounded down to 256 levels
     """Corrupt images as CIFAR-10-C does.
 
@@ -159,15 +160,15 @@ def _normalisation(learn, dl, mean, std, like):
 # %% ../../nbs/measures/53_robustness.ipynb #00e2c54f
 @torch.no_grad()
 def corrupted_accuracy(
-    learn,                      # A Learner whose network is in evaluation mode
-    kinds=None,                 # Names in `CORRUPTIONS`; `None`: all
-    severities=(1, 2, 3, 4, 5), # Severities from 1 to 5
-    dl=None,                    # Batches `(x, y)` of clean, normalised images; `None`: the validation loader
-    samples=None,               # How many samples: a random choice, the same in every call; `None`: all
-    seed=0,                     # Seed of the noise, which is the same for every network
-    mean=None,                  # Mean of the normalisation; `None`: that of the loader
-    std=None,                   # Deviation of the normalisation; `None`: that of the loader
-    progress=True,              # Show a bar after three seconds
+    learn:Learner,                            # A Learner whose network is in evaluation mode
+    kinds:Iterable[str]|None=None,            # Names in `CORRUPTIONS`; `None`: all
+    severities:Iterable[int]=(1, 2, 3, 4, 5), # Severities from 1 to 5
+    dl:Iterable|None=None, # Batches `(x, y)` of clean, normalised images; `None`: the validation loader
+    samples:int|None=None, # How many samples: a random choice, the same in every call; `None`: all
+    seed:int=0,                               # Seed of the noise, which is the same for every network
+    mean:float|Sequence[float]|None=None,     # Mean of the normalisation; `None`: that of the loader
+    std:float|Sequence[float]|None=None,      # Deviation of the normalisation; `None`: that of the loader
+    progress:bool=True,                       # Show a bar after three seconds
 ) -> pd.DataFrame: # Accuracy by kind and severity; NaN for what Ctrl-C left out
     """Return the accuracy on images that are corrupted as in CIFAR-10-C.
 
@@ -223,11 +224,11 @@ def _read_folder(folder, vocab):
 # %% ../../nbs/measures/53_robustness.ipynb #44ad0f18
 @torch.no_grad()
 def shifted_accuracy(
-    learn,     # A Learner whose network is in evaluation mode
-    data,      # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder of images `<class>/*`
-    bs=256,    # Images per batch
-    mean=None, # Mean of the normalisation; `None`: that of the validation loader
-    std=None,  # Deviation of the normalisation; `None`: that of the validation loader
+    learn:Learner,                        # A Learner whose network is in evaluation mode
+    data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
+    bs:int=256,                           # Images per batch
+    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: that of the validation loader
+    std:float|Sequence[float]|None=None,  # Deviation of the normalisation; `None`: of the validation loader
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
 
@@ -269,11 +270,11 @@ def _accuracies(v):
     return v
 
 def effective_robustness(
-    reference,          # Accuracies of the networks to measure on the ordinary test set, in (0, 1)
-    shifted,            # Accuracies of the same networks on the shifted test set
-    baseline_reference, # Accuracies of ordinary networks on the ordinary test set, three or more
-    baseline_shifted,   # Accuracies of the same ordinary networks on the shifted test set
-    level=.95,          # Level of the confidence band, in (0, 1)
+    reference:Sequence[float], # Accuracies of the networks to measure on the ordinary test set, in (0, 1)
+    shifted:Sequence[float],            # Accuracies of the same networks on the shifted test set
+    baseline_reference:Sequence[float], # Three or more ordinary networks, ordinary test set
+    baseline_shifted:Sequence[float],   # Accuracies of the same ordinary networks on the shifted test set
+    level:float=.95,                    # Level of the confidence band, in (0, 1)
 ) -> EffectiveRobustness: # One value per network to measure
     """Return how far accuracies lie above the line of ordinary networks (Pham et al. 2022, Figure 9).
 
@@ -296,13 +297,13 @@ def effective_robustness(
 
 # %% ../../nbs/measures/53_robustness.ipynb #f7ac96d3
 def plot_robustness(
-    reference,          # Dictionary from label to accuracies on the ordinary test set, in (0, 1)
-    shifted,            # Dictionary from the same labels to accuracies on the shifted test set
-    baseline_reference, # Accuracies of ordinary networks on the ordinary test set, three or more
-    baseline_shifted,   # Accuracies of the same ordinary networks on the shifted test set
-    ax=None,            # Axes to draw on; new ones if `None`
-    colors=None,        # Dictionary from label to colour
-    level=.95,          # Level of the confidence band, in (0, 1)
+    reference:dict[str, Sequence[float]], # Label to accuracies on the ordinary test set, in (0, 1)
+    shifted:dict[str, Sequence[float]],   # The same labels to accuracies on the shifted test set
+    baseline_reference:Sequence[float],   # Three or more ordinary networks, ordinary test set
+    baseline_shifted:Sequence[float],     # Accuracies of the same ordinary networks on the shifted test set
+    ax:plt.Axes|None=None,                # Axes to draw on; new ones if `None`
+    colors:dict[str, str]|None=None,      # Dictionary from label to colour
+    level:float=.95,                      # Level of the confidence band, in (0, 1)
 ): # The axes
     "Draw shifted against ordinary accuracy on logit scales, with the line of ordinary networks."
     if ax is None: ax = plt.subplots(figsize=(5.5, 4.5), layout='constrained')[1]
@@ -332,10 +333,10 @@ class Calibration(NamedTuple):
 
 @torch.no_grad()
 def calibration_error(
-    learn,        # A Learner whose network is in evaluation mode
-    dl=None,      # Batches `(x, y)` with class numbers, read once; `None`: the validation loader
-    bins=15,      # Number of bins of equal width in confidence, >= 1
-    samples=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    dl:Iterable|None=None, # Batches `(x, y)` with class numbers, read once; `None`: the validation loader
+    bins:int=15,           # Number of bins of equal width in confidence, >= 1
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
 ) -> Calibration: # The error, and confidence, accuracy and number of samples in each bin
     """Return the expected calibration error.
 
@@ -358,9 +359,9 @@ def calibration_error(
 
 # %% ../../nbs/measures/53_robustness.ipynb #40a8651e
 def plot_reliability(
-    calibrations, # A `Calibration`, or a dictionary from label to `Calibration`
-    ax=None,      # Axes to draw on; new ones if `None`
-    colors=None,  # Dictionary from label to colour
+    calibrations:Calibration|dict[str, Calibration], # One, or a dictionary from label to `Calibration`
+    ax:plt.Axes|None=None,                           # Axes to draw on; new ones if `None`
+    colors:dict[str, str]|None=None,                 # Dictionary from label to colour
 ): # The axes
     "Draw the accuracy of each bin against its confidence; a calibrated network lies on the diagonal."
     if ax is None: ax = plt.subplots(figsize=(4.5, 4.2), layout='constrained')[1]
@@ -384,9 +385,9 @@ class Memorisation(NamedTuple):
 
 @torch.no_grad()
 def memorisation(
-    learn,        # A Learner whose network is in evaluation mode
-    true,         # `(n,)` true class numbers, in the order of `dl`
-    dl=None,      # Batches `(x, y)` with the training labels, in a fixed order; `None`: the training loader
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    true:Tensor|Sequence[int], # `(n,)` true class numbers, in the order of `dl`
+    dl:Iterable|None=None, # Batches `(x, y)` with the training labels, in order; `None`: the training loader
 ) -> Memorisation: # The two shares, and the number of samples with a wrong label
     """Return how often a network predicts the wrong and the true label where its training label is wrong.
 

@@ -8,25 +8,27 @@ __all__ = ['sam_sharpness', 'gradient_norm', 'AverageSharpness', 'average_sharpn
 
 # %% ../../nbs/measures/51_sharpness.ipynb #01d342d2
 import math
-from typing import NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from torch import nn
+from torch import nn, Tensor
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 from tqdm import tqdm
 
+from ..core.arguments import ShowsArguments
 from ..core.fixed_loss import FixedLoss, collect_batches
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
 def sam_sharpness(
-    learn,          # A Learner whose network is in evaluation mode
-    rho=.05,        # Radius in weight space, > 0; with `adaptive` relative to the size of each weight
-    dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # How many samples to use: a random choice, the same in every call; `None`: all
-    adaptive=False, # Scale the neighbourhood with the size of each weight
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    rho:float=.05,         # Radius in weight space, > 0; with `adaptive` relative to the size of each weight
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    adaptive:bool=False,   # Scale the neighbourhood with the size of each weight
 ) -> float: # Rise of the loss; it can be negative if `rho` is too large
     """Return the rise of the loss at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
 
@@ -45,9 +47,9 @@ def sam_sharpness(
     return there - here
 
 def gradient_norm(
-    learn,        # A Learner whose network is in evaluation mode
-    dl=None,      # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
 ) -> float: # Rise of the loss per unit of length in weight space
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
@@ -70,14 +72,14 @@ def _weight_noise(params, std, adaptive, g):
     return noise
 
 def average_sharpness(
-    learn,          # A Learner whose network is in evaluation mode
-    std=.01,        # Standard deviation of the noise, > 0; with `adaptive` in multiples of each weight
-    dl=None,        # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples=None,   # How many samples to use: a random choice, the same in every call; `None`: all
-    pairs=20,       # Number of pairs, each a random step and its opposite, >= 2
-    adaptive=False, # Scale the noise with the size of each weight
-    seed=0,         # Seed of the noise
-    progress=True,  # Show a bar after three seconds
+    learn:Learner,         # A Learner whose network is in evaluation mode
+    std:float=.01,         # Standard deviation of the noise, > 0; with `adaptive` in multiples of each weight
+    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
+    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    pairs:int=20,          # Number of pairs, each a random step and its opposite, >= 2
+    adaptive:bool=False,   # Scale the noise with the size of each weight
+    seed:int=0,            # Seed of the noise
+    progress:bool=True,    # Show a bar after three seconds
 ) -> AverageSharpness: # Mean rise, its standard error, number of pairs used, and whether all were used
     """Return how much the loss rises on average when noise is added to the weights.
 
@@ -102,7 +104,7 @@ def average_sharpness(
     return AverageSharpness(v.mean().item(), v.std().item() / math.sqrt(len(v)), len(v), len(v) == pairs)
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
-class FlatnessRecorder(Callback):
+class FlatnessRecorder(ShowsArguments, Callback):
     """Measures the network after each `every` epochs, and after the last epoch.
 
     A measure returns a number, or a result with `value`. `rows` has one dictionary per measurement, and
@@ -110,10 +112,10 @@ class FlatnessRecorder(Callback):
     weights. Raises `ValueError` if `every` is below 1."""
     order = 80 # runs after all other callbacks of the epoch
     def __init__(self,
-        measures=None, # Dictionary of functions `f(learn, dl=...)`; `None`: `sam_sharpness` as `sharpness`
-        every=1,       # Epochs from one measurement to the next, >= 1
-        dl=None,       # Batches `(x, y)`; `None`: the training loader, in order
-        samples=None,  # How many samples to use: a random choice, the same in every call; `None`: all
+        measures:dict[str, Callable]|None=None, # Functions `f(learn, dl=...)`; `None`: `sam_sharpness`
+        every:int=1,           # Epochs from one measurement to the next, >= 1
+        dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order
+        samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
     ):
         if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
         self.measures = measures or dict(sharpness=sam_sharpness)
@@ -144,7 +146,10 @@ class FlatnessRecorder(Callback):
         return dict(epoch=self.epoch + 1, loss=FixedLoss(self.learn, self._batches)(), **found)
 
     def state_dict(self): return dict(rows=self.rows)
-    def load_state_dict(self, state): self.rows = list(state['rows'])
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
+        self.rows = list(state['rows'])
 
     def table(self) -> pd.DataFrame: # One row per measurement: `epoch`, `loss` and the measures
         "Return the measurements as a table."
@@ -153,7 +158,7 @@ class FlatnessRecorder(Callback):
 # %% ../../nbs/measures/51_sharpness.ipynb #57d8939f
 def weight_histograms(
     model:nn.Module, # The network; its kernels and matrices are counted, its vectors are not
-    bins=60,         # Number of bins of equal width, from minus to plus the layer's largest absolute weight
+    bins:int=60,     # Number of bins of equal width, from minus to plus the layer's largest absolute weight
 ) -> dict: # From parameter name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
     "Return a histogram of each layer's weights. Raises `ValueError` for a network without such weights."
     out = {}
@@ -168,9 +173,9 @@ def weight_histograms(
 
 # %% ../../nbs/measures/51_sharpness.ipynb #fbd75808
 def plot_weights(
-    histograms,  # Dictionary from label to `(edges, counts)` of one layer, see `weight_histograms`
-    ax=None,     # Axes to draw on; new ones if `None`
-    colors=None, # Dictionary from label to colour
+    histograms:dict[str, tuple[Tensor, Tensor]], # Label to `(edges, counts)`, see `weight_histograms`
+    ax:plt.Axes|None=None,                       # Axes to draw on; new ones if `None`
+    colors:dict[str, str]|None=None,             # Dictionary from label to colour
 ): # The axes
     "Draw the distribution of weights as a density on a log scale (Figure 3 of the SAM/ASAM study)."
     if ax is None: ax = plt.subplots(figsize=(6, 3.2), layout='constrained')[1]

@@ -6,14 +6,16 @@
 __all__ = ['collect_logits', 'logit_mse', 'agreement', 'diversity']
 
 # %% ../../nbs/measures/54_similarity.ipynb #07d863a3
+from typing import Iterable
+
 import torch
 from torch import nn, Tensor
 
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
 @torch.inference_mode()
 def collect_logits(
-    models, # The networks; they run in evaluation mode, and their own modes are restored afterwards
-    dl,     # Batches `(x, ...)`, read once
+    models:Iterable[nn.Module], # The networks; they run in evaluation mode, and get their own modes back
+    dl:Iterable,                # Batches `(x, ...)`, read once
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
     """Return the logits of several networks on the same samples.
 
@@ -38,7 +40,7 @@ def collect_logits(
 def logit_mse(
     student:nn.Module, # One network
     teacher:nn.Module, # The other network
-    dl,                # Batches `(x, ...)`
+    dl:Iterable,       # Batches `(x, ...)`
 ) -> float: # In units of squared logits, >= 0
     "Return the mean squared difference of two networks' logits (Pham et al. 2022, Figure 6)."
     a, b = collect_logits((student, teacher), dl)
@@ -47,8 +49,8 @@ def logit_mse(
 def agreement(
     student:nn.Module, # One network
     teacher:nn.Module, # The other network
-    dl,                # Batches `(x, ...)`
-    axis=1,            # Axis of the classes; `None`: every output is a label of its own, seen if positive
+    dl:Iterable,       # Batches `(x, ...)`
+    axis:int|None=1,   # Axis of the classes; `None`: every output is a label of its own, seen if positive
 ) -> float: # In [0, 1]
     """Return the share of predictions in which both networks agree: on the class, or on each label.
 
@@ -62,8 +64,8 @@ def agreement(
 
 # %% ../../nbs/measures/54_similarity.ipynb #5a44f98b
 def diversity(
-    models, # The members of the ensemble, at least one
-    dl,     # Batches `(x, ...)`
+    models:Iterable[nn.Module], # The members of the ensemble, at least one
+    dl:Iterable,                # Batches `(x, ...)`
 ) -> Tensor: # `(n,)` one value per sample, in units of squared logits, on the CPU
     "Return for each sample the variance of the members' logits, averaged over classes."
     return collect_logits(models, dl).var(0, correction=0).mean(1)

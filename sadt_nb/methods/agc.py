@@ -7,28 +7,36 @@ __all__ = ['unit_norm', 'clip_units_', 'AGC']
 
 # %% ../../nbs/methods/11_agc.ipynb #ddd86315
 import math
+from typing import Iterable
 
 import torch
 from torch import Tensor
 from fastai.callback.core import Callback
 
+from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS
-from ..core.perturb import trainable_params, weights_moved
+from ..core.perturb import is_sharded, Replicate, trainable_params, weights_moved
 
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb
+def _sharded_unit_norm(x):
+    "Return the norms of all units in every process."
+    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, keepdim=x.ndim > 1)
+    return norms.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
 ) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the norm of all of it
     "Return the Euclidean norm of each unit."
+    if is_sharded(x): return _sharded_unit_norm(x)
     if x.ndim <= 1: return x.norm()
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
 @torch.no_grad()
 def clip_units_(
-    params,     # Parameters
-    grads,      # Gradients of the parameters, changed in place
-    clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
-    eps=1e-3,   # Weight norms below this value are replaced by it
+    params:Iterable[Tensor], # Parameters
+    grads:Iterable[Tensor],  # Gradients of the parameters, changed in place
+    clip:float=.01,          # Largest ratio of gradient norm to weight norm, > 0
+    eps:float=1e-3,          # Weight norms below this value are replaced by it
 ):
     "Scale down each unit's gradient whose norm is above `clip` times the norm of the unit's weights."
     for p, g in zip(params, grads):
@@ -37,7 +45,7 @@ def clip_units_(
         g.mul_(bound.div_(norm).clamp_(max=1))
 
 # %% ../../nbs/methods/11_agc.ipynb #f1cbb7f3
-class AGC(Callback):
+class AGC(ShowsArguments, Callback):
     """Clips every unit's gradient relative to its weights before every step (Brock et al. 2021, eq. 3).
 
     Raises `ValueError` if `clip` or `eps` is not positive, and, before training starts, if an entry of
@@ -45,9 +53,9 @@ class AGC(Callback):
     order, run_valid = ORDERS['grad_transform'], False
 
     def __init__(self,
-        clip=.01,   # Largest ratio of gradient norm to weight norm, > 0
-        eps=1e-3,   # Weight norms below this value are replaced by it, > 0
-        exclude=(), # Parameters with one of these texts in their name are not clipped
+        clip:float=.01,               # Largest ratio of gradient norm to weight norm, > 0
+        eps:float=1e-3,               # Weight norms below this value are replaced by it, > 0
+        exclude:str|Iterable[str]=(), # Parameters with one of these texts in their name are not clipped
     ):
         if not (0 < clip < math.inf and 0 < eps < math.inf):
             raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')

@@ -6,11 +6,13 @@
 __all__ = ['ASAM', 'asam_step']
 
 # %% ../../nbs/methods/21_asam.ipynb #bedc714f
+from typing import Callable, Literal
+
 import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
 from ..core.perturb import ascent, check_not_negative, check_radius, weight_sizes
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
@@ -34,11 +36,11 @@ class ASAM(PerturbedPass):
     along its own gradient. Raises `ValueError` for a radius that is not positive, a negative `eta`, or an
     unknown choice or policy."""
     def __init__(self,
-        rho=.5,      # Radius relative to the weights, > 0; read at every batch
-        eta=.01,     # Added to the size of each weight, >= 0
-        bn='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
-        weights='role', # What has T = |w| + eta: weights by their 'role' in the network, or by 'name'
+        rho:float=.5,                           # Radius relative to the weights, > 0; read at every batch
+        eta:float=.01,                          # Added to the size of each weight, >= 0
+        bn:BatchNormPolicy='update',            # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',               # Dropout masks in the extra pass: 'fresh' or 'replay'
+        weights:Literal['role', 'name']='role', # How weights, which have T = |w| + eta, are found
     ):
         check_radius(rho)
         check_not_negative(eta=eta)
@@ -52,14 +54,14 @@ class ASAM(PerturbedPass):
 
 # %% ../../nbs/methods/21_asam.ipynb #63b2ca42
 def asam_step(
-    model:torch.nn.Module, # Its parameters are those that `optimizer` steps
-    loss_fn,               # Called without arguments: runs the model on the batch and returns the loss
-    optimizer:torch.optim.Optimizer, # Any base optimizer
-    rho=.5,                # Radius relative to the weights, > 0
-    eta=.01,               # Added to the size of each weight, >= 0
-    bn='update',           # BatchNorm statistics in the second pass: 'update' or 'keep'
-    rng='fresh',           # Dropout masks in the second pass: 'fresh' or 'replay'
-    weights='role',        # What has T = |w| + eta: weights by their 'role' in the network, or by 'name'
+    model:torch.nn.Module,                  # Its parameters are those that `optimizer` steps
+    loss_fn:Callable[[], Tensor],           # Runs the model on the batch and returns the loss
+    optimizer:torch.optim.Optimizer,        # Any base optimizer
+    rho:float=.5,                           # Radius relative to the weights, > 0
+    eta:float=.01,                          # Added to the size of each weight, >= 0
+    bn:BatchNormPolicy='update',            # BatchNorm statistics in the second pass: 'update' or 'keep'
+    rng:RandomPolicy='fresh',               # Dropout masks in the second pass: 'fresh' or 'replay'
+    weights:Literal['role', 'name']='role', # How weights, which have T = |w| + eta, are found
 ) -> Tensor: # The loss at the unperturbed weights, detached
     "Make one ASAM step in plain PyTorch (Kwon et al. 2021)."
     return closure_step(ASAM(rho, eta, bn, rng, weights), model, loss_fn, optimizer)

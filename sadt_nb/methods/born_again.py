@@ -6,12 +6,14 @@
 __all__ = ['SELECT', 'KeepBest', 'Generations', 'born_again']
 
 # %% ../../nbs/methods/31_born_again.ipynb #1d01c30d
-from typing import NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import torch
 from torch import nn
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 
+from ..core.arguments import ShowsArguments
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -27,13 +29,13 @@ def _n_right(model, batches):
         n += len(y)
     return right, n
 
-class KeepBest(Callback):
+class KeepBest(ShowsArguments, Callback):
     """Ends training with the weights of the epoch with the highest accuracy, or of the first such epoch.
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False
     def __init__(self,
-        select='valid', # 'valid': `learn.dls[1]`; 'test': `learn.dls[2]`, whose reported accuracy is too high
+        select:Literal['valid', 'test']='valid', # Data; the test set's accuracy is then too high
     ):
         if SELECT.get(select) is None: raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
         self.select = select
@@ -62,7 +64,9 @@ class KeepBest(Callback):
     def state_dict(self):
         return dict(best=self.best, epoch_kept=self.epoch_kept, last=self.last, weights=self._weights)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
         self.best, self.epoch_kept, self.last = state['best'], state['epoch_kept'], state['last']
         self._weights = state['weights']
 
@@ -84,11 +88,11 @@ class Generations(NamedTuple):
 
 # %% ../../nbs/methods/31_born_again.ipynb #6aef965c
 def born_again(
-    make_learner,      # Called with the round, from 0, and the teacher or `None`; returns a Learner
-    rounds:int,        # Rounds of self-distillation after round 0, >= 1
-    fit,               # Called with the Learner; trains it
-    select='valid',    # Epoch whose weights are kept: the best on 'valid' or 'test' data, or the 'last'
-    independent=False, # Also train `rounds` networks without a teacher?
+    make_learner:Callable[[int, nn.Module|None], Learner], # Called with the round, from 0, and the teacher
+    rounds:int,                                      # Rounds of self-distillation after round 0, >= 1
+    fit:Callable[[Learner], None],                   # Called with the Learner; trains it
+    select:Literal['last', 'valid', 'test']='valid', # Epoch whose weights are kept: the last, or the best
+    independent:bool=False,                          # Also train `rounds` networks without a teacher?
 ) -> Generations: # All generations, and the independent networks
     """Train in rounds of self-distillation: each round's teacher is the network of the round before it.
 

@@ -8,17 +8,18 @@ __all__ = ['RepeatStep']
 # %% ../../nbs/methods/90_controls.ipynb #eedfe56d
 from fastai.callback.core import Callback
 
+from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS, StepGrads, check_single
 from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
-class RepeatStep(Callback):
+class RepeatStep(ShowsArguments, Callback):
     """Makes `n` optimizer steps with each batch's gradient instead of one step; nothing else changes.
 
     Raises `ValueError` for `n` below 1."""
     order, run_valid = ORDERS['extra_pass'], False
     def __init__(self,
-        n=2, # Number of steps per batch, >= 1; SADT makes 2
+        n:int=2, # Number of steps per batch, >= 1; SADT makes 2
     ):
         check_count(n=n)
         self.n = n

@@ -7,12 +7,13 @@ __all__ = ['Distillation']
 
 # %% ../../nbs/methods/30_distillation.ipynb #74b4bec6
 import math
+from typing import Sequence
 
 import torch
 from torch import nn
 
 from ..core.loss_terms import LossTerm
-from ..core.losses import as_divergence
+from ..core.losses import as_divergence, DivergenceLike
 from ..core.passes import ORDERS, check_single, replaying, replays_other_loss
 from ..core.teachers import Ensemble
 
@@ -27,10 +28,10 @@ class Distillation(LossTerm):
     _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher,        # A network, or a list of networks whose logits are averaged; `None`: set it later
-        alpha=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
-        temperature=4., # Temperature that softens both predictions, > 0; read at every batch
-        divergence=None,# How predictions are compared, see `as_divergence`; `None`: by the loss function
+        teacher:nn.Module|Sequence[nn.Module]|None, # Of several, the mean of logits; `None`: set it later
+        alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
+        temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
+        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
         if not 0 < temperature < math.inf:

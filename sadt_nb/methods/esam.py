@@ -8,6 +8,7 @@ __all__ = ['sharpest', 'ESAM', 'esam_step']
 # %% ../../nbs/methods/22_esam.ipynb #59d37ccc
 import inspect
 from math import ceil
+from typing import Callable
 
 import torch
 from torch import nn, Tensor
@@ -16,14 +17,14 @@ from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 
 from ..core.closures import closure_step
-from ..core.passes import batch_size, PerturbedPass
-from ..core.perturb import ascent, check_radius
-from ..core.ranks import sync_gradients
+from ..core.passes import batch_size, BatchNormPolicy, device_of, PerturbedPass, RandomPolicy
+from ..core.perturb import ascent, check_radius, is_sharded
+from ..core.ranks import over_ranks, sync_gradients
 
 # %% ../../nbs/methods/22_esam.ipynb #ed9acbb5
 def sharpest(
     rise:Tensor, # `(n,)` rise of each sample's loss
-    gamma,       # Fraction of the samples to keep, in (0, 1]
+    gamma:float, # Fraction of the samples to keep, in (0, 1]
     least:int=1, # Smallest number of samples, if there are as many
 ) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
     "Return the positions of the samples whose loss rose most."
@@ -67,12 +68,12 @@ class ESAM(PerturbedPass):
     below 1 and a callback of fastai mixes labels of the whole batch, or the loss function has no
     `reduction`. The loader's `CutMix` can be used. A network with BatchNorm gets at least two samples."""
     def __init__(self,
-        rho=.05,     # Radius in weight space, > 0; read at every batch
-        beta=.6,     # Probability that a parameter tensor is perturbed, in (0, 1]
-        gamma=.5,    # Fraction of samples in the second pass, in (0, 1]; 1: no forward pass to choose them
-        bn='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
-        rng='fresh', # Dropout masks in the second pass: 'fresh' or 'replay'
-        seed:int=0,  # Seed of the draws
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
+        gamma:float=.5, # Fraction of samples in the second pass, in (0, 1]; 1: no forward pass to choose them
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the second pass: 'fresh' or 'replay'
+        seed:int=0,                  # Seed of the draws
     ):
         check_radius(rho)
         for name, value in (('beta', beta), ('gamma', gamma)):
@@ -97,7 +98,9 @@ class ESAM(PerturbedPass):
     def perturbation(self, params, grads):
         new = [n for n in params if n not in self._mask] # a micro-batch may have left some of them unused
         if new:
-            draws = torch.rand(len(new), generator=self.generator)
+            draws = torch.rand(len(new), generator=self.generator, dtype=torch.float32)
+            if any(map(is_sharded, params.values())): # the parts of a tensor move together
+                draws = over_ranks(draws.to(device_of(self.model)), 'first')
             self._mask.update(zip(new, (draws < self.beta).tolist()))
         return _chosen(ascent(grads, self.rho / self.beta), self._mask)
 
@@ -128,15 +131,15 @@ class ESAM(PerturbedPass):
 
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(
-    model:torch.nn.Module, # Its parameters are those that `optimizer` steps
-    losses,                # Called with positions of samples, or `None` for all: returns one loss per sample
-    optimizer:torch.optim.Optimizer, # Any base optimizer
-    rho=.05,               # Radius in weight space, > 0
-    beta=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
-    gamma=.5,              # Fraction of samples in the second pass, in (0, 1]
-    generator=None,        # Source of the draws, on the CPU
-    bn='update',           # BatchNorm statistics in the second pass: 'update' or 'keep'
-    rng='fresh',           # Dropout masks in the second pass: 'fresh' or 'replay'
+    model:torch.nn.Module,                  # Its parameters are those that `optimizer` steps
+    losses:Callable[[Tensor|None], Tensor], # Positions of samples (`None`: all) to a loss per sample
+    optimizer:torch.optim.Optimizer,        # Any base optimizer
+    rho:float=.05,                          # Radius in weight space, > 0
+    beta:float=.6,                          # Probability that a parameter tensor is perturbed, in (0, 1]
+    gamma:float=.5,                         # Fraction of samples in the second pass, in (0, 1]
+    generator:torch.Generator|None=None,    # Source of the draws, on the CPU
+    bn:BatchNormPolicy='update',            # BatchNorm statistics in the second pass: 'update' or 'keep'
+    rng:RandomPolicy='fresh',               # Dropout masks in the second pass: 'fresh' or 'replay'
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
     "Make one ESAM step in plain PyTorch (Du et al. 2022)."
     method = ESAM(rho, beta, gamma, bn, rng)

@@ -6,22 +6,26 @@
 __all__ = ['centralize_', 'GradientCentralization']
 
 # %% ../../nbs/methods/10_gradient_centralization.ipynb #9b130309
+from typing import Iterable
+
 import torch
+from torch import Tensor
 from fastai.callback.core import Callback
 
+from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS
 from ..core.perturb import trainable_params, weights_moved
 
 # %% ../../nbs/methods/10_gradient_centralization.ipynb #14ab0f6c
 @torch.no_grad()
 def centralize_(
-    grads, # Iterable of gradients, changed in place; gradients with one axis or none stay unchanged
+    grads:Iterable[Tensor], # Changed in place; gradients with one axis or none stay unchanged
 ):
     "Subtract from each output unit's gradient, in place, the mean over the unit's weights."
     for g in grads:
         if g.ndim > 1: g.sub_(g.mean(dim=tuple(range(1, g.ndim)), keepdim=True))
 
-class GradientCentralization(Callback):
+class GradientCentralization(ShowsArguments, Callback):
     "Centralizes the gradients before every step (Yong et al. 2020, eq. 1)."
     order, run_valid = ORDERS['grad_transform'], False
 

@@ -6,15 +6,17 @@
 __all__ = ['GSAM', 'gsam_step']
 
 # %% ../../nbs/methods/24_gsam.ipynb #e81f6e1f
+from typing import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass
-from ..core.perturb import (check_finite, check_not_negative, copied, global_dot,
-                                  sam_ascent, trainable_params)
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
+from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
+from ..core.perturb import sam_ascent, trainable_params
 from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
@@ -29,9 +31,10 @@ def _decompose_(params, g, alpha):
         final.append(p.grad)
         plain.append(g[n] if n in g else torch.zeros_like(p))
     along = global_dot(plain, final) / global_dot(final, final).clamp_min(1e-24)
-    torch._foreach_mul_(plain, -alpha)
-    torch._foreach_mul_(final, 1 + alpha * along)
-    torch._foreach_add_(final, plain)
+    g, g_p = local_parts(plain), local_parts(final)
+    torch._foreach_mul_(g, -alpha)
+    torch._foreach_mul_(g_p, 1 + alpha * along)
+    torch._foreach_add_(g_p, g)
     return final
 
 # %% ../../nbs/methods/24_gsam.ipynb #a9ed7a4f
@@ -52,10 +55,10 @@ def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
     if lr_max is not None: check_finite(lr_max=lr_max)
     check_not_negative(alpha=alpha)
     if not (0 <= rho_min <= rho_max and rho_max > 0):
-        raise ValueError('`rho_max` must be positive and `rho_min` between 0 and it, '
+        raise ValueError('`rho_max` must be positive and `rho_min` between 0 and `rho_max`, '
                          f'got {rho_max} and {rho_min}; use the plain optimizer for no perturbation')
     if lr_min < 0 or (lr_max is not None and lr_max < lr_min):
-        raise ValueError('`lr_min` and `lr_max` must not be negative and in order, '
+        raise ValueError('`lr_min` must not be negative and `lr_max` not below `lr_min`, '
                          f'got {lr_min} and {lr_max}')
 
 # %% ../../nbs/methods/24_gsam.ipynb #6e80e9e6
@@ -65,14 +68,14 @@ class GSAM(PerturbedPass):
     The gradient g_p is that of the loss a distance `rho` uphill. Each micro-batch, and each process,
     decomposes its own gradients; the results are averaged. Raises `ValueError` for values out of range."""
     def __init__(self,
-        rho_max=.05,    # Radius at the highest learning rate, > 0
-        rho_min=.05,    # Radius at the learning rate `lr_min`, >= 0
-        alpha=.4,       # Share of the perpendicular part that is ascended, >= 0; 0: SAM
-        adaptive=False, # Measure the radius relative to the size of each weight; then `rho_max` is about 2
-        lr_max=None,    # Learning rate at which the radius is `rho_max`; `None`: the peak of the schedule
-        lr_min=0.,      # Learning rate at which the radius is `rho_min`
-        bn='update',    # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        rho_max:float=.05,      # Radius at the highest learning rate, > 0
+        rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
+        alpha:float=.4,         # Share of the perpendicular part that is ascended, >= 0; 0: SAM
+        adaptive:bool=False,    # Measure the radius relative to each weight's size; then `rho_max` is about 2
+        lr_max:float|None=None, # Learning rate for the radius `rho_max`; `None`: the peak of the schedule
+        lr_min:float=0.,        # Learning rate at which the radius is `rho_min`
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min)
         super().__init__(bn, rng)
@@ -108,14 +111,14 @@ class GSAM(PerturbedPass):
 
 # %% ../../nbs/methods/24_gsam.ipynb #2e9d1e38
 def gsam_step(
-    model:torch.nn.Module, # Its parameters are those that `optimizer` steps
-    loss_fn,               # Called without arguments: runs the model on the batch and returns the loss
+    model:torch.nn.Module,        # Its parameters are those that `optimizer` steps
+    loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
-    rho=.05,               # Radius in weight space, > 0
-    alpha=.4,              # Share of the perpendicular part that is ascended, >= 0
-    adaptive=False,        # Measure the radius relative to each weight's size; then `rho` is about 2
-    bn='update',           # BatchNorm statistics in the second pass: 'update' or 'keep'
-    rng='fresh',           # Dropout masks in the second pass: 'fresh' or 'replay'
+    rho:float=.05,                # Radius in weight space, > 0
+    alpha:float=.4,               # Share of the perpendicular part that is ascended, >= 0
+    adaptive:bool=False,          # Measure the radius relative to each weight's size; then `rho` is about 2
+    bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
+    rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'
 ) -> Tensor: # The loss at the unperturbed weights, detached
     "Make one GSAM step in plain PyTorch (Zhuang et al. 2022)."
     method = GSAM(rho, rho, alpha, adaptive, bn=bn, rng=rng)

@@ -10,9 +10,9 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import PerturbedPass, plain_gradients
-from ..core.perturb import (ascent, check_count, check_not_negative, check_radius, copied,
-                                  global_dot, global_norm, trainable_params)
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
+from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
+from ..core.perturb import global_dot, global_norm, local_parts, placed_like, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
@@ -26,8 +26,8 @@ def _perpendicular_(g, params):
         g_s.append(torch.zeros_like(p) if p.grad is None else p.grad)
     vs = list(g_v.values())
     along = global_dot(g_s, vs) / global_dot(vs, vs).clamp_min(1e-24)
-    torch._foreach_mul_(vs, -along)
-    torch._foreach_add_(vs, g_s)
+    torch._foreach_mul_(local_parts(vs), -along)
+    torch._foreach_add_(local_parts(vs), local_parts(g_s))
     return g_v
 
 def _add_direction_(params, direction, alpha):
@@ -39,17 +39,19 @@ def _add_direction_(params, direction, alpha):
         if n not in direction: continue
         turned.append(p.grad)
         directions.append(direction[n])
-    if turned: torch._foreach_add_(turned, torch._foreach_mul(directions, alpha * global_norm(grads)))
+    if not turned: return
+    added = torch._foreach_mul(local_parts(directions), alpha * global_norm(grads))
+    torch._foreach_add_(local_parts(turned), added)
 
 # %% ../../nbs/methods/23_looksam.ipynb #770da87b
 def _unit_(direction):
     "Scale `direction`, as one vector of all its tensors, to a norm of one, and return it."
     tensors = list(direction.values())
-    torch._foreach_div_(tensors, global_norm(tensors) + 1e-12)
+    torch._foreach_div_(local_parts(tensors), global_norm(tensors) + 1e-12)
     return direction
 
 def _fitted(direction, params):
-    """Return `direction` on the devices of `params`, without names that are not in `params`.
+    """Return `direction`, placed like `params`, without names that are not in `params`.
 
     Raises `ValueError` if a shape differs."""
     fitted = {}
@@ -58,7 +60,7 @@ def _fitted(direction, params):
         if params[n].shape != d.shape:
             raise ValueError(f'the loaded direction does not fit the model: {n} has shape '
                              f'{tuple(params[n].shape)}, not {tuple(d.shape)}')
-        fitted[n] = d.to(params[n].device)
+        fitted[n] = placed_like(d.to(params[n].device), params[n])
     return fitted
 
 # %% ../../nbs/methods/23_looksam.ipynb #cf3aded5
@@ -70,11 +72,11 @@ class LookSAM(PerturbedPass):
     per_rank, _stateattrs = False, ('direction',)
 
     def __init__(self,
-        rho=.05,     # Radius in weight space, > 0; read at every batch
-        alpha=.7,    # Length of the added direction relative to the gradient, >= 0
-        k=5,         # SAM step at the first optimizer step and then at every k-th step; >= 1
-        bn='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        alpha:float=.7,              # Length of the added direction relative to the gradient, >= 0
+        k:int=5,                     # SAM step at the first optimizer step and then at every k-th step; >= 1
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         check_radius(rho)
         check_not_negative(alpha=alpha)
@@ -100,14 +102,12 @@ class LookSAM(PerturbedPass):
         g_v = _perpendicular_(g, trainable_params(self.learn.model))
         if self._sum is None: self._sum = {}
         both = [n for n in g_v if n in self._sum] # a micro-batch may leave layers unused
-        if both: torch._foreach_add_([self._sum[n] for n in both], [g_v[n] for n in both])
+        sums, added = (local_parts(d[n] for n in both) for d in (self._sum, g_v))
+        if both: torch._foreach_add_(sums, added)
         self._sum = g_v | self._sum
 
     def after_backward(self):
-        if not self.active():
-            params = trainable_params(self.learn.model)
-            plain_gradients(params.values())
-            _add_direction_(params, self.direction, self.alpha)
+        if not self.active(): _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
         super().after_backward()
 
     def after_cancel_step(self): self._refused = True

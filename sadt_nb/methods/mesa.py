@@ -11,8 +11,9 @@ from copy import deepcopy
 import torch
 
 from ..core.loss_terms import TrajectoryLoss
+from ..core.losses import DivergenceLike
 from ..core.passes import replaying
-from ..core.perturb import unwrapped
+from ..core.perturb import check_whole, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
 @torch.no_grad()
@@ -37,15 +38,15 @@ class MESA(TrajectoryLoss):
     """Adds `lam` KL(teacher's prediction || prediction), softened by `tau` (Du et al. 2022, eqs. 10, 13).
 
     The teacher has the moving average of the weights. Raises `ValueError` for values out of range, and,
-    before training starts, if a loaded teacher does not fit the model."""
+    before training starts, for sharded weights, and if a loaded teacher does not fit the model."""
     _stateattrs = ('teacher',) # not in pickled Learners
 
     def __init__(self,
-        lam=.8,        # Factor of the divergence, >= 0; read at every batch
-        tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
-        beta=.9995,    # Factor of the old average in the new average, in (0, 1); read at every batch
-        start_epoch=5, # Number of epochs without the term at the start, >= 0; the average starts at once
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
+        lam:float=.8,      # Factor of the divergence, >= 0; read at every batch
+        tau:float=5.,      # Temperature that softens both predictions, > 0; there is no factor `tau**2`
+        beta:float=.9995,  # Factor of the old average in the new average, in (0, 1); read at every batch
+        start_epoch:int=5, # Number of epochs without the term at the start, >= 0; the average starts at once
+        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         if not 0 < beta < 1: raise ValueError(f'`beta` must lie between 0 and 1, got {beta}')
         super().__init__(lam, tau, start_epoch, divergence)
@@ -58,6 +59,7 @@ class MESA(TrajectoryLoss):
         if not self.run: return
         self._stepped = self._refused = False
         model = unwrapped(self.learn.model)
+        check_whole(model, 'MESA keeps a copy of the network')
         if self.teacher is None: self.teacher = deepcopy(model).requires_grad_(False).eval()
         if self._loaded is not None: self._load_teacher()
         _check_same_shapes(self.teacher, model)

@@ -10,8 +10,9 @@ import inspect, json, warnings
 from collections import UserDict
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, EntryPoint
 from pathlib import Path
+from typing import Iterable
 
 import pandas as pd
 import sadt_nb
@@ -47,12 +48,17 @@ class Method:
     key: str = ''        # Most important hyperparameter, with its published value
     avoid: str = ''      # When not to use the method
 
-    def __call__(self, **options): return self.factory(**options)
+    def __call__(self,
+        **options:object, # Options of the callback
+    ): return self.factory(**options)
 
 # %% ../../nbs/methods/99_registry.ipynb #d0110fac
 class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
-    def __init__(self, own, points=None): self.own, self.points, self.loaded = own, points, False
+    def __init__(self,
+        own:dict[str, Method],     # The library's methods by name
+        points:Iterable[EntryPoint]|None=None, # `None`: those of the installed packages
+    ): self.own, self.points, self.loaded = own, points, False
 
     @property
     def data(self):
@@ -62,7 +68,9 @@ class Methods(UserDict):
             for ep in points: self.add(ep)
         return self.own
 
-    def add(self, ep):
+    def add(self,
+        ep:EntryPoint, # Its name is the method's, its value a `Method`
+    ):
         "Load the method of an entry point, or warn that it cannot be loaded."
         try:
             if ep.name in self.own: raise ValueError('there is a method of that name')
@@ -77,16 +85,16 @@ class Methods(UserDict):
 _GRADIENTS = dict(
     baseline=Method(lambda: None, 'the optimizer and nothing else'),
     gc=Method(
-        GradientCentralization, 'each unit\'s gradient without its mean',
+        GradientCentralization, 'subtracts the mean from the gradient of each unit',
         paper='[Yong et al. 2020](https://arxiv.org/abs/2004.01461), ECCV',
         key='none',
-        avoid='on layers that need to learn the mean of the weights of a unit, '
-              'embeddings for example'),
+        avoid='on layers that must learn the mean of the weights of a unit, '
+              'for example embeddings'),
     agc=Method(
-        AGC, 'each unit\'s gradient clipped to a share of its weights',
+        AGC, 'clips the gradient of each unit to a share of the norm of its weights',
         paper='[Brock et al. 2021](https://arxiv.org/abs/2102.06171), ICML',
-        key='`clip` = 0.01: the paper\'s choice for large batches, and the SADT code\'s',
-        avoid='on layers that start at zero and must grow quickly'),
+        key='`clip` = 0.01, the value of the paper for large batches and of the SADT code',
+        avoid='on layers whose weights start at zero and must grow quickly'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #82e9cfc0
@@ -94,41 +102,42 @@ _SHARPNESS = dict(
     sam=Method(
         SAM, 'takes the gradient at a distance rho uphill', passes=2, memory='1 x weights',
         paper='Sharpness-Aware Minimization, [Foret et al. 2021](https://arxiv.org/abs/2010.01412), ICLR',
-        extra='with `interval=k`, on average 1/k',
-        key='`rho` = 0.05, a distance in weight space',
-        avoid='when twice as many plain epochs use the time of the second passes better'),
+        extra='with `interval=k`, 1/k on average',
+        key='`rho` = 0.05, the distance in weight space',
+        avoid='when plain training for twice the epochs, which takes the same time, is more accurate'),
     asam=Method(
         ASAM, 'SAM with a radius relative to each weight', passes=2, memory='1 x weights',
         paper='Adaptive Sharpness-Aware Minimization, '
               '[Kwon et al. 2021](https://arxiv.org/abs/2102.11600), ICML',
-        key='`rho` = 0.5 on CIFAR-10, 1.0 on CIFAR-100, relative to the weights; `eta` = 0.01',
-        avoid='when BatchNorm already makes the scale of weights meaningless and SAM\'s radius is tuned; '
-              'the two methods then give nearly the same result'),
+        key='`rho` = 0.5 on CIFAR-10 and 1.0 on CIFAR-100, relative to the weights; `eta` = 0.01',
+        avoid='in networks with BatchNorm, where the scale of most weights has no effect: '
+              'there SAM with a tuned radius gives nearly the same result'),
     esam=Method(
         ESAM, 'SAM on a random part of the weights and the sharpest half of the batch',
         passes=5.5 / 3, memory='1 x weights', seeded=True,
         paper='Efficient Sharpness-Aware Minimization, '
               '[Du et al. 2022](https://arxiv.org/abs/2110.03141), ICLR',
-        extra='a forward to choose the share `gamma` of the samples, and a full pass over these',
-        key='`beta` = 0.6, `gamma` = 0.5, with SAM\'s `rho`',
-        avoid='with small batches, where half a batch gives a noisy gradient; '
+        extra='a forward pass that chooses a share `gamma` of the samples, '
+              'and a full pass over the chosen samples',
+        key='`beta` = 0.6 and `gamma` = 0.5; `rho` as for SAM',
+        avoid='with small batches, because the gradient of half a batch is noisy; '
               'for networks whose BatchNorm needs the whole batch'),
     looksam=Method(
-        LookSAM, 'SAM at every fifth step, its direction used again in between',
+        LookSAM, 'SAM at every fifth step; the steps in between use SAM\'s last direction again',
         passes=1.2, memory='2 x weights',
         paper='[Liu et al. 2022](https://arxiv.org/abs/2203.02714), '
               '"Towards efficient and scalable sharpness-aware minimization", CVPR',
-        extra='1/`k`',
-        key='`k` = 5, `alpha` = 0.7, with SAM\'s `rho`',
+        extra='1/`k` on average',
+        key='`k` = 5 and `alpha` = 0.7; `rho` as for SAM',
         avoid='where the loss surface changes quickly from step to step: '
-              'large learning rates, small batches, the first epochs'),
+              'with large learning rates, with small batches, in the first epochs'),
     gsam=Method(
         GSAM, 'SAM that also shrinks the gap between the loss uphill and at the weights', passes=2,
         memory='2 x weights',
         paper='Surrogate Gap Guided Sharpness-Aware Minimization, '
               '[Zhuang et al. 2022](https://arxiv.org/abs/2203.08065), ICLR',
         key='`alpha` = 0.4 in the authors\' CIFAR example (with `adaptive` and `rho` = 2)',
-        avoid='when SAM already underfits: GSAM lowers the training loss even less'),
+        avoid='when SAM already underfits: with GSAM the training loss falls even less'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #9d94c6e5
@@ -136,30 +145,32 @@ _DU = '[Du et al. 2022](https://arxiv.org/abs/2205.14083), "Sharpness-Aware Trai
 
 _TEACHERS = dict(
     saf=Method(
-        SAF, 'divergence from each sample\'s prediction some epochs ago',
+        SAF, 'adds the divergence from each sample\'s prediction some epochs ago',
         memory='logits of 3 epochs, in half precision: 29 MB for CIFAR-100, 7.2 GB for ImageNet',
         paper=_DU,
-        key='`lam` = 0.3, `tau` = 5, `lag` = 3 epochs, from epoch `start_epoch` = 5 on '
+        key='`lam` = 0.3, `tau` = 5, `lag` = 3 epochs; `start_epoch` = 5 '
             '(10 for ResNets on ImageNet, 150 for ViT)',
         avoid='with MixUp or CutMix; with few epochs; '
-              'on data sets so large that the records do not fit (see `mesa`)'),
+              'on data sets whose records do not fit in memory (see `mesa`)'),
     mesa=Method(
-        MESA, 'divergence from the prediction of averaged weights', passes=4 / 3, memory='1 x weights',
+        MESA, 'adds the divergence from the prediction of averaged weights',
+        passes=4 / 3, memory='1 x weights',
         paper='Memory-Efficient Sharpness-Aware Training, section 3.3 of ' + _DU,
-        extra='a forward without gradients, from epoch `start_epoch` on',
+        extra='a forward pass without gradients, from epoch `start_epoch` on',
         key='`beta` = 0.9995 on CIFAR, 0.9998 on ImageNet; `lam` = 0.8 on CIFAR, 0.3 on ImageNet; `tau` = 5',
-        avoid='when a third more time per step is not worth it and SAF\'s records fit in memory'),
+        avoid='when the records of SAF fit in memory: SAF makes no extra pass'),
     distillation=Method(
-        Distillation, 'labels, and the softened predictions of a trained teacher',
+        Distillation, 'trains on labels and on the softened predictions of a trained teacher',
         passes=4 / 3, memory='the teacher', needs_teacher=True,
         paper='[Hinton et al. 2015](https://arxiv.org/abs/1503.02531), '
               '"Distilling the Knowledge in a Neural Network"; '
               'the loss as in [Pham et al. 2022](https://arxiv.org/abs/2206.08491), '
               '"Revisiting Self-Distillation", section 3',
-        extra='a forward of the teacher, without gradients',
-        key='`alpha` = 0.2, 0.5 or 0.8, the labels\' share; `temperature` = 4 is ours, the paper states none',
-        avoid='before label smoothing has been tried, which needs no teacher; '
-              'when an ensemble can be afforded at prediction time'),
+        extra='a forward pass of the teacher, without gradients',
+        key='`alpha` = 0.2, 0.5 or 0.8, the weight of the labels; '
+            '`temperature` = 4 is our choice, the paper states none',
+        avoid='before you have tried label smoothing, which needs no teacher; '
+              'when there is time for the predictions of an ensemble'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #d7a2391d
@@ -171,19 +182,21 @@ _sadt = partial(
 
 _TWO_STEPS = dict(
     sadt1=_sadt(
-        partial(SADT, 1), 'teacher: noise on every layer', passes=2,
-        key='the noise on every layer, a standard deviation of 1e-4'),
+        partial(SADT, 1), 'learns from a teacher with noise on every layer', passes=2,
+        key='the standard deviation of the noise on every layer, 1e-4'),
     sadt2=_sadt(
-        partial(SADT, 2), 'two teachers: noise on the last convolution and on the last dense layer', passes=3,
-        key='the noise on the two layers, a standard deviation of 1e-4',
-        extra='one for each teacher, with their common first layers run once where possible'),
+        partial(SADT, 2),
+        'learns from two teachers: one has noise on the last convolution, one on the last dense layer',
+        passes=3,
+        key='the standard deviation of the noise on the two layers, 1e-4',
+        extra='one for each teacher; the layers that both teachers share run once where possible'),
     sadt3=_sadt(
-        partial(SADT, 3), 'teacher: a noisy step of gradient ascent', passes=2,
-        key='the step uphill and its noise, 1e-3 and 1e-4'),
+        partial(SADT, 3), 'learns from a teacher one noisy step of gradient ascent away', passes=2,
+        key='the learning rate of the step uphill, 1e-3, and the standard deviation of its noise, 1e-4'),
     repeat_step=Method(
-        RepeatStep, 'control: two steps on one gradient', steps=2, memory='1 x weights',
+        RepeatStep, 'control: makes two steps on one gradient', steps=2, memory='1 x weights',
         key='`n` = 2 steps per batch, as SADT makes',
-        avoid='as a method of its own: it is a control for methods with several steps per batch'),
+        avoid='as a method of its own; `repeat_step` is a control for methods with several steps per batch'),
 )
 
 METHODS = Methods({**_GRADIENTS, **_SHARPNESS, **_TEACHERS, **_TWO_STEPS})
@@ -193,9 +206,9 @@ def _check_name(name):
     if name not in METHODS: raise ValueError(f'unknown method {name!r}; choose one of {", ".join(METHODS)}')
 
 def make_method(
-    name:str,    # A name in `METHODS`
-    seed:int=0,  # Seed of methods that draw random numbers
-    **options,   # Options of the method's callback
+    name:str,         # A name in `METHODS`
+    seed:int=0,       # Seed of methods that draw random numbers
+    **options:object, # Options of the method's callback
 ) -> list[Callback]: # List for a Learner's `cbs`; empty for the baseline
     "Return the callbacks of a method. Raises `ValueError` for an unknown name, option or value."
     _check_name(name)
@@ -252,8 +265,8 @@ def _facts(name, m):
             'key hyperparameter': m.key, 'when not to use it': m.avoid}
 
 def method_card(
-    *names:str, # Names in `METHODS`; each gets a column
-    **facts,    # Fields of `Method` with other values than in `METHODS`
+    *names:str,     # Names in `METHODS`; each gets a column
+    **facts:object, # Fields of `Method` with other values than in `METHODS`
 ) -> Card: # The card, with a column per method
     """Return where a method comes from, what it costs, what to set, and when not to use it.
 

@@ -6,10 +6,13 @@
 __all__ = ['Records', 'SAF']
 
 # %% ../../nbs/methods/25_saf.ipynb #9898b26a
+from typing import Sequence
+
 import torch
 from torch import distributed, Tensor
 
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
+from ..core.losses import DivergenceLike
 from ..core.passes import replaying
 from ..core.perturb import check_count
 
@@ -27,10 +30,10 @@ class Records:
 
     @classmethod
     def empty(cls,
-        lag:int,     # Number of epochs whose records are kept, >= 1
-        samples:int, # Number of training samples
-        shape,       # Shape of a sample's output, such as `(classes,)`; or the number of classes
-        device=None, # Device of the records; `None`: the CPU
+        lag:int,                 # Number of epochs whose records are kept, >= 1
+        samples:int,             # Number of training samples
+        shape:int|Sequence[int], # Shape of a sample's output, such as `(classes,)`; or the number of classes
+        device:str|torch.device|None=None, # Device of the records; `None`: the CPU
     ) -> 'Records': # Buffers in which every record is still missing
         never = torch.iinfo(torch.int16).min
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
@@ -42,7 +45,10 @@ class Records:
     @property
     def nbytes(self) -> int: return self.logits.nbytes + self.written.nbytes
 
-    def to(self, device): self.logits, self.written = self.logits.to(device), self.written.to(device)
+    def to(self,
+        device:str|torch.device, # Device to move the buffers to
+    ):
+        self.logits, self.written = self.logits.to(device), self.written.to(device)
 
     def exchange(self,
         ids:Tensor, # `(n,)` positions of the samples in the data set
@@ -108,11 +114,11 @@ class SAF(TrajectoryLoss):
     _stateattrs = ('records',) # not in pickled Learners
 
     def __init__(self,
-        lam=.3,        # Factor of the divergence, >= 0; read at every batch
-        tau=5.,        # Temperature that softens both predictions, > 0; there is no factor `tau**2`
-        lag:int=3,     # Age of the records in epochs, >= 1
-        start_epoch=5, # Number of epochs without the term at the start of training, >= 0
-        divergence=None, # How predictions are compared, see `as_divergence`; `None`: by the loss function
+        lam:float=.3,      # Factor of the divergence, >= 0; read at every batch
+        tau:float=5.,      # Temperature that softens both predictions, > 0; there is no factor `tau**2`
+        lag:int=3,         # Age of the records in epochs, >= 1
+        start_epoch:int=5, # Number of epochs without the term at the start of training, >= 0
+        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         check_count(lag=lag)
         super().__init__(lam, tau, start_epoch, divergence)

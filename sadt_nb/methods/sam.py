@@ -6,11 +6,13 @@
 __all__ = ['SAM', 'sam_step']
 
 # %% ../../nbs/methods/20_sam.ipynb #ea174a20
+from typing import Callable
+
 import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
 from ..core.perturb import check_count, check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
@@ -20,11 +22,11 @@ class SAM(PerturbedPass):
     Under gradient accumulation every micro-batch is perturbed along its own gradient. Raises `ValueError`
     for a radius that is not positive, an interval below 1, or an unknown policy."""
     def __init__(self,
-        rho=.05,        # Radius in weight space, > 0; read at every batch
-        adaptive=False, # Measure the radius relative to each weight's size (`T = |w|`); then `rho` is about 2
-        interval=1,     # Extra pass at every interval-th optimizer step, the first included; others are plain
-        bn='update',    # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then `rho` is about 2
+        interval:int=1, # Extra pass at every interval-th optimizer step, the first included; others are plain
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         check_radius(rho)
         check_count(interval=interval)
@@ -45,13 +47,13 @@ class SAM(PerturbedPass):
 
 # %% ../../nbs/methods/20_sam.ipynb #4d75cbba
 def sam_step(
-    model:torch.nn.Module, # Its parameters are those that `optimizer` steps
-    loss_fn,               # Called without arguments: runs the model on the batch and returns the loss
+    model:torch.nn.Module,        # Its parameters are those that `optimizer` steps
+    loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
-    rho=.05,               # Radius in weight space, > 0
-    adaptive=False,        # Measure the radius relative to each weight's size; then `rho` is about 2
-    bn='update',           # BatchNorm statistics in the second pass: 'update' or 'keep'
-    rng='fresh',           # Dropout masks in the second pass: 'fresh' or 'replay'
+    rho:float=.05,                # Radius in weight space, > 0
+    adaptive:bool=False,          # Measure the radius relative to each weight's size; then `rho` is about 2
+    bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
+    rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Make one SAM step in plain PyTorch (Foret et al. 2021).
 

@@ -6,6 +6,8 @@
 __all__ = ['WHITENING_IMAGES', 'whitening_filters', 'identity_init_', 'FastGroup', 'FastCNN', 'fast_cnn']
 
 # %% ../../nbs/models/68_fast_cnn.ipynb #85560785
+from typing import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn, Tensor
@@ -147,13 +149,13 @@ def _check_options(depth, bn_momentum, scale, whiten_bias_epochs):
 
 # %% ../../nbs/models/68_fast_cnn.ipynb #12b3a155
 def fast_cnn(
-    classes:int=10,        # Number of outputs
-    widths=(64, 256, 256), # Channels of the three groups; these are airbench94's
-    depth:int=2,           # Number of convolutions per group: 2, or 3 with a shortcut
-    bn_momentum:float=.4,  # Weight of a new batch in BatchNorm's running averages; airbench96 has 0.1
-    scale:float=1/9,       # Factor by which the logits are multiplied
-    whiten:bool=True,      # Fix the first layer to whitening filters? `False`: random start, then trained
-    identity:bool=True,    # Do 3x3 convolutions start as the identity? `False`: PyTorch's starting weights
+    classes:int=10,           # Number of outputs
+    widths:Sequence[int]=(64, 256, 256), # Channels of the three groups; these are airbench94's
+    depth:int=2,              # Number of convolutions per group: 2, or 3 with a shortcut
+    bn_momentum:float=.4,     # Weight of a new batch in BatchNorm's running averages; airbench96 has 0.1
+    scale:float=1/9,          # Factor by which the logits are multiplied
+    whiten:bool=True,         # Fix the first layer to whitening filters? `False`: random start, then trained
+    identity:bool=True,       # Do 3x3 convolutions start as the identity? `False`: PyTorch's starting weights
     whiten_bias_epochs:int=3, # Epochs after which the whitening layer's bias is fixed; see `FreezeAfter`
 ) -> FastCNN: # Takes `(n, 3, height, width)`, at least 9x9 pixels, gives `(n, classes)` logits
     """Return the network of airbench; 1,971,352 trainable parameters with 10 classes.

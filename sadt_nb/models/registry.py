@@ -28,9 +28,9 @@ MODELS = dict(
     fast_cnn=fast_cnn)
 
 def make_model(
-    name:str,       # A name in `MODELS`
-    classes:int=10, # Number of outputs
-    **kwargs,       # Options of the network's function, such as `init`, `skip` or `dropout`
+    name:str,        # A name in `MODELS`
+    classes:int=10,  # Number of outputs
+    **kwargs:object, # Options of the network's function, such as `init`, `skip` or `dropout`
 ) -> nn.Module: # The network, with random weights unless an option loads some
     "Return a network by name. Raises `ValueError` for an unknown name or option."
     if name not in MODELS: raise ValueError(f'unknown model {name!r}; choose one of {", ".join(MODELS)}')

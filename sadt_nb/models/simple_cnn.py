@@ -8,6 +8,7 @@ __all__ = ['he_normal_', 'check_init', 'batch_norm', 'keras_init_', 'simple_cnn'
 # %% ../../nbs/models/60_simple_cnn.ipynb #33b7532c
 from collections import OrderedDict
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
@@ -43,10 +44,10 @@ def keras_init_(
 
 # %% ../../nbs/models/60_simple_cnn.ipynb #e476dff4
 def simple_cnn(
-    classes:int=10,   # Number of outputs
-    bottleneck=False, # The released code's extra ReLU layer of width 10 before the classifier
-    init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
-    dropout:float=.3, # Dropout probability between the convolutions and the dense layers
+    classes:int=10,        # Number of outputs
+    bottleneck:bool=False, # The released code's extra ReLU layer of width 10 before the classifier
+    init:Literal['torch', 'keras']='torch', # Starting weights and BatchNorm constants: 'torch' or 'keras'
+    dropout:float=.3,      # Dropout probability between the convolutions and the dense layers
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
     "Return SADT's Simple CNN: 3 convolutions of width 64, dense layers of 512 and 64, and a classifier."
     check_init(init)

@@ -7,6 +7,7 @@ __all__ = ['PAPER_GRIDS', 'PAPER_ENSEMBLES', 'scaled', 'in_precision', 'paper_gr
 
 # %% ../../nbs/papers/107_grids.ipynb #f63b2463
 from dataclasses import replace
+from typing import Literal
 
 from ..experiments.config import Run
 from . import compare, distill, fast, sadt, saf, sam_study
@@ -50,10 +51,10 @@ def _has_words(label, only):
     return set(only.lower().replace(',', ' ').split()) <= set(words)
 
 def paper_grid(
-    name:str, # A name in `PAPER_GRIDS`
-    scale=1., # Share of the published epochs, in (0, 1]
-    amp='',   # Mixed precision for every run and teacher, 'bf16' or 'fp16'; empty: that of the preset
-    only='',  # Words that a row's label must have, such as 'cifar10 simple_cnn 2048'; empty: every row
+    name:str,       # A name in `PAPER_GRIDS`
+    scale:float=1., # Share of the published epochs, in (0, 1]
+    amp:Literal['', 'bf16', 'fp16']='', # Mixed precision for every run and teacher; empty: that of the preset
+    only:str='',    # Words that a row's label must have, such as 'cifar10 simple_cnn 2048'; empty: every row
 ) -> list[PaperRun]: # In the order of the published table; each note says what was changed
     """Return the runs of a published table.
 

@@ -26,25 +26,26 @@ def _repeated(label, run, published=None, note='', seeds=_SEEDS):
         yield PaperRun(f'{label} · seed {seed}', run.but(seed=seed), accuracy, note)
 
 def _study_a(small=False):
-    "Yield SGD, SAM with as many passes as SGD, and SAM with as many epochs as SGD."
+    "Yield SGD, SAM of the same number of passes, and SAM of the same number of epochs."
     sgd = _SMALL if small else _FULL
     sam = sgd.but(method='sam')
     published = {} if small else _PUBLISHED_A
     half = sam.but(epochs=sam.epochs // 2)
     yield from _repeated('SGD', sgd, published.get('SGD'))
-    yield from _repeated('SAM', half, published.get('SAM'), 'half the epochs of SGD, as many passes')
+    note = 'half the epochs of SGD, the same number of passes'
+    yield from _repeated('SAM', half, published.get('SAM'), note)
     yield from _repeated('SAM, equal epochs', sam, note='control')
 
 def _study_b(small=False):
     "Yield SGD and SAM at several batch sizes."
     base = _SMALL if small else _FULL
-    note = 'published as curves: SAM 5 to 10 points above SGD'
+    note = 'published as curves: the accuracy of SAM is 5 to 10 points above that of SGD'
     for bs in (128, 64, 32) if small else (128, 64, 32, 16):
         for label, method in (('SGD', 'baseline'), ('SAM', 'sam')):
             yield from _repeated(f'{label} · batch {bs}', base.but(method=method, bs=bs), note=note)
 
 def _study_c(small=False):
-    "Yield SAM, ASAM and SGD without BatchNorm, and SAM and ASAM with it."
+    "Yield SAM, ASAM and SGD without BatchNorm, and SAM and ASAM with BatchNorm."
     base = _SMALL if small else _FULL.but(epochs=200)
     base = base.but(sched='cosine', lr=.01, opt_args=dict(momentum=.9, weight_decay=5e-4))
     bare = base.but(model_args=dict(norm=False))

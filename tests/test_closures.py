@@ -513,7 +513,7 @@ def test_first_step_of_a_method_that_makes_its_own_passes():
     net = network(norm=False)
     opt, before = MethodOptimizer(Sum(), sgd(net), net), values(net)
     F.cross_entropy(net(batches()[0][0]), batches()[0][1]).backward()
-    with pytest.raises(ValueError, match='Sum makes other passes'): opt.first_step()
+    with pytest.raises(ValueError, match='Sum does not make exactly one pass'): opt.first_step()
     assert torch.equal(values(net), before)
 
 

@@ -165,8 +165,8 @@ def test_an_interrupted_lightning_run_leaves_unmoved_weights(lightning):
 
 
 LIGHTNING_ERRORS = {
-    'sadt': (lambda cb: cb(SADT()), ValueError, 'SADT makes other passes'),
-    'esam': (lambda cb: cb(ESAM()), ValueError, 'ESAM makes other passes'),
+    'sadt': (lambda cb: cb(SADT()), ValueError, 'SADT does not make exactly one pass'),
+    'esam': (lambda cb: cb(ESAM()), ValueError, 'ESAM does not make exactly one pass'),
     'no method': (lambda cb: cb('sam'), TypeError, "got 'sam'"),
 }
 

@@ -166,11 +166,11 @@ class PlainLoop(_Gradients):
                 self.run(rows, loss_func)
         finally:
             self.pred, self._replaying = shown, False
-            weights_moved(self.model) # a pass without a graph leaves weights that later passes cannot use
+            weights_moved(self.model) # autocast keeps casts of a pass without a graph; they have no gradient
             add_gradients(taken)
 
     def radius_scales(self,
-        method:ExtraPass,         # Its `rho` is that of groups without one
+        method:ExtraPass,         # Its `rho` is used for groups without a `rho`
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; empty: 1 for all
         "Return factors by name where parameter groups have a `rho` of their own."
@@ -219,9 +219,9 @@ def _check_gradients(model):
     raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
 
 def _inside_lightning(closure):
-    """Return the closure that the user wrote, where Lightning passes on its own closure around it.
+    """Return the user's closure, also if Lightning has wrapped it in a closure of its own.
 
-    Raises `ValueError` in automatic optimization, where every pass would be clipped by itself."""
+    Raises `ValueError` in automatic optimization, where every pass would be clipped separately."""
     module = getattr(getattr(closure, 'func', None), '__module__', None) or ''
     if not module.startswith(('lightning.', 'pytorch_lightning.')): return closure
     model, _, own = closure.args
@@ -309,11 +309,11 @@ def check_one_pass(
 ):
     "Raise `ValueError` for a method that does not make exactly one pass at perturbed weights."
     _check_method(method)
-    # a generator stops once, at the perturbed weights; other methods make their passes themselves
+    # an `extra_pass` that is a generator yields once, at the perturbed weights
     one_pass = isinstance(method, PerturbedPass) and inspect.isgeneratorfunction(method.extra_pass)
     if not one_pass or getattr(method, 'needs_rows', False):
         name = type(method).__name__
-        raise ValueError(f'{name} makes other passes than one at perturbed weights; {advice}')
+        raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
 
 def _check_passes(loop):
     "Raise `ValueError` if there are gradients, but no pass of the method since the last step."
@@ -391,7 +391,7 @@ class _Wrapped(torch.optim.Optimizer):
         self.base.load_state_dict(state)
         if method is not None: self.method.load_state_dict(method)
 
-    # fastai leaves a callback's large state out of copies, so that of the method is copied beside it
+    # fastai leaves the large state of a callback out when it copies it; the method's state is copied here
     def __getstate__(self): return self.__dict__ | dict(_copied=self.method.state_dict())
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -448,7 +448,7 @@ class MethodOptimizer(_Wrapped):
 
         If you reset a network's hidden state, call `zero_grad` after the reset.
 
-        Raises `ValueError` for a method that makes other passes than one at perturbed weights."""
+        Raises `ValueError` for a method that does not make exactly one pass at perturbed weights."""
         method = self.method
         check_one_pass(method, 'give `step` a closure')
         self._abandon()

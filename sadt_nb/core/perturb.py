@@ -127,7 +127,7 @@ def real_views(
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
 
 def _over_parts(values, tensors):
-    "Return the sum of one number for each local part, over all tensors and the processes that share them."
+    "Add up `values`, one number per local part, over all tensors and all processes that share them."
     totals, shared = [], {}
     for value, t in zip(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
@@ -317,6 +317,6 @@ def sam_ascent(
     adaptive:bool=False,      # `T = |w|` for every parameter, not 1
     scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
-    "Return SAM's step uphill by name; GSAM makes the same."
+    "Return SAM's step uphill, as a dictionary by name; GSAM makes the same step."
     sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None
     return ascent(grads, rho, sizes)

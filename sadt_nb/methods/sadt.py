@@ -316,7 +316,7 @@ class SADT(_SeededNoise, _TwoSteps):
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
-        share_trunk:bool=True, # Run layers that `layer_noise` teachers share once; else a pass per teacher
+        share_trunk:bool=True, # Run layers that `layer_noise` teachers share only once? Else a pass each
         divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
@@ -344,7 +344,7 @@ class SADT(_SeededNoise, _TwoSteps):
         groups = [[fn] for fn in fns]
         if _can_share(self, fns): groups = [fns]
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # drawn even if unused: later noise stays
+            deltas = [fn(params, g_up, generator) for fn in group] # also if unused: later noise is the same
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 

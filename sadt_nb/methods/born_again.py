@@ -30,7 +30,7 @@ def _n_right(model, batches):
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
-    """After training, loads the weights of the epoch with the highest accuracy; if equal, of the first one.
+    """After training, loads the weights of the first epoch that has the highest accuracy.
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False

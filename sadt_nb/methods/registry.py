@@ -57,7 +57,7 @@ class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
     def __init__(self,
         own:dict[str, Method],     # The library's methods by name
-        points:Iterable[EntryPoint]|None=None, # `None`: those of the installed packages
+        points:Iterable[EntryPoint]|None=None, # `None`: all of the installed packages
     ): self.own, self.points, self.loaded = own, points, False
 
     @property

@@ -19,8 +19,8 @@ from ..core.perturb import check_count, check_radius, sam_ascent
 class SAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
-    Under gradient accumulation every micro-batch is perturbed along its own gradient. Raises `ValueError`
-    for a radius that is not positive, an interval below 1, or an unknown policy."""
+    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient. Raises
+    `ValueError` for a radius that is not positive, an interval below 1, or an unknown policy."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then `rho` is about 2

@@ -95,7 +95,7 @@ class Trace(NamedTuple):
     converged: bool  # Is `error` within the tolerance?
 
 def _exact_trace(h):
-    "Return the exact trace, from one product per weight; its error is only that of rounding."
+    "Return the exact trace, from one product per weight; its error is only rounding error."
     total, scale = 0., 0.
     unit = torch.zeros(h.size, dtype=h.dtype, device=h.device)
     for i in range(h.size):
@@ -330,7 +330,7 @@ def smoothed_density(
     n:int=0,                  # Number of Hessian-vector products that gave the nodes
     asked:bool=True,          # `False` if Ctrl-C came before all random vectors were used
 ) -> SpectralDensity: # The density on a grid
-    "Return the spectral density that belongs to nodes and node weights, for instance to stored ones."
+    "Return the spectral density for given nodes and node weights, which may be stored ones."
     nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
     weights = [torch.as_tensor(v, dtype=torch.float64) for v in weights]
     low, high = min(float(v[0]) for v in nodes), max(float(v[-1]) for v in nodes)

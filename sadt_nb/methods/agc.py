@@ -25,7 +25,7 @@ def _sharded_unit_norm(x):
 
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
-) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the norm of all of it
+) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the whole norm
     "Return the Euclidean norm of each unit."
     if is_sharded(x): return _sharded_unit_norm(x)
     if x.ndim <= 1: return x.norm()

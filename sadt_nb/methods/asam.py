@@ -32,9 +32,9 @@ def _ascent(params, grads, rho, eta, weights='role', scratch=None):
 class ASAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho T² g / ||T g||` (Kwon et al. 2021).
 
-    `T = |w| + eta` for weights, and 1 for biases. Under gradient accumulation every micro-batch is perturbed
-    along its own gradient. Raises `ValueError` for a radius that is not positive, a negative `eta`, or an
-    unknown choice or policy."""
+    `T = |w| + eta` for weights, and 1 for biases. Under gradient accumulation the weights are perturbed
+    for each micro-batch, along its gradient. Raises `ValueError` for a radius that is not
+    positive, a negative `eta`, or an unknown choice or policy."""
     def __init__(self,
         rho:float=.5,                           # Radius relative to the weights, > 0; read at every batch
         eta:float=.01,                          # Added to the size of each weight, >= 0

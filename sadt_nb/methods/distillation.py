@@ -28,10 +28,10 @@ class Distillation(LossTerm):
     _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher:nn.Module|Sequence[nn.Module]|None, # Of several, the mean of logits; `None`: set it later
+        teacher:nn.Module|Sequence[nn.Module]|None, # Of several: the mean of their logits; `None`: set later
         alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
         temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
-        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
         if not 0 < temperature < math.inf:

@@ -25,7 +25,7 @@ from ..core.ranks import over_ranks, sync_gradients
 def sharpest(
     rise:Tensor, # `(n,)` rise of each sample's loss
     gamma:float, # Fraction of the samples to keep, in (0, 1]
-    least:int=1, # Smallest number of samples, if there are as many
+    least:int=1, # Keep at least this many samples, if there are as many
 ) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
     "Return the positions of the samples whose loss rose most."
     k = max(least, ceil(gamma * len(rise) - 1e-9)) # 0.1 * 30 is a little more than 3 in floating point
@@ -82,9 +82,9 @@ class ESAM(PerturbedPass):
         self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
         self.generator = torch.Generator().manual_seed(seed)
 
-    selects_samples = True # for loops without a Learner: closures can give one loss per sample,
+    selects_samples = True # without a Learner, the closure may return one loss per sample
     @property
-    def needs_rows(self): return self.gamma < 1 # and must, if not all samples are in the second pass
+    def needs_rows(self): return self.gamma < 1 # without a Learner, the closure must return a loss per sample
 
     def before_fit(self):
         super().before_fit()
@@ -96,10 +96,10 @@ class ESAM(PerturbedPass):
         self._least = 2 if normed else 1
 
     def perturbation(self, params, grads):
-        new = [n for n in params if n not in self._mask] # a micro-batch may have left some of them unused
+        new = [n for n in params if n not in self._mask] # an earlier micro-batch may not have used these
         if new:
             draws = torch.rand(len(new), generator=self.generator, dtype=torch.float32)
-            if any(map(is_sharded, params.values())): # the parts of a tensor move together
+            if any(map(is_sharded, params.values())): # all parts of a tensor need the same draw
                 draws = over_ranks(draws.to(device_of(self.model)), 'first')
             self._mask.update(zip(new, (draws < self.beta).tolist()))
         return _chosen(ascent(grads, self.rho / self.beta), self._mask)
@@ -114,7 +114,7 @@ class ESAM(PerturbedPass):
 
     @torch.no_grad()
     def _losses(self, pred):
-        if getattr(self.learn, 'per_sample', False): return pred # a plain loop's closure gives losses
+        if getattr(self.learn, 'per_sample', False): return pred # without a Learner: the closure's losses
         with NoneReduce(self.learn.loss_func) as loss_func: losses = loss_func(pred, *self.learn.yb)
         n = batch_size(self.learn.xb)
         if not losses.numel() or losses.numel() % n:
@@ -132,7 +132,7 @@ class ESAM(PerturbedPass):
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(
     model:torch.nn.Module,                  # Its parameters are those that `optimizer` steps
-    losses:Callable[[Tensor|None], Tensor], # Positions of samples (`None`: all) to a loss per sample
+    losses:Callable[[Tensor|None], Tensor], # From positions of samples (`None`: all) to their losses
     optimizer:torch.optim.Optimizer,        # Any base optimizer
     rho:float=.05,                          # Radius in weight space, > 0
     beta:float=.6,                          # Probability that a parameter tensor is perturbed, in (0, 1]

@@ -23,7 +23,7 @@ from ..core.ranks import average_over_ranks
 def _decompose_(params, g, alpha):
     """Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and overwrite `g`.
 
-    A gradient that only one of the passes has counts as zero in the other pass."""
+    If only one of the passes gives a parameter a gradient, it counts as zero in the other pass."""
     final, plain = [], []
     for n, p in params.items():
         if p.grad is None and n not in g: continue
@@ -65,12 +65,12 @@ def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
 class GSAM(PerturbedPass):
     """Replaces each batch's gradient by `g_p - alpha g_perp` (Zhuang et al. 2022).
 
-    The gradient g_p is that of the loss a distance `rho` uphill. Each micro-batch, and each process,
-    decomposes its own gradients; the results are averaged. Raises `ValueError` for values out of range."""
+    The gradient g_p is taken at the distance `rho` uphill. The gradients of each micro-batch and of each
+    process are decomposed separately, then averaged. Raises `ValueError` for values out of range."""
     def __init__(self,
         rho_max:float=.05,      # Radius at the highest learning rate, > 0
         rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
-        alpha:float=.4,         # Share of the perpendicular part that is ascended, >= 0; 0: SAM
+        alpha:float=.4,         # Factor of the ascent along the perpendicular part, >= 0; 0: SAM
         adaptive:bool=False,    # Measure the radius relative to each weight's size; then `rho_max` is about 2
         lr_max:float|None=None, # Learning rate for the radius `rho_max`; `None`: the peak of the schedule
         lr_min:float=0.,        # Learning rate at which the radius is `rho_min`
@@ -115,7 +115,7 @@ def gsam_step(
     loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0
-    alpha:float=.4,               # Share of the perpendicular part that is ascended, >= 0
+    alpha:float=.4,               # Factor of the ascent along the perpendicular part, >= 0
     adaptive:bool=False,          # Measure the radius relative to each weight's size; then `rho` is about 2
     bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'

@@ -18,7 +18,7 @@ from ..core.perturb import global_dot, global_norm, local_parts, placed_like, tr
 def _perpendicular_(g, params):
     """Return `g_v = g_s - (g_s.g / ||g||²) g` in the memory of `g`; g_s are the gradients of `params`.
 
-    A gradient that only one of the passes has counts as zero in the other pass."""
+    If only one of the passes gives a parameter a gradient, it counts as zero in the other pass."""
     g_v, g_s = {}, []
     for n, p in params.items():
         if p.grad is None and n not in g: continue
@@ -96,12 +96,12 @@ class LookSAM(PerturbedPass):
     def perturbation(self, params, grads): return ascent(grads, self.rho)
 
     def extra_pass(self, params, grads):
-        spare, self.direction = self.direction, None # the new direction reuses the old one's memory
+        spare, self.direction = self.direction, None # to reuse the memory of the old direction
         g = copied(grads, spare)
         yield from super().extra_pass(params, grads) # leaves g_s in `.grad`
         g_v = _perpendicular_(g, trainable_params(self.learn.model))
         if self._sum is None: self._sum = {}
-        both = [n for n in g_v if n in self._sum] # a micro-batch may leave layers unused
+        both = [n for n in g_v if n in self._sum] # a micro-batch may not use all layers
         sums, added = (local_parts(d[n] for n in both) for d in (self._sum, g_v))
         if both: torch._foreach_add_(sums, added)
         self._sum = g_v | self._sum

@@ -25,23 +25,23 @@ from ..core.shared_trunk import shared_forward
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator):
-    "Return Gaussian noise in the shape of `p`, in real and imaginary part if `p` is complex."
+    "Return Gaussian noise in the shape of `p`; for a complex `p`, both parts are noise."
     shape = (*p.shape, 2) if p.is_complex() else p.shape
     noise = torch.randn(shape, generator=generator, device=p.device, dtype=p.dtype.to_real()) * std
     if p.is_complex(): noise = torch.view_as_complex(noise)
-    return placed_like(noise, p) # of a sharded parameter's noise, each process keeps its part
+    return placed_like(noise, p) # each process keeps its part of a sharded parameter's noise
 
 def _times_noise(p, noise):
-    "Return the change from `p` to `p * noise`; real and imaginary parts are multiplied on their own."
+    "Return the change from `p` to `p * noise`; real and imaginary parts are multiplied separately."
     if not p.is_complex(): return p.detach() * (noise - 1)
     p_parts, noise_parts = real_views([p.detach(), noise])
     return torch.view_as_complex(p_parts * (noise_parts - 1))
 
 class Perturbation(ShowsArguments):
-    "Base class of the functions in `SADT(perturb=...)`, each of which makes a teacher; any function will do."
+    "Base class of functions for `SADT(perturb=...)`; plain functions with these arguments can be used, too."
     def __call__(self,
         params:dict[str, Tensor], # Parameters by name
-        grads:dict[str, Tensor],  # Gradients by name, those of the batch's first step; do not change them
+        grads:dict[str, Tensor],  # Gradients of the batch's first step by name; do not change them
         generator:torch.Generator|None, # Source of random numbers; `None`: PyTorch's global one
     ) -> dict[str, Tensor]: # From name to additive change; names that are left out do not change
         "Return the difference between the teacher's weights and the network's."
@@ -63,7 +63,7 @@ class layer_noise(Perturbation):
     def __init__(self,
         layer:str,           # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
         std:float,           # Standard deviation of the noise, >= 0
-        multiply:bool=False, # Multiply parameters by the noise, do not add it; the released code does so once
+        multiply:bool=False, # Multiply parameters by the noise, instead of adding it (in released code)
     ):
         check_not_negative(std=std)
         self.layer, self.std, self.multiply = layer, std, multiply
@@ -79,7 +79,7 @@ class layer_noise(Perturbation):
 class gradient_ascent(Perturbation):
     "A step uphill along the noisy gradient (variant 3)."
     def __init__(self,
-        lr:float,        # Length of the step in units of the gradient, >= 0
+        lr:float,        # The step is `lr` times the noisy gradient, >= 0
         noise_std:float, # Standard deviation of the noise added to the gradient, >= 0
         min_ndim:int=1,  # Noise only on parameters with at least this many axes; 2 in the released code
     ):
@@ -153,7 +153,7 @@ def _code_presets(model, variant, scale):
 class _SeededNoise:
     "A random generator on the parameters' device, made from `seed` at the first batch; its state is saved."
     seed, generator, _loaded = 0, None, None
-    fixed_generator = () # `sadt_step` gives one, or `None` for PyTorch's
+    fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator
 
     def _generator_on(self, device):
         if self.fixed_generator: return self.fixed_generator[0]
@@ -196,17 +196,17 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _agree_over_ranks(params, deltas):
-    "Give all processes the first process's noise for the ordinary parameters of a partly sharded network."
+    "In a partly sharded network, give all processes the first process's noise for unsharded parameters."
     if not any(map(is_sharded, params.values())): return
     for delta in deltas:
         for n, d in delta.items():
             if not is_sharded(d): over_ranks(d, 'first')
 
 def _can_share(sadt, fns):
-    "Return whether one pass computes all teachers, which no compiled or distributed model allows."
+    "Return whether one pass can compute all teachers; `False` for compiled and distributed models."
     if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
     one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
-    closure = hasattr(sadt.learn, 'own_replay') # it runs the network by itself
+    closure = hasattr(sadt.learn, 'own_replay') # the closure itself runs the network
     if changed_states(sadt.states): return False # a layer that runs once per teacher would lose its state
     sharded = any(map(is_sharded, sadt.learn.model.parameters()))
     own_forward = closure or sharded or unwrapped(sadt.model) is not sadt.learn.model
@@ -240,7 +240,7 @@ class _TwoSteps(ExtraPass):
 
     def before_fit(self):
         super().before_fit()
-        self.teachers() # a missing layer raises an error here, not in mid-epoch
+        self.teachers() # a missing layer raises an error here, before the first batch
         loss_func = self.learn.loss_func or F.cross_entropy # a closure's loss is not known
         self.compare = as_divergence(self.divergence, loss_func)
         self._micro = []
@@ -261,7 +261,7 @@ class _TwoSteps(ExtraPass):
         if not g_up: return # the first step was skipped after an overflow, or the batch gave no gradient
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
-        if not params: return # the loss depends on parameters outside the network only
+        if not params: return # the loss depends only on parameters outside the network
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
 
@@ -304,20 +304,20 @@ class SADT(_SeededNoise, _TwoSteps):
     def __init__(self,
         variant:Literal[1, 2, 3]=1, # 1: noise on all; 2: on last convolution and last dense layer; 3: ascent
         spec:Literal['paper', 'code']='paper', # Presets of the variant: of the paper, or of the released code
-        # One function `(params, grads, generator) -> deltas` per teacher; `None`: those of the variant
+        # One function `(params, grads, generator) -> deltas` per teacher; `None`: the variant's functions
         perturb:Iterable[Callable]|None=None,
-        # KL(q || teacher), or KL(teacher || q); `None`: that of the variant
+        # KL(q || teacher), or KL(teacher || q); `None`: the variant's direction
         kl:Literal['clean_to_aux', 'aux_to_clean']|None=None,
         kl_weight:float=1., # Factor of the divergence, >= 0; 0: no extra pass, second step with `g_up` only
         grad_at:Literal['aux', 'up']='aux', # Gradient of the divergence: at `w_aux`, or at `w_up` (Figure 1)
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
-        rho:float|None=None, # Length of a step uphill, as in SAM, to a single teacher; `None`: the preset
+        rho:float|None=None, # Use one teacher, at this distance uphill as in SAM; `None`: no such teacher
         first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
-        share_trunk:bool=True, # Run layers that `layer_noise` teachers share only once? Else a pass each
-        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        share_trunk:bool=True, # Run layers that are equal in all `layer_noise` teachers once for all
+        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
         if perturb is not None: perturb = list(perturb)
@@ -344,7 +344,7 @@ class SADT(_SeededNoise, _TwoSteps):
         groups = [[fn] for fn in fns]
         if _can_share(self, fns): groups = [fns]
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # also if unused: later noise is the same
+            deltas = [fn(params, g_up, generator) for fn in group] # also if unused: keeps later draws equal
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 
@@ -360,7 +360,7 @@ def sadt_step(
     generator:torch.Generator|None=None,   # Source of the noise; `None`: PyTorch's global one
     bn:BatchNormPolicy='update',           # BatchNorm statistics in the teachers' passes: 'update' or 'keep'
     rng:RandomPolicy='fresh',              # Dropout masks in the teachers' passes: 'fresh' or 'replay'
-    divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: classes, axis 1
+    divergence:DivergenceLike=None, # See `as_divergence`; `None`: KL divergence of classes on axis 1
 ) -> Tensor: # The loss of the first pass, detached
     "Train on one batch: a step, the teachers' gradients at the perturbed weights, a second step."
     method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng, divergence=divergence)

@@ -50,7 +50,7 @@ def image_class(
     return parts[-2] if innermost else parts[1]
 
 class _Filter:
-    "Decides which paths are images, and warns of what users may not expect."
+    "Decides which paths are images, and warns about what users may not expect."
     def __init__(self, innermost): self.innermost, self.others, self.deeper = innermost, Counter(), ''
 
     def place(self, path):
@@ -63,7 +63,7 @@ class _Filter:
         return None
 
     def warn(self, source):
-        "Warn of files that are left out, and of images in folders inside class folders."
+        "Warn about files that are left out, and about images in folders inside class folders."
         if self.others:
             counts = [f'{n} {suffix or "without suffix"}' for suffix, n in sorted(self.others.items())]
             warnings.warn(f'{source}: files of other types are left out: {", ".join(counts)}')

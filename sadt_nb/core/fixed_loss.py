@@ -170,7 +170,7 @@ class FixedLoss:
     def shares(self): # Iterator of 0-d tensors, whose sum is the loss
         "Yield the share of each batch in the loss."
         weights_moved() # weights may have changed inside the user's autocast
-        with from_hidden_states(self._states): # a recurrent network may keep one from call to call
+        with from_hidden_states(self._states): # a recurrent network may keep a state from call to call
             for xb, y in self.batches: yield self.loss_func(self.model(*xb), y) * (len(y) / self.n)
 
     @torch.no_grad()

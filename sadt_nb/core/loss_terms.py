@@ -102,7 +102,7 @@ class _RecordedBatches:
             yield self.batches[-1]
 
 def _refuse_skips(do_item, i):
-    "Return an item. Raises `ValueError` if the data set skips it, because other processes cannot tell which."
+    "Return an item. Raises `ValueError` if the data set skips it, because other processes cannot know this."
     item = do_item(i)
     if item is None:
         raise ValueError(f'the data set skips sample {i}, and sample ids are then unknown with workers; '
@@ -114,7 +114,7 @@ class _FastaiOrder:
     def __init__(self, dl):
         self.loaders = dl, bare_loader(dl)
         self.bs, self.order, self.kept, self.skipped = dl.bs, [], [], 0
-        self.restore() # something remains if the last epoch ended in an exception
+        self.restore() # replaced methods remain if the last epoch ended in an exception
         self.get_idxs, self.do_item = dl.get_idxs, getattr(self.loaders[1], 'do_item', None)
         dl.get_idxs = self.recorded_order
         workers = getattr(getattr(self.loaders[1], 'fake_l', None), 'num_workers', 0)

@@ -173,7 +173,7 @@ def from_hidden_states(
     rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
-    "Inside, a pass starts from earlier hidden states; at the end, the present ones are put back."
+    "Inside, a pass starts from earlier hidden states; at the end, the states from before are put back."
     present = [(module, _states_of(module), copies) for module, _, _, copies in changed_states(states)]
     try:
         for module, _, copies in present:
@@ -453,7 +453,7 @@ class PerturbedPass(_OwnGradients):
     def after_backward(self):
         if self.replaying: return
         if self.active() and self.has_gradients():
-            # `extra_pass` stops where it needs a gradient, or makes its passes by itself
+            # `extra_pass` yields where it needs a gradient, or makes its passes by itself
             for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
@@ -470,7 +470,7 @@ class PerturbedPass(_OwnGradients):
         params:dict[str, Tensor], # Parameters that have a gradient
         grads:dict[str, Tensor],  # Gradients of the first pass; emptied
     ):
-        "Perturb the weights, and stop once for the pass that leaves their gradient in `.grad`."
+        "Perturb the weights, and yield once for the pass that leaves their gradient in `.grad`."
         deltas = dict(self.perturbation(params, grads)) # a new dict: it may be `grads` itself
         grads.clear()
         if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}

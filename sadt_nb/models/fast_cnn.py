@@ -161,7 +161,7 @@ def fast_cnn(
     """Return the network of airbench; 1,971,352 trainable parameters with 10 classes.
 
     Call the network's `init_from_images` before training; a `Run` calls it. Widths (128, 384, 384) make the
-    network of airbench95. Widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make that of airbench96.
+    network airbench95; widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make airbench96.
     Raises `ValueError` for options out of range."""
     wide = _three_widths(widths)
     _check_options(depth, bn_momentum, scale, whiten_bias_epochs)

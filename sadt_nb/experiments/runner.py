@@ -9,7 +9,8 @@ __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'Ru
            'keep_pages', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
-import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, shutil, time, warnings, zlib
+import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, shutil, sys, time, warnings
+import zlib
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
@@ -28,6 +29,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
+from fastprogress.core import IN_NOTEBOOK
 from filelock import FileLock, Timeout
 
 from ..core.arguments import ShowsArguments
@@ -668,6 +670,12 @@ def _own_message(e):
     return str(e).split('\n\t')[-1]
 
 # %% ../../nbs/experiments/81_runner.ipynb #050ee729
+def _epoch_line(row, epochs):
+    "Return the line that a log shows after an epoch."
+    text = f'epoch {row["epoch"]} of {epochs}: training loss {row["train_loss"]:.3f}'
+    if 'valid_accuracy' in row: text += f', validation accuracy {row["valid_accuracy"]:.3f}'
+    return f'{text}, {row["seconds"]:.1f} s'
+
 class _Training:
     "One training of a run: its Learner, its files, and the result that it writes."
     def __init__(self, cfg, root, progress, device):
@@ -675,7 +683,9 @@ class _Training:
         self.device = torch.device(device or default_device())
         self.started = time.time()
         self.recorder = RunRecorder(on_epoch=self.write_history)
-        bars = [Recorder(), ProgressCallback()] if progress else []
+        shows_bars = progress and (IN_NOTEBOOK or sys.stdout.isatty())
+        self.shows_lines = progress and not shows_bars # carriage returns are of no use in a file
+        bars = [Recorder(), ProgressCallback()] if shows_bars else []
         self.learn = make_learner(cfg, device, [self.recorder, *bars], root)
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 
@@ -684,6 +694,7 @@ class _Training:
 
     def write_history(self, rows):
         on_rank_zero(partial(self.write, 'history.json', rows))
+        if self.shows_lines and not this_rank(): print(_epoch_line(rows[-1], self.cfg.epochs), flush=True)
 
     def store(self, status, resumed, **more):
         "Write the result with counts, seconds and provenance, and return it."
@@ -738,7 +749,7 @@ def run(
     cfg:Run,         # The run to train
     root='runs',     # Folder of all results
     force=False,     # Train again even if a result is stored; ignore a checkpoint that does not fit
-    progress=True,   # Show a progress bar
+    progress=True,   # Show a progress bar in a terminal or a notebook, elsewhere a line per epoch
     device=None,     # `None`: fastai's default device
     minutes=1.,      # Least minutes between two checkpoints, stored after epochs; 0: after every epoch
     weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights

@@ -22,6 +22,7 @@ from functools import wraps
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from textwrap import fill
 from typing import Literal, get_args, get_origin
 
 import sadt_nb
@@ -610,10 +611,10 @@ def _demo_figure(runs, accuracies, file):
         color = COLORS[runs[label][0].method]
         ax.plot(accuracy, [y] * len(accuracy), 'o', color=color, alpha=.7)
         ax.plot([accuracy.mean()] * 2, [y - .3, y + .3], color=color, lw=2)
-    ax.set(title=_demo_message(accuracies), ylim=(len(runs) - .5, -.5), yticks=range(len(runs)),
+    ax.set(ylim=(len(runs) - .5, -.5), yticks=range(len(runs)),
            yticklabels=[*runs], xlabel=f'accuracy on test images with true labels, %\n'
            f'(points: {len(accuracy)} runs with other seeds; lines: their means)')
-    ax.title.set_fontsize(10)
+    fig.suptitle(fill(_demo_message(accuracies), 60), fontsize=11) # above the row names, too
     ax.grid(axis='x', alpha=.3)
     fig.savefig(file, dpi=120)
 

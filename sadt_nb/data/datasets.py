@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cifar100', 'noisy_cifar10', 'svhn', 'tiny_imagenet',
-           'imagenet', 'load_data', 'channel_statistics', 'get_dls']
+           'imagenet', 'data_options', 'load_data', 'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
-import hashlib, json, os, sys, tarfile, tempfile
+import hashlib, inspect, json, os, sys, tarfile, tempfile
 from pathlib import Path
 from typing import Literal, Sequence
 
@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
+from ..core.arguments import check_options
 from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
 from .image_files import archive_images, folder_images, open_image
@@ -310,18 +311,29 @@ def imagenet(
 DATASETS = dict(digits=digits, noisy_digits=noisy_digits, cifar10=cifar10, noisy_cifar10=noisy_cifar10,
                 cifar100=cifar100, svhn=svhn, tiny_imagenet=tiny_imagenet, imagenet=imagenet)
 
+def _from_path(source, size=None): return _cached(source, size, lambda: _read(source, size))
+
+def data_options(
+    name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
+) -> dict: # Name of an option: its `inspect.Parameter`
+    "Return the options of a data set. Those of a folder or archive do not depend on whether it exists."
+    parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
+    return {k: p for k, p in parameters.items() if k != 'source'}
+
 def load_data(
     name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
     **kwargs,     # Options of the data set: `path`, `size` (pixels), `noise` and `seed` (of the noise)
 ) -> tuple[ImageData, ImageData]: # Training and test images
-    "Load a data set. Raises `ValueError` for an unknown name, `FileNotFoundError` for a missing path."
+    """Load a data set.
+
+    Raises `ValueError` for an unknown name or option, `FileNotFoundError` for a missing path."""
+    check_options(f'data set {name_or_path}', kwargs, data_options(name_or_path))
     if str(name_or_path) in DATASETS: return DATASETS[str(name_or_path)](**kwargs)
     source = Path(name_or_path).expanduser()
     if not source.exists():
         raise ValueError(f'unknown data set {str(name_or_path)!r}: it is none of {", ".join(DATASETS)}, '
                          'and no such folder or archive exists')
-    size = kwargs.get('size')
-    return _cached(source, size, lambda: _read(source, size))
+    return _from_path(source, **kwargs)
 
 # %% ../../nbs/data/72_datasets.ipynb #88023891
 def channel_statistics(

@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cifar100', 'noisy_cifar10', 'svhn', 'tiny_imagenet',
-           'imagenet', 'data_options', 'load_data', 'channel_statistics', 'get_dls']
+           'imagenet', 'data_options', 'load_data', 'data_checksums', 'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
 import hashlib, inspect, json, os, sys, tarfile, tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Sequence
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.external import URLs, untar_data
+from fastai.data.external import URLs, fastai_cfg, untar_data
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -139,7 +140,10 @@ def _official_tar(name, path):
 
 # %% ../../nbs/data/72_datasets.ipynb #1de3deaf
 def _cache_dir():
-    return Path(os.environ.get('SADT_CACHE', Path.home() / '.cache' / 'sadt_nb'))
+    given = os.environ.get('SADT_CACHE')
+    if given: return Path(given)
+    try: return Path.home() / '.cache' / 'sadt_nb'
+    except RuntimeError: return Path(tempfile.gettempdir()) / 'sadt_nb' # a user without a home folder
 
 def _fingerprint(source, size):
     "Return a hash of the names, sizes and dates of the source's files, and of the size of the images."
@@ -195,8 +199,10 @@ def _cifar_at(name, place):
         if (place / below).exists(): return place / below
     return None
 
-def _find_cifar(name, path):
-    "Return where the data set `name` is: in `path`, else in `SADT_DATA`, else in fastai's download."
+def _find_cifar(name, path, download=True):
+    """Return where the data set `name` is: in `path`, else in `SADT_DATA`, else in fastai's download.
+
+    Without `download`, only an earlier download is found."""
     given = path or os.environ.get('SADT_DATA')
     if given:
         place = Path(given).expanduser()
@@ -205,6 +211,8 @@ def _find_cifar(name, path):
         if path:
             raise FileNotFoundError(f'{place} holds neither train/ and test/, nor {name}.tgz, '
                                     f'nor {_BATCHES[name]}')
+    earlier = Path(fastai_cfg().path('data')) / name
+    if not download and not earlier.exists(): raise FileNotFoundError(f'{name} is not on this machine')
     try: return Path(untar_data(URLs.CIFAR if name == 'cifar10' else URLs.CIFAR_100))
     except Exception as e:
         raise FileNotFoundError(f'{name} was not found and could not be downloaded ({type(e).__name__}); '
@@ -335,6 +343,33 @@ def load_data(
                          'and no such folder or archive exists')
     return _from_path(source, **kwargs)
 
+# %% ../../nbs/data/72_datasets.ipynb #12673061
+def _state(name, path=None, **options):
+    "Return what the content of a data set depends on: nothing for digits, else the files and their dates."
+    plain = name.removeprefix('noisy_')
+    if plain == 'digits': return ''
+    if plain in _OFFICIAL: source = _find_cifar(plain, path, download=False)
+    else:
+        source = path or os.environ.get('SADT_DATA') if name in DATASETS else name
+        if not source: raise FileNotFoundError(f'{name} was not found; set SADT_DATA to its folder')
+        source = Path(source).expanduser()
+        if not source.exists(): raise FileNotFoundError(f'{source} does not exist')
+    return str(source.resolve()), _fingerprint(source, None)
+
+@lru_cache(maxsize=64)
+def _checksums(name, options, state): # other files have another state, and so another key in the cache
+    train, test = load_data(name, **dict(options))
+    return train.checksum(), test.checksum()
+
+def data_checksums(
+    name_or_path,     # As for `load_data`
+    **kwargs:object, # Options of `load_data`
+) -> dict: # `train_crc32` and `test_crc32`: 8 hexadecimal digits each, of images and classes
+    "Return checksums of all training and test images. Raises the errors of `load_data`."
+    name = str(name_or_path)
+    train, test = _checksums(name, tuple(sorted(kwargs.items())), _state(name, **kwargs))
+    return dict(train_crc32=train, test_crc32=test)
+
 # %% ../../nbs/data/72_datasets.ipynb #88023891
 def channel_statistics(
     data:ImageData, # At least one image
@@ -435,6 +470,7 @@ def get_dls(
     Only training images are augmented. The colour of Cutout is `mean`, which is zero after normalisation."""
     _check_options(valid, cutmix, flip, pad_mode)
     train, test = load_data(name_or_path, **kwargs)
+    checksums = dict(train_crc32=train.checksum(), test_crc32=test.checksum())
     train, held_out = _training_parts(train, valid, n_train, seed if split is None else split)
     if held_out is None: held_out = test
     _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout)
@@ -448,4 +484,6 @@ def get_dls(
     loaders = [TensorDL(train, bs, shuffle=True, drop_last=drop_last, tfms=tfms, **common)]
     for data in (held_out, test):
         loaders.append(TensorDL(data, min(len(data), max(bs, 500)), **common))
-    return DataLoaders(*loaders, device=loaders[0].device)
+    dls = DataLoaders(*loaders, device=loaders[0].device)
+    dls.checksums = checksums # of the whole data set, as from `data_checksums`
+    return dls

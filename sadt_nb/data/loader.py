@@ -6,6 +6,7 @@
 __all__ = ['ImageData', 'TensorDL']
 
 # %% ../../nbs/data/70_loader.ipynb #b8a4ca8c
+import zlib
 from typing import Callable, Iterable, Sequence
 
 import numpy as np
@@ -48,6 +49,11 @@ class ImageData:
     def to(self, device) -> 'ImageData':
         "Return the same data on another device."
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
+
+    def checksum(self) -> str: # 8 hexadecimal digits
+        "Return a CRC-32 of the images and their classes; CIFAR-10 takes about a tenth of a second."
+        crc = zlib.crc32(self.x.cpu().contiguous().numpy())
+        return f'{zlib.crc32(self.y.cpu().contiguous().numpy(), crc):08x}'
 
 # %% ../../nbs/data/70_loader.ipynb #9ca69e25
 def _scale_and_shift(mean, std, dtype, device):

@@ -13,7 +13,7 @@ import warnings
 warnings.filterwarnings('ignore', message=r'.*torch\.jit\.script.*', category=FutureWarning)
 
 # %% ../../nbs/commands/110_cli.ipynb #1b2a6da1
-import argparse, json, re, sys
+import argparse, codecs, json, re, sys
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -39,6 +39,18 @@ from ..papers.pages import comparison, write_pages
 from ..papers.saf import memory_columns
 
 # %% ../../nbs/commands/110_cli.ipynb #d23b89f3
+_PLAIN = {'±': '+-', '→': '->', '—': '-', '…': '...'}
+
+def _substitute(error):
+    "Return plain characters for those that the terminal's encoding lacks."
+    missing = error.object[error.start:error.end]
+    return ''.join(_PLAIN.get(c, '?') for c in missing), error.end
+
+def _show_any_text():
+    "Let standard output write any text, also where the terminal knows only ASCII."
+    codecs.register_error('sadt_nb', _substitute)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='sadt_nb')
+
 @contextmanager
 def _one_line_errors(command):
     "End the command with one line on standard error: status 2 for a mistake, 130 for Ctrl-C."
@@ -75,6 +87,7 @@ def command(
     @wraps(func)
     def main(*args, **kwargs):
         if not (args or kwargs): kwargs = vars(_parser(func).parse_args())
+        _show_any_text()
         with _one_line_errors(func.__name__): return func(*args, **kwargs)
     return main
 

@@ -43,7 +43,7 @@ OPTIONS = {'sam': dict(rho=.1), 'asam': dict(rho=.5), 'esam': dict(rho=.1),
            'sadt2': dict(perturb=[last_layer, last_bias], share_trunk=False),
            'sadt3': dict(noise_scale=1000.)}
 SAME, OWN, REFUSED = 'same', 'learner', 'refused' # values of the table
-ADVICE = ('needs a fastai Learner', 'must return (logits, loss)', 'one loss per sample', 'makes other passes')
+ADVICE = ('needs a fastai Learner', 'must return (logits, loss)', 'one loss per sample', 'exactly one pass')
 
 
 class Case:

@@ -1,18 +1,29 @@
 "The commands in a user's shell: help, one run, wrong arguments, Ctrl-C."
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import sadt_nb
 from sadt_nb.commands import cli
-from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.grid import run_ensemble
+from sadt_nb.data.augment import PAD_MODES
+from sadt_nb.data.datasets import DATASETS
+from sadt_nb.experiments.config import COMPILE, OPTIMIZERS, SCHEDULES, SELECT, Run
+from sadt_nb.experiments.grid import duration, run_ensemble
+from sadt_nb.experiments.measure import MEASURES
+from sadt_nb.experiments.sweep import SWEEPS
+from sadt_nb.methods.registry import METHODS
+from sadt_nb.models.registry import MODELS
 from sadt_nb.papers import grids
 from sadt_nb.papers.base import PaperEnsemble, PaperRun
+from sadt_nb.papers.grids import PAPER_GRIDS
+from sadt_nb.papers.tables import TABLES
 
 BIN = Path(sys.executable).parent
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -27,18 +38,148 @@ def shell(*args, cwd=None):
 def read_json(file): return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize('command', ['sadt_demo', 'sadt_grid'])
-def test_help(command):
-    r = shell(command, '--help')
-    assert r.returncode == 0
-    assert '--root' in r.stdout
-    assert 'Traceback' not in r.stderr
+COMMANDS = ['sadt_demo', 'sadt_train', 'sadt_grid', 'sadt_report', 'sadt_sweep', 'sadt_measure']
+HEAVY = ('torch', 'fastai', 'fastcore', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy')
+
+
+def light(command, *args, columns=80):
+    "Run a command that must answer before it imports anything heavy; return status, output, error."
+    code = f'''
+import sys
+sys.argv = {[command, *map(str, args)]!r}
+from sadt_nb.commands.cli import {command}
+try: {command}()
+finally:
+    heavy = [m for m in {HEAVY!r} if m in sys.modules]
+    assert not heavy, heavy
+'''
+    env = {**ENV, 'COLUMNS': str(columns)}
+    r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env, timeout=60)
+    assert 'Traceback' not in r.stderr, r.stderr
+    return r.returncode, r.stdout, r.stderr
+
+
+def test_the_check_for_light_commands_can_fail():
+    "A value that only `Run` can judge needs PyTorch."
+    with pytest.raises(AssertionError, match='torch'): light('sadt_train', '--epochs', '0')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_is_light_fits_the_terminal_and_has_an_example(command):
+    for columns in (60, 100):
+        status, out, _ = light(command, '--help', columns=columns)
+        assert status == 0
+        text, example = out.rsplit('example: ', 1)
+        assert max(map(len, text.splitlines())) <= columns - 2
+        assert '--version' in text
+        assert example.startswith(command + ' ')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_the_example_in_the_help_is_a_right_call(command):
+    example = light(command, '--help')[1].rsplit('example: ', 1)[1]
+    function = cli.__dict__[command].__wrapped__
+    args = vars(cli._parser(function, '').parse_args(shlex.split(example)[1:]))
+    for name, value in args.items(): cli._check(name, function.__annotations__[name], value)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_version_is_light(command):
+    assert light(command, '--version') == (0, f'{command} {sadt_nb.__version__}\n', '')
+
+
+TYPOS = [
+    ('sadt_train --epcohs 3', 'unknown option --epcohs; did you mean --epochs?'),
+    ('sadt_train --method sma', "unknown method 'sma'; did you mean sam?"),
+    ('sadt_train --model resnet8', "unknown model 'resnet8'; did you mean resnet18?"),
+    ('sadt_train --data digit', "unknown data set 'digit'; did you mean digits?"),
+    ('sadt_train --opt adm', "unknown --opt 'adm'; did you mean adam?"),
+    ('sadt_train --views 3', 'choose one of 0, 1, 2'),
+    ('sadt_train --bs many', '--bs: invalid int value'),
+    ('sadt_grid sadt/notbook20', "unknown table 'sadt/notbook20'; did you mean sadt/notebook20?"),
+    ('sadt_grid --list xyz', "unknown table 'xyz'; sadt_grid --list shows all"),
+    ('sadt_grid sadt/table1 sadt/figure2', 'one argument too many: sadt/figure2'),
+    ('sadt_report notebook20', "unknown table 'notebook20'; did you mean sadt/notebook20?"),
+    ('sadt_sweep sadt_part', "unknown search 'sadt_part'; did you mean sadt_parts?"),
+    ("sadt_sweep --methods 'baseline sma'", "unknown method 'sma'; did you mean sam?"),
+    ('sadt_measure', 'say which run'),
+    ('sadt_measure nowhere', 'not the folder of a run'),
+    ('sadt_measure nowhere --measures trase', "unknown measure 'trase'; did you mean trace?"),
+]
+
+
+@pytest.mark.parametrize('line, message', TYPOS, ids=[line for line, _ in TYPOS])
+def test_a_typo_is_one_line_without_heavy_imports(line, message):
+    command, *args = shlex.split(line)
+    status, out, err = light(command, *args)
+    assert status == 2
+    assert out == ''
+    assert err.startswith(f'{command}: error: ')
+    assert err.count('\n') == 1
+    assert message in err
+
+
+def test_names_read_from_source_are_those_of_the_registries():
+    "An argument with a fixed set of values allows what a `Run` allows, too."
+    registries = {cli.MethodName: METHODS, cli.ModelName: MODELS, cli.DataName: DATASETS,
+                  cli.SearchName: SWEEPS, cli.MeasureNames: MEASURES, cli.TableName: PAPER_GRIDS}
+    for kind, registry in registries.items(): assert kind.known() == [*registry], kind
+    allowed = dict(opt=OPTIMIZERS, sched=SCHEDULES, select=SELECT, compile=COMPILE, pad_mode=PAD_MODES)
+    for name, values in allowed.items():
+        assert set(get_args(cli.sadt_train.__annotations__[name])) == set(values), name
+
+
+def test_names_are_read_from_every_form_of_a_dictionary(tmp_path, monkeypatch):
+    text = "A = dict(a=1, b=2)\nB = {'c': 3, **A}\nC = Registry({**B, 'd': 4}, other=5)\nD = {}\n"
+    (tmp_path / 'x.py').write_text(text)
+    monkeypatch.setattr(cli.sadt_nb, '__file__', str(tmp_path / '__init__.py'))
+    found = {name: cli.registered('x.py', name) for name in 'ABCD'}
+    assert found == {'A': ['a', 'b'], 'B': ['c', 'a', 'b'], 'C': ['c', 'a', 'b', 'd', 'other'], 'D': []}
+
+
+def test_the_rows_of_one_table(capsys):
+    cli.sadt_grid('sadt/table1', only='cifar10 simple_cnn 2048', list=True)
+    lines = capsys.readouterr().out.splitlines()
+    cells = grids.paper_grid('sadt/table1', only='cifar10 simple_cnn 2048')
+    assert lines[0] == f'sadt/table1: {TABLES["sadt/table1"]}'
+    assert [line.split('  ')[0] for line in lines[3:]] == [c.label for c in cells]
+    assert f'{100 * cells[0].published:.1f}' in lines[3]
+
+
+DURATIONS = [(50, '50 s'), (720, '12 min'), (12_000, '3 h 20 min'), (5 * 86_400, '5 days'),
+             (700 * 86_400, '700 days'), (254_735 * 86_400, '697 years')]
+
+
+@pytest.mark.parametrize('seconds, text', DURATIONS)
+def test_durations_are_readable(seconds, text): assert duration(seconds) == text
+
+
+def test_demo(tmp_path):
+    "A line per run, one table, one figure and one last sentence; in a pipe no bar and no warning."
+    args = ['--epochs', 1, '--seeds', 1, '--root', tmp_path / 'runs', '--figure', tmp_path / 'f.png']
+    r = shell('sadt_demo', *args, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr
+    assert r.stderr == ''
+    assert '\r' not in r.stdout
+    lines = r.stdout.splitlines()
+    ended = [line for line in lines if line.startswith('[')]
+    stored = [read_json(f) for f in (tmp_path / 'runs').glob('*/result.json')]
+    shown = {float(line.rsplit(' ', 1)[1].rstrip('%')) for line in ended}
+    assert len(ended) == len(stored) == 5
+    assert shown == {round(100 * s['accuracy_bn'], 1) for s in stored}
+    assert lines[-1].startswith('With 40% wrong labels, ')
+    assert (tmp_path / 'f.png').stat().st_size > 10_000
+    again = shell('sadt_demo', *args, cwd=tmp_path)
+    assert again.stdout == r.stdout, 'finished runs are not repeated'
 
 
 def test_train_store_and_report(tmp_path):
     r = shell('sadt_train', *SMALL, '--method', 'sam', '--method_args', 'rho=0.1', '--root', tmp_path)
     assert r.returncode == 0, r.stderr
     assert 'test accuracy' in r.stdout, r.stderr
+    assert r.stderr == ''
+    assert '\r' not in r.stdout
+    assert r.stdout.startswith('epoch 1 of 1: training loss ')
     folder, = tmp_path.iterdir()
     config = read_json(folder / 'config.json')
     result = read_json(folder / 'result.json')
@@ -181,3 +322,22 @@ def test_measure_a_stored_run(tmp_path):
         assert r.returncode == 2
         assert message in r.stderr
         assert len(r.stderr.strip().splitlines()) == 1
+
+
+MAKEFILE = Path(__file__).parents[1] / 'Makefile'
+
+
+@pytest.mark.skipif(not MAKEFILE.exists(), reason='the installed library has no Makefile')
+def test_make_demo_installs_the_library_alone_and_make_test_the_rest(tmp_path):
+    def dry_run(target):
+        command = ['make', '-n', target, f'VENV={tmp_path}']
+        return subprocess.run(command, cwd=MAKEFILE.parent, capture_output=True, text=True).stdout
+    fresh = dry_run('demo')
+    assert ' -e .\n' in fresh
+    assert '[dev]' not in fresh
+    assert fresh.strip().endswith('/bin/sadt_demo')
+    assert "-e '.[dev]'" in dry_run('lint')
+    (tmp_path / '.ready').touch()
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'python').touch()
+    assert ' -e .' not in dry_run('demo'), 'the development environment holds the library'

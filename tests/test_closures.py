@@ -513,7 +513,7 @@ def test_first_step_of_a_method_that_makes_its_own_passes():
     net = network(norm=False)
     opt, before = MethodOptimizer(Sum(), sgd(net), net), values(net)
     F.cross_entropy(net(batches()[0][0]), batches()[0][1]).backward()
-    with pytest.raises(ValueError, match='Sum makes other passes'): opt.first_step()
+    with pytest.raises(ValueError, match='Sum does not make exactly one pass'): opt.first_step()
     assert torch.equal(values(net), before)
 
 
@@ -527,3 +527,18 @@ def test_a_copied_optimizer_goes_on_with_the_copied_network():
     assert not torch.equal(values(other_net), values(net))
     for _ in range(3): step(other_net, other)
     assert torch.equal(values(other_net), values(net))
+
+
+@pytest.mark.parametrize('way', ['step', 'two steps'])
+def test_schedulers_see_that_the_wrapper_has_stepped(way, recwarn):
+    opt, net = wrapped()
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=.5)
+    (x, y), *_ = batches()
+    if way == 'step': opt.step(closure_for(SAM(), net, x, y))
+    else:
+        F.cross_entropy(net(x), y).backward()
+        opt.first_step()
+        F.cross_entropy(net(x), y).backward()
+        opt.second_step()
+    schedule.step()
+    assert not [w for w in recwarn if 'lr_scheduler' in str(w.message)]

@@ -28,10 +28,6 @@ from torch.func import functional_call, grad, hessian, vmap
 SIZES = [5, 4, 2]
 
 
-def needs_curvlinops():
-    pytest.importorskip('curvlinops', reason='curvlinops, the extra sadt_nb[curvature], is not installed')
-
-
 def net(act=nn.Tanh, seed=0, c=3):
     "Return a small network in evaluation mode, with BatchNorm statistics that are not 0 and 1."
     torch.manual_seed(seed)
@@ -135,7 +131,6 @@ MEASURES = [FixedLoss, gradient_norm, sam_sharpness, average_sharpness, loss_lin
 
 @pytest.mark.parametrize('call', MEASURES)
 def test_unusable_networks_and_losses_are_refused(call):
-    if call is hessian_trace: needs_curvlinops()
     b = data()
     with pytest.raises(ValueError): call(learner(net().train(), b))
     with pytest.raises(ValueError): call(learner(net().requires_grad_(False), b))
@@ -147,7 +142,6 @@ def test_unusable_networks_and_losses_are_refused(call):
 
 
 def test_measures_leave_the_network_alone():
-    needs_curvlinops()
     m, b = net(), data()
     before = copy.deepcopy(m.state_dict())
     m[0].weight.requires_grad_(False)
@@ -170,7 +164,6 @@ def test_measures_leave_the_network_alone():
 
 @pytest.mark.parametrize('act, frozen', [(nn.Tanh, False), (nn.ReLU, True)])
 def test_trace_and_eigenvalues(act, frozen):
-    needs_curvlinops()
     m, b = net(act, c=2), data([7, 4])
     m[0].weight.requires_grad_(not frozen)
     f, w = exact_loss(m, b)
@@ -191,7 +184,6 @@ def test_trace_and_eigenvalues(act, frozen):
 
 @pytest.mark.parametrize('sketch', [0, 10])
 def test_errors_of_trace_estimates_match_their_deviations(sketch):
-    needs_curvlinops()
     m, b = net(), data([11])
     f, w = exact_loss(m, b)
     true = hessian(f)(w).trace().item()
@@ -207,7 +199,6 @@ def test_errors_of_trace_estimates_match_their_deviations(sketch):
 
 
 def test_eigenvectors():
-    needs_curvlinops()
     m, b = net(), data()
     f, w = exact_loss(m, b)
     h = hessian(f)(w)
@@ -221,7 +212,6 @@ def test_eigenvectors():
 
 
 def test_spectral_density():
-    needs_curvlinops()
     m, b = net(c=1), data([11])
     f, w = exact_loss(m, b)
     true = torch.linalg.eigvalsh(hessian(f)(w))

@@ -17,7 +17,7 @@ from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.gsam import GSAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.sadt import SADT
-from sadt_nb.methods.sam import SAM
+from sadt_nb.methods.sam import SAM, sam_step
 
 INSTALL = 'not installed: pip install sadt_nb[integrations]'
 ONE_PASS = { # methods with one pass at perturbed weights
@@ -165,8 +165,8 @@ def test_an_interrupted_lightning_run_leaves_unmoved_weights(lightning):
 
 
 LIGHTNING_ERRORS = {
-    'sadt': (lambda cb: cb(SADT()), ValueError, 'SADT makes other passes'),
-    'esam': (lambda cb: cb(ESAM()), ValueError, 'ESAM makes other passes'),
+    'sadt': (lambda cb: cb(SADT()), ValueError, 'SADT does not make exactly one pass'),
+    'esam': (lambda cb: cb(ESAM()), ValueError, 'ESAM does not make exactly one pass'),
     'no method': (lambda cb: cb('sam'), TypeError, "got 'sam'"),
 }
 
@@ -292,6 +292,29 @@ def test_hugging_face_makes_the_steps_of_a_plain_loop(transformers, tmp_path, na
     expected = trainer_by_hand(transformers, ONE_PASS[name](), bert(transformers), shown, accumulate, .5)
     torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
     assert trainer.state.global_step == 12 // accumulate
+
+
+@pytest.mark.parametrize('accumulate', [1, 3])
+def test_a_training_step_that_calls_sam_step_steps_once(transformers, tmp_path, accumulate):
+    "The function steps by itself; the trainer's own step after it finds no gradients."
+    class Stepping(transformers.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            def closure():
+                loss = self.compute_loss(model, inputs) / accumulate
+                self.accelerator.backward(loss)
+                return loss
+            return sam_step(model, closure, self.optimizer, rho=.1)
+    net = bert(transformers)
+    args = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2, use_cpu=True, seed=0, report_to=[],
+        disable_tqdm=True, logging_strategy='no', save_strategy='no', max_grad_norm=.5,
+        gradient_accumulation_steps=accumulate)
+    trainer = Stepping(net, args, train_dataset=sentences(), optimizers=(adamw(net), None))
+    shown, collate = [], trainer.data_collator
+    trainer.data_collator = lambda rows: shown.append(collate(rows)) or shown[-1]
+    trainer.train()
+    expected = trainer_by_hand(transformers, SAM(.1), bert(transformers), shown, accumulate, None)
+    torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
 
 
 def test_a_trainer_that_makes_no_pass_of_the_method_is_an_error(transformers, tmp_path):

@@ -1,8 +1,6 @@
 "Flatness and landscapes against exact Hessians and brute force, and errors for wrong arguments."
-import importlib.util
 import itertools
 import json
-import sys
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -30,8 +28,6 @@ from torch import nn
 from torch.func import functional_call
 
 quiet = dict(progress=False)
-needs_curvlinops = pytest.mark.skipif(importlib.util.find_spec('curvlinops') is None,
-                                      reason='curvlinops, the extra sadt_nb[curvature], is not installed')
 
 
 def conv_net():
@@ -105,7 +101,6 @@ def exact(learn):
     return torch.func.hessian(f)(w)
 
 
-@needs_curvlinops
 @pytest.mark.parametrize('frozen', [False, True])
 def test_hessian_of_a_convolutional_network(learn, frozen):
     if frozen: learn.model[0].requires_grad_(False)
@@ -139,7 +134,6 @@ def test_hessian_of_a_convolutional_network(learn, frozen):
     assert share.sum() == pytest.approx(1)
 
 
-@needs_curvlinops
 def test_hessian_with_several_inputs():
     class TwoInputs(nn.Module):
         def __init__(self):
@@ -160,7 +154,6 @@ def test_hessian_with_several_inputs():
     torch.testing.assert_close(top_eigenvalues(learn, 3, **quiet).values, expected, rtol=1e-5, atol=0)
 
 
-@needs_curvlinops
 def test_a_stored_spectrum_can_be_drawn_again(learn):
     from sadt_nb.experiments.measure import _as_json
     H = exact(learn)
@@ -177,7 +170,6 @@ def test_a_stored_spectrum_can_be_drawn_again(learn):
     assert top['converged'] is True
 
 
-@needs_curvlinops
 def test_repeated_and_zero_eigenvalues():
     "The Hessian is 2/5 for five weights, 0 for four."
     class Sum(nn.Module):
@@ -198,7 +190,6 @@ def test_repeated_and_zero_eigenvalues():
     assert share.tolist() == pytest.approx([4 / 9, 5 / 9], abs=1e-9)
 
 
-@needs_curvlinops
 def test_errors_in_single_precision_include_rounding(learn):
     values = torch.linalg.eigvalsh(exact(learn)).flip(0)
     learn.model.float()
@@ -215,7 +206,6 @@ def interrupted_products(after):
     return interrupted(hessian._Products, '__call__', after)
 
 
-@needs_curvlinops
 def test_an_interrupted_measure_returns_its_estimate_so_far(learn):
     H = exact(learn)
     with interrupted_products(after=35): trace = hessian_trace(learn, max_probes=100, tol=1e-9, **quiet)
@@ -237,16 +227,10 @@ def test_an_interrupted_measure_returns_its_estimate_so_far(learn):
         with pytest.raises(KeyboardInterrupt): spectral_density(learn, **quiet)
 
 
-@needs_curvlinops
 def test_derivatives_that_are_not_finite(learn):
     learn.loss_func = lambda pred, y: (pred - pred.detach()).abs().sqrt().mean()
     for f in (hessian_trace, top_eigenvalues, spectral_density):
         with pytest.raises(ValueError, match='not finite at these weights'): f(learn, **quiet)
-
-
-def test_without_curvlinops_the_extra_is_named(learn, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'curvlinops', None)
-    with pytest.raises(ImportError, match=r'sadt_nb\[curvature\]'): hessian_trace(learn)
 
 
 MEASURES = [sam_sharpness, gradient_norm, average_sharpness, loss_line, loss_surface, FixedLoss]

@@ -13,10 +13,11 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from fastcore.foundation import L
-from fastai.callback.core import CancelStepException
+from fastai.callback.core import Callback, CancelStepException
 
-from .passes import (ExtraPass, PerturbedPass, add_gradients, bn_policy, device_of, rng_policy,
-                                 step_unscaled, stepped_params, take_gradients)
+from .passes import BatchNormPolicy, ExtraPass, PerturbedPass, RandomPolicy, add_gradients
+from .passes import bn_policy, device_of, from_hidden_states, hidden_states
+from .passes import rng_policy, step_unscaled, stepped_params, take_gradients
 from .perturb import clip_gradients_, settle_gradients, trainable_params, version_of
 from .perturb import weights_moved
 from .ranks import sync_gradients
@@ -85,7 +86,13 @@ class PlainLoop(_Gradients):
     "What a method needs of a Learner in a loop without one: network, optimizer, and passes over a batch."
     loss_func, training, n_epoch = None, True, float('inf')
 
-    def __init__(self, method, model, optimizer, scaler=None, max_norm=None):
+    def __init__(self,
+        method:ExtraPass,                # Such as `SAM(rho=.05)`
+        model:nn.Module,                 # The network
+        optimizer:torch.optim.Optimizer, # Steps the network's parameters
+        scaler:torch.amp.GradScaler|None=None, # Unscales before the step
+        max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
+    ):
         self.method, self.model, self.optimizer = method, model, optimizer
         self.scaler, self.max_norm, self.opt = scaler, max_norm, _Groups(optimizer)
         self.cbs, self.xb, self.yb, self.pred = L(), None, (), None
@@ -94,19 +101,27 @@ class PlainLoop(_Gradients):
         self.add_cb(method)
         method.before_fit()
 
-    def add_cb(self, cb):
+    def add_cb(self,
+        cb:Callback, # Gets this loop as its `learn`
+    ):
         "Add a callback, as a Learner does."
         cb.learn = self
         self.cbs.append(cb)
         setattr(self, cb.name, cb)
 
-    def __call__(self, event):
+    def __call__(self,
+        event:str, # Name of a fastai event, such as 'before_batch'
+    ):
         "Send an event to the callbacks in their order."
         for cb in self.cbs.sorted('order'):
             f = getattr(type(cb), event, None)
             if f: f(cb)
 
-    def run(self, rows=None, loss_func=None, between=None):
+    def run(self,
+        rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch
+        loss_func:Callable|None=None,   # Function of the logits instead of the closure's own loss
+        between:Callable|None=None,     # Called between forward and backward
+    ) -> Tensor: # Detached
         "Run the closure, call backward if the closure has not called it, and return the loss."
         out = self.xb(rows) if self.per_sample else self.xb()
         logits, loss = _split(out)
@@ -127,21 +142,37 @@ class PlainLoop(_Gradients):
         with torch.no_grad(): out = self.xb(None) if self.per_sample else self.xb()
         return out if self.per_sample else _split(out)[0]
 
-    def own_replay(self, bn, rng, rng_state, loss_func, backward, rows):
+    def _from_states(self, states, rows):
+        "Return a context for a pass from earlier hidden states; `pred` holds one loss for each sample."
+        return from_hidden_states(states, rows, 0 if rows is None else len(self.pred))
+
+    def own_replay(self,
+        bn:BatchNormPolicy,      # 'update' or 'keep'
+        rng:RandomPolicy,        # 'fresh' or 'replay'
+        rng_state:tuple|None,    # Random state at the start of the first pass
+        loss_func:Callable|None, # Function of the logits instead of the closure's own loss
+        backward:bool,           # `False`: run only the forward, without a graph
+        rows:Tensor|None,        # `(k,)` positions of samples; `None`: the whole batch
+        states:list|None,        # Hidden states at the start of the first pass
+    ) -> Tensor|None: # Logits, or losses, of a pass without backward
         "Run the closure again, as `replay` runs a Learner's batch again."
         shown = self.pred
         taken = take_gradients(stepped_params(self))
         self._replaying = True
         try:
-            with bn_policy(self.model, bn), rng_policy(rng, rng_state, device_of(self.model)):
+            starts = rng_policy(rng, rng_state, device_of(self.model)), self._from_states(states, rows)
+            with bn_policy(self.model, bn), starts[0], starts[1]:
                 if not backward: return self.forward()
                 self.run(rows, loss_func)
         finally:
             self.pred, self._replaying = shown, False
-            weights_moved(self.model) # a pass without a graph leaves weights that later passes cannot use
+            weights_moved(self.model) # autocast keeps casts of a pass without a graph; they have no gradient
             add_gradients(taken)
 
-    def radius_scales(self, method, params):
+    def radius_scales(self,
+        method:ExtraPass,         # Its `rho` is used for groups without a `rho`
+        params:dict[str, Tensor], # Parameters by name
+    ) -> dict[str, float]: # By name; empty: 1 for all
         "Return factors by name where parameter groups have a `rho` of their own."
         own = {id(p): g['rho'] for g in self.optimizer.param_groups if 'rho' in g for p in g['params']}
         if not own: return {}
@@ -182,10 +213,15 @@ def _noticed_zeroing(*objects):
             if f is None: del o.zero_grad
             else: o.zero_grad = f
 
-def _inside_lightning(closure):
-    """Return the closure that the user wrote, where Lightning passes on its own closure around it.
+def _check_gradients(model):
+    "Raise `ValueError` if no trainable parameter has a gradient."
+    if any(p.grad is not None for p in trainable_params(model).values()): return
+    raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
 
-    Raises `ValueError` in automatic optimization, where every pass would be clipped by itself."""
+def _inside_lightning(closure):
+    """Return the user's closure, also if Lightning has wrapped it in a closure of its own.
+
+    Raises `ValueError` in automatic optimization, where every pass would be clipped separately."""
     module = getattr(getattr(closure, 'func', None), '__module__', None) or ''
     if not module.startswith(('lightning.', 'pytorch_lightning.')): return closure
     model, _, own = closure.args
@@ -207,8 +243,7 @@ def _loop_backward(loop, closure):
         if not method.needs_logits: loop('before_backward') # a closure may make its backward itself
         with _noticed_zeroing(loop.optimizer, loop.model) as zeroed: loss = loop.run(between=between)
         if zeroed: kept = {} # the closure begins a new batch, as PyTorch's closures do
-        if not any(p.grad is not None for p in trainable_params(loop.model).values()):
-            raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
+        _check_gradients(loop.model)
         loop('after_backward')
     finally:
         sync_gradients(loop.model, True)
@@ -274,11 +309,11 @@ def check_one_pass(
 ):
     "Raise `ValueError` for a method that does not make exactly one pass at perturbed weights."
     _check_method(method)
-    # a generator stops once, at the perturbed weights; other methods make their passes themselves
+    # an `extra_pass` that is a generator yields once, at the perturbed weights
     one_pass = isinstance(method, PerturbedPass) and inspect.isgeneratorfunction(method.extra_pass)
     if not one_pass or getattr(method, 'needs_rows', False):
         name = type(method).__name__
-        raise ValueError(f'{name} makes other passes than one at perturbed weights; {advice}')
+        raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
 
 def _check_passes(loop):
     "Raise `ValueError` if there are gradients, but no pass of the method since the last step."
@@ -308,6 +343,7 @@ class _MovedWeights:
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
         self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
+        self.policies.enter_context(from_hidden_states(method.states))
 
     def finish(self):
         "Put the weights back, and finish the method's gradient."
@@ -355,7 +391,7 @@ class _Wrapped(torch.optim.Optimizer):
         self.base.load_state_dict(state)
         if method is not None: self.method.load_state_dict(method)
 
-    # fastai leaves a callback's large state out of copies, so that of the method is copied beside it
+    # fastai leaves the large state of a callback out when it copies it; the method's state is copied here
     def __getstate__(self): return self.__dict__ | dict(_copied=self.method.state_dict())
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -379,6 +415,16 @@ class MethodOptimizer(_Wrapped):
         super().__init__(method, optimizer)
         self._loop = PlainLoop(method, model, optimizer, scaler, max_norm)
         self._second = None # the rest of a step that `first_step` began
+        self._remember_states()
+
+    def _remember_states(self):
+        "Note the hidden states from which the passes of the next `first_step` start."
+        if self._second is None and not self._loop._replaying:
+            self.method.states = hidden_states(self._loop.model)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self._remember_states()
 
     def backward(self,
         closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
@@ -400,10 +446,13 @@ class MethodOptimizer(_Wrapped):
     def first_step(self) -> bool: # Whether to run the batch again before `second_step`
         """After the batch's own `backward`, move the weights to where the method needs the gradient.
 
-        Raises `ValueError` for a method that makes other passes than one at perturbed weights."""
+        If you reset a network's hidden state, call `zero_grad` after the reset.
+
+        Raises `ValueError` for a method that does not make exactly one pass at perturbed weights."""
         method = self.method
         check_one_pass(method, 'give `step` a closure')
         self._abandon()
+        _check_gradients(self._loop.model)
         self._loop.batches = 1
         if method.active():
             self._second = _MovedWeights(self._loop)
@@ -417,6 +466,8 @@ class MethodOptimizer(_Wrapped):
         second, self._second = self._second, None
         if second is not None: second.finish()
         _loop_step(self._loop)
+        self._opt_called = True # as `step` notes it for PyTorch's schedulers, which warn otherwise
+        self._remember_states()
 
     def _abandon(self):
         "Put the weights back if a first step was never followed by a second."

@@ -6,7 +6,7 @@
 __all__ = ['LossTerm', 'TrajectoryLoss', 'n_samples', 'SampleIds', 'mixing']
 
 # %% ../../nbs/core/04_loss_terms.ipynb #f4104eb8
-import multiprocessing, warnings
+import math, multiprocessing, warnings
 from functools import partial
 from typing import Iterable
 
@@ -19,8 +19,9 @@ from fastai.learner import Learner
 
 from .arguments import ShowsArguments
 from .losses import as_divergence, DivergenceLike
-from .passes import ORDERS, batch_size, device_of, replayed_rows, replays_other_loss
-from .perturb import weights_moved
+from .passes import ORDERS, batch_size, check_single, device_of, replayed_rows
+from .passes import replays_other_loss
+from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
@@ -56,9 +57,9 @@ class TrajectoryLoss(LossTerm):
         start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
         divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
     ):
-        if lam < 0: raise ValueError(f'`lam` must not be negative, got {lam}')
-        if tau <= 0: raise ValueError(f'`tau` must be positive, got {tau}')
-        if start_epoch < 0: raise ValueError(f'`start_epoch` must not be negative, got {start_epoch}')
+        check_not_negative(lam=lam)
+        if not 0 < tau < math.inf: raise ValueError(f'`tau` must be positive, got {tau}')
+        check_not_negative(start_epoch=start_epoch)
         self.lam, self.tau, self.divergence = lam, tau, divergence
         self.start_epoch, self.done = start_epoch, 0
 
@@ -68,6 +69,7 @@ class TrajectoryLoss(LossTerm):
         return self.done >= self.start_epoch
 
     def before_fit(self):
+        check_single(self, type(self), 'adds this term to the loss')
         self.run = not hasattr(self.learn, 'lr_finder')
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
         last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # predicting fires this event, too
@@ -100,7 +102,7 @@ class _RecordedBatches:
             yield self.batches[-1]
 
 def _refuse_skips(do_item, i):
-    "Return an item. Raises `ValueError` if the data set skips it, because other processes cannot tell which."
+    "Return an item. Raises `ValueError` if the data set skips it, because other processes cannot know this."
     item = do_item(i)
     if item is None:
         raise ValueError(f'the data set skips sample {i}, and sample ids are then unknown with workers; '
@@ -112,7 +114,7 @@ class _FastaiOrder:
     def __init__(self, dl):
         self.loaders = dl, bare_loader(dl)
         self.bs, self.order, self.kept, self.skipped = dl.bs, [], [], 0
-        self.restore() # something remains if the last epoch ended in an exception
+        self.restore() # replaced methods remain if the last epoch ended in an exception
         self.get_idxs, self.do_item = dl.get_idxs, getattr(self.loaders[1], 'do_item', None)
         dl.get_idxs = self.recorded_order
         workers = getattr(getattr(self.loaders[1], 'fake_l', None), 'num_workers', 0)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
-           'device_of', 'replaying', 'replayed_rows', 'replays_other_loss', 'stepped_params', 'take_gradients',
-           'add_gradients', 'batch_size', 'replay', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
+           'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
+           'replays_other_loss', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size', 'replay',
+           'check_single', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Callable, Iterable, Literal
 
 import torch
 from torch import nn, Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
@@ -106,6 +107,82 @@ def device_of(
     for t in chain(model.parameters(), model.buffers()): return t.device
     return torch.device('cpu')
 
+# %% ../../nbs/core/01_passes.ipynb #0a0bd536
+def _detached_copy(t): return t.detach().clone()
+
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+_MOST = 1000 # a longer list or dict is a table, not a state
+
+def _is_state(value):
+    "Return whether an attribute can be a state or a part of one: a tensor, a number, or a container."
+    if isinstance(value, nn.Parameter): return False
+    if isinstance(value, (list, tuple, dict)): return len(value) <= _MOST
+    return value is None or isinstance(value, (Tensor, bool, int, float))
+
+def _states_of(module):
+    names = vars(module).keys() - _OF_EVERY_MODULE
+    return {n: vars(module)[n] for n in names if _is_state(vars(module)[n])}
+
+def _tensors_and_versions(states):
+    tensors = [t for t in tree_leaves(states) if isinstance(t, Tensor)]
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+
+def _copy_state(value): return tree_map(lambda v: _detached_copy(v) if isinstance(v, Tensor) else v, value)
+
+def _is_own(module):
+    "Return whether a module can keep a state in attributes; PyTorch's own modules keep none."
+    return not type(module).__module__.startswith('torch.nn.')
+
+def hidden_states(
+    model:nn.Module, # A network, before a pass
+) -> list: # For `from_hidden_states`; empty if no module of the user's keeps simple attributes
+    "Return copies of the tensors that the network's modules keep in plain attributes."
+    found = []
+    for module in filter(_is_own, model.modules()):
+        states = _states_of(module)
+        # the tensors themselves are kept, too: a new tensor could get the identity of a freed one
+        if states: found.append((module, states, _tensors_and_versions(states), _copy_state(states)))
+    return found
+
+def changed_states(
+    states:list|None, # Result of `hidden_states`; `None`: nothing has changed
+) -> list: # The entries of modules whose tensors have changed since then
+    "Return what the passes since `hidden_states` have changed."
+    changed = []
+    for entry in states or ():
+        module, _, versions, _ = entry
+        if _tensors_and_versions(_states_of(module)) != versions: changed.append(entry)
+    return changed
+
+# %% ../../nbs/core/01_passes.ipynb #5a0be93c
+def _rows_of_state(value, rows, n):
+    "Return the states of the samples at `rows` in a batch of `n`."
+    def part(t):
+        axes = [1, 0, 2] if t.ndim == 3 else range(t.ndim)
+        axis = next((a for a in axes if t.shape[a] == n), None)
+        return t if axis is None else t.index_select(axis, rows)
+    return tree_map_only(Tensor, part, value)
+
+def _set_states(module, states):
+    for name in _states_of(module): del vars(module)[name]
+    vars(module).update(states)
+
+@contextmanager
+def from_hidden_states(
+    states:list|None, # Result of `hidden_states` before the first pass; `None`: nothing happens
+    rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
+    n:int=0,               # Samples in the batch, if `rows` is given
+):
+    "Inside, a pass starts from earlier hidden states; at the end, the states from before are put back."
+    present = [(module, _states_of(module), copies) for module, _, _, copies in changed_states(states)]
+    try:
+        for module, _, copies in present:
+            copies = _copy_state(copies)
+            _set_states(module, copies if rows is None else _rows_of_state(copies, rows, n))
+        yield
+    finally:
+        for module, now, _ in present: _set_states(module, now)
+
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
 def replaying(
     learn:Learner, # In a training batch
@@ -156,8 +233,6 @@ def add_gradients(
         if p.grad is None: p.grad = g
 
 # %% ../../nbs/core/01_passes.ipynb #3d92687d
-def _detached_copy(t): return t.detach().clone()
-
 def batch_size(
     xb:object, # Inputs of a batch: tensors, also inside dicts, lists and tuples
 ) -> int: # Samples
@@ -195,6 +270,7 @@ def replay(
     backward:bool=True,           # `False`: run only the forward, without a graph
     rows:Tensor|None=None,        # `(k,)` positions of the samples to run again; `None`: all samples
     until:Callback|None=None, # Callback that calls this in its `after_backward`; later callbacks get no event
+    states:list|None=None,       # Hidden states at the start of the first pass, see `hidden_states`
 ) -> Tensor: # The prediction of the extra pass, detached
     """Repeat forward, loss and backward of the current batch through the Learner's events.
 
@@ -204,7 +280,7 @@ def replay(
     `learn.pred`, `learn.loss` and `learn.loss_grad` are restored at the end, also after an exception."""
     _check_policy(bn, rng)
     own = getattr(learn, 'own_replay', None) # of a plain loop, which has no Learner
-    if own: return own(bn, rng, rng_state, loss_func, backward, rows)
+    if own: return own(bn, rng, rng_state, loss_func, backward, rows, states)
     device = device_of(learn.model)
     amp = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
     shown = _shown_to_others(learn)
@@ -215,8 +291,9 @@ def replay(
     params = stepped_params(learn)
     taken = take_gradients(params)
     try:
-        policies = bn_policy(learn.model, bn), rng_policy(rng, rng_state, device)
-        with policies[0], policies[1], torch.set_grad_enabled(backward):
+        n = 0 if rows is None else batch_size(learn.xb)
+        starts = rng_policy(rng, rng_state, device), from_hidden_states(states, rows, n)
+        with bn_policy(learn.model, bn), starts[0], starts[1], torch.set_grad_enabled(backward):
             if amp: amp.autocast.__enter__() # MixedPrecision left it in the first pass's after_loss
             learn.pred = (forward or learn.model)(*xb)
             learn('after_pred')
@@ -238,6 +315,18 @@ def replay(
         learn._replaying, learn._replayed_rows, learn._other_loss = False, None, False
         for k, v in shown.items(): setattr(learn, k, v)
 
+# %% ../../nbs/core/01_passes.ipynb #2ebb6f19
+def check_single(
+    cb:Callback, # Callback of a Learner
+    kind:type,   # Class of which a Learner can have one instance, `type(cb)` or a base class
+    why:str,     # For the message: what two of them would both do
+):
+    "Raise `ValueError` if the Learner has another callback of this kind."
+    others = [other for other in cb.learn.cbs if other is not cb and isinstance(other, kind)]
+    if others:
+        names = f'{type(cb).__name__} and {type(others[0]).__name__}'
+        raise ValueError(f'a Learner can have one method that {why}, got {names}; remove one of the two')
+
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
 class ExtraPass(ShowsArguments, Callback):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
@@ -250,7 +339,7 @@ class ExtraPass(ShowsArguments, Callback):
     ):
         _check_policy(bn, rng)
         self.bn, self.rng = bn, rng
-        self.rng_state, self._hook = None, None
+        self.rng_state, self.states, self._hook = None, None, None
         self.scratch = {}          # memory for the copies of `perturbed`, reused at every step
         self._before_search = None # state at the start of a learning rate search
 
@@ -263,11 +352,13 @@ class ExtraPass(ShowsArguments, Callback):
         if self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
 
     def before_fit(self):
+        check_single(self, type(self), 'runs these extra passes')
         trainable_params(self.learn.model) # an error here is better than in mid-epoch
         self._unhook() # a hook remains if the last fit ended in an exception
         if self.rng == 'replay': self._hook = self.model.register_forward_pre_hook(self._remember_rng)
         if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
 
+    def before_batch(self): self.states = hidden_states(self.model)
     def after_batch(self): weights_moved(self.learn.model) # perhaps inside the user's autocast
 
     def after_fit(self):
@@ -278,13 +369,14 @@ class ExtraPass(ShowsArguments, Callback):
 
     def _unhook(self):
         if self._hook is not None: self._hook.remove()
-        self._hook, self.rng_state = None, None
+        self._hook, self.rng_state, self.states = None, None, None
 
     def replay(self,
         **kwargs:object, # Arguments of `replay`
     ):
-        "Call `replay` with the callback's own `bn`, `rng` and random state, unless `kwargs` has others."
-        return replay(self.learn, **{'bn': self.bn, 'rng': self.rng, 'rng_state': self.rng_state, **kwargs})
+        "Call `replay` with the callback's own `bn`, `rng` and starting states, unless `kwargs` has others."
+        own = dict(bn=self.bn, rng=self.rng, rng_state=self.rng_state, states=self.states)
+        return replay(self.learn, **{**own, **kwargs})
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
         "Return the state that a resumed run needs to continue exactly."
@@ -316,7 +408,9 @@ class _OwnGradients(ExtraPass):
         super().before_fit()
         self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
 
-    def before_batch(self): sync_gradients(self.learn.model, not (self.per_rank and self.active()))
+    def before_batch(self):
+        super().before_batch()
+        sync_gradients(self.learn.model, not (self.per_rank and self.active()))
 
     def after_batch(self):
         super().after_batch()
@@ -348,10 +442,18 @@ class PerturbedPass(_OwnGradients):
         "Return whether this (micro-)batch gets an extra pass."
         return True
 
+    def before_fit(self):
+        check_single(self, PerturbedPass, "replaces each batch's gradient")
+        super().before_fit()
+
+    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
+        "Return whether the batch gave any trainable parameter of the network a gradient."
+        return any(p.grad is not None for p in trainable_params(self.model).values())
+
     def after_backward(self):
         if self.replaying: return
-        if self.active():
-            # `extra_pass` stops where it needs a gradient, or makes its passes by itself
+        if self.active() and self.has_gradients():
+            # `extra_pass` yields where it needs a gradient, or makes its passes by itself
             for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
@@ -368,7 +470,7 @@ class PerturbedPass(_OwnGradients):
         params:dict[str, Tensor], # Parameters that have a gradient
         grads:dict[str, Tensor],  # Gradients of the first pass; emptied
     ):
-        "Perturb the weights, and stop once for the pass that leaves their gradient in `.grad`."
+        "Perturb the weights, and yield once for the pass that leaves their gradient in `.grad`."
         deltas = dict(self.perturbation(params, grads)) # a new dict: it may be `grads` itself
         grads.clear()
         if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['is_sharded', 'check_whole', 'local_parts', 'placed_like', 'settle_gradients', 'version_of', 'unwrapped',
-           'drop_gathered', 'trainable_params', 'global_norm', 'global_dot', 'clip_gradients_', 'check_radius',
-           'ascent', 'scratch_like', 'copied', 'weights_moved', 'perturbed', 'weight_sizes', 'sam_ascent']
+           'drop_gathered', 'trainable_params', 'real_views', 'global_norm', 'global_dot', 'clip_gradients_',
+           'check_finite', 'check_not_negative', 'check_count', 'check_radius', 'ascent', 'scratch_like', 'copied',
+           'weights_moved', 'perturbed', 'weight_sizes', 'sam_ascent']
 
 # %% ../../nbs/core/00_perturb.ipynb #49bcc589
 import math
@@ -63,8 +64,12 @@ def placed_like(
 def settle_gradients(
     params:Iterable[Tensor], # Parameters, with and without gradients
 ):
-    "Distribute each gradient like its parameter; in tensor parallelism, sums over processes may be pending."
+    """Make each gradient a tensor that can be changed in place, distributed like its parameter.
+
+    In tensor parallelism, a sum over processes may be pending. A complex gradient may be the conjugate of
+    another tensor."""
     for p in params:
+        if p.is_complex() and p.grad is not None and p.grad.is_conj(): p.grad = p.grad.resolve_conj()
         if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:
             p.grad = placed_like(p.grad, p)
 
@@ -113,8 +118,16 @@ def trainable_params(
     return params
 
 # %% ../../nbs/core/00_perturb.ipynb #24482460
+def real_views(
+    tensors:Iterable[Tensor], # Tensors of any shapes, real or complex; also `DTensor`s
+) -> list[Tensor]: # They share the memory of `tensors`; for a complex tensor with one axis more, of length 2
+    """Return what this process holds of each tensor, as real tensors: real and imaginary parts.
+
+    Raises `ValueError` for the same reason as `local_parts`."""
+    return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
+
 def _over_parts(values, tensors):
-    "Return the sum of one number for each local part, over all tensors and the processes that share them."
+    "Add up `values`, one number per local part, over all tensors and all processes that share them."
     totals, shared = [], {}
     for value, t in zip(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
@@ -126,23 +139,23 @@ def _over_parts(values, tensors):
     return torch.stack(totals).sum()
 
 def global_norm(
-    tensors:Iterable[Tensor], # Tensors of any shapes, one floating dtype, one device; also `DTensor`s
-) -> Tensor: # 0-d tensor on the same device, equal in all processes; 0. for an empty list
+    tensors:Iterable[Tensor], # Tensors of any shapes, real or complex, of one precision; also `DTensor`s
+) -> Tensor: # 0-d real tensor on the same device, equal in all processes; 0. for an empty list
     "Return the Euclidean norm of all elements of all tensors together."
     tensors = list(tensors)
     if not tensors: return torch.tensor(0.)
-    norms = torch._foreach_norm(local_parts(tensors))
+    norms = torch._foreach_norm(real_views(tensors))
     if any(map(is_sharded, tensors)): return _over_parts([n.square() for n in norms], tensors).sqrt()
     return torch.linalg.vector_norm(torch.stack(norms))
 
 # %% ../../nbs/core/00_perturb.ipynb #43f1a921
 def global_dot(
-    a:list[Tensor], # Tensors of any shapes, one floating dtype, one device
+    a:list[Tensor], # Tensors of any shapes, real or complex, of one precision
     b:list[Tensor], # The same shapes in the same order, distributed in the same way
-) -> Tensor: # 0-d tensor on the same device, equal in all processes; 0. for empty lists
-    "Return the scalar product of two lists of tensors, each taken as one long vector."
+) -> Tensor: # 0-d real tensor on the same device, equal in all processes; 0. for empty lists
+    "Return the scalar product of two lists of tensors, each taken as one long real vector."
     if not a: return torch.tensor(0.)
-    dots = [p.sum() for p in torch._foreach_mul(local_parts(a), local_parts(b))]
+    dots = [p.sum() for p in torch._foreach_mul(real_views(a), real_views(b))]
     if any(map(is_sharded, a)): return _over_parts(dots, a)
     return torch.stack(dots).sum()
 
@@ -161,6 +174,30 @@ def clip_gradients_(
     torch._foreach_mul_(local_parts(grads), (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.))
 
 # %% ../../nbs/core/00_perturb.ipynb #a07d0763
+def check_finite(
+    **values:float, # Numbers by the names of their options
+):
+    "Raise `ValueError` for a number that is infinite or not a number."
+    for name, value in values.items():
+        if not math.isfinite(value): raise ValueError(f'`{name}` must be a finite number, got {value}')
+
+def check_not_negative(
+    **values:float, # Numbers by the names of their options
+):
+    "Raise `ValueError` for a number below zero or not finite."
+    check_finite(**values)
+    for name, value in values.items():
+        if value < 0: raise ValueError(f'`{name}` must not be negative, got {value}')
+
+def check_count(
+    **values:float, # Numbers by the names of their options
+):
+    "Raise `ValueError` for what is no whole number of at least 1."
+    check_finite(**values)
+    for name, value in values.items():
+        if value < 1: raise ValueError(f'`{name}` must be at least 1, got {value}')
+        if value != int(value): raise ValueError(f'`{name}` must be a whole number, got {value}')
+
 def check_radius(
     rho:float, # Any number
 ):
@@ -171,12 +208,14 @@ def check_radius(
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
     rho:float,                          # Length of the step, in weight space if `scales` is `None`
-    scales:dict[str, Tensor]|None=None, # The diagonal of T by name, shapes as `grads`; 1 for missing names
+    scales:dict[str, Tensor]|None=None, # The diagonal of T by name, shapes and dtypes as `grads`; missing: 1
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
+    for n, g in grads.items():
+        if g.is_conj(): grads[n] = g.resolve_conj() # a complex gradient may be another tensor's conjugate
     names = [n for n in grads if n in (scales or ())]
-    scaled, ts = local_parts(grads[n] for n in names), local_parts(scales[n] for n in names)
+    scaled, ts = real_views(grads[n] for n in names), real_views(scales[n] for n in names)
     if ts: torch._foreach_mul_(scaled, ts) # T g
     factor = rho / (global_norm(grads.values()) + eps)
     if ts: torch._foreach_mul_(scaled, ts) # T² g
@@ -262,11 +301,11 @@ def weight_sizes(
     names:Iterable[str],      # Names of the parameters whose sizes are returned
     eta:float=0.,             # Added to each size, >= 0
     scratch:dict|None=None,   # Memory for the sizes, see `scratch_like`; `perturbed` may overwrite it
-) -> dict[str, Tensor]: # From name to `|w| + eta`, without gradient
+) -> dict[str, Tensor]: # From name to `|w| + eta`, of real and imaginary part if `w` is complex
     "Return the diagonal of the matrix T of the adaptive methods, for `ascent`."
     sizes = copied({n: params[n] for n in names}, scratch)
     if sizes:
-        ts = local_parts(sizes.values())
+        ts = real_views(sizes.values())
         torch._foreach_abs_(ts)
         if eta: torch._foreach_add_(ts, eta)
     return sizes
@@ -278,6 +317,6 @@ def sam_ascent(
     adaptive:bool=False,      # `T = |w|` for every parameter, not 1
     scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
-    "Return SAM's step uphill by name; GSAM makes the same."
+    "Return SAM's step uphill, as a dictionary by name; GSAM makes the same step."
     sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None
     return ascent(grads, rho, sizes)

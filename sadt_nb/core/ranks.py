@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.learner import Learner
 from fastai.torch_core import default_device, num_distrib
 
+from .perturb import real_views
+
 # %% ../../nbs/core/10_ranks.ipynb #082622f2
 def n_ranks() -> int: # Number of processes; 1 without distributed training
     "Return the number of processes that train together."
@@ -69,11 +71,12 @@ def sync_gradients(
 
 def average_over_ranks(
     model:nn.Module,      # The Learner's model; nothing happens unless it is a `DistributedDataParallel`
-    tensors:list[Tensor], # Tensors of one dtype and device; overwritten by the mean over processes
+    tensors:list[Tensor], # Tensors of one precision and device; overwritten by the mean over processes
 ):
     "Average tensors over processes, in one message, as `DistributedDataParallel` averages gradients."
     ddp = _ddp(model)
     if ddp is None: return
+    tensors = real_views(tensors)
     flat = torch.cat([t.flatten() for t in tensors])
     distributed.all_reduce(flat, group=ddp.process_group)
     flat /= distributed.get_world_size(ddp.process_group)

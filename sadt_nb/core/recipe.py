@@ -104,7 +104,7 @@ def triangle(
 class RateSchedule(ShowsArguments, ParamScheduler):
     """Multiplies the learning rate of every parameter group by a function of the finished share of training.
 
-    The learning rate is the group's `initial_lr`, or the Learner's rate if the group has no `initial_lr`."""
+    The factor multiplies the group's `initial_lr`, or the Learner's rate if the group has none."""
     def __init__(self,
         factor:Callable[[float], float]=triangle, # From the finished share, in [0, 1], to the factor
     ):

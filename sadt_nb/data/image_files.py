@@ -19,7 +19,7 @@ IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.webp', '.gif'
                '.pnm', '.tif', '.tiff', '.avif'}
 
 def _eight_bits(image):
-    "Return a grey image of 16 or 32 bits as one of 8 bits. Raises `ValueError` for values outside 16 bits."
+    "Reduce a grey image of 16 or 32 bits to 8 bits. Raises `ValueError` for values outside 16 bits."
     values = np.asarray(image)
     if image.mode == 'F' or values.min() < 0 or values.max() > 65535:
         raise ValueError(f'its pixels are numbers of mode {image.mode}, not 8 or 16 bits')
@@ -28,7 +28,7 @@ def _eight_bits(image):
 def open_image(
     file, # Path or binary stream
 ) -> Image.Image: # RGB, 8 bits per channel, upright
-    "Open an image file. Raises an error of Pillow, or `ValueError`, for a file that is no such image."
+    "Open an image file. Raises an error of Pillow, or `ValueError`, if this is not possible."
     Image.init()
     formats = [f for f in FORMATS if f in Image.OPEN] # a build of Pillow may lack one
     with Image.open(file, formats=formats) as image:
@@ -50,7 +50,7 @@ def image_class(
     return parts[-2] if innermost else parts[1]
 
 class _Filter:
-    "Decides which paths are images, and warns of what users may not expect."
+    "Decides which paths are images, and warns about what users may not expect."
     def __init__(self, innermost): self.innermost, self.others, self.deeper = innermost, Counter(), ''
 
     def place(self, path):
@@ -63,7 +63,7 @@ class _Filter:
         return None
 
     def warn(self, source):
-        "Warn of files that are left out, and of images in folders inside class folders."
+        "Warn about files that are left out, and about images in folders inside class folders."
         if self.others:
             counts = [f'{n} {suffix or "without suffix"}' for suffix, n in sorted(self.others.items())]
             warnings.warn(f'{source}: files of other types are left out: {", ".join(counts)}')

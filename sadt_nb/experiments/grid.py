@@ -224,12 +224,14 @@ def _work_history(cfg, root):
 
 def duration(
     seconds, # >= 0
-) -> str: # '50 s', '12 min', '3 h 20 min' or '5 days'
+) -> str: # '50 s', '12 min', '3 h 20 min', '5 days' or '3 years'
     "Return a time as readable text."
     m = round(seconds / 60)
     if seconds < 100: return f'{seconds:.0f} s'
     if m < 100: return f'{m} min'
-    return f'{m // 60} h {m % 60:02} min' if m < 48 * 60 else f'{m / 1440:,.0f} days'
+    if m < 48 * 60: return f'{m // 60} h {m % 60:02} min'
+    days = m / 1440
+    return f'{days:.0f} days' if days < 2 * 365.25 else f'{days / 365.25:,.0f} years'
 
 # %% ../../nbs/experiments/85_grid.ipynb #ac4bc6be
 def _unfinished(plan, root):

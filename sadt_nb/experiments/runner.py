@@ -9,8 +9,8 @@ __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'Ru
            'keep_pages', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
-import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, re, shutil, time, warnings
-import zipfile, zlib
+import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
+import warnings, zipfile, zlib
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -29,6 +29,7 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
+from fastprogress.core import IN_NOTEBOOK
 from filelock import FileLock, Timeout
 
 from ..core.arguments import ShowsArguments
@@ -484,11 +485,38 @@ def _init_from_images(model, dl):
     plain = dl.new(tfms=[], shuffle=False, channels_last=False)
     model.init_from_images(plain.batch(spread)[0])
 
+def _refuses(model, x):
+    "Return whether a network cannot run a batch."
+    try:
+        with torch.no_grad(): model(x)
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, ValueError, AssertionError): return True
+    return False
+
+def _check_images(cfg, model, dl):
+    "Raise `ValueError` if the network takes no images of this size, or no last batch of a single image."
+    if not hasattr(dl, 'batch'): return
+    n = len(dl.dataset)
+    x = _in_order(dl).batch(torch.arange(min(2, n)))[0]
+    modes = [(m, m.training) for m in model.modules()]
+    refuses = _refuses(model.eval(), x)
+    for m, training in modes: m.training = training
+    if refuses:
+        size = f'{x.shape[-1]}x{x.shape[-2]}'
+        raise ValueError(f'model {cfg.model} takes no images of {size} pixels; resize them with data_args, '
+                         "such as 'size=32', or choose a model for any size, such as resnet18")
+    left = n % cfg.bs
+    single = cfg.bs == 1 or (left == 1 and not cfg.drop_last)
+    if single and _refuses(deepcopy(model).train(), x[:1]): # a copy: BatchNorm's averages would move
+        raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, which '
+                         f'BatchNorm in {cfg.model} cannot normalise; choose another bs, or set drop_last')
+
 def _network(cfg, dls):
     "Return the network of a run with its starting weights, which depend on the seed alone."
     torch.manual_seed(cfg.seed)
     model = make_model(cfg.model, dls.c, **dict(cfg.model_args)).to(dls.device)
     _init_from_images(model, dls.train)
+    _check_images(cfg, model, dls.train)
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     if cfg.compile: model = torch.compile(model, mode=cfg.compile)
     return model
@@ -710,6 +738,12 @@ def _own_message(e):
     return str(e).split('\n\t')[-1]
 
 # %% ../../nbs/experiments/81_runner.ipynb #050ee729
+def _epoch_line(row, epochs):
+    "Return the line that a log shows after an epoch."
+    text = f'epoch {row["epoch"]} of {epochs}: training loss {row["train_loss"]:.3f}'
+    if 'valid_accuracy' in row: text += f', validation accuracy {row["valid_accuracy"]:.3f}'
+    return f'{text}, {row["seconds"]:.1f} s'
+
 class _Training:
     "One training of a run: its Learner, its files, and the result that it writes."
     def __init__(self, cfg, root, progress, device):
@@ -717,7 +751,9 @@ class _Training:
         self.device = torch.device(device or default_device())
         self.started = time.time()
         self.recorder = RunRecorder(on_epoch=self.write_history)
-        bars = [Recorder(), ProgressCallback()] if progress else []
+        shows_bars = progress and (IN_NOTEBOOK or sys.stdout.isatty())
+        self.shows_lines = progress and not shows_bars # carriage returns are of no use in a file
+        bars = [Recorder(), ProgressCallback()] if shows_bars else []
         self.learn = make_learner(cfg, device, [self.recorder, *bars], root)
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 
@@ -726,6 +762,7 @@ class _Training:
 
     def write_history(self, rows):
         on_rank_zero(partial(self.write, 'history.json', rows))
+        if self.shows_lines and not this_rank(): print(_epoch_line(rows[-1], self.cfg.epochs), flush=True)
 
     def store(self, status, resumed, **more):
         "Write the result with counts, seconds and provenance, and return it."
@@ -826,7 +863,7 @@ def run(
     cfg:Run,         # The run to train
     root='runs',     # Folder of all results
     force=False,     # Train again even if a result is stored; ignore a checkpoint that does not fit
-    progress=True,   # Show a progress bar
+    progress=True,   # Show a progress bar in a terminal or a notebook, elsewhere a line per epoch
     device=None,     # `None`: fastai's default device
     minutes=1.,      # Least minutes between two checkpoints, stored after epochs; 0: after every epoch
     weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights

@@ -17,55 +17,46 @@ from torch import nn, Tensor
 from fastai.learner import Learner
 from tqdm import tqdm
 
-from ..core.fixed_loss import FixedLoss
+from ..core.fixed_loss import FixedLoss, MissingDerivative, differentiable, missing_derivative
 
 # %% ../../nbs/measures/50_hessian.ipynb #661ef478
-def _curvlinops():
-    try: import curvlinops
-    except ImportError:
-        message = "the Hessian needs curvlinops; install it with pip install 'sadt_nb[curvature]'"
-        raise ImportError(message) from None
-    return curvlinops
+def _check_twice(grads):
+    "Raise `MissingDerivative` if a function behind the gradients says that it is differentiable only once."
+    todo, seen = [g.grad_fn for g in grads], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen: continue
+        seen.add(node)
+        if node.name().endswith('::Error'): raise MissingDerivative('twice')
+        todo.extend(following for following, _ in node.next_functions)
 
-class _MeanLoss(nn.Module):
-    "A loss function as a module with the attribute `reduction`, which curvlinops reads."
-    reduction = 'mean'
-    def __init__(self, f):
-        super().__init__()
-        self.f = f
-    def forward(self, pred, y): return self.f(pred, y)
+def _joined(tensors): return torch.cat([t.detach().flatten() for t in tensors])
 
-class _DictInput(nn.Module):
-    "A network with several inputs, wrapped so that it takes one dictionary of them."
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-    def forward(self, x): return self.model(*x.values())
-
-def _input_dict(xb): return {str(i): t for i, t in enumerate(xb)}
-def _dict_batch_size(x): return len(next(iter(x.values())))
-
-def _hessian_operator(loss):
-    "Return the Hessian of a `FixedLoss` as an operator of curvlinops."
-    ops = _curvlinops()
-    several_inputs = len(loss.batches[0][0]) > 1
-    if several_inputs:
-        model, options = _DictInput(loss.model), dict(batch_size_fn=_dict_batch_size)
-        batches = [(_input_dict(xb), y) for xb, y in loss.batches]
-    else:
-        model, options = loss.model, {}
-        batches = [(xb[0], y) for xb, y in loss.batches]
-    return ops.HessianLinearOperator(model, _MeanLoss(loss.loss_func), list(loss.params.values()), batches,
-                                     check_deterministic=False, num_data=loss.n, **options)
+@torch.enable_grad()
+def _double_backward(loss, v, check=False):
+    "Return `Hv` for a `FixedLoss`, by a backward pass through its gradient."
+    ps = list(loss.params.values())
+    parts = [part.view(p.shape) for p, part in zip(ps, v.split([p.numel() for p in ps]))]
+    out = torch.zeros_like(v)
+    for share in loss.shares():
+        grads = torch.autograd.grad(share, ps, create_graph=True, materialize_grads=True)
+        if check: _check_twice(grads)
+        curved = [(g, part) for g, part in zip(grads, parts) if g.requires_grad] # others are constant
+        if not curved: continue
+        gs, vs = zip(*curved)
+        out += _joined(torch.autograd.grad(gs, ps, vs, materialize_grads=True))
+    return out
 
 # %% ../../nbs/measures/50_hessian.ipynb #56b5083a
 class _Products:
     "The function `v -> Hv` for vectors `v` of length `size`; `n` is the number of products so far."
     def __init__(self, learn, dl, samples, progress, name, total):
-        _curvlinops() # a missing extra is reported before the samples are read
-        loss = FixedLoss(learn, dl, samples)
-        self._op = _hessian_operator(loss)
+        self.loss = loss = FixedLoss(learn, dl, samples)
         first = next(iter(loss.params.values()))
+        for n, p in loss.params.items():
+            if p.is_complex():
+                raise ValueError(f'{n!r} is complex, and the Hessian is that of real weights; store the real '
+                                 'and the imaginary part as two real parameters')
         self.params, self.dtype, self.device = loss.params, first.dtype, first.device
         self.sizes = [p.numel() for p in loss.params.values()]
         self.size, self.n = sum(self.sizes), 0
@@ -74,10 +65,8 @@ class _Products:
 
     def __call__(self, v):
         self.n += 1
-        try: out = self._op @ v
-        except NotImplementedError as e: # torch has no forward-mode derivative of some backward passes
-            raise ValueError(f'torch cannot differentiate a layer of this network twice: {e} Write the layer '
-                             'with elementary operations, `x * x.sigmoid()` for SiLU.') from None
+        with differentiable(self.loss.model, twice=True), missing_derivative('twice'):
+            out = _double_backward(self.loss, v, check=self.n == 1)
         if self.n == 1 and not torch.isfinite(out).all():
             raise ValueError('the second derivatives of the loss are not finite at these weights and samples')
         self.bar.update()
@@ -106,7 +95,7 @@ class Trace(NamedTuple):
     converged: bool  # Is `error` within the tolerance?
 
 def _exact_trace(h):
-    "Return the exact trace, from one product per weight; its error is only that of rounding."
+    "Return the exact trace, from one product per weight; its error is only rounding error."
     total, scale = 0., 0.
     unit = torch.zeros(h.size, dtype=h.dtype, device=h.device)
     for i in range(h.size):
@@ -341,7 +330,7 @@ def smoothed_density(
     n:int=0,                  # Number of Hessian-vector products that gave the nodes
     asked:bool=True,          # `False` if Ctrl-C came before all random vectors were used
 ) -> SpectralDensity: # The density on a grid
-    "Return the spectral density that belongs to nodes and node weights, for instance to stored ones."
+    "Return the spectral density for given nodes and node weights, which may be stored ones."
     nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
     weights = [torch.as_tensor(v, dtype=torch.float64) for v in weights]
     low, high = min(float(v[0]) for v in nodes), max(float(v[-1]) for v in nodes)

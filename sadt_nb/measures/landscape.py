@@ -42,7 +42,7 @@ def random_direction(
         d = torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)
         if norm == 'filter' and p.ndim < 2: d.zero_()
         elif norm != 'none' and p.ndim:
-            axes = tuple(range(norm == 'filter', p.ndim)) # all axes, or all but that of the output units
+            axes = tuple(range(norm == 'filter', p.ndim)) # all axes, or all but the output units' axis
             d *= _norm_over(p, axes) / _norm_over(d, axes)
         out[n] = d
     return out
@@ -59,7 +59,7 @@ def direction_between(
     start:nn.Module, # The network where the line begins
     end:nn.Module,   # The network where the line ends, of the same architecture
 ) -> dict: # From name to difference, for parameters and for BatchNorm's running statistics
-    "Return the weights of `end` minus those of `start`. Raises `ValueError` if the architectures differ."
+    "Return the weights of `end` minus the weights of `start`. Raises `ValueError` if architectures differ."
     a, b = _movable(unwrapped(start)), _movable(unwrapped(end))
     if a.keys() != b.keys() or any(a[n].shape != b[n].shape for n in a):
         raise ValueError('the two networks differ in architecture, '
@@ -146,7 +146,7 @@ def _filled(f, grid, shape, name, progress):
 def loss_line(
     learn:Learner,         # A Learner whose network is in evaluation mode
     direction:dict[str, Tensor]|None=None, # Name to tensor; `None`: a random direction, filter-normalised
-    span:float|tuple[float, float]=1., # Largest multiple of the direction, least is minus it; or (low, high)
+    span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
     points:int=51, # Number of points, >= 2; an odd number includes the multiple zero if `span` is a number
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
@@ -169,7 +169,7 @@ def loss_line(
 def loss_surface(
     learn:Learner,         # A Learner whose network is in evaluation mode
     directions:Sequence[dict[str, Tensor]]|None=None, # Two, name to tensor; `None`: random, filter-normalised
-    span:float|tuple[float, float]=1., # Largest multiple of each direction, least is minus it; or (low, high)
+    span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
     points:int=51,         # Number of points along each direction, >= 2; see `loss_line`
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
@@ -234,7 +234,7 @@ def plot_surface(
     surface:Surface,                  # The surface to draw
     kind:Literal['contour', 'heat', '3d']='contour', # 'contour', 'heat' or '3d'
     ax:plt.Axes|None=None,            # Axes to draw on (three-dimensional for '3d'); new ones if `None`
-    levels:Sequence[float]|None=None, # Losses of the contours, or range of the colours; `None`: 14
+    levels:Sequence[float]|None=None, # Losses of the contours, or range of the colours; `None`: 14 levels
 ): # The axes
     """Draw a landscape on a logarithmic scale, with its directions and samples as text.
 

@@ -75,7 +75,7 @@ def _saturate(x, c, g):
 def _in_256_levels(x): return (x * 255 + .5).floor() / 255
 
 def _box_filter(n, m, like):
-    "Return as a matrix the box filter with which Pillow resizes `n` pixels to `m`."
+    "Return the matrix of the box filter with which Pillow resizes `n` pixels to `m`."
     out = torch.zeros(m, n)
     for i in range(m):
         centre, support = (i + .5) * n / m, .5 * max(1, n / m)
@@ -166,8 +166,8 @@ def corrupted_accuracy(
     dl:Iterable|None=None, # Batches `(x, y)` of clean, normalised images; `None`: the validation loader
     samples:int|None=None, # How many samples: a random choice, the same in every call; `None`: all
     seed:int=0,                               # Seed of the noise, which is the same for every network
-    mean:float|Sequence[float]|None=None,     # Mean of the normalisation; `None`: that of the loader
-    std:float|Sequence[float]|None=None,      # Deviation of the normalisation; `None`: that of the loader
+    mean:float|Sequence[float]|None=None,     # Mean of the normalisation; `None`: the loader's mean
+    std:float|Sequence[float]|None=None,      # Standard deviation of the normalisation; `None`: the loader's
     progress:bool=True,                       # Show a bar after three seconds
 ) -> pd.DataFrame: # Accuracy by kind and severity; NaN for what Ctrl-C left out
     """Return the accuracy on images that are corrupted as in CIFAR-10-C.
@@ -227,14 +227,14 @@ def shifted_accuracy(
     learn:Learner,                        # A Learner whose network is in evaluation mode
     data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
     bs:int=256,                           # Images per batch
-    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: that of the validation loader
-    std:float|Sequence[float]|None=None,  # Deviation of the normalisation; `None`: of the validation loader
+    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the validation loader's
+    std:float|Sequence[float]|None=None,  # Standard deviation of it; `None`: the validation loader's
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
 
     The `.npy` files hold the images as bytes `(n, h, w, 3)` and the class numbers `(n,)`. Raises `ValueError`
     if the images are not bytes or the class numbers not integers, if there are not as many labels as images,
-    and if the network was not trained on a class."""
+    and if the network does not have a class of the data."""
     if learn.model.training:
         raise ValueError('the network is in training mode; call `learn.model.eval()` first')
     vocab = [str(v) for v in learn.dls.vocab]
@@ -270,9 +270,9 @@ def _accuracies(v):
     return v
 
 def effective_robustness(
-    reference:Sequence[float], # Accuracies of the networks to measure on the ordinary test set, in (0, 1)
+    reference:Sequence[float], # Accuracies on the ordinary test set, of the networks to measure, in (0, 1)
     shifted:Sequence[float],            # Accuracies of the same networks on the shifted test set
-    baseline_reference:Sequence[float], # Three or more ordinary networks, ordinary test set
+    baseline_reference:Sequence[float], # Accuracies of >= 3 ordinary networks, ordinary test set
     baseline_shifted:Sequence[float],   # Accuracies of the same ordinary networks on the shifted test set
     level:float=.95,                    # Level of the confidence band, in (0, 1)
 ) -> EffectiveRobustness: # One value per network to measure
@@ -299,7 +299,7 @@ def effective_robustness(
 def plot_robustness(
     reference:dict[str, Sequence[float]], # Label to accuracies on the ordinary test set, in (0, 1)
     shifted:dict[str, Sequence[float]],   # The same labels to accuracies on the shifted test set
-    baseline_reference:Sequence[float],   # Three or more ordinary networks, ordinary test set
+    baseline_reference:Sequence[float],   # Accuracies of >= 3 ordinary networks, ordinary test set
     baseline_shifted:Sequence[float],     # Accuracies of the same ordinary networks on the shifted test set
     ax:plt.Axes|None=None,                # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,      # Dictionary from label to colour
@@ -349,7 +349,7 @@ def calibration_error(
         conf.append(p.max(1).values)
         right.append(p.argmax(1) == y)
     conf, right = torch.cat(conf).cpu(), torch.cat(right).double().cpu()
-    i = (conf * bins).ceil().long().sub(1).clamp(0, bins - 1) # a bin contains only its right edge
+    i = (conf * bins).ceil().long().sub(1).clamp(0, bins - 1) # a bin contains only its upper edge
     def sum_by_bin(values): return torch.zeros(bins).double().scatter_add_(0, i, values)
     count = sum_by_bin(torch.ones_like(conf))
     sums = sum_by_bin(conf)

@@ -14,7 +14,7 @@ from torch import nn, Tensor
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
 @torch.inference_mode()
 def collect_logits(
-    models:Iterable[nn.Module], # The networks; they run in evaluation mode, and get their own modes back
+    models:Iterable[nn.Module], # The networks; they run in evaluation mode; their modes are restored
     dl:Iterable,                # Batches `(x, ...)`, read once
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
     """Return the logits of several networks on the same samples.
@@ -50,7 +50,7 @@ def agreement(
     student:nn.Module, # One network
     teacher:nn.Module, # The other network
     dl:Iterable,       # Batches `(x, ...)`
-    axis:int|None=1,   # Axis of the classes; `None`: every output is a label of its own, seen if positive
+    axis:int|None=1,   # Axis of the classes; `None`: each output is a separate label, predicted if positive
 ) -> float: # In [0, 1]
     """Return the share of predictions in which both networks agree: on the class, or on each label.
 

@@ -6,6 +6,7 @@
 __all__ = ['unit_norm', 'clip_units_', 'AGC']
 
 # %% ../../nbs/methods/11_agc.ipynb #ddd86315
+import math
 from typing import Iterable
 
 import torch
@@ -24,7 +25,7 @@ def _sharded_unit_norm(x):
 
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
-) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the norm of all of it
+) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the whole norm
     "Return the Euclidean norm of each unit."
     if is_sharded(x): return _sharded_unit_norm(x)
     if x.ndim <= 1: return x.norm()
@@ -56,7 +57,8 @@ class AGC(ShowsArguments, Callback):
         eps:float=1e-3,               # Weight norms below this value are replaced by it, > 0
         exclude:str|Iterable[str]=(), # Parameters with one of these texts in their name are not clipped
     ):
-        if clip <= 0 or eps <= 0: raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
+        if not (0 < clip < math.inf and 0 < eps < math.inf):
+            raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
         if isinstance(exclude, str): exclude = (exclude,)
         self.clip, self.eps, self.exclude = clip, eps, tuple(exclude)
 

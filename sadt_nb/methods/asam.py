@@ -6,7 +6,6 @@
 __all__ = ['ASAM', 'asam_step']
 
 # %% ../../nbs/methods/21_asam.ipynb #bedc714f
-import math
 from typing import Callable, Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ..core.closures import closure_step
 from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import ascent, check_radius, weight_sizes
+from ..core.perturb import ascent, check_not_negative, check_radius, weight_sizes
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
 def _is_weight(name, parameter):
@@ -33,9 +32,9 @@ def _ascent(params, grads, rho, eta, weights='role', scratch=None):
 class ASAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho T² g / ||T g||` (Kwon et al. 2021).
 
-    `T = |w| + eta` for weights, and 1 for biases. Under gradient accumulation every micro-batch is perturbed
-    along its own gradient. Raises `ValueError` for a radius that is not positive, a negative `eta`, or an
-    unknown choice or policy."""
+    `T = |w| + eta` for weights, and 1 for biases. Under gradient accumulation the weights are perturbed
+    for each micro-batch, along its gradient. Raises `ValueError` for a radius that is not
+    positive, a negative `eta`, or an unknown choice or policy."""
     def __init__(self,
         rho:float=.5,                           # Radius relative to the weights, > 0; read at every batch
         eta:float=.01,                          # Added to the size of each weight, >= 0
@@ -44,7 +43,7 @@ class ASAM(PerturbedPass):
         weights:Literal['role', 'name']='role', # How weights, which have T = |w| + eta, are found
     ):
         check_radius(rho)
-        if not 0 <= eta < math.inf: raise ValueError(f'`eta` must not be negative, got {eta}')
+        check_not_negative(eta=eta)
         if weights not in ('role', 'name'):
             raise ValueError(f"`weights` must be 'role' or 'name', got {weights!r}")
         super().__init__(bn, rng)

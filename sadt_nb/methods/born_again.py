@@ -30,12 +30,12 @@ def _n_right(model, batches):
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
-    """Ends training with the weights of the epoch with the highest accuracy, or of the first such epoch.
+    """After training, loads the weights of the first epoch that has the highest accuracy.
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False
     def __init__(self,
-        select:Literal['valid', 'test']='valid', # Data; the test set's accuracy is then too high
+        select:Literal['valid', 'test']='valid', # Data to select on; 'test' reports too high an accuracy
     ):
         if SELECT.get(select) is None: raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
         self.select = select

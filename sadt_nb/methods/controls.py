@@ -9,8 +9,8 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, StepGrads
-from ..core.perturb import weights_moved
+from ..core.passes import ORDERS, StepGrads, check_single
+from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
 class RepeatStep(ShowsArguments, Callback):
@@ -21,10 +21,12 @@ class RepeatStep(ShowsArguments, Callback):
     def __init__(self,
         n:int=2, # Number of steps per batch, >= 1; SADT makes 2
     ):
-        if n < 1: raise ValueError(f'`n` must be at least 1, got {n}')
+        check_count(n=n)
         self.n = n
 
-    def before_fit(self): StepGrads.install(self.learn).hold = False
+    def before_fit(self):
+        check_single(self, RepeatStep, 'repeats steps')
+        StepGrads.install(self.learn).hold = False
 
     def after_step(self):
         grads = self.step_grads.grads

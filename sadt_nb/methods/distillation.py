@@ -6,6 +6,7 @@
 __all__ = ['Distillation']
 
 # %% ../../nbs/methods/30_distillation.ipynb #74b4bec6
+import math
 from typing import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..core.loss_terms import LossTerm
 from ..core.losses import as_divergence, DivergenceLike
-from ..core.passes import ORDERS, replaying, replays_other_loss
+from ..core.passes import ORDERS, check_single, replaying, replays_other_loss
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac
@@ -27,18 +28,21 @@ class Distillation(LossTerm):
     _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher:nn.Module|Sequence[nn.Module]|None, # Of several, the mean of logits; `None`: set it later
+        teacher:nn.Module|Sequence[nn.Module]|None, # Of several: the mean of their logits; `None`: set later
         alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
         temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
-        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
-        if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')
+        if not 0 < temperature < math.inf:
+            raise ValueError(f'`temperature` must be positive, got {temperature}')
         if isinstance(teacher, (list, tuple)): teacher = Ensemble(teacher)
         self.teacher, self.alpha, self.temperature = teacher, alpha, temperature
         self.divergence = divergence
 
-    def before_fit(self): self.compare = as_divergence(self.divergence, self.learn.loss_func)
+    def before_fit(self):
+        check_single(self, Distillation, 'distils (for several teachers, give it one `Ensemble` of them)')
+        self.compare = as_divergence(self.divergence, self.learn.loss_func)
 
     def _init_state(self): self.teacher = None
 

@@ -6,11 +6,13 @@
 __all__ = ['sharpest', 'ESAM', 'esam_step']
 
 # %% ../../nbs/methods/22_esam.ipynb #59d37ccc
+import inspect
 from math import ceil
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 
@@ -23,13 +25,14 @@ from ..core.ranks import over_ranks, sync_gradients
 def sharpest(
     rise:Tensor, # `(n,)` rise of each sample's loss
     gamma:float, # Fraction of the samples to keep, in (0, 1]
+    least:int=1, # Keep at least this many samples, if there are as many
 ) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
     "Return the positions of the samples whose loss rose most."
-    k = max(1, ceil(gamma * len(rise) - 1e-9)) # 0.1 * 30 is a little more than 3 in floating point
-    return rise.topk(k).indices.sort().values
+    k = max(least, ceil(gamma * len(rise) - 1e-9)) # 0.1 * 30 is a little more than 3 in floating point
+    return rise.topk(min(k, len(rise))).indices.sort().values
 
 # %% ../../nbs/methods/22_esam.ipynb #48e2d131
-def _chosen(deltas, mask): return {n: d for (n, d), moves in zip(deltas.items(), mask) if moves}
+def _chosen(deltas, mask): return {n: d for n, d in deltas.items() if mask[n]}
 
 # %% ../../nbs/methods/22_esam.ipynb #f66d3ada
 def _check_mixing(learn):
@@ -39,13 +42,31 @@ def _check_mixing(learn):
         raise ValueError("`gamma` below 1 cannot follow fastai's MixUp and CutMix callbacks with this loss; "
                          "use the loader's CutMix, or gamma=1")
 
+def _takes_reduction(loss_func):
+    "Return whether a loss function has an attribute or an argument `reduction`."
+    if hasattr(loss_func, 'reduction'): return True
+    f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
+    try: parameters = inspect.signature(f).parameters
+    except (TypeError, ValueError): return True # cannot be read; calling it will tell
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_all or 'reduction' in parameters
+
+def _check_reduction(loss_func):
+    "Raise `ValueError` if a loss function cannot return one loss per sample."
+    if loss_func is None or _takes_reduction(loss_func): return
+    raise ValueError('`gamma` below 1 needs the loss of each sample, and this loss function has no '
+                     "`reduction`, neither as an attribute nor as an argument; give it one ('mean' and "
+                     "'none'), or use gamma=1")
+
+
 # %% ../../nbs/methods/22_esam.ipynb #7491b3d7
 class ESAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient of its sharpest samples uphill (Du et al. 2022).
 
     The gradient is taken at `w + (rho / beta) m g / ||g||`; for each tensor, `m` is 1 with probability
     `beta`, else 0. Raises `ValueError` for values out of range, and, before training starts, if `gamma` is
-    below 1 and a callback of fastai mixes labels of the whole batch. The loader's `CutMix` can be used."""
+    below 1 and a callback of fastai mixes labels of the whole batch, or the loss function has no
+    `reduction`. The loader's `CutMix` can be used. A network with BatchNorm gets at least two samples."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
@@ -61,40 +82,49 @@ class ESAM(PerturbedPass):
         self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
         self.generator = torch.Generator().manual_seed(seed)
 
-    selects_samples = True # for loops without a Learner: closures can give one loss per sample,
+    selects_samples = True # without a Learner, the closure may return one loss per sample
     @property
-    def needs_rows(self): return self.gamma < 1 # and must, if not all samples are in the second pass
+    def needs_rows(self): return self.gamma < 1 # without a Learner, the closure must return a loss per sample
 
     def before_fit(self):
         super().before_fit()
-        self._mask = None
-        if self.gamma < 1: _check_mixing(self.learn)
+        self._mask = {}
+        if self.gamma < 1:
+            _check_mixing(self.learn)
+            _check_reduction(self.learn.loss_func)
+        normed = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        self._least = 2 if normed else 1
 
     def perturbation(self, params, grads):
-        if self._mask is None:
-            draws = torch.rand(len(params), generator=self.generator, dtype=torch.float32)
-            if any(map(is_sharded, params.values())): # the parts of a tensor move together
+        new = [n for n in params if n not in self._mask] # an earlier micro-batch may not have used these
+        if new:
+            draws = torch.rand(len(new), generator=self.generator, dtype=torch.float32)
+            if any(map(is_sharded, params.values())): # all parts of a tensor need the same draw
                 draws = over_ranks(draws.to(device_of(self.model)), 'first')
-            self._mask = (draws < self.beta).tolist()
+            self._mask.update(zip(new, (draws < self.beta).tolist()))
         return _chosen(ascent(grads, self.rho / self.beta), self._mask)
 
     def second_pass(self):
         rows = None
         if self.gamma < 1:
             rise = self._losses(self.replay(backward=False, bn='keep')) - self._losses(self.learn.pred)
-            rows = sharpest(rise, self.gamma)
+            rows = sharpest(rise, self.gamma, self._least)
         sync_gradients(self.learn.model, True)
         self.replay(rows=rows)
 
     @torch.no_grad()
     def _losses(self, pred):
-        if getattr(self.learn, 'per_sample', False): return pred # a plain loop's closure gives losses
+        if getattr(self.learn, 'per_sample', False): return pred # without a Learner: the closure's losses
         with NoneReduce(self.learn.loss_func) as loss_func: losses = loss_func(pred, *self.learn.yb)
-        return losses.reshape(batch_size(self.learn.xb), -1).mean(1)
+        n = batch_size(self.learn.xb)
+        if not losses.numel() or losses.numel() % n:
+            raise ValueError("with reduction='none', the loss function must return a loss for each of the "
+                             f'{n} samples, got the shape {tuple(losses.shape)}; correct it, or use gamma=1')
+        return losses.reshape(n, -1).mean(1)
 
     def after_step(self):
         super().after_step()
-        self._mask = None # the next optimizer step makes a new draw
+        self._mask = {} # the next optimizer step makes a new draw
 
     def state_dict(self): return dict(generator=self.generator.get_state())
     def load_state_dict(self, state): self.generator.set_state(state['generator'])
@@ -102,7 +132,7 @@ class ESAM(PerturbedPass):
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(
     model:torch.nn.Module,                  # Its parameters are those that `optimizer` steps
-    losses:Callable[[Tensor|None], Tensor], # Positions of samples (`None`: all) to a loss per sample
+    losses:Callable[[Tensor|None], Tensor], # From positions of samples (`None`: all) to their losses
     optimizer:torch.optim.Optimizer,        # Any base optimizer
     rho:float=.05,                          # Radius in weight space, > 0
     beta:float=.6,                          # Probability that a parameter tensor is perturbed, in (0, 1]

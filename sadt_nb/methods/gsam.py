@@ -15,17 +15,21 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
 from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import copied, global_dot, local_parts, sam_ascent
+from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
+from ..core.perturb import sam_ascent, trainable_params
 from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
 def _decompose_(params, g, alpha):
-    "Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`; `g` is overwritten."
+    """Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and overwrite `g`.
+
+    If only one of the passes gives a parameter a gradient, it counts as zero in the other pass."""
     final, plain = [], []
-    for n, t in g.items():
-        if params[n].grad is None: continue
-        final.append(params[n].grad)
-        plain.append(t)
+    for n, p in params.items():
+        if p.grad is None and n not in g: continue
+        if p.grad is None: p.grad = torch.zeros_like(p)
+        final.append(p.grad)
+        plain.append(g[n] if n in g else torch.zeros_like(p))
     along = global_dot(plain, final) / global_dot(final, final).clamp_min(1e-24)
     g, g_p = local_parts(plain), local_parts(final)
     torch._foreach_mul_(g, -alpha)
@@ -47,10 +51,12 @@ def _peak(learn):
 # %% ../../nbs/methods/24_gsam.ipynb #0569c96f
 def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
     "Raise `ValueError` for values out of range or out of order."
+    check_finite(rho_max=rho_max, rho_min=rho_min, lr_min=lr_min)
+    if lr_max is not None: check_finite(lr_max=lr_max)
+    check_not_negative(alpha=alpha)
     if not (0 <= rho_min <= rho_max and rho_max > 0):
         raise ValueError('`rho_max` must be positive and `rho_min` between 0 and `rho_max`, '
                          f'got {rho_max} and {rho_min}; use the plain optimizer for no perturbation')
-    if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')
     if lr_min < 0 or (lr_max is not None and lr_max < lr_min):
         raise ValueError('`lr_min` must not be negative and `lr_max` not below `lr_min`, '
                          f'got {lr_min} and {lr_max}')
@@ -59,12 +65,12 @@ def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
 class GSAM(PerturbedPass):
     """Replaces each batch's gradient by `g_p - alpha g_perp` (Zhuang et al. 2022).
 
-    The gradient g_p is that of the loss a distance `rho` uphill. Each micro-batch, and each process,
-    decomposes its own gradients; the results are averaged. Raises `ValueError` for values out of range."""
+    The gradient g_p is taken at the distance `rho` uphill. The gradients of each micro-batch and of each
+    process are decomposed separately, then averaged. Raises `ValueError` for values out of range."""
     def __init__(self,
         rho_max:float=.05,      # Radius at the highest learning rate, > 0
         rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
-        alpha:float=.4,         # Share of the perpendicular part that is ascended, >= 0; 0: SAM
+        alpha:float=.4,         # Factor of the ascent along the perpendicular part, >= 0; 0: SAM
         adaptive:bool=False,    # Measure the radius relative to each weight's size; then `rho_max` is about 2
         lr_max:float|None=None, # Learning rate for the radius `rho_max`; `None`: the peak of the schedule
         lr_min:float=0.,        # Learning rate at which the radius is `rho_min`
@@ -95,7 +101,7 @@ class GSAM(PerturbedPass):
     def extra_pass(self, params, grads):
         g = copied(grads, self._copies)
         yield from super().extra_pass(params, grads) # leaves g_p in `.grad`
-        average_over_ranks(self.learn.model, _decompose_(params, g, self.alpha))
+        average_over_ranks(self.learn.model, _decompose_(trainable_params(self.model), g, self.alpha))
 
     def second_pass(self): self.replay() # not synchronised: each process first decomposes its own gradient
 
@@ -109,7 +115,7 @@ def gsam_step(
     loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0
-    alpha:float=.4,               # Share of the perpendicular part that is ascended, >= 0
+    alpha:float=.4,               # Factor of the ascent along the perpendicular part, >= 0
     adaptive:bool=False,          # Measure the radius relative to each weight's size; then `rho` is about 2
     bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'

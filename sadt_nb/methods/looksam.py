@@ -11,17 +11,19 @@ from copy import deepcopy
 import torch
 
 from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import ascent, check_radius, copied, global_dot, global_norm, local_parts
-from ..core.perturb import placed_like, trainable_params
+from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
+from ..core.perturb import global_dot, global_norm, local_parts, placed_like, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
-    "Return `g_v = g_s - (g_s.g / ||g||²) g` in the memory of `g`; g_s are the gradients of `params`."
+    """Return `g_v = g_s - (g_s.g / ||g||²) g` in the memory of `g`; g_s are the gradients of `params`.
+
+    If only one of the passes gives a parameter a gradient, it counts as zero in the other pass."""
     g_v, g_s = {}, []
-    for n, t in g.items():
-        if params[n].grad is None: continue
-        g_v[n] = t
-        g_s.append(params[n].grad)
+    for n, p in params.items():
+        if p.grad is None and n not in g: continue
+        g_v[n] = g[n] if n in g else torch.zeros_like(p)
+        g_s.append(torch.zeros_like(p) if p.grad is None else p.grad)
     vs = list(g_v.values())
     along = global_dot(g_s, vs) / global_dot(vs, vs).clamp_min(1e-24)
     torch._foreach_mul_(local_parts(vs), -along)
@@ -77,8 +79,8 @@ class LookSAM(PerturbedPass):
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
     ):
         check_radius(rho)
-        if alpha < 0: raise ValueError(f'`alpha` must not be negative, got {alpha}')
-        if k < 1: raise ValueError(f'`k` must be at least 1, got {k}')
+        check_not_negative(alpha=alpha)
+        check_count(k=k)
         super().__init__(bn, rng)
         self.rho, self.alpha, self.k, self.steps = rho, alpha, k, 0
         self._init_state()
@@ -94,12 +96,15 @@ class LookSAM(PerturbedPass):
     def perturbation(self, params, grads): return ascent(grads, self.rho)
 
     def extra_pass(self, params, grads):
-        spare, self.direction = self.direction, None # the new direction reuses the old one's memory
+        spare, self.direction = self.direction, None # to reuse the memory of the old direction
         g = copied(grads, spare)
         yield from super().extra_pass(params, grads) # leaves g_s in `.grad`
-        g_v = _perpendicular_(g, params)
-        if self._sum is None: self._sum = g_v
-        else: torch._foreach_add_(local_parts(self._sum[n] for n in g_v), local_parts(g_v.values()))
+        g_v = _perpendicular_(g, trainable_params(self.learn.model))
+        if self._sum is None: self._sum = {}
+        both = [n for n in g_v if n in self._sum] # a micro-batch may not use all layers
+        sums, added = (local_parts(d[n] for n in both) for d in (self._sum, g_v))
+        if both: torch._foreach_add_(sums, added)
+        self._sum = g_v | self._sum
 
     def after_backward(self):
         if not self.active(): _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)

@@ -36,12 +36,12 @@ from .sam import SAM
 # %% ../../nbs/methods/99_registry.ipynb #4ac40e2d
 @dataclass(frozen=True)
 class Method:
-    "The factory of a method and facts about the method; a call of it returns the callback."
+    "The factory of a method and facts about the method; calling a `Method` returns the callback."
     factory: object      # Called with the method's options, returns a `Callback`, or `None` for no callback
     summary: str         # What the method does, in one line
-    passes: float = 1    # Full passes per batch with default options; a forward alone is a third of one
+    passes: float = 1    # Full passes per batch with default options; a forward pass alone counts as 1/3
     steps: int = 1       # Optimizer steps per batch
-    memory: str = '-'    # Memory that it holds during the whole training, in addition to plain training's
+    memory: str = '-'    # Memory that the method needs during training, in addition to plain training
     seeded: bool = False # `True` if the method draws its own random numbers and takes `seed`
     needs_teacher: bool = False # `True` if the option `teacher` must be given
     paper: str = ''      # Paper of the method, as Markdown, like the next three fields
@@ -58,7 +58,7 @@ class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
     def __init__(self,
         own:dict[str, Method],     # The library's methods by name
-        points:Iterable[EntryPoint]|None=None, # `None`: those of the installed packages
+        points:Iterable[EntryPoint]|None=None, # `None`: all of the installed packages
     ): self.own, self.points, self.loaded = own, points, False
 
     @property
@@ -70,7 +70,7 @@ class Methods(UserDict):
         return self.own
 
     def add(self,
-        ep:EntryPoint, # Its name is the method's, its value a `Method`
+        ep:EntryPoint, # Its name is the name of the method, and its object is a `Method`
     ):
         "Load the method of an entry point, or warn that it cannot be loaded."
         try:
@@ -242,7 +242,7 @@ def _costs():
     return costs
 
 def methods_table() -> pd.DataFrame: # One row per name in `METHODS`
-    "Return what all methods do and cost; `time` is that of a step of ResNet-18, in plain steps."
+    "Return what all methods do and cost; `time` is a ResNet-18 step's time in plain steps."
     measured = _costs()['resnet18']['rows']
     rows = {}
     for n, m in METHODS.items():
@@ -275,7 +275,7 @@ def method_card(
     *names:str,     # Names in `METHODS`; each gets a column
     **facts:object, # Fields of `Method` with other values than in `METHODS`
 ) -> Card: # The card, with a column per method
-    """Return where a method comes from, what it costs, what to set, and when not to use it.
+    """Return a card: where a method comes from, what it costs, what to set, and when not to use it.
 
     Raises `ValueError` for an unknown name, and if no name is given."""
     if not names: _check_name('')

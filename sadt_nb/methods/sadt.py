@@ -17,23 +17,31 @@ from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
-from ..core.passes import step_unscaled, take_gradients
-from ..core.perturb import ascent, is_sharded, local_parts, perturbed, placed_like
-from ..core.perturb import trainable_params, unwrapped
+from ..core.passes import changed_states, step_unscaled, take_gradients
+from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
+from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks
 from ..core.shared_trunk import shared_forward
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator):
-    "Return Gaussian noise in the shape of `p`."
-    noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype) * std
-    return placed_like(noise, p) # of a sharded parameter's noise, each process keeps its part
+    "Return Gaussian noise in the shape of `p`; for a complex `p`, both parts are noise."
+    shape = (*p.shape, 2) if p.is_complex() else p.shape
+    noise = torch.randn(shape, generator=generator, device=p.device, dtype=p.dtype.to_real()) * std
+    if p.is_complex(): noise = torch.view_as_complex(noise)
+    return placed_like(noise, p) # each process keeps its part of a sharded parameter's noise
+
+def _times_noise(p, noise):
+    "Return the change from `p` to `p * noise`; real and imaginary parts are multiplied separately."
+    if not p.is_complex(): return p.detach() * (noise - 1)
+    p_parts, noise_parts = real_views([p.detach(), noise])
+    return torch.view_as_complex(p_parts * (noise_parts - 1))
 
 class Perturbation(ShowsArguments):
-    "Base class of the functions in `SADT(perturb=...)`, each of which makes a teacher; any function will do."
+    "Base class of functions for `SADT(perturb=...)`; plain functions with these arguments can be used, too."
     def __call__(self,
         params:dict[str, Tensor], # Parameters by name
-        grads:dict[str, Tensor],  # Gradients by name, those of the batch's first step; do not change them
+        grads:dict[str, Tensor],  # Gradients of the batch's first step by name; do not change them
         generator:torch.Generator|None, # Source of random numbers; `None`: PyTorch's global one
     ) -> dict[str, Tensor]: # From name to additive change; names that are left out do not change
         "Return the difference between the teacher's weights and the network's."
@@ -45,7 +53,7 @@ class weight_noise(Perturbation):
         std:float,      # Standard deviation of the noise, >= 0
         min_ndim:int=1, # 1: all parameters, as in the paper; 2: kernels only, as in the released code
     ):
-        if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
+        check_not_negative(std=std)
         self.std, self.min_ndim = std, min_ndim
     def __call__(self, params, grads, generator):
         return {n: _noise(p, self.std, generator) for n, p in params.items() if p.ndim >= self.min_ndim}
@@ -55,28 +63,27 @@ class layer_noise(Perturbation):
     def __init__(self,
         layer:str,           # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
         std:float,           # Standard deviation of the noise, >= 0
-        multiply:bool=False, # Multiply parameters by the noise, do not add it; the released code does so once
+        multiply:bool=False, # Multiply parameters by the noise, instead of adding it (in released code)
     ):
-        if std < 0: raise ValueError(f'`std` must not be negative, got {std}')
+        check_not_negative(std=std)
         self.layer, self.std, self.multiply = layer, std, multiply
     def __call__(self, params, grads, generator):
         deltas = {}
         for n, p in params.items():
             if n != self.layer and not n.startswith(self.layer + '.'): continue
             deltas[n] = _noise(p, self.std, generator)
-            if self.multiply: deltas[n] = p.detach() * (deltas[n] - 1)
+            if self.multiply: deltas[n] = _times_noise(p, deltas[n])
         return deltas
 
 # %% ../../nbs/methods/40_sadt.ipynb #c9130ada
 class gradient_ascent(Perturbation):
     "A step uphill along the noisy gradient (variant 3)."
     def __init__(self,
-        lr:float,        # Length of the step in units of the gradient, >= 0
+        lr:float,        # The step is `lr` times the noisy gradient, >= 0
         noise_std:float, # Standard deviation of the noise added to the gradient, >= 0
         min_ndim:int=1,  # Noise only on parameters with at least this many axes; 2 in the released code
     ):
-        if lr < 0 or noise_std < 0:
-            raise ValueError(f'`lr` and `noise_std` must not be negative, got {lr} and {noise_std}')
+        check_not_negative(lr=lr, noise_std=noise_std)
         self.lr, self.noise_std, self.min_ndim = lr, noise_std, min_ndim
     def __call__(self, params, grads, generator):
         deltas = {}
@@ -90,7 +97,7 @@ class normalized_ascent(Perturbation):
     def __init__(self,
         rho:float, # Euclidean length of the step, >= 0
     ):
-        if rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
+        check_not_negative(rho=rho)
         self.rho = rho
     def __call__(self, params, grads, generator):
         own = {n: g.clone() for n, g in grads.items()} # a copy: the second step uses the gradient again
@@ -146,7 +153,7 @@ def _code_presets(model, variant, scale):
 class _SeededNoise:
     "A random generator on the parameters' device, made from `seed` at the first batch; its state is saved."
     seed, generator, _loaded = 0, None, None
-    fixed_generator = () # `sadt_step` gives one, or `None` for PyTorch's
+    fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator
 
     def _generator_on(self, device):
         if self.fixed_generator: return self.fixed_generator[0]
@@ -166,37 +173,41 @@ class _MicroBatch(NamedTuple):
     yb: tuple              # Targets
     q: Tensor              # `(n, classes)` logits of the first pass, detached
     rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
+    states: list|None      # Hidden states at the start of the first pass
+
+    def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the gradient at `w_aux` of the divergence between `q` and the teacher."
     def loss(aux, *yb): return divergence(micro.q, aux)
-    with perturbed(params, delta, sadt.scratch): sadt.replay(rng_state=micro.rng_state, loss_func=loss)
+    with perturbed(params, delta, sadt.scratch): sadt.replay(**micro.starts(), loss_func=loss)
 
 def _backward_shared(sadt, deltas, micro, divergence):
     "Add the gradients of several teachers in one pass; layers that are equal in all teachers run once."
     def forward(*xb): return shared_forward(sadt.model, deltas, *xb)
     def loss(preds, *yb): return sum(divergence(micro.q, aux) for aux in preds)
-    sadt.replay(rng_state=micro.rng_state, forward=forward, loss_func=loss)
+    sadt.replay(**micro.starts(), forward=forward, loss_func=loss)
 
 def _backward_at_up(sadt, params, delta, micro, divergence):
     "Add the gradient at `w_up` of the divergence between the network and a constant teacher."
-    with perturbed(params, delta, sadt.scratch): aux = sadt.replay(rng_state=micro.rng_state, backward=False)
+    with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
     def loss(pred, *yb): return divergence(pred, aux)
-    sadt.replay(rng_state=micro.rng_state, loss_func=loss)
+    sadt.replay(**micro.starts(), loss_func=loss)
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _agree_over_ranks(params, deltas):
-    "Give all processes the first process's noise for the ordinary parameters of a partly sharded network."
+    "In a partly sharded network, give all processes the first process's noise for unsharded parameters."
     if not any(map(is_sharded, params.values())): return
     for delta in deltas:
         for n, d in delta.items():
             if not is_sharded(d): over_ranks(d, 'first')
 
 def _can_share(sadt, fns):
-    "Return whether one pass computes all teachers, which no compiled or distributed model allows."
+    "Return whether one pass can compute all teachers; `False` for compiled and distributed models."
     if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
     one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
-    closure = hasattr(sadt.learn, 'own_replay') # it runs the network by itself
+    closure = hasattr(sadt.learn, 'own_replay') # the closure itself runs the network
+    if changed_states(sadt.states): return False # a layer that runs once per teacher would lose its state
     sharded = any(map(is_sharded, sadt.learn.model.parameters()))
     own_forward = closure or sharded or unwrapped(sadt.model) is not sadt.learn.model
     return one_layer_each and not own_forward
@@ -229,25 +240,28 @@ class _TwoSteps(ExtraPass):
 
     def before_fit(self):
         super().before_fit()
-        self.teachers() # a missing layer raises an error here, not in mid-epoch
+        self.teachers() # a missing layer raises an error here, before the first batch
         loss_func = self.learn.loss_func or F.cross_entropy # a closure's loss is not known
         self.compare = as_divergence(self.divergence, loss_func)
         self._micro = []
         StepGrads.install(self.learn)
 
-    def before_batch(self): self.step_grads.hold = not self.first_step
+    def before_batch(self):
+        super().before_batch()
+        self.step_grads.hold = not self.first_step
 
     def before_backward(self):
         if self.replaying: return
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
-        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state))
+        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states))
 
     def after_step(self):
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
-        if g_up is None: return # the first step was skipped after an overflow
+        if not g_up: return # the first step was skipped after an overflow, or the batch gave no gradient
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
+        if not params: return # the loss depends only on parameters outside the network
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
 
@@ -275,12 +289,10 @@ def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, 
     _check_choice('spec', spec, ('paper', 'code'))
     if kl is not None: _check_choice('kl', kl, ('clean_to_aux', 'aux_to_clean'))
     _check_choice('grad_at', grad_at, ('aux', 'up'))
-    if rho is not None and rho < 0: raise ValueError(f'`rho` must not be negative, got {rho}')
+    if rho is not None: check_not_negative(rho=rho)
     if rho is not None and perturb is not None:
         raise ValueError('`rho` takes the place of `perturb`; give one of the two')
-    if kl_weight < 0 or noise_scale < 0:
-        raise ValueError('`kl_weight` and `noise_scale` must not be negative, '
-                         f'got {kl_weight} and {noise_scale}')
+    check_not_negative(kl_weight=kl_weight, noise_scale=noise_scale)
 
 # %% ../../nbs/methods/40_sadt.ipynb #e658391a
 class SADT(_SeededNoise, _TwoSteps):
@@ -292,20 +304,20 @@ class SADT(_SeededNoise, _TwoSteps):
     def __init__(self,
         variant:Literal[1, 2, 3]=1, # 1: noise on all; 2: on last convolution and last dense layer; 3: ascent
         spec:Literal['paper', 'code']='paper', # Presets of the variant: of the paper, or of the released code
-        # One function `(params, grads, generator) -> deltas` per teacher; `None`: those of the variant
+        # One function `(params, grads, generator) -> deltas` per teacher; `None`: the variant's functions
         perturb:Iterable[Callable]|None=None,
-        # KL(q || teacher), or KL(teacher || q); `None`: that of the variant
+        # KL(q || teacher), or KL(teacher || q); `None`: the variant's direction
         kl:Literal['clean_to_aux', 'aux_to_clean']|None=None,
         kl_weight:float=1., # Factor of the divergence, >= 0; 0: no extra pass, second step with `g_up` only
         grad_at:Literal['aux', 'up']='aux', # Gradient of the divergence: at `w_aux`, or at `w_up` (Figure 1)
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
-        rho:float|None=None, # Length of a step uphill, as in SAM, to a single teacher; `None`: the preset
+        rho:float|None=None, # Use one teacher, at this distance uphill as in SAM; `None`: no such teacher
         first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
-        share_trunk:bool=True, # Run layers that `layer_noise` teachers share once; else a pass per teacher
-        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        share_trunk:bool=True, # Run layers that are equal in all `layer_noise` teachers once for all
+        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
         if perturb is not None: perturb = list(perturb)
@@ -332,7 +344,7 @@ class SADT(_SeededNoise, _TwoSteps):
         groups = [[fn] for fn in fns]
         if _can_share(self, fns): groups = [fns]
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # drawn even if unused: later noise stays
+            deltas = [fn(params, g_up, generator) for fn in group] # also if unused: keeps later draws equal
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 
@@ -348,7 +360,7 @@ def sadt_step(
     generator:torch.Generator|None=None,   # Source of the noise; `None`: PyTorch's global one
     bn:BatchNormPolicy='update',           # BatchNorm statistics in the teachers' passes: 'update' or 'keep'
     rng:RandomPolicy='fresh',              # Dropout masks in the teachers' passes: 'fresh' or 'replay'
-    divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: classes, axis 1
+    divergence:DivergenceLike=None, # See `as_divergence`; `None`: KL divergence of classes on axis 1
 ) -> Tensor: # The loss of the first pass, detached
     "Train on one batch: a step, the teachers' gradients at the perturbed weights, a second step."
     method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng, divergence=divergence)

@@ -14,10 +14,11 @@ from torch import distributed, Tensor
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
 from ..core.losses import DivergenceLike
 from ..core.passes import replaying
+from ..core.perturb import check_count
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
 def _per_sample(values, outputs):
-    "Give a vector, one value per sample, the axes that it needs to be combined with outputs."
+    "Reshape a vector with one value per sample, so that it can be multiplied with `outputs`."
     return values.reshape(-1, *[1] * (outputs.ndim - 1))
 
 class Records:
@@ -117,9 +118,9 @@ class SAF(TrajectoryLoss):
         tau:float=5.,      # Temperature that softens both predictions, > 0; there is no factor `tau**2`
         lag:int=3,         # Age of the records in epochs, >= 1
         start_epoch:int=5, # Number of epochs without the term at the start of training, >= 0
-        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
     ):
-        if lag < 1: raise ValueError(f'`lag` must be at least 1, got {lag}')
+        check_count(lag=lag)
         super().__init__(lam, tau, start_epoch, divergence)
         self.lag = lag
         self._init_state()

@@ -59,7 +59,7 @@ def _modified_resnet(layers, outputs, img_size):
     return ModifiedResNet(layers, output_dim=outputs, heads=32, image_size=img_size)
 
 def _zero_shot_file(depth, model, zero_shot):
-    "Return the path of the weights. If it is not given, return `None` on the meta device: nothing is loaded."
+    "Return the path of a teacher's weights. On the meta device, `True` gives `None`: nothing is loaded."
     if zero_shot is not True: return zero_shot
     if model.text.is_meta: return None
     return Path(os.environ.get('SADT_WEIGHTS', '.')) / f'clip_resnet{depth}.pth'

@@ -26,7 +26,7 @@ def whitening_filters(
     Raises `ValueError` for fewer than 32 images."""
     if len(images) < 32:
         raise ValueError(f'whitening takes its statistics from training images and needs at least 32, '
-                         f'got {len(images)}; raise `n_train`')
+                         f'got {len(images)}; pass more images (for a run, raise `n_train`)')
     channels = images.shape[1]
     numbers = channels * size**2
     moment = torch.zeros(numbers, numbers, dtype=torch.float64, device=images.device)
@@ -160,8 +160,8 @@ def fast_cnn(
 ) -> FastCNN: # Takes `(n, 3, height, width)`, at least 9x9 pixels, gives `(n, classes)` logits
     """Return the network of airbench; 1,971,352 trainable parameters with 10 classes.
 
-    Call the network's `init_from_images` before training; `run` calls it. Widths (128, 384, 384) make the
-    network of airbench95. Widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make that of airbench96.
+    Call the network's `init_from_images` before training; a `Run` calls it. Widths (128, 384, 384) make the
+    network airbench95; widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make airbench96.
     Raises `ValueError` for options out of range."""
     wide = _three_widths(widths)
     _check_options(depth, bn_momentum, scale, whiten_bias_epochs)

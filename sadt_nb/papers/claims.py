@@ -60,7 +60,7 @@ class Evidence(NamedTuple):
 # %% ../../nbs/papers/109_claims.ipynb #658eb108
 def counted(
     evidence:list, # All evidence of one claim
-) -> list: # Evidence of at least three seeds; only that on right labels if there is any
+) -> list: # Evidence of at least three seeds; only evidence on right labels if there is any
     "Return the evidence that decides a claim."
     enough = [e for e in evidence if e.n >= 3 and not e.aside]
     right_labels = [e for e in enough if 'wrong' not in e.place]
@@ -90,7 +90,7 @@ class Claim(NamedTuple):
     where: str         # Section, table or figure of the paper
     ours: list = []    # Evidence from the comparison that the paper makes
     control: list = [] # Evidence from the comparison with a fair control
-    need: str = ''     # What a test of the claim takes, if we have no runs
+    need: str = ''     # What a test of the claim needs, if we have no runs
 
     @property
     def verdict(self):
@@ -154,9 +154,9 @@ class Comparisons:
         pairs,          # Pairs of a first and a second kind; variances are pooled over pairs
         key='accuracy', # Column that is compared
     ) -> Evidence:
-        """Return the standard deviation over seeds of the first kinds, divided by that of the second kinds.
+        """Return the ratio of two standard deviations over seeds: of the first and of the second kinds.
 
-        The 95% interval is that of an F-test. The claimed region is below one."""
+        The 95% interval comes from an F-test. The claimed region is below one."""
         first = [self.value(place, a, key) for a, _ in pairs]
         second = [self.value(place, b, key) for _, b in pairs]
         df = sum(len(v) - 1 for v in first)

@@ -40,7 +40,7 @@ def in_precision(
     run:Run,  # The run to change
     amp:str,  # 'bf16' or 'fp16'; empty: no change
 ) -> Run:
-    "Return the run with mixed precision for its own training and that of its teachers."
+    "Return the run with mixed precision for its own training and for the training of its teachers."
     if not amp: return run
     return run.but(amp=amp, teachers=tuple(in_precision(t, amp) for t in run.teachers))
 
@@ -53,7 +53,7 @@ def _has_words(label, only):
 def paper_grid(
     name:str,       # A name in `PAPER_GRIDS`
     scale:float=1., # Share of the published epochs, in (0, 1]
-    amp:Literal['', 'bf16', 'fp16']='', # Mixed precision for every run and teacher; empty: that of the preset
+    amp:Literal['', 'bf16', 'fp16']='', # Mixed precision for every run and teacher; empty: as in the preset
     only:str='',    # Words that a row's label must have, such as 'cifar10 simple_cnn 2048'; empty: every row
 ) -> list[PaperRun]: # In the order of the published table; each note says what was changed
     """Return the runs of a published table.
@@ -77,7 +77,7 @@ def paper_grid(
 def paper_ensembles(
     name:str, # A name in `PAPER_GRIDS`
     scale=1., # Share of the published epochs, in (0, 1]
-    amp='',   # Mixed precision, 'bf16' or 'fp16'; empty: that of the preset
+    amp='',   # Mixed precision, 'bf16' or 'fp16'; empty: as in the preset
 ) -> list[PaperEnsemble]: # Empty for a table without ensembles
     "Return the ensembles of a published table; their members are runs of `paper_grid`."
     if name not in PAPER_ENSEMBLES: return []

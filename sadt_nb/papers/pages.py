@@ -108,7 +108,7 @@ def comparison(
     name:str,             # A name in `PAPER_GRIDS`
     results:pd.DataFrame, # One row per run, from `load_results`
     scale=1.,             # Share of the published epochs that the runs were trained for
-    amp='',               # Mixed precision of the runs; empty: that of the preset
+    amp='',               # Mixed precision of the runs; empty: as in the preset
 ) -> pd.DataFrame: # One row per row of the table; accuracies in percent, differences in points
     "Return our accuracies beside the published ones. Raises `ValueError` if no run has finished."
     cells = pd.DataFrame(_cells(name, results, scale, amp))
@@ -159,7 +159,7 @@ def plot_comparison(
     name:str,             # A name in `PAPER_GRIDS`
     results:pd.DataFrame, # One row per run, from `load_results`
     scale=1.,             # Share of the published epochs that the runs were trained for
-    amp='',               # Mixed precision of the runs; empty: that of the preset
+    amp='',               # Mixed precision of the runs; empty: as in the preset
     most=12,              # Largest number of groups to draw
 ) -> plt.Figure: # Three axes side by side per group; `None` if no run has a curve
     "Plot the mean accuracy over training against epochs, against optimizer steps and against passes."
@@ -253,7 +253,7 @@ def write_pages(
     root,      # Folder of the results
     to=None,   # Folder of the pages; `root` if `None`
     scale=1.,  # Share of the published epochs that the runs were trained for
-    amp='',    # Mixed precision of the runs; empty: that of the preset
+    amp='',    # Mixed precision of the runs; empty: as in the preset
 ) -> list[Path]: # HTML page (one file); Markdown page; PNG of its figure if a run has a curve
     "Write the comparison, its curves, rule and origin to pages. `ValueError` if no run has finished."
     results = load_results(root)

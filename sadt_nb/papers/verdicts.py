@@ -47,7 +47,7 @@ PLACES = [
     Place(_FULL, 'sadt_table1', 'table1', 'sadt/table1_controls', 'bf16'),
 ]
 
-def studies() -> dict: # Name of a place: study page that shows it
+def studies() -> dict: # Name of a place (a data set with one setup): study page that shows it
     "Return the study page of each place; each share of wrong labels is a place of its own."
     shown = {_TUNED: 'what_helps_at_a_tuned_rate', _STEP: 'step_cost'}
     for place in PLACES:
@@ -95,7 +95,7 @@ _SMALL_BATCH, _LARGE_BATCH = 'cifar10 · simple_cnn · 512', 'cifar10 · simple_
 def _called(method): return method.upper().replace('SADT', 'SADT-')
 
 def _at_length(nets, label, a, b, **kw):
-    "Compare Simple CNN after all epochs of Table 1, at both batch sizes, over stored seeds only."
+    "Compare method `a` with `b`, both as Simple CNN after all epochs of Table 1, over stored seeds only."
     found = []
     for bs, column in (('512', _SMALL_BATCH), ('2,048', _LARGE_BATCH)):
         words = f'{label} (batches of {bs})'.strip()
@@ -159,8 +159,8 @@ def _training_speed(nets):
             found.append(nets.gap(_NOTEBOOK, f'SADT-1{when}', 'SADT-1', notebook, key))
             found += _at_length(nets, f'SADT-1{when}', 'sadt1', full, key=key)
         return found
-    return Claim('Training accuracy rises faster with SADT than with plain training (difference in points, '
-                 'of the mean over the epochs and of the last epoch)',
+    return Claim('Training accuracy rises faster with SADT than with plain training (two '
+                 'differences in points: of the mean over the epochs, and of the last epoch)',
                  'section 4.2, Figure 2', compared('baseline', 'baseline', 'baseline'),
                  compared('repeat_step', 'two steps per batch', 'two steps per batch'))
 
@@ -226,8 +226,8 @@ def _wider_minima(nets):
         ours += _everywhere(nets, _called(v), v, 'baseline', 'sharpness')
         words = f'{_called(v)} against two steps per batch:'
         control += _everywhere(nets, words, v, 'repeat_step', 'sharpness')
-    says = ("SADT ends in wider minima than plain training (SAM's sharpness after SADT, divided by that "
-            'after plain training)')
+    says = ('SADT ends in wider minima than plain training (sharpness as SAM defines it: after SADT, '
+            'divided by after plain training)')
     return Claim(says, 'section 3', ours, control, _UNFINISHED)
 
 def _large_batches(nets):
@@ -246,7 +246,7 @@ def _other_data(nets):
         kinds = f'{m} · {_LARGE_BATCH}', f'{m} · {_SMALL_BATCH}'
         ours.append(nets.gap(_FULL, f'{words}, batches of 2,048 against 512', *kinds, region=(-np.inf, 0),
                              aside=m == 'baseline'))
-    need = '200 and 370 epochs on all images; ' + _presets('sadt/table1', 'sadt/table1_controls')
+    need = 'training for 200 and 370 epochs on all images; ' + _presets('sadt/table1', 'sadt/table1_controls')
     return Claim('The results above also hold on CIFAR-100, with VGG and with Inception-ResNet. GC has a '
                  'lower test accuracy with batches of 2,048 than with batches of 512 (difference in points).',
                  'Table 1', ours, need=need)
@@ -339,8 +339,8 @@ def distill_claims(
     for m in (5, 9):
         words = f'{m} teachers against 1 teacher'
         more.append(nets.gap(_FORTY, words, f'student of {m}', 'student of 1'))
-    words = ('only a similar experiment, in which the teacher was trained on right labels: accuracy of the '
-             'student with alpha 1 minus accuracy with alpha 0')
+    words = ('a similar experiment (teacher trained on right labels): accuracy with alpha 1 (labels only) '
+             'minus accuracy with alpha 0 (teacher only):')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', aside=True)]
     flatter = _everywhere(nets, '', 'round 1', 'baseline', *curvature)
     flatter_than_sam = _everywhere(nets, '', 'round 1', 'sam', *curvature)
@@ -360,12 +360,13 @@ def distill_claims(
               'section 6, Figure 4', second, need=_UNFINISHED),
         Claim('A student inherits the robustness of a robust teacher. The larger the weight of the labels '
               'is, the less robustness the student inherits.',
-              'section 7, Figure 9', robust, need='ImageNet and CLIP; ' + _presets('distill/robust_teacher')),
+              'section 7, Figure 9', robust,
+              need='ImageNet and CLIP networks; ' + _presets('distill/robust_teacher')),
         Claim('The results above also hold on CIFAR-100, SVHN and Tiny ImageNet, with VGG and with ViT. '
               'Well-trained teachers have a higher test accuracy than the students of earlier papers. '
               'Spectra of the Hessian and surfaces of the loss show the same flatness.',
               'Tables 1 to 5, Figures 7, 8, 10 to 16',
-              need=f"600 epochs each; {tables} and the figures' presets")]
+              need=f"training for 600 epochs each; {tables} and the figures' presets")]
 
 # %% ../../nbs/papers/110_verdicts.ipynb #e197f2da
 _TRAJECTORY = ('saf', 'mesa')
@@ -436,7 +437,8 @@ def saf_claims(
         Claim('Training accuracy rises as fast with SAF and MESA as with plain training (difference in '
               'points of the mean over the epochs)', 'section 4.3, Figure 4', _trajectory_pace(nets)),
         Claim('SAF and MESA end in flatter minima than plain training, and their minima are flatter from the '
-              "epoch in which their loss term begins (SAM's sharpness, divided by that of plain training)",
+              'epoch in which their loss term begins (sharpness as SAM defines it: after SAF or MESA, '
+              'divided by after plain training)',
               'section 4.3, Figures 2, 4, 5', _trajectory_flatness(nets), need=_UNFINISHED),
         Claim('On ImageNet, and on CIFAR with large networks, SAF and MESA have a higher test accuracy '
               'than SAM',
@@ -504,8 +506,9 @@ def sam_study_claims(
         Claim("The distribution of the first layer's weights has heavier tails without BatchNorm than with "
               'BatchNorm (difference of the excess kurtosis)',
               'section III-C, Figure 3', tails, need='only one seed was also trained with BatchNorm'),
-        Claim("SAM and ASAM end in flatter minima than plain training (SAM's sharpness, divided by that of "
-              'plain training)', 'sections II, III-B', _sam_flatter(nets), need=_UNFINISHED)]
+        Claim('SAM and ASAM end in flatter minima than plain training (sharpness as SAM defines it: after '
+              'SAM or ASAM, divided by after plain training)', 'sections II, III-B', _sam_flatter(nets),
+              need=_UNFINISHED)]
 
 # %% ../../nbs/papers/110_verdicts.ipynb #10f2bab0
 def judged_claims(

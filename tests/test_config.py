@@ -6,13 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sadt_nb.commands import cli
+from sadt_nb.data import datasets
+from sadt_nb.data.augment import CropFlip, CutMix
+from sadt_nb.data.datasets import DATASETS, channel_statistics, get_dls, load_data
+from sadt_nb.data.loader import ImageData, TensorDL
+from sadt_nb.experiments import grid, runner, sweep as sweeps
 from sadt_nb.experiments.archive import stored_runs
 from sadt_nb.experiments.config import OPTIMIZERS, Run
 from sadt_nb.experiments.report import published
 from sadt_nb.experiments.sweep import SWEEPS
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS, make_model
-from sadt_nb.data.datasets import DATASETS, load_data
 from sadt_nb.papers.grids import PAPER_ENSEMBLES, PAPER_GRIDS, paper_ensembles, paper_grid
 
 STORED_NAMES = Path(__file__).with_name('preset_names.json') # written before keys had a normal form
@@ -162,3 +167,41 @@ def test_the_functions_that_take_options_refuse_them_themselves(tmp_path):
     for f, args in ((load_data, ('digits',)), (load_data, (tmp_path,)), (make_model, ('resnet20',)),
                     (make_method, ('baseline',)), (make_method, ('gc',))):
         with pytest.raises(ValueError, match="has no option 'nosie'"): f(*args, nosie=.9)
+
+
+def test_what_depends_on_the_images_is_refused_by_name(tmp_path):
+    "These values are known to be wrong only when the images are there, and before any training."
+    one_class = ImageData(np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, ['cat'])
+    grey = ImageData(np.zeros((4, 8, 8, 3), np.uint8), [0, 1] * 2, ['cat', 'dog'])
+    nan, inf = float('nan'), float('inf')
+    for options, message in [(dict(crop=100_000), r'`crop` must lie in 0\.\.31'), (dict(crop=32), '`crop`'),
+                             (dict(crop=-1), '`crop`'), (dict(std=0.), '`std` must'),
+                             (dict(std=-1.), '`std`'),
+                             (dict(std=nan), '`std`'), (dict(mean=inf), '`mean` must'),
+                             (dict(mean=nan), '`mean`'),
+                             (dict(std=(1., 1., 0.)), '`std`'), (dict(cutmix=nan), '`cutmix`'),
+                             (dict(cutmix=inf), '`cutmix`'), (dict(valid=nan), '`valid`'),
+                             (dict(flip='no'), '`flip`'), (dict(rotate=nan), '`degrees`')]:
+        with pytest.raises(ValueError, match=message): get_dls('digits', **options)
+    get_dls('digits', crop=31)
+    with pytest.raises(ValueError, match="one class, 'cat'"):
+        datasets._check_sizes(one_class, 2, 0, 0, 0)
+    with pytest.raises(ValueError, match='`std`.*a channel is constant'):
+        TensorDL(grey, 2, mean=0., std=channel_statistics(grey)[1])
+    with pytest.raises(ValueError, match='`flip` must be True or False'): CropFlip(2, flip='no')
+    with pytest.raises(ValueError, match='`alpha`'): CutMix(10, nan)
+
+
+@pytest.mark.parametrize('command, options', [
+    (cli.sadt_sweep, dict(seeds=0)), (cli.sadt_sweep, dict(top=0)),
+    (cli.sadt_report, dict(figure='no/x.png')),
+    (cli.sadt_demo, dict(figure='no/x.png')), (cli.sadt_demo, dict(figure='.'))])
+def test_commands_name_a_wrong_option_before_they_work(command, options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ('run_grid', 'sweep', 'run'):
+        for module in (grid, sweeps, runner):
+            if hasattr(module, name): monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('worked'))
+    with pytest.raises(SystemExit) as stopped: command(**options)
+    assert stopped.value.code == 2
+    assert f'--{[*options][0]}' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

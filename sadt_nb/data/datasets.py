@@ -7,7 +7,7 @@ __all__ = ['DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cif
            'imagenet', 'data_options', 'load_data', 'data_checksums', 'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
-import hashlib, inspect, json, os, sys, tarfile, tempfile
+import hashlib, inspect, json, math, os, sys, tarfile, tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Sequence
@@ -408,14 +408,17 @@ def _training_transforms(vocab, mean, seed, crop, pad_mode, flip, resized_crop, 
 
 def _check_options(valid, cutmix, flip, pad_mode):
     if not 0 <= valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {valid}')
-    if cutmix < 0: raise ValueError(f'`cutmix` must not be negative, got {cutmix}')
+    if not 0 <= cutmix < math.inf:
+        raise ValueError(f'`cutmix` must be a finite number of at least 0, got {cutmix}')
     if not isinstance(flip, bool) and flip != 'alternate':
         raise ValueError(f"`flip` must be True, False or 'alternate', got {flip!r}")
     if pad_mode not in PAD_MODES:
         raise ValueError(f"`pad_mode` must be 'zeros' or 'reflect', got {pad_mode!r}")
 
-def _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout):
+def _check_sizes(train, bs, crop, resized_crop, cutout):
     shorter = min(train.x.shape[1:3])
+    if len(train.vocab) < 2:
+        raise ValueError(f'the data have one class, {train.vocab[0]!r}; a classifier needs at least two')
     if bs > len(train):
         raise ValueError(f'the batch size `bs`, {bs}, is above the number of training images, {len(train)}; '
                          'choose a smaller one')
@@ -423,8 +426,8 @@ def _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout):
         raise ValueError(f'`cutout` must be at most {shorter}, the shorter side of the images, got {cutout}')
     if resized_crop and crop:
         raise ValueError('`crop` and `resized_crop` are two ways to cut; use one of them')
-    if pad_mode == 'reflect' and crop >= shorter:
-        raise ValueError(f'`crop` must be at most {shorter - 1} with a reflected border, got {crop}')
+    if not 0 <= crop < shorter: # a wider border lets some crops miss the image
+        raise ValueError(f'`crop` must lie in 0..{shorter - 1} for images of {shorter} pixels, got {crop}')
 
 # %% ../../nbs/data/72_datasets.ipynb #9abd45b8
 def _training_parts(train, valid, n_train, split):
@@ -473,7 +476,7 @@ def get_dls(
     checksums = dict(train_crc32=train.checksum(), test_crc32=test.checksum())
     train, held_out = _training_parts(train, valid, n_train, seed if split is None else split)
     if held_out is None: held_out = test
-    _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout)
+    _check_sizes(train, bs, crop, resized_crop, cutout)
     if isinstance(mean, str) or isinstance(std, str):
         data_mean, data_std = channel_statistics(train)
         if isinstance(mean, str): mean = data_mean

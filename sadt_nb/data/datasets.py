@@ -427,7 +427,8 @@ def _check_sizes(train, bs, crop, resized_crop, cutout):
     if resized_crop and crop:
         raise ValueError('`crop` and `resized_crop` are two ways to cut; use one of them')
     if not 0 <= crop < shorter: # a wider border lets some crops miss the image
-        raise ValueError(f'`crop` must lie in 0..{shorter - 1} for images of {shorter} pixels, got {crop}')
+        raise ValueError(f'`crop` must be at most {shorter - 1} for images of {shorter} pixels, and not '
+                         f'negative, got {crop}')
 
 # %% ../../nbs/data/72_datasets.ipynb #9abd45b8
 def _training_parts(train, valid, n_train, split):

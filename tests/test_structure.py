@@ -11,7 +11,7 @@ import sadt_nb
 LIB = Path(sadt_nb.__file__).parent
 # what a folder may import, besides itself where `SIBLINGS` allows it
 BASE = {'core', 'methods', 'measures', 'models', 'data'}
-ALLOWED = {'core': set(), 'methods': {'core'}, 'measures': {'core'}, 'models': set(), 'data': set(),
+ALLOWED = {'core': set(), 'methods': {'core'}, 'measures': {'core'}, 'models': {'core'}, 'data': {'core'},
            'experiments': BASE, 'papers': BASE | {'experiments'},
            'commands': BASE | {'experiments', 'papers'}}
 # methods never import one another; a registry imports its folder

@@ -17,7 +17,7 @@ for _package in ('fastai', 'fastcore', 'fastprogress', 'matplotlib', 'numpy', 'p
     warnings.filterwarnings('ignore', module=rf'{_package}(\.|$)')
 
 # %% ../../nbs/commands/110_cli.ipynb #1b2a6da1
-import argparse, ast, difflib, json, re, sys
+import argparse, ast, codecs, difflib, json, os, re, sys
 from functools import wraps
 from contextlib import contextmanager
 from importlib import import_module
@@ -51,6 +51,18 @@ sweeps = Late('sadt_nb.experiments.sweep')
 grids, pages, saf = Late('sadt_nb.papers.grids'), Late('sadt_nb.papers.pages'), Late('sadt_nb.papers.saf')
 
 # %% ../../nbs/commands/110_cli.ipynb #d23b89f3
+_PLAIN = {'±': '+-', '→': '->', '—': '-', '…': '...'}
+
+def _substitute(error):
+    "Return plain characters for those that the terminal's encoding lacks."
+    missing = error.object[error.start:error.end]
+    return ''.join(_PLAIN.get(c, '?') for c in missing), error.end
+
+def _show_any_text():
+    "Let standard output write any text, also where the terminal knows only ASCII."
+    codecs.register_error('sadt_nb', _substitute)
+    if hasattr(sys.stdout, 'reconfigure'): sys.stdout.reconfigure(errors='sadt_nb')
+
 def _fail(command, message):
     "End the command with one line on standard error and status 2."
     print(f'{command}: error: {message}', file=sys.stderr)
@@ -232,6 +244,7 @@ def command(
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
+            _show_any_text()
             with _one_line_errors(func.__name__):
                 if not (args or kwargs):
                     kwargs = vars(_parser(func, example).parse_args())
@@ -439,6 +452,15 @@ def _report_table(name, root, to, scale, amp):
     written = pages.write_pages(name, root, to, scale, amp)
     print('\npages: ' + ', '.join(map(str, written)))
 
+def _check_figure(figure):
+    "Raise `ValueError` before any work if a figure cannot be saved in its place."
+    if figure is None: return
+    file = Path(figure)
+    if not file.parent.is_dir():
+        raise ValueError(f'--figure: there is no folder {file.parent}; make it first')
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f'--figure: {file} cannot be written; choose another file')
+
 def _save_curves(name, root, scale, amp, figure):
     "Save the training curves of a table's runs under their labels, or of all runs in a folder."
     results = report.load_results(root)
@@ -464,6 +486,7 @@ def sadt_report(
     figure:Path=None,  # Save the training curves to this file
 ):
     "Print the results of a folder; or print a published table with verdicts and write it to pages."
+    _check_figure(figure)
     plt.switch_backend('agg') # commands save figures, they do not show them
     folder = report.results_folder(root)
     if name:
@@ -527,6 +550,7 @@ def sadt_sweep(
     "Search each method's best learning rate and radius at equal passes; test them with other seeds."
     if name and name not in sweeps.SWEEPS:
         raise ValueError(unknown('search', name, [*sweeps.SWEEPS]) + ', or give --methods')
+    if min(seeds, top) < 1: raise ValueError(f'--seeds and --top must be at least 1, got {seeds} and {top}')
     plain = config.Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=valid, n_train=n_train,
                        opt=opt, opt_args=_options(opt_args), data_args=_options(data_args), split=0)
     cases = sweeps.SWEEPS[name]() if name else _sweep_cases(methods, plain)
@@ -629,6 +653,7 @@ def sadt_demo(
     "Compare SAM, SADT and their controls on digits with wrong labels, in about a minute."
     if min(seeds, epochs) < 1:
         raise ValueError(f'--seeds and --epochs must be at least 1, got {seeds} and {epochs}')
+    _check_figure(figure)
     print('importing PyTorch', flush=True)
     torch.set_num_threads(1) # on batches this small a second thread gains little, on a busy machine it loses
     runs = _demo_runs(seeds, epochs)

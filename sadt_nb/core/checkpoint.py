@@ -217,6 +217,14 @@ def _newest(file):
         warnings.warn(f'the checkpoint {f.name} is damaged; {instead}', stacklevel=2)
 
 # %% ../../nbs/core/08_checkpoint.ipynb #43505572
+def _other_tag(stored, mine):
+    "Return a text with the parts, separated by commas, in which two tags differ."
+    theirs, ours = stored.split(', '), mine.split(', ')
+    if len(theirs) == len(ours):
+        differ = [(a, b) for a, b in zip(theirs, ours) if a != b]
+        stored, mine = (', '.join(parts) for parts in zip(*differ))
+    return f'{stored!r}, not of {mine!r}'
+
 class CheckpointFile:
     "The newest checkpoint of a training on disk, and the one before it."
     def __init__(self,
@@ -236,7 +244,7 @@ class CheckpointFile:
             raise CheckpointError(f'{name} is whole but cannot be loaded here: {e}') from None
         if not isinstance(state, dict) or 'processes' not in state:
             raise CheckpointError(f'{name} is not a checkpoint')
-        if state['tag'] != self.tag: other = f'{state["tag"]!r}, not of {self.tag!r}'
+        if state['tag'] != self.tag: other = _other_tag(state['tag'], self.tag)
         elif state['of'] != n_epoch: other = f'training for {state["of"]} epochs, not {n_epoch}'
         else: return state
         raise CheckpointError(f'{name} is a checkpoint of {other}; delete it or take another file')
@@ -253,6 +261,14 @@ class CheckpointFile:
         "Return whether there is a checkpoint of this training."
         try: return self._read(n_epoch) is not None
         except CheckpointError: return False
+
+    def stored_tag(self) -> str|None: # `None` if there is no undamaged checkpoint
+        "Return the tag of the checkpoint that is on disk."
+        for file in (self.file, _previous(self.file)):
+            if not file.exists() or not _is_whole(file): continue
+            try: return torch.load(file, map_location='meta', weights_only=True)['tag']
+            except Exception: return None # no checkpoint; `_read` says what it is
+        return None
 
     def remove(self):
         "Delete the checkpoint files, for instance when the result of the training is stored."

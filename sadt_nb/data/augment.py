@@ -57,6 +57,7 @@ class CropFlip:
         mode='zeros', # Border: 'zeros' (black), or 'reflect': the image mirrored at its edge
     ):
         if pad < 0: raise ValueError(f'`pad` must not be negative, got {pad}')
+        if not isinstance(flip, bool): raise ValueError(f'`flip` must be True or False, got {flip!r}')
         if mode not in PAD_MODES: raise ValueError(f"`mode` must be 'zeros' or 'reflect', got {mode!r}")
         self.pad, self.flip, self.mode = pad, flip, mode
 
@@ -395,7 +396,7 @@ class CutMix:
         alpha:float=.25, # Both parameters of the Beta distribution, > 0; SADT's code: 0.25, CutMix paper: 1
         per='sample',    # 'sample': one rectangle for each image; 'batch': one rectangle for all images
     ):
-        if alpha <= 0: raise ValueError(f'`alpha` must be positive, got {alpha}')
+        if not 0 < alpha < float('inf'): raise ValueError(f'`alpha` must be positive, got {alpha}')
         if classes < 1: raise ValueError(f'`classes` must be at least 1, got {classes}')
         if per not in ('sample', 'batch'): raise ValueError(f"`per` must be 'sample' or 'batch', got {per!r}")
         self.classes, self.alpha, self.per = classes, alpha, per

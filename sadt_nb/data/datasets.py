@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cifar100', 'noisy_cifar10', 'svhn', 'tiny_imagenet',
-           'imagenet', 'load_data', 'channel_statistics', 'get_dls']
+           'imagenet', 'data_options', 'load_data', 'data_checksums', 'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
-import hashlib, json, os, sys, tarfile, tempfile
+import hashlib, inspect, json, math, os, sys, tarfile, tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Sequence
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
-from fastai.data.external import URLs, untar_data
+from fastai.data.external import URLs, fastai_cfg, untar_data
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
+from ..core.arguments import check_options
 from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
 from .image_files import archive_images, folder_images, open_image
@@ -138,7 +140,10 @@ def _official_tar(name, path):
 
 # %% ../../nbs/data/72_datasets.ipynb #1de3deaf
 def _cache_dir():
-    return Path(os.environ.get('SADT_CACHE', Path.home() / '.cache' / 'sadt_nb'))
+    given = os.environ.get('SADT_CACHE')
+    if given: return Path(given)
+    try: return Path.home() / '.cache' / 'sadt_nb'
+    except RuntimeError: return Path(tempfile.gettempdir()) / 'sadt_nb' # a user without a home folder
 
 def _fingerprint(source, size):
     "Return a hash of the names, sizes and dates of the source's files, and of the size of the images."
@@ -194,8 +199,10 @@ def _cifar_at(name, place):
         if (place / below).exists(): return place / below
     return None
 
-def _find_cifar(name, path):
-    "Return where the data set `name` is: in `path`, else in `SADT_DATA`, else in fastai's download."
+def _find_cifar(name, path, download=True):
+    """Return where the data set `name` is: in `path`, else in `SADT_DATA`, else in fastai's download.
+
+    Without `download`, only an earlier download is found."""
     given = path or os.environ.get('SADT_DATA')
     if given:
         place = Path(given).expanduser()
@@ -204,6 +211,8 @@ def _find_cifar(name, path):
         if path:
             raise FileNotFoundError(f'{place} holds neither train/ and test/, nor {name}.tgz, '
                                     f'nor {_BATCHES[name]}')
+    earlier = Path(fastai_cfg().path('data')) / name
+    if not download and not earlier.exists(): raise FileNotFoundError(f'{name} is not on this machine')
     try: return Path(untar_data(URLs.CIFAR if name == 'cifar10' else URLs.CIFAR_100))
     except Exception as e:
         raise FileNotFoundError(f'{name} was not found and could not be downloaded ({type(e).__name__}); '
@@ -310,18 +319,56 @@ def imagenet(
 DATASETS = dict(digits=digits, noisy_digits=noisy_digits, cifar10=cifar10, noisy_cifar10=noisy_cifar10,
                 cifar100=cifar100, svhn=svhn, tiny_imagenet=tiny_imagenet, imagenet=imagenet)
 
+def _from_path(source, size=None): return _cached(source, size, lambda: _read(source, size))
+
+def data_options(
+    name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
+) -> dict: # Name of an option: its `inspect.Parameter`
+    "Return the options of a data set. Those of a folder or archive do not depend on whether it exists."
+    parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
+    return {k: p for k, p in parameters.items() if k != 'source'}
+
 def load_data(
     name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
     **kwargs,     # Options of the data set: `path`, `size` (pixels), `noise` and `seed` (of the noise)
 ) -> tuple[ImageData, ImageData]: # Training and test images
-    "Load a data set. Raises `ValueError` for an unknown name, `FileNotFoundError` for a missing path."
+    """Load a data set.
+
+    Raises `ValueError` for an unknown name or option, `FileNotFoundError` for a missing path."""
+    check_options(f'data set {name_or_path}', kwargs, data_options(name_or_path))
     if str(name_or_path) in DATASETS: return DATASETS[str(name_or_path)](**kwargs)
     source = Path(name_or_path).expanduser()
     if not source.exists():
         raise ValueError(f'unknown data set {str(name_or_path)!r}: it is none of {", ".join(DATASETS)}, '
                          'and no such folder or archive exists')
-    size = kwargs.get('size')
-    return _cached(source, size, lambda: _read(source, size))
+    return _from_path(source, **kwargs)
+
+# %% ../../nbs/data/72_datasets.ipynb #12673061
+def _state(name, path=None, **options):
+    "Return what the content of a data set depends on: nothing for digits, else the files and their dates."
+    plain = name.removeprefix('noisy_')
+    if plain == 'digits': return ''
+    if plain in _OFFICIAL: source = _find_cifar(plain, path, download=False)
+    else:
+        source = path or os.environ.get('SADT_DATA') if name in DATASETS else name
+        if not source: raise FileNotFoundError(f'{name} was not found; set SADT_DATA to its folder')
+        source = Path(source).expanduser()
+        if not source.exists(): raise FileNotFoundError(f'{source} does not exist')
+    return str(source.resolve()), _fingerprint(source, None)
+
+@lru_cache(maxsize=64)
+def _checksums(name, options, state): # other files have another state, and so another key in the cache
+    train, test = load_data(name, **dict(options))
+    return train.checksum(), test.checksum()
+
+def data_checksums(
+    name_or_path,     # As for `load_data`
+    **kwargs:object, # Options of `load_data`
+) -> dict: # `train_crc32` and `test_crc32`: 8 hexadecimal digits each, of images and classes
+    "Return checksums of all training and test images. Raises the errors of `load_data`."
+    name = str(name_or_path)
+    train, test = _checksums(name, tuple(sorted(kwargs.items())), _state(name, **kwargs))
+    return dict(train_crc32=train, test_crc32=test)
 
 # %% ../../nbs/data/72_datasets.ipynb #88023891
 def channel_statistics(
@@ -361,14 +408,17 @@ def _training_transforms(vocab, mean, seed, crop, pad_mode, flip, resized_crop, 
 
 def _check_options(valid, cutmix, flip, pad_mode):
     if not 0 <= valid < 1: raise ValueError(f'`valid` must lie in [0, 1), got {valid}')
-    if cutmix < 0: raise ValueError(f'`cutmix` must not be negative, got {cutmix}')
+    if not 0 <= cutmix < math.inf:
+        raise ValueError(f'`cutmix` must be a finite number of at least 0, got {cutmix}')
     if not isinstance(flip, bool) and flip != 'alternate':
         raise ValueError(f"`flip` must be True, False or 'alternate', got {flip!r}")
     if pad_mode not in PAD_MODES:
         raise ValueError(f"`pad_mode` must be 'zeros' or 'reflect', got {pad_mode!r}")
 
-def _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout):
+def _check_sizes(train, bs, crop, resized_crop, cutout):
     shorter = min(train.x.shape[1:3])
+    if len(train.vocab) < 2:
+        raise ValueError(f'the data have one class, {train.vocab[0]!r}; a classifier needs at least two')
     if bs > len(train):
         raise ValueError(f'the batch size `bs`, {bs}, is above the number of training images, {len(train)}; '
                          'choose a smaller one')
@@ -376,8 +426,9 @@ def _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout):
         raise ValueError(f'`cutout` must be at most {shorter}, the shorter side of the images, got {cutout}')
     if resized_crop and crop:
         raise ValueError('`crop` and `resized_crop` are two ways to cut; use one of them')
-    if pad_mode == 'reflect' and crop >= shorter:
-        raise ValueError(f'`crop` must be at most {shorter - 1} with a reflected border, got {crop}')
+    if not 0 <= crop < shorter: # a wider border lets some crops miss the image
+        raise ValueError(f'`crop` must be at most {shorter - 1} for images of {shorter} pixels, and not '
+                         f'negative, got {crop}')
 
 # %% ../../nbs/data/72_datasets.ipynb #9abd45b8
 def _training_parts(train, valid, n_train, split):
@@ -423,9 +474,10 @@ def get_dls(
     Only training images are augmented. The colour of Cutout is `mean`, which is zero after normalisation."""
     _check_options(valid, cutmix, flip, pad_mode)
     train, test = load_data(name_or_path, **kwargs)
+    checksums = dict(train_crc32=train.checksum(), test_crc32=test.checksum())
     train, held_out = _training_parts(train, valid, n_train, seed if split is None else split)
     if held_out is None: held_out = test
-    _check_sizes(train, bs, crop, pad_mode, resized_crop, cutout)
+    _check_sizes(train, bs, crop, resized_crop, cutout)
     if isinstance(mean, str) or isinstance(std, str):
         data_mean, data_std = channel_statistics(train)
         if isinstance(mean, str): mean = data_mean
@@ -436,4 +488,6 @@ def get_dls(
     loaders = [TensorDL(train, bs, shuffle=True, drop_last=drop_last, tfms=tfms, **common)]
     for data in (held_out, test):
         loaders.append(TensorDL(data, min(len(data), max(bs, 500)), **common))
-    return DataLoaders(*loaders, device=loaders[0].device)
+    dls = DataLoaders(*loaders, device=loaders[0].device)
+    dls.checksums = checksums # of the whole data set, as from `data_checksums`
+    return dls

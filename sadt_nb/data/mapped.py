@@ -6,7 +6,7 @@
 __all__ = ['MappedImages', 'mapped_folder']
 
 # %% ../../nbs/data/73_mapped.ipynb #cad0339d
-import hashlib, os, shutil, sys
+import hashlib, json, os, shutil, sys, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +17,40 @@ from .image_files import folder_images, open_image
 from .loader import ImageData
 
 # %% ../../nbs/data/73_mapped.ipynb #3e4005d8
+def _images_crc(x, file):
+    "Return a CRC-32 of mapped images, from the file beside them if that belongs to the present array file."
+    if file is None: return zlib.crc32(x.contiguous().numpy())
+    kept, state = file.with_suffix('.crc32'), file.stat()
+    stamp = [state.st_size, state.st_mtime_ns]
+    try:
+        stored = json.loads(kept.read_text())
+        if stored[:2] == stamp: return int(stored[2])
+    except (OSError, ValueError, IndexError, TypeError): pass
+    print(f'reading {file.name} once for its checksum', file=sys.stderr)
+    crc = 0
+    for part in np.load(file, mmap_mode='r'): crc = zlib.crc32(part, crc)
+    try: kept.write_text(json.dumps([*stamp, crc]))
+    except OSError: pass # the next process computes it again
+    return crc
+
 class MappedImages(ImageData):
     """`ImageData` whose images stay on disk; a loader moves only its batches to the device.
 
     `subset` reads the chosen images into memory."""
+    def __init__(self,
+        x,         # `(n, height, width, 3)` uint8 array, mapped from `file`
+        y,         # `(n,)` class indices
+        vocab,     # Names of the classes
+        file=None, # Path of the array file; its checksum is kept beside it. `None`: nothing is kept
+    ):
+        super().__init__(x, y, vocab)
+        self.file = file
+
+    def checksum(self) -> str: # 8 hexadecimal digits
+        "Return a CRC-32 of the images and their classes; the images of a file are read only once for it."
+        crc = _images_crc(self.x, self.file)
+        return f'{zlib.crc32(self.y.numpy(), crc):08x}'
+
     def to(self,
         device, # Ignored
     ) -> 'MappedImages': # This object
@@ -37,9 +67,11 @@ def _prepared(file, size):
         raise ValueError(f'{file} is not a readable image ({e}); remove or replace it') from None
 
 def _stamp(root, size, files):
-    "Return a hash of the folder's path, the image size and the names of the files."
-    lines = ['v2', str(root.resolve()), str(size)]
-    for f in files: lines.append(str(f.relative_to(root)))
+    "Return a hash of the folder's path, the image size, and the names, sizes and dates of the files."
+    lines = ['v3', str(root.resolve()), str(size)]
+    for f in files:
+        state = f.stat()
+        lines.append(f'{f.relative_to(root)}|{state.st_size}|{state.st_mtime_ns}')
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 def _check_room(folder, shape, what):
@@ -82,7 +114,7 @@ def _mapped(root, part, classes, files, vocab, cache, size):
         print(f'decoding {len(files):,} images of {root.name}/{part} once', file=sys.stderr)
         _write_array(array, files, shape)
     index = dict(zip(vocab, range(len(vocab))))
-    return MappedImages(np.load(array, mmap_mode='c'), [index[c] for c in classes], vocab)
+    return MappedImages(np.load(array, mmap_mode='c'), [index[c] for c in classes], vocab, array)
 
 def mapped_folder(
     root,         # Folder with `train/<class>/*`, and `val/<class>/*` or `test/<class>/*`
@@ -91,8 +123,8 @@ def mapped_folder(
 ) -> tuple[MappedImages, MappedImages]: # Training and test images
     """Return images of a folder, resized to 8/7 of `size`, cut to the centre, and read from disk.
 
-    The images are decoded only once. Other file names or another size give another array file. If
-    images change but keep their names, remove the array file. Raises `ValueError` for an image that cannot
+    The images are decoded only once. Other files, also of the same names, or another size give another
+    array file; remove the old one to make room. Raises `ValueError` for an image that cannot
     be read, for a class that has no images in one of the parts, and for a disk without room."""
     root, cache = Path(root), Path(cache)
     parts = ('train', 'val' if (root / 'val').is_dir() else 'test')

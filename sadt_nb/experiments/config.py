@@ -6,17 +6,22 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SELECT', 'COMPILE', 'Run']
 
 # %% ../../nbs/experiments/80_config.ipynb #d9018877
-import hashlib, json, math
+import hashlib, inspect, json, math, os, re
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
+from ..core.arguments import check_options, unknown_name
+from ..core.optim import KerasAdam
+from ..core.recipe import decoupled_groups
 from ..data.augment import PAD_MODES, AutoAugment
-from ..methods.registry import METHODS, make_method
-from ..models.registry import MODELS, make_model
+from ..data.datasets import data_options
+from ..methods.registry import METHODS, make_method, method_options
+from ..models.registry import MODELS, make_model, model_options
 
 # %% ../../nbs/experiments/80_config.ipynb #6c751346
 OPTIMIZERS = ('keras_adam', 'adam', 'adamw', 'sgd', 'decoupled_sgd')
@@ -32,6 +37,9 @@ def _below_one(v): return isinstance(v, (int, float)) and 0 <= v < 1
 def _share(v): return 0 <= v <= 1
 def _angle(v): return 0 <= v <= 180
 def _level(v): return _whole(v) and v <= 2
+def _seed(v): return _whole(v) and v < 2**32 # as NumPy and scikit-learn take it
+def _seed_or_none(v): return v is None or _seed(v)
+def _count_or_none(v): return v is None or _at_least_one(v)
 def _flips(v): return isinstance(v, bool) or v == 'alternate'
 
 class _Check(NamedTuple):
@@ -44,9 +52,12 @@ _CHECKS = (
     _Check('lr', _positive, 'be positive'),
     _Check('valid', _below_one, 'lie in [0, 1)'),
     _Check('cutmix', _not_negative, 'not be negative'),
-    _Check('crop', _not_negative, 'not be negative'),
+    _Check('seed', _seed, 'be a whole number from 0 to 4294967295'),
+    _Check('split', _seed_or_none, 'be a whole number from 0 to 4294967295, or None for that of `seed`'),
+    _Check('n_train', _count_or_none, 'be a whole number of at least 1, or None for all images'),
+    _Check('crop', _whole, 'be a whole number of at least 0'),
     _Check('rotate', _angle, 'lie in [0, 180]'),
-    _Check('cutout', _not_negative, 'not be negative'),
+    _Check('cutout', _whole, 'be a whole number of at least 0'),
     _Check('amp', ('', 'bf16', 'fp16'), "be 'bf16', 'fp16' or empty"),
     _Check('compile', COMPILE, f'be True or one of {", ".join(map(repr, COMPILE))}'),
     _Check('resized_crop', _share, 'lie in [0, 1]'),
@@ -69,23 +80,91 @@ def _check_values(run):
     for field, known in _CHOICES.items():
         value = getattr(run, field)
         if value not in known:
-            raise ValueError(f'unknown {field} {value!r}; choose one of {", ".join(known)}')
+            raise ValueError(unknown_name(field, value, known))
 
 # %% ../../nbs/experiments/80_config.ipynb #7314ecc0
-def _frozen(v):
-    "Return `v` with every list, at any depth, turned into a tuple; JSON has no tuples."
-    return tuple(_frozen(x) for x in v) if isinstance(v, (list, tuple)) else v
+def _simple(name, v):
+    """Return `v` as Python's numbers, texts and tuples, at any depth; JSON has no tuples and no NaN.
 
-def _pairs(options): return tuple(sorted((k, _frozen(v)) for k, v in dict(options).items()))
+    Raises `ValueError` for numbers that are not finite, and for other kinds of values."""
+    if isinstance(v, (np.generic, np.ndarray)): v = v.tolist()
+    if isinstance(v, os.PathLike): v = os.fspath(v)
+    if isinstance(v, (list, tuple)): return tuple(_simple(name, x) for x in v)
+    if isinstance(v, float) and not math.isfinite(v): raise ValueError(f'`{name}` must be finite, got {v}')
+    if v is None or isinstance(v, (bool, int, float, str)): return v
+    raise ValueError(f'`{name}` must be a number, a text, True, False, None or a list of these, '
+                     f'got {type(v).__name__}')
 
+def _number(name, v, kind):
+    "Return a number as `kind`, which is `int` or `float`."
+    if kind is int: must, right = 'a whole number', isinstance(v, int) or isinstance(v, float) and v == int(v)
+    else: must, right = 'a number', isinstance(v, (int, float))
+    if not right or isinstance(v, bool): raise ValueError(f'`{name}` must be {must}, got {v!r}')
+    try: return kind(v)
+    except OverflowError: raise ValueError(f'`{name}` must be finite, got {v}') from None
+
+def _typed(name, v, kind):
+    """Return a value, or each value of a tuple, as `kind`: `bool`, `int` or `float`.
+
+    With `None` for `kind`, which stands for an unknown type, a float without fraction becomes an `int`."""
+    if isinstance(v, tuple): return tuple(_typed(name, x, kind) for x in v)
+    if v is None or isinstance(v, bool) and kind is None: return v
+    if kind in (int, float): return _number(name, v, kind)
+    if kind is bool and not isinstance(v, bool):
+        raise ValueError(f'`{name}` must be True or False, got {v!r}')
+    return int(v) if isinstance(v, float) and v == int(v) else v
+
+def _kind(parameter):
+    "Return the type of an option's numbers from its annotation or its default; `None` if it has no one type."
+    named = set(re.findall(r'\b(?:bool|int|float|str)\b', str(parameter.annotation)))
+    if not named and parameter.default is not None: named = {type(parameter.default).__name__}
+    kinds = dict(bool=bool, int=int, float=float)
+    return kinds.get(named.pop()) if len(named) == 1 else None
+
+# %% ../../nbs/experiments/80_config.ipynb #dc18b919
+_OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=torch.optim.AdamW,
+                          sgd=torch.optim.SGD, decoupled_sgd=decoupled_groups)
+
+def _options_of(run):
+    "Return, for each field with options, who takes them, and the parameters by name."
+    optimizer = inspect.signature(_OPTIMIZER_CLASSES[run.opt]).parameters
+    return dict(
+        data_args=(f'data set {run.data}', data_options(run.data)),
+        model_args=(f'model {run.model}', model_options(run.model)),
+        method_args=(f'method {run.method}', method_options(run.method)),
+        opt_args=(f'optimizer {run.opt}', optimizer))
+
+_FILLED_IN = dict(data_args=('seed',), model_args=(), method_args=('seed', 'teacher'),
+                  opt_args=('params', 'lr', 'bs'))
+
+def _set_options(run):
+    "Sort the options and give numbers the types of the parameters. Raises `ValueError` if one is unknown."
+    for field, (owner, parameters) in _options_of(run).items():
+        options = dict(getattr(run, field))
+        known = [k for k in parameters if k not in _FILLED_IN[field]]
+        check_options(f'`{field}`: {owner}', options, known)
+        pairs = []
+        for k in sorted(options):
+            name = f'{field} {k}'
+            pairs.append((k, _typed(name, _simple(name, options[k]), _kind(parameters[k]))))
+        _set(run, **{field: tuple(pairs)})
+
+# %% ../../nbs/experiments/80_config.ipynb #9b5ecf2b
 def _set(run, **values):
     for k, v in values.items(): object.__setattr__(run, k, v)
 
 def _normal_form(run):
-    "Bring the fields into a normal form, so that equal configurations compare as equal."
-    for k in ('data_args', 'model_args', 'method_args', 'opt_args'): _set(run, **{k: _pairs(getattr(run, k))})
+    "Bring all fields but the options into a normal form, so that equal configurations compare as equal."
+    for field in fields(run):
+        name = field.name
+        if name == 'teachers' or name.endswith('_args'): continue
+        value = _simple(name, getattr(run, name))
+        if field.type in (bool, float): value = _typed(name, value, field.type)
+        elif field.type is str and name != 'compile' and not isinstance(value, str):
+            raise ValueError(f'`{name}` must be a text, got {value!r}')
+        _set(run, **{name: value})
     if isinstance(run.compile, bool): _set(run, compile='default' if run.compile else '')
-    _set(run, normalize=_frozen(run.normalize))
+    if isinstance(run.normalize, tuple): _set(run, normalize=_typed('normalize', run.normalize, float))
     teachers = (run.teachers,) if isinstance(run.teachers, Run) else tuple(run.teachers)
     _set(run, teachers=teachers)
 
@@ -94,17 +173,16 @@ def _check_epochs(run):
     options = dict(run.model_args)
     least = 0 if options.get('pretrained') or options.get('zero_shot') else 1
     n = run.epochs
-    number = isinstance(n, (int, float)) and not isinstance(n, bool)
-    if not number or not (1 <= n < math.inf or n == least):
-        raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
+    if n < 1 and n != least: raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
     if n == int(n): _set(run, epochs=int(n))
 
+# %% ../../nbs/experiments/80_config.ipynb #2d06d61c
 def _is_mean_and_std(pair):
-    "Return whether `pair` is a finite mean and a deviation above 0, each one number or three (channels)."
+    "Return whether `pair` is a mean and a deviation above 0, each one number or three (channels)."
     if not isinstance(pair, tuple) or len(pair) != 2: return False
     try: mean, std = (np.asarray(v, dtype=float) for v in pair)
     except (TypeError, ValueError): return False
-    whole = all(v.shape in ((), (3,)) and np.isfinite(v).all() for v in (mean, std))
+    whole = all(v.shape in ((), (3,)) for v in (mean, std))
     return whole and bool((std > 0).all())
 
 def _check_images(run):
@@ -124,11 +202,6 @@ def _check_images(run):
 # %% ../../nbs/experiments/80_config.ipynb #b802159e
 def _check_training(run):
     "Raise `ValueError` for an impossible optimizer, schedule, or choice of the epoch to keep."
-    unknown = set(dict(run.opt_args)) - {'momentum', 'weight_decay', 'bias_scale'}
-    if run.opt == 'decoupled_sgd' and unknown:
-        given = ', '.join(sorted(unknown))
-        raise ValueError('`opt_args` of decoupled_sgd are momentum, weight_decay and bias_scale, '
-                         f'got {given}; the batch size is `bs`')
     if run.sched == 'restart' and (run.opt == 'decoupled_sgd' or run.epochs != int(run.epochs)):
         raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; "
                          'take another `opt`, `epochs` or `sched`')
@@ -167,6 +240,16 @@ def _check_method(run):
     make_method(run.method, **options) # raises for a wrong option
 
 # %% ../../nbs/experiments/80_config.ipynb #50c9cc9c
+@lru_cache(None)
+def _check_optimizer(name, args, bs):
+    "Raise `ValueError` for a value that the optimizer does not take."
+    weight, bias = ([nn.Parameter(torch.zeros(1))] for _ in range(2))
+    try:
+        if name == 'decoupled_sgd': decoupled_groups([weight, bias], bs=bs, **dict(args))
+        else: _OPTIMIZER_CLASSES[name](weight, lr=1e-3, **dict(args))
+    except (ValueError, TypeError, RuntimeError) as e:
+        raise ValueError(f'`opt_args`: {name} does not take {dict(args)}: {e}') from None
+
 @lru_cache(None) # a grid checks the same few networks hundreds of times
 def _check_model(name, args):
     "Raise `ValueError` if the network cannot be built."
@@ -177,12 +260,14 @@ def _check_model(name, args):
 def _check(run):
     "Bring a configuration into its normal form; raise `ValueError` if it cannot be trained."
     _normal_form(run)
-    _check_epochs(run)
     _check_values(run)
+    _set_options(run)
+    _check_epochs(run)
     _check_images(run)
     _check_training(run)
     _check_method(run)
     _check_model(run.model, run.model_args)
+    _check_optimizer(run.opt, run.opt_args, run.bs)
 
 # %% ../../nbs/experiments/80_config.ipynb #e37f7b3b
 class _Configuration:
@@ -211,7 +296,7 @@ class _Configuration:
             value = getattr(self, field.name)
             if value != field.default: changed[field.name] = value
         if self.teachers: changed['teachers'] = [t.key for t in self.teachers]
-        return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(changed, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:

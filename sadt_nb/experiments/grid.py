@@ -25,7 +25,7 @@ from .archive import read_archive, read_part
 from .config import Run
 from .measure import measure_run, missing_measures
 from .runner import RunBusy, RunError, code_version, evaluate, is_trained, load_model
-from .runner import read_result, run, run_loaders, write_json
+from .runner import read_result, run, run_loaders, work_folder, write_json
 from ..measures.similarity import diversity
 from ..methods.registry import METHODS
 
@@ -217,6 +217,11 @@ def read_history(
     "Return the history of a run: what it has stored after each epoch so far."
     return read_part(root, cfg.name, 'history', [])
 
+def _work_history(cfg, root):
+    "Return the history that a training writes now; beside a finished result it is not yet the run's own."
+    folder = work_folder(cfg, root)
+    return read_part(folder.parent, folder.name, 'history', [])
+
 def duration(
     seconds, # >= 0
 ) -> str: # '50 s', '12 min', '3 h 20 min', '5 days' or '3 years'
@@ -257,8 +262,8 @@ class _Work:
 
     def begins(self, cfg):
         self.running[cfg] = time.time()
-        continues = (Path(self.root) / cfg.name / 'checkpoint.pt').exists()
-        self.before.setdefault(cfg, len(read_history(cfg, self.root)) if continues else 0)
+        continues = (work_folder(cfg, self.root) / 'checkpoint.pt').exists()
+        self.before.setdefault(cfg, len(_work_history(cfg, self.root)) if continues else 0)
 
     def ends(self, cfg, failed):
         "Count a run as ended; return whether this grid trained the run and did not only read it."
@@ -268,9 +273,9 @@ class _Work:
 
     def under_way(self, cfg):
         "Return how many epochs of a running run this grid has trained."
-        rows = read_history(cfg, self.root)
+        rows = _work_history(cfg, self.root)
         if not rows: return 0
-        written = os.path.getmtime(Path(self.root) / cfg.name / 'history.json')
+        written = os.path.getmtime(work_folder(cfg, self.root) / 'history.json')
         return max(0, len(rows) - self.before[cfg]) if written > self.running[cfg] else 0
 
     def time_left(self):
@@ -318,7 +323,7 @@ class _Progress:
         return table
 
     def table_row(self, cfg):
-        rows = read_history(cfg, self.work.root) if self.work.under_way(cfg) else []
+        rows = _work_history(cfg, self.work.root) if self.work.under_way(cfg) else []
         last = rows[-1] if rows else {}
         seconds = f'{last["seconds"]:.1f}' if last else ''
         return (cfg.name, str(cfg.seed), f'{len(rows)}/{cfg.epochs}', _percent(last, 'train_accuracy'),

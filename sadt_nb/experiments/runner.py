@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'RunBusy', 'write_json', 'read_result',
-           'RestartEveryEpoch', 'RunRecorder', 'weights_file', 'is_trained', 'load_model', 'run_loaders',
+           'work_folder', 'RestartEveryEpoch', 'RunRecorder', 'weights_file', 'is_trained', 'load_model', 'run_loaders',
            'make_learner', 'stored_learner', 'evaluate', 'reestimated', 'packed', 'unpacked', 'first_layer_histogram',
            'keep_pages', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
-import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, shutil, sys, time, warnings
-import zlib
-from contextlib import ExitStack, contextmanager
+import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
+import warnings, zipfile, zlib
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,14 @@ from fastprogress.core import IN_NOTEBOOK
 from filelock import FileLock, Timeout
 
 from ..core.arguments import ShowsArguments
-from ..core.checkpoint import Checkpoint, CheckpointError, saved, write_whole
+from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, saved, write_whole
 from ..core.optim import keras_adam
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
 from ..core.ranks import distributed_context, join_ranks, n_ranks, on_rank_zero, over_ranks, this_rank
 from ..core.recipe import FreezeAfter, Lookahead, PartialEpochs, RateSchedule
 from ..core.recipe import decoupled_sgd, norm_bias_split, triangle
-from ..data.datasets import get_dls
+from ..data.datasets import data_checksums, get_dls
 from .archive import read_part
 from .config import Run
 from ..measures.sharpness import FlatnessRecorder, weight_histograms
@@ -49,7 +49,7 @@ from ..methods.born_again import KeepBest
 from ..methods.registry import make_method
 from ..models.fast_cnn import WHITENING_IMAGES
 from ..models.registry import make_model
-from ..models.weights import load_weights
+from ..models.weights import load_weights, read_tensors, weights_checksum
 
 # %% ../../nbs/experiments/81_runner.ipynb #586eaf7f
 def _versions():
@@ -110,15 +110,6 @@ def _disk_errors(root):
         raise RunError(f'cannot write to {root} ({e.strerror}); {advice}') from None
 
 # %% ../../nbs/experiments/81_runner.ipynb #948bc320
-def _prepare_folder(cfg, root):
-    "Write the configuration to the run's folder, remove half-written files, and return the folder."
-    folder = Path(root) / cfg.name
-    with _disk_errors(root):
-        for f in folder.glob('.*'):
-            if f.name != '.lock': f.unlink()
-        write_json(folder / 'config.json', cfg.to_dict())
-    return folder
-
 def _differences(stored, mine):
     "Return the fields in which two configurations differ, with both values."
     parts = []
@@ -144,6 +135,69 @@ def read_result(
     "Return the stored result of a finished run."
     result = read_part(root, cfg.name, 'result', {})
     return result if result.get('status') == 'finished' else None
+
+# %% ../../nbs/experiments/81_runner.ipynb #d5afb495
+def work_folder(
+    cfg:Run, # The configuration
+    root,    # Folder of all results
+) -> Path: # Need not exist
+    "Return the folder that training writes to: the run's own, or `new` inside it beside a finished result."
+    folder = Path(root) / cfg.name
+    return folder if read_result(cfg, root) is None else folder / 'new'
+
+def _prepare_folder(cfg, root):
+    "Remove half-written files, write the configuration of a new run, and return the folder to work in."
+    folder, work = Path(root) / cfg.name, work_folder(cfg, root)
+    with _disk_errors(root):
+        work.mkdir(parents=True, exist_ok=True)
+        for f in (*folder.glob('.*'), *work.glob('.*')):
+            if f.name != '.lock': f.unlink(missing_ok=True)
+        if work == folder: write_json(folder / 'config.json', cfg.to_dict())
+    return work
+
+def _has_replacement(cfg, root):
+    "Return whether a new result is complete but not yet in the place of the old one."
+    new = read_part(Path(root) / cfg.name, 'new', 'result', {})
+    return new.get('status') == 'finished'
+
+def _replace(cfg, root):
+    "Put a complete new result, if there is one, in the place of the old one; the caller holds the lock."
+    if not _has_replacement(cfg, root): return
+    folder, new = Path(root) / cfg.name, Path(root) / cfg.name / 'new'
+    with _disk_errors(root):
+        CheckpointFile(new / 'checkpoint.pt').remove()
+        write_json(folder / 'config.json', cfg.to_dict())
+        for name in ('weights.pt', 'history.json'):
+            if (new / name).is_file(): os.replace(new / name, folder / name)
+        measured = read_part(root, cfg.name, 'measures', {}).get('weights')
+        of_new = f'{zlib.crc32((folder / "weights.pt").read_bytes()):08x}'
+        if measured != of_new: (folder / 'measures.json').unlink(missing_ok=True)
+        os.replace(new / 'result.json', folder / 'result.json')
+        shutil.rmtree(new)
+
+# %% ../../nbs/experiments/81_runner.ipynb #d9e5a022
+_ANEW = 'take another root, or train it anew with force=True (--force)'
+
+def _check_data(cfg, result, checksums):
+    "Raise `RunError` if a result was made with other images than those with these checksums."
+    facts = result.get('data_facts', {})
+    if 'train_crc32' not in facts: return # a result of an earlier version
+    for part, key in (('training', 'train_crc32'), ('test', 'test_crc32')):
+        if facts[key] == checksums[key]: continue
+        changed = f'other {part} data ({facts[key]}, now {checksums[key]})'
+        raise RunError(f'{cfg.name}: its result is of {changed} under the name {cfg.data!r}; {_ANEW}')
+
+def _check_identity(cfg, root, result):
+    "Raise `RunError` if the data or the teachers of a stored result have changed."
+    if 'train_crc32' in result.get('data_facts', {}):
+        try: checksums = data_checksums(cfg.data, **dict(cfg.data_args))
+        except FileNotFoundError: checksums = result['data_facts'] # not on this machine
+        _check_data(cfg, result, checksums)
+    for teacher, crc in zip(cfg.teachers, result.get('teachers_crc32', ())):
+        now = (read_result(teacher, root) or {}).get('weights_crc32', crc)
+        if now == crc: continue
+        changed = f'another teacher ({teacher.name}: weights {crc}, now {now})'
+        raise RunError(f'{cfg.name}: its result is of {changed}; {_ANEW}')
 
 # %% ../../nbs/experiments/81_runner.ipynb #07bd1602
 @contextmanager
@@ -343,8 +397,10 @@ def is_trained(
     return read_result(cfg, root) is not None and weights_file(cfg, root).is_file()
 
 def _is_damaged(file):
-    "Return whether the hash of a weights file differs from the hash that is stored beside the file."
+    "Return whether a weights file differs from the hash beside it, or from the checksums inside it."
     stored = file.with_name('weights.sha256')
+    if file.suffix == '.pt' and zipfile.is_zipfile(file): # torch.save writes an archive with checksums
+        with zipfile.ZipFile(file) as z: return z.testzip() is not None
     if not (stored.is_file() and file.is_file()): return False
     return hashlib.sha256(file.read_bytes()).hexdigest() != stored.read_text().strip()
 
@@ -357,12 +413,23 @@ def load_model(
     "Return the network of a finished run. Raises `RunError` if its weights are missing or do not fit."
     model = make_model(cfg.model, classes, **dict(cfg.model_args))
     file = weights_file(cfg, root)
-    if _is_damaged(file):
-        raise RunError(f'{cfg.name}: {file.name} is damaged: its hash is not the hash in weights.sha256')
-    try: load_weights(model, file)
-    except (OSError, ValueError) as e: raise RunError(f'{cfg.name}: {e}') from None
+    try:
+        if _is_damaged(file): raise ValueError(f'{file.name} is damaged')
+        load_weights(model, file)
+    except (OSError, ValueError, zipfile.BadZipFile) as e:
+        raise RunError(f'{cfg.name}: {e}; get it again, or train it anew with force=True (--force)') from None
+    stored = (read_result(cfg, root) or {}).get('weights_crc32')
+    found = weights_checksum(model.state_dict())
+    if stored not in (None, found):
+        raise RunError(f'{cfg.name}: {file.name} does not hold the weights of its result (checksum {found}, '
+                       f'not {stored}); train it anew with force=True (--force)')
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
+
+def _stored_checksum(cfg, root):
+    "Return the checksum of a finished run's weights, from its result or else from its file."
+    stored = (read_result(cfg, root) or {}).get('weights_crc32')
+    return stored or weights_checksum(read_tensors(weights_file(cfg, root)))
 
 def _method(cfg, root, dls):
     "Return the callbacks of the run's method, with its teachers loaded."
@@ -507,8 +574,11 @@ def stored_learner(
     root:str|Path='runs',              # Folder of all results
     device:str|torch.device|None=None, # `None`: fastai's default device
 ) -> Learner: # In evaluation mode; `dls.train` in order, not augmented; `dls[2]`: test set
-    "Return a Learner to measure a finished run. Raises `RunError` if weights are missing or do not fit."
+    """Return a Learner to measure a finished run.
+
+    Raises `RunError` if weights are missing or do not fit, or if the data have changed since."""
     dls = run_loaders(cfg, device)
+    _check_data(cfg, read_result(cfg, root) or {}, dls.checksums)
     dls.loaders[0] = _in_order(dls.train)
     model = load_model(cfg, root, dls.c, dls.device)
     return Learner(dls, model, loss_func=nn.CrossEntropyLoss(), default_cbs=False)
@@ -588,16 +658,12 @@ def first_layer_histogram(
 
 # %% ../../nbs/experiments/81_runner.ipynb #63d07e97
 def _data_facts(dls):
-    "Return the numbers of images and a checksum of the test set, as two data sets may share a name."
+    "Return numbers of images, and checksums of the whole data set, as two data sets may share a name."
     test = dls[2].dataset
     facts = dict(train=len(dls.train.dataset), test=len(test), classes=dls.c)
     held_out = getattr(dls.valid, 'dataset', ())
     if held_out is not test: facts['valid'] = len(held_out)
-    x = getattr(test, 'x', None)
-    if isinstance(x, torch.Tensor):
-        crc = zlib.crc32(x.cpu().numpy().tobytes())
-        facts['test_crc32'] = f'{zlib.crc32(test.y.cpu().numpy().tobytes(), crc):08x}'
-    return facts
+    return facts | getattr(dls, 'checksums', {})
 
 def _selected(learn):
     "Return the epoch whose weights were kept, the accuracy of this epoch, and that of the last epoch."
@@ -634,11 +700,13 @@ def _evaluations(cfg, model, dls):
         found['views'] = {str(level): evaluate(model, test, level)['accuracy'] for level in levels}
     return found
 
-def _results(cfg, learn, folder):
+def _results(cfg, learn, root, folder):
     "Evaluate the trained network, store its weights, and return the facts for the result."
     model = unwrapped(learn.model)
     found = _evaluations(cfg, model, learn.dls)
-    with _disk_errors(folder.parent): write_whole(folder / 'weights.pt', saved(model.state_dict()))
+    with _disk_errors(root): write_whole(folder / 'weights.pt', saved(model.state_dict()))
+    found['weights_crc32'] = weights_checksum(model.state_dict())
+    if cfg.teachers: found['teachers_crc32'] = [_stored_checksum(t, root) for t in cfg.teachers]
     found['parameters'] = sum(p.numel() for p in model.parameters())
     found['data_facts'] = _data_facts(learn.dls)
     found['first_layer'] = first_layer_histogram(model)
@@ -710,19 +778,48 @@ class _Training:
         return result
 
     def checkpoint(self, minutes, force):
-        "Return the run's checkpoint, valid only for this configuration, code and version of PyTorch."
-        tag = f'{self.cfg.key}, code {code_version()["source"]}, torch {torch.__version__}'
-        checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=tag)
-        if force and (is_trained(self.cfg, self.root) or not checkpoint.fits(math.ceil(self.cfg.epochs))):
-            checkpoint.remove()
+        "Return the checkpoint, valid only for the same configuration, code, data, teachers and threads."
+        data = self.learn.dls.checksums
+        parts = [self.cfg.key, f'code {code_version()["source"]}', f'torch {torch.__version__}',
+                 f'threads {torch.get_num_threads()}', f'training data {data["train_crc32"]}',
+                 f'test data {data["test_crc32"]}']
+        parts += [f'teacher {_stored_checksum(t, self.root)}' for t in self.cfg.teachers]
+        checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=', '.join(parts))
+        if force and not checkpoint.fits(math.ceil(self.cfg.epochs)): checkpoint.remove()
         return checkpoint
 
     def finish(self, resumed):
         "Store the reason if the run diverged; otherwise evaluate the network and store the result."
         if self.recorder.failed: return self.store('diverged', resumed, error=self.recorder.failed)
-        return self.store('finished', resumed, **_results(self.cfg, self.learn, self.folder))
+        found = _results(self.cfg, self.learn, self.root, self.folder)
+        result = self.store('finished', resumed, **found)
+        _replace(self.cfg, self.root)
+        return result
+
+    def end(self):
+        "Remove what a training that diverged has written beside a finished result."
+        if self.recorder.failed and self.folder.name == 'new': shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/experiments/81_runner.ipynb #256f62c3
+def _began_with(cfg, root):
+    "Return the number of threads with which an interrupted run began; `None` without a checkpoint."
+    tag = CheckpointFile(work_folder(cfg, root) / 'checkpoint.pt').stored_tag()
+    found = re.search(r', threads (\d+)', tag or '')
+    return int(found[1]) if found else None
+
+@contextmanager
+def _same_threads(cfg, root):
+    "Compute with the number of threads with which an interrupted run began; warn if that is another number."
+    mine = torch.get_num_threads()
+    began = on_rank_zero(partial(_began_with, cfg, root)) or mine
+    if began != mine:
+        rule = f'it continues with {began}, not {mine}, because its bits depend on them'
+        anew = f'force=True (--force) starts anew with {mine}'
+        warnings.warn(f'{cfg.name} began with threads={began}; {rule}; {anew}')
+    torch.set_num_threads(began)
+    try: yield
+    finally: torch.set_num_threads(mine)
+
 def _train(cfg, root, force, progress, device, minutes):
     "Train a run, store its result and return it; the caller holds the lock."
     keep_pages()
@@ -733,6 +830,7 @@ def _train(cfg, root, force, progress, device, minutes):
         with distributed_context(learn), _tf32(cfg.tf32): learn.fit(math.ceil(cfg.epochs), cbs=checkpoint)
         result = on_rank_zero(lambda: training.finish(checkpoint.start))
         checkpoint.remove()
+        training.end()
     except KeyboardInterrupt:
         if this_rank() == 0: training.store('interrupted', checkpoint.start)
         raise
@@ -743,6 +841,22 @@ def _train(cfg, root, force, progress, device, minutes):
     finally: recorder.unhook()
     if recorder.failed: raise RunDiverged(f'{cfg.name}: {recorder.failed}')
     return result
+
+# %% ../../nbs/experiments/81_runner.ipynb #cf6830b3
+def _stored(cfg, root, force, weights):
+    """Return the stored result if it can be used, else `None`.
+
+    Raises `RunError` if another configuration, other data or other teachers have made it."""
+    if not force: _check_config(cfg, root)
+    if force or (weights and not is_trained(cfg, root)): return None
+    result = read_result(cfg, root)
+    if result: _check_identity(cfg, root, result)
+    return result
+
+def _complete_replacement(cfg, root):
+    "Move a complete new result, which a process left when it died, to the place of the old one."
+    if not _has_replacement(cfg, root): return
+    with _lock(cfg, root): _replace(cfg, root)
 
 # %% ../../nbs/experiments/81_runner.ipynb #a239cfe5
 def run(
@@ -757,20 +871,19 @@ def run(
     """Train one configuration and store everything, or read what is stored.
 
     Missing teachers are trained first. An interrupted run, even after `kill -9`, continues from its last
-    checkpoint; on a CPU it ends with the same bits as a run without interruption. If `accelerate launch`
-    has started several processes, they share every batch, and the first process writes the files.
+    checkpoint; on a CPU it ends with the same bits as a run without interruption, for which it keeps the
+    number of threads with which it began. With `force`, a stored result stands until the new one is whole.
+    If `accelerate launch` has started several processes, they share every batch, and the first process
+    writes the files.
 
     Raises `RunDiverged` if the loss becomes NaN or infinite; `RunBusy` if another process trains this run;
-    `RunError` if the folder cannot be written or holds another configuration, or if another version of
-    the code wrote the checkpoint; `ValueError` for data that do not fit."""
+    `RunError` if the folder cannot be written or holds another configuration, if data or teachers have
+    changed since the result or the checkpoint was written, or if another version of the code wrote the
+    checkpoint; `ValueError` for data that do not fit."""
     join_ranks(device)
-    def stored():
-        if force or (weights and not is_trained(cfg, root)): return None
-        return read_result(cfg, root)
-    def checked():
-        if not force: _check_config(cfg, root)
-        return stored()
-    result = on_rank_zero(checked)
+    stored = partial(_stored, cfg, root, force, weights)
+    on_rank_zero(partial(_complete_replacement, cfg, root))
+    result = on_rank_zero(stored)
     if result: return result
     for t in cfg.teachers: run(t, root, False, progress, device, minutes, weights=True)
     with ExitStack() as held:
@@ -779,4 +892,5 @@ def run(
             return stored()
         result = on_rank_zero(lock)
         if result: return result # another process has trained the run in the meantime
-        return _train(cfg, root, force, progress, device, minutes)
+        with nullcontext() if force else _same_threads(cfg, root):
+            return _train(cfg, root, force, progress, device, minutes)

@@ -210,10 +210,11 @@ def confirmed(
 ) -> dict: # Name: `Run`s of the proposal with the highest mean validation accuracy, one per seed
     """Train the best proposals with other seeds and return the runs of the proposal with the best mean.
 
-    Raises `ValueError` if `seeds` contains the seed of the search or `top` is below 1. Raises any error that
-    stops a run, except divergence."""
+    Raises `ValueError` if `seeds` is empty or contains the seed of the search, or if `top` is below 1.
+    Raises any error that stops a run, except divergence."""
     if top < 1: raise ValueError(f'`top` must be at least 1, got {top}')
     seeds = list(seeds)
+    if not seeds: raise ValueError('`seeds` must name at least one seed, got none')
     finals(found, seeds) # raises for the seed of the search
     groups = {}
     for label, f in found.items():

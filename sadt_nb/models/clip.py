@@ -95,14 +95,16 @@ def clip_resnet(
 # %% ../../nbs/models/67_clip.ipynb #637a02bc
 def clip_resnet50(
     classes:int=1000, # Number of outputs
-    **kwargs,         # `img_size` and `zero_shot` of `clip_resnet`
+    img_size:int=224, # As for `clip_resnet`
+    zero_shot=None,   # As for `clip_resnet`
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
     "Return CLIP's ResNet-50."
-    return clip_resnet(classes, 50, **kwargs)
+    return clip_resnet(classes, 50, img_size, zero_shot)
 
 def clip_resnet101(
     classes:int=1000, # Number of outputs
-    **kwargs,         # `img_size` and `zero_shot` of `clip_resnet`
+    img_size:int=224, # As for `clip_resnet`
+    zero_shot=None,   # As for `clip_resnet`
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
     "Return CLIP's ResNet-101."
-    return clip_resnet(classes, 101, **kwargs)
+    return clip_resnet(classes, 101, img_size, zero_shot)

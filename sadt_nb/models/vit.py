@@ -64,15 +64,17 @@ def vit(
 
 # %% ../../nbs/models/66_vit.ipynb #1ea40816
 def vit_s32(
-    classes:int=10, # Number of outputs
-    **kwargs,       # `img_size` and `pretrained` of `vit`
+    classes:int=10,   # Number of outputs
+    img_size:int=224, # As for `vit`
+    pretrained=None,  # As for `vit`
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
     "Return ViT-S/32; 22,497,802 parameters with 10 classes."
-    return vit(classes, 's', **kwargs)
+    return vit(classes, 's', img_size, pretrained)
 
 def vit_b32(
-    classes:int=10, # Number of outputs
-    **kwargs,       # `img_size` and `pretrained` of `vit`
+    classes:int=10,   # Number of outputs
+    img_size:int=224, # As for `vit`
+    pretrained=None,  # As for `vit`
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, gives `(n, classes)` logits
     "Return ViT-B/32; 87,462,922 parameters with 10 classes."
-    return vit(classes, 'b', **kwargs)
+    return vit(classes, 'b', img_size, pretrained)

@@ -17,6 +17,7 @@ from sadt_nb.measures.landscape import loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
+from sadt_nb.models.weights import weights_checksum
 from sadt_nb.papers.base import PaperRun
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
 from sadt_nb.papers.pages import comparison, interval, verdict
@@ -256,7 +257,12 @@ def test_a_measure_trains_a_run_again_only_if_it_needs_the_weights(tmp_path):
     before = measures()['gradient_norm']['value']
     with pytest.raises(ValueError, match='unknown measure'): grid('flatness')
     state = torch.load(weights, weights_only=True)
-    torch.save({k: v * 2 for k, v in state.items()}, weights) # as if another machine had trained them
+    other = {k: v * 2 for k, v in state.items()}
+    torch.save(other, weights) # these are not the weights of the result
+    grid('gradient_norm')
+    assert measures()['gradient_norm']['value'] == before
+    result = stored_json(SMALL, tmp_path, 'result') | dict(weights_crc32=weights_checksum(other))
+    (weights.parent / 'result.json').write_text(json.dumps(result)) # as if another machine had trained it
     grid('gradient_norm')
     assert set(measures()) == {'gradient_norm'}, 'measures of two networks are not stored together'
     assert measures()['gradient_norm']['value'] != before

@@ -314,7 +314,7 @@ def test_copy_button_copies_the_code(browser, host):
     block.hover()
     block.locator('button.copybtn').click()
     tab.wait_for_timeout(300)
-    assert tab.evaluate('navigator.clipboard.readText()').startswith('make demo')
+    assert tab.evaluate('navigator.clipboard.readText()').startswith('git clone')
     c.close()
 
 

@@ -6,7 +6,6 @@ writes the table that the page "In your loop" shows. `test_any_loop.py` fails wh
 import json
 import warnings
 from functools import partial
-from pathlib import Path
 
 import torch
 from fastai.callback.core import TrainEvalCallback
@@ -20,6 +19,7 @@ from torch import nn
 from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.losses import divergence_of
 from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.experiments.report import published
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.registry import METHODS, make_method
@@ -33,7 +33,7 @@ def _noise_on(names, params, generator):
     return {n: .1 * torch.randn(params[n].shape, generator=generator, dtype=torch.float64) for n in names}
 
 
-TABLE = Path(__file__).parents[1] / 'sadt_nb/published/loops/loops.json'
+TABLE = published('loops') / 'loops.json'
 TASKS = [name for name in NETWORKS if name != 'flat regression']
 OPTIONS = {'sam': dict(rho=.1), 'asam': dict(rho=.5), 'esam': dict(rho=.1),
            'gsam': dict(rho_max=.1, alpha=.1), 'looksam': dict(rho=.1, k=2),
@@ -277,7 +277,6 @@ def methods(): return [name for name in METHODS if name != 'baseline']
 def main():
     warnings.filterwarnings('ignore')
     table = {method: {name: row(method, name) for name in TASKS} for method in methods()}
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(json.dumps(table, indent=1) + '\n', encoding='utf-8')
 
 

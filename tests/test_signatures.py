@@ -28,7 +28,10 @@ def public():
     "Return all public functions and classes by their full name."
     found = {}
     for info in pkgutil.walk_packages(sadt_nb.__path__, 'sadt_nb.'):
-        module = importlib.import_module(info.name)
+        try: module = importlib.import_module(info.name)
+        except ImportError as e:
+            if 'pip install sadt_nb[' not in str(e): raise
+            continue # a module for a package that is not installed
         for name in getattr(module, '__all__', ()):
             obj = getattr(module, name, None)
             if callable(obj) and getattr(obj, '__module__', None) == info.name:

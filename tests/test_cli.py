@@ -329,9 +329,14 @@ MAKEFILE = Path(__file__).parents[1] / 'Makefile'
 
 @pytest.mark.skipif(not MAKEFILE.exists(), reason='the installed library has no Makefile')
 def test_make_demo_installs_the_library_alone_and_make_test_the_rest(tmp_path):
+    # Inside `make test`, make would take these options for its own and print the folders that it enters.
+    outer_make = {'MAKEFLAGS', 'MFLAGS', 'MAKELEVEL', 'MAKEOVERRIDES', 'VENV', 'PYTHON'}
+    environment = {name: value for name, value in os.environ.items() if name not in outer_make}
+
     def dry_run(target):
         command = ['make', '-n', target, f'VENV={tmp_path}']
-        return subprocess.run(command, cwd=MAKEFILE.parent, capture_output=True, text=True).stdout
+        done = subprocess.run(command, cwd=MAKEFILE.parent, env=environment, capture_output=True, text=True)
+        return done.stdout
     fresh = dry_run('demo')
     assert ' -e .\n' in fresh
     assert '[dev]' not in fresh

@@ -44,7 +44,7 @@ def _without_logs(module):
     finally: del module.log, module.log_dict
 
 def _training_step(trainer, module, batch, batch_idx):
-    "Run forward and backward of a batch through Lightning's precision, hooks and processes; return the loss."
+    "Run a batch forward and backward with the trainer's precision, hooks and processes; return the loss."
     with _without_logs(module):
         output = trainer.strategy.training_step(*_arguments(module, batch, batch_idx))
     loss = _loss_of(output) / trainer.accumulate_grad_batches

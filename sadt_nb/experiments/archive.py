@@ -60,7 +60,7 @@ MOST_BYTES = 20_000_000 # largest JSON file that is read; files of runs have abo
 _KINDS = dict(config=dict, result=dict, history=list, measures=dict)
 
 def _read_json(file, kind):
-    "Return the content of a JSON file. Raises `ValueError` if it is too large, damaged or no `kind`."
+    "Return the content of a JSON file. Raises `ValueError` if it is too large, damaged, or not a `kind`."
     size = file.stat().st_size
     if size > MOST_BYTES: raise ValueError(f'it has {size / 1e6:.0f} MB, no file of a run is so large')
     try: found = json.loads(file.read_text(encoding='utf-8'))

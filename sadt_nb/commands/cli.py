@@ -240,7 +240,7 @@ def _parser(func, example):
 def command(
     example:str, # A call of the command in a shell; the help shows it
 ):
-    "Return a decorator that makes a function a command; a call without arguments reads the shell's ones."
+    "Return a decorator for a command: a function that, called without arguments, reads them from the shell."
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
@@ -655,7 +655,8 @@ def sadt_demo(
         raise ValueError(f'--seeds and --epochs must be at least 1, got {seeds} and {epochs}')
     _check_figure(figure)
     print('importing PyTorch', flush=True)
-    torch.set_num_threads(1) # with so small batches, a second thread saves little time
+    # on batches this small, a second thread saves little time, and on a busy machine it costs time
+    torch.set_num_threads(1)
     runs = _demo_runs(seeds, epochs)
     every = [(label, r) for label, group in runs.items() for r in group]
     print(f'{len(every)} short runs on 320 digits, 40% of their labels wrong', flush=True)

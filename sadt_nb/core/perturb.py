@@ -22,7 +22,7 @@ except ImportError: DTensor = () # a torch without sharded tensors: no tensor is
 # %% ../../nbs/core/00_perturb.ipynb #ad33caac
 def is_sharded(
     t:Tensor, # Any tensor
-) -> bool: # `True` also for a `DTensor` of which every process holds a copy
+) -> bool: # `True` also if every process holds a copy of the `DTensor`
     "Return whether a tensor is distributed over processes, as a `DTensor`."
     return isinstance(t, DTensor)
 
@@ -52,7 +52,7 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # A tensor of the same shape as `like`; an ordinary one is read in the first process
+    t:Tensor,    # A tensor of the same shape as `like`; ordinary: the first process's values are used
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."

@@ -218,7 +218,7 @@ def read_history(
     return read_part(root, cfg.name, 'history', [])
 
 def _work_history(cfg, root):
-    "Return the history of the training that goes on now; a run that is trained again has an old one, too."
+    "Return the history of the present training; a run that is trained again also has an old history."
     folder = work_folder(cfg, root)
     return read_part(folder.parent, folder.name, 'history', [])
 

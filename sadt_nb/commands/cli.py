@@ -76,13 +76,13 @@ def _one_line_errors(command):
         print(f'\n{command}: stopped; run the command again to continue', file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        # a RuntimeError of PyTorch is no mistake of the user; the check must not import the runner
+        # a RuntimeError of PyTorch is not the user's mistake; only this check imports the runner
         if isinstance(e, RuntimeError) and not isinstance(e, runner.RunError): raise
         _fail(command, str(e).strip().splitlines()[-1].strip())
 
 # %% ../../nbs/commands/110_cli.ipynb #4d304a31
 def _keys(node, values):
-    "Return the keys of a dictionary in source: literals, calls with keywords, and names of dictionaries."
+    "Return a dictionary's keys from its source: a literal, a call with keywords, or a dictionary's name."
     if isinstance(node, ast.Name): return _keys(values[node.id], values)
     found = []
     if isinstance(node, ast.Call):
@@ -123,7 +123,7 @@ class MethodName(Names):
 
     @classmethod
     def known(cls) -> list[str]:
-        "Return the names of the library's methods and of those of other packages."
+        "Return the names of the library's methods and of other packages' methods."
         from importlib.metadata import entry_points
         return [*super().known(), *(ep.name for ep in entry_points(group='sadt_nb.methods'))]
 
@@ -175,7 +175,7 @@ def unknown(
     return f'unknown {what} {name!r}{guess}{rest}'
 
 def _check(option, anno, value):
-    "Raise `ValueError` if an argument has none of the values that its type allows."
+    "Raise `ValueError` if an argument has a value that its type does not allow."
     known = _choices(anno)
     if not known or value in (None, ''): return
     if get_origin(anno) is Literal:
@@ -192,7 +192,7 @@ class _Help(argparse.HelpFormatter):
         return text if text.startswith('example:') else super()._fill_text(text, width, indent)
 
 class _Parser(argparse.ArgumentParser):
-    "A parser whose mistakes are one line, with the most similar option in place of an unknown one."
+    "A parser with error messages of one line; for an unknown option, it suggests the most similar one."
     def error(self, message): _fail(self.prog, message.removeprefix('argument '))
 
     def parse_args(self, *args):
@@ -240,7 +240,7 @@ def _parser(func, example):
 def command(
     example:str, # A call of the command in a shell; the help shows it
 ):
-    "Return a decorator that makes a function a shell command: without arguments, it reads the shell's."
+    "Return a decorator for a command: a function that, called without arguments, reads them from the shell."
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
@@ -655,7 +655,8 @@ def sadt_demo(
         raise ValueError(f'--seeds and --epochs must be at least 1, got {seeds} and {epochs}')
     _check_figure(figure)
     print('importing PyTorch', flush=True)
-    torch.set_num_threads(1) # on batches this small a second thread gains little, on a busy machine it loses
+    # on batches this small, a second thread saves little time, and on a busy machine it costs time
+    torch.set_num_threads(1)
     runs = _demo_runs(seeds, epochs)
     every = [(label, r) for label, group in runs.items() for r in group]
     print(f'{len(every)} short runs on 320 digits, 40% of their labels wrong', flush=True)

@@ -19,7 +19,7 @@ def _comment(lines, arg, last):
     "Return the comment after a parameter, or else the lines of comment above it."
     after = lines[last.end_lineno - 1].encode()[last.end_col_offset:].decode() # the parser counts bytes
     rest, _, comment = after.partition('#')
-    if comment and ')' not in rest: return comment.strip() # behind the `)`, it is about what is returned
+    if comment and ')' not in rest: return comment.strip() # after the `)`, a comment is about the result
     above = []
     for line in reversed(lines[:arg.lineno - 1]):
         if not line.strip().startswith('#'): break

@@ -48,7 +48,7 @@ def _inputs_and_target(batch, n_inp, device):
 def collect_batches(
     learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
     dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order, augmented
-    samples:int|None=None, # Largest number of samples; a loader gives a fixed random choice, others the first
+    samples:int|None=None, # Largest number of samples; at random from a loader, the first of a list
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 
@@ -109,7 +109,7 @@ def differentiable(
     model:nn.Module, # The network that runs inside the block
     twice:bool=False, # `True`: its gradient must be differentiable, too
 ):
-    "Inside, layers run in forms that have the derivatives which a measure needs."
+    "Inside, PyTorch uses implementations of layers that have the derivatives which a measure needs."
     changes = [(checkpointing, 'CheckpointFunction', _NotReentrant)]
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):
         changes.append((torch.backends.cudnn, 'enabled', False))
@@ -121,7 +121,7 @@ def differentiable(
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #f2234b59
 class MissingDerivative(ValueError):
-    "PyTorch has no derivative of a layer that a measure needs."
+    "A measure needs a derivative that PyTorch does not have for a layer."
     def __init__(self,
         times:str, # 'once' or 'twice'
         function:str|None=None, # PyTorch's name of the function; `None`: not known
@@ -147,11 +147,11 @@ def missing_derivative(
 class FixedLoss:
     """The mean loss of a Learner's network on fixed samples; a call returns it for the present weights.
 
-    Each batch counts in proportion to its number of samples. A loss function that weights or ignores classes
-    divides by another number, so its mean over all samples depends on the division into batches.
+    Each batch counts in proportion to its number of samples. A loss function with class weights or ignored
+    classes does not divide by this number, so its mean depends on the division into batches.
 
-    Raises `ValueError` for a network in training mode, without trainable or with non-finite weights,
-    for sharded weights, for batches without labels, for a loss that is not a mean, and for a layer without
+    Raises `ValueError` for a network in training mode or without trainable weights, for weights that are
+    sharded or not finite, for batches without labels, for a loss that is not a mean, and for a layer without
     a derivative."""
     def __init__(self,
         learn:Learner, # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`

@@ -30,21 +30,21 @@ def _arguments(module, batch, batch_idx):
     return (batch, batch_idx) if len(names) > 1 else (batch,)
 
 def _loss_of(output):
-    "Return the loss in what a `training_step` returned."
+    "Return the loss from the output of a `training_step`."
     loss = output.get('loss') if isinstance(output, Mapping) else output
     if isinstance(loss, Tensor): return loss
     raise ValueError('the training step returned a loss for this batch, and none when it ran again')
 
 @contextmanager
 def _without_logs(module):
-    "Inside, `self.log` and `self.log_dict` of a module record nothing: the first pass has done so."
+    "Inside, `self.log` and `self.log_dict` of a module do nothing; the first pass has logged the values."
     def log(*args, **kwargs): pass
     module.log, module.log_dict = log, log
     try: yield
     finally: del module.log, module.log_dict
 
 def _training_step(trainer, module, batch, batch_idx):
-    "Run forward and backward of a batch through Lightning's precision, hooks and processes; return the loss."
+    "Run a batch forward and backward with the trainer's precision, hooks and processes; return the loss."
     with _without_logs(module):
         output = trainer.strategy.training_step(*_arguments(module, batch, batch_idx))
     loss = _loss_of(output) / trainer.accumulate_grad_batches
@@ -75,8 +75,8 @@ def _check_optimizers(trainer):
 class MethodCallback(Callback):
     """Makes the extra passes of SAM, ASAM, GSAM or LookSAM in Lightning's automatic optimization.
 
-    Logs, progress and `global_step` count each batch once. Clipping, accumulation and precision are the
-    trainer's own. With `rng='replay'` the extra pass draws all random numbers of the training step again.
+    Logs, progress and `global_step` count each batch once. The trainer does clipping, accumulation and
+    precision. With `rng='replay'` the extra pass draws all random numbers of the training step again.
     Raises `TypeError` or `ValueError` for methods and trainers that do not fit, before training."""
     def __init__(self,
         method:PerturbedPass, # Such as `SAM(rho=.05)`

@@ -22,7 +22,7 @@ except ImportError: DTensor = () # a torch without sharded tensors: no tensor is
 # %% ../../nbs/core/00_perturb.ipynb #ad33caac
 def is_sharded(
     t:Tensor, # Any tensor
-) -> bool: # `True` also for a `DTensor` of which every process holds a copy
+) -> bool: # `True` also if every process holds a copy of the `DTensor`
     "Return whether a tensor is distributed over processes, as a `DTensor`."
     return isinstance(t, DTensor)
 
@@ -41,7 +41,7 @@ def check_whole(
 def local_parts(
     tensors:Iterable[Tensor], # Ordinary tensors and `DTensor`s
 ) -> list[Tensor]: # In the same order; they share the memory of `tensors`
-    """Return what this process holds of each tensor: all of an ordinary tensor, its part of a `DTensor`.
+    """Return the elements that this process stores: all of an ordinary tensor, one part of a `DTensor`.
 
     Raises `ValueError` for a `DTensor` whose sum over processes is not finished, see `settle_gradients`."""
     tensors = list(tensors)
@@ -52,10 +52,10 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # A tensor of the same shape as `like`; if it is ordinary, the first process's values count
+    t:Tensor,    # A tensor of the same shape as `like`; ordinary: the first process's values are used
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
-    "Return a tensor that is distributed over processes in the same way as another one."
+    "Return `t`, distributed over processes in the same way as `like`."
     if not is_sharded(like): return t.full_tensor() if is_sharded(t) else t
     if not is_sharded(t): return distribute_tensor(t, like.device_mesh, like.placements)
     if t.placements == like.placements: return t
@@ -96,7 +96,7 @@ def drop_gathered(
 ):
     """Drop whole weights that a forward pass of FSDP2 has gathered, so that the next pass gathers new ones.
 
-    Raises `ValueError` for FSDP1, where a process cannot see what its part of the weights belongs to."""
+    Raises `ValueError` for FSDP1, where a process cannot see which weights it stores."""
     if not (distributed.is_available() and distributed.is_initialized()): return
     from torch.distributed import fsdp
     for m in model.modules():
@@ -109,7 +109,7 @@ def drop_gathered(
 def trainable_params(
     model:nn.Module, # Any module; shared parameters appear once, under their first name
 ) -> dict[str, nn.Parameter]: # From name to parameter, in registration order
-    """Return the parameters that require a gradient, by name; of sharded networks, the sharded parameters.
+    """Return the parameters that require a gradient, by name; they are sharded if the network is sharded.
 
     Gradients get the sharding of their parameters. Raises `ValueError` for FSDP1."""
     drop_gathered(model)
@@ -120,8 +120,8 @@ def trainable_params(
 # %% ../../nbs/core/00_perturb.ipynb #24482460
 def real_views(
     tensors:Iterable[Tensor], # Tensors of any shapes, real or complex; also `DTensor`s
-) -> list[Tensor]: # They share the memory of `tensors`; for a complex tensor with one axis more, of length 2
-    """Return what this process holds of each tensor, as real tensors: real and imaginary parts.
+) -> list[Tensor]: # They share the memory of `tensors`; a complex tensor gets a last axis of length 2
+    """Return `local_parts` as real tensors; a complex tensor is split into real and imaginary parts.
 
     Raises `ValueError` for the same reason as `local_parts`."""
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
@@ -192,7 +192,7 @@ def check_not_negative(
 def check_count(
     **values:float, # Numbers by the names of their options
 ):
-    "Raise `ValueError` for what is no whole number of at least 1."
+    "Raise `ValueError` unless the values are whole numbers of at least 1."
     check_finite(**values)
     for name, value in values.items():
         if value < 1: raise ValueError(f'`{name}` must be at least 1, got {value}')
@@ -208,7 +208,7 @@ def check_radius(
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
     rho:float,                          # Length of the step, in weight space if `scales` is `None`
-    scales:dict[str, Tensor]|None=None, # The diagonal of T by name, shapes and dtypes as `grads`; missing: 1
+    scales:dict[str, Tensor]|None=None, # Diagonal of T by name, shapes and dtypes as `grads`; 1 if missing
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
@@ -234,7 +234,7 @@ def _check_deltas(params, deltas):
             raise ValueError(f'the change for {n!r} has shape {shapes}')
 
 def _layout(t):
-    "Return all that two tensors need to have in common for a copy to be one pass through memory."
+    "Return the properties that must be equal so that one tensor can be copied linearly into another."
     return t.shape, t.stride(), t.dtype, t.device, t.placements if is_sharded(t) else None
 
 def scratch_like(
@@ -245,7 +245,7 @@ def scratch_like(
     "Return a tensor like `p`: the tensor `scratch[name]` if it fits, otherwise a new tensor."
     t = None if scratch is None else scratch.get(name)
     if t is None or _layout(t) != _layout(p):
-        t = torch.empty_like(p, requires_grad=False) # same strides as `p`, so that a copy is a linear pass
+        t = torch.empty_like(p, requires_grad=False) # same strides as `p`, for a linear copy
         if scratch is not None: scratch[name] = t
     return t
 
@@ -265,7 +265,7 @@ def weights_moved(
 ):
     """Drop the copies of weights that PyTorch keeps; call this whenever weights have changed.
 
-    `torch.autocast` keeps cast copies, and FSDP2 the whole weights of its outermost module."""
+    `torch.autocast` keeps cast copies; FSDP2 keeps the whole weights of its outermost module."""
     torch.clear_autocast_cache()
     if model is not None: drop_gathered(model)
 
@@ -301,7 +301,7 @@ def weight_sizes(
     names:Iterable[str],      # Names of the parameters whose sizes are returned
     eta:float=0.,             # Added to each size, >= 0
     scratch:dict|None=None,   # Memory for the sizes, see `scratch_like`; `perturbed` may overwrite it
-) -> dict[str, Tensor]: # From name to `|w| + eta`, of real and imaginary part if `w` is complex
+) -> dict[str, Tensor]: # From name to `|w| + eta`; a complex `w` has one size per part
     "Return the diagonal of the matrix T of the adaptive methods, for `ascent`."
     sizes = copied({n: params[n] for n in names}, scratch)
     if sizes:
@@ -314,7 +314,7 @@ def sam_ascent(
     params:dict[str, Tensor], # From name to parameter
     grads:dict[str, Tensor],  # From name to gradient; overwritten
     rho:float,                # Radius, > 0
-    adaptive:bool=False,      # `T = |w|` for every parameter, not 1
+    adaptive:bool=False,      # `True`: `T = |w|` for every parameter; `False`: `T = 1`
     scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return SAM's step uphill, as a dictionary by name; GSAM makes the same step."

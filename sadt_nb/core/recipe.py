@@ -61,7 +61,7 @@ def decoupled_groups(
 ) -> list[dict]: # Groups for `torch.optim.SGD`; `initial_lr` is the rate at the peak of the schedule
     """Return groups for SGD whose learning rate, momentum and decay hardly depend on each other.
 
-    The loss must be a mean. The formulas are those of airbench's code
+    The loss must be a mean. The formulas come from airbench's code
     ([Jordan 2024](https://arxiv.org/abs/2404.00498)).
     Raises `ValueError` for values out of range."""
     _check_decoupled(lr, bs, momentum, weight_decay, bias_scale)
@@ -224,7 +224,7 @@ class FreezeAfter(ShowsArguments, Callback):
 
 # %% ../../nbs/core/09_recipe.ipynb #81de7d3a
 class PartialEpochs(ShowsArguments, Callback):
-    """Ends training after a fraction of an epoch; schedules end with the last batch.
+    """Ends training after a fraction of an epoch; schedules end at the last trained batch.
 
     Call `fit(ceil(epochs))`. Training has `epochs` times the batches of an epoch, rounded up. Raises
     `ValueError` before training starts if `fit` is called with another number of epochs."""

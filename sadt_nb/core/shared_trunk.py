@@ -50,7 +50,7 @@ class _Trunk:
 def _recorded_trunk(model, touched):
     "Inside, the first call of `model` records the trunk's outputs, and later calls use these outputs."
     modules = _trunk_modules(model, touched)
-    own_forwards = {m: vars(m).get('forward') for m in modules} # other tools may also have replaced it
+    own_forwards = {m: vars(m).get('forward') for m in modules} # set if another tool has replaced it
     trunk = _Trunk(modules)
     hooks = [m.register_forward_pre_hook(trunk.begin) for m in touched]
     for m in modules: trunk.patch(m)
@@ -70,7 +70,7 @@ def _replaced(places, values):
         saved += [(module, key, module._parameters[key]) for module, key in places[name]]
     try:
         for name, value in values.items():
-            for module, key in places[name]: module._parameters[key] = value # the order of parameters stays
+            for module, key in places[name]: module._parameters[key] = value # keeps the order of parameters
         yield
     finally:
         for module, key, parameter in saved: module._parameters[key] = parameter
@@ -88,7 +88,7 @@ def shared_forward(
     deltas:list,     # One dictionary per network, from parameter name to additive change
     *inputs:Tensor,  # Inputs of the model
 ) -> tuple: # The prediction of each network
-    """Run one network per entry of `deltas`; layers before the first changed layer run once for all.
+    """Run one network per entry of `deltas`; layers before the first changed layer run only once.
 
     Network i has the weights of `model` plus `deltas[i]`. All gradients arrive in the model's parameters."""
     params = dict(model.named_parameters())

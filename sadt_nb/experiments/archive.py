@@ -44,7 +44,7 @@ def write_archive(
     folder,       # Folder of results; created if it does not exist
     records:dict, # Name of a run: its parts
 ):
-    "Add runs to a folder's archive, in place of runs of the same name; writes the whole file or nothing."
+    "Add runs to a folder's archive, or replace runs of the same name; write the whole file or nothing."
     folder = Path(folder)
     merged = read_archive(folder) | records
     buffer = io.BytesIO()
@@ -56,11 +56,11 @@ def write_archive(
     write_whole(folder / ARCHIVE, buffer.getvalue())
 
 # %% ../../nbs/experiments/79_archive.ipynb #270da4d1
-MOST_BYTES = 20_000_000 # of a JSON file; the largest of a run has about a megabyte
+MOST_BYTES = 20_000_000 # largest JSON file that is read; files of runs have about a megabyte at most
 _KINDS = dict(config=dict, result=dict, history=list, measures=dict)
 
 def _read_json(file, kind):
-    "Return the content of a JSON file. Raises `ValueError` if that is too large, damaged or no `kind`."
+    "Return the content of a JSON file. Raises `ValueError` if it is too large, damaged, or not a `kind`."
     size = file.stat().st_size
     if size > MOST_BYTES: raise ValueError(f'it has {size / 1e6:.0f} MB, no file of a run is so large')
     try: found = json.loads(file.read_text(encoding='utf-8'))
@@ -93,7 +93,7 @@ def read_parts(
     return found
 
 def _try(read, left_out):
-    "Return `read()`; or, with a list for the message, `{}` if it raises `ValueError`."
+    "Return `read()`; if it raises `ValueError` and there is a list, add the message and return `{}`."
     try: return read()
     except ValueError as e:
         if left_out is None: raise
@@ -102,7 +102,7 @@ def _try(read, left_out):
 
 def stored_runs(
     root, # Folder of results
-    left_out:list|None=None, # Gets a message for each run or archive that cannot be read; `None`: an error
+    left_out:list|None=None, # Gets a message for each run or archive that cannot be read; `None`: raise
 ) -> list: # Pairs (folder, parts), sorted; `folder` need not exist for a run in an archive
     """Return all runs below `root` that have a configuration, from folders and from archives.
 

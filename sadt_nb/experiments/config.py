@@ -37,7 +37,7 @@ def _below_one(v): return isinstance(v, (int, float)) and 0 <= v < 1
 def _share(v): return 0 <= v <= 1
 def _angle(v): return 0 <= v <= 180
 def _level(v): return _whole(v) and v <= 2
-def _seed(v): return _whole(v) and v < 2**32 # as NumPy and scikit-learn take it
+def _seed(v): return _whole(v) and v < 2**32 # the range that NumPy and scikit-learn allow
 def _seed_or_none(v): return v is None or _seed(v)
 def _count_or_none(v): return v is None or _at_least_one(v)
 def _flips(v): return isinstance(v, bool) or v == 'alternate'
@@ -115,7 +115,7 @@ def _typed(name, v, kind):
     return int(v) if isinstance(v, float) and v == int(v) else v
 
 def _kind(parameter):
-    "Return the type of an option's numbers from its annotation or its default; `None` if it has no one type."
+    "Return the type of an option's numbers from its annotation or its default; `None` if it is unclear."
     named = set(re.findall(r'\b(?:bool|int|float|str)\b', str(parameter.annotation)))
     if not named and parameter.default is not None: named = {type(parameter.default).__name__}
     kinds = dict(bool=bool, int=int, float=float)
@@ -126,7 +126,7 @@ _OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=tor
                           sgd=torch.optim.SGD, decoupled_sgd=decoupled_groups)
 
 def _options_of(run):
-    "Return, for each field with options, who takes them, and the parameters by name."
+    "Return, for each field with options, a text on what takes the options, and the parameters by name."
     optimizer = inspect.signature(_OPTIMIZER_CLASSES[run.opt]).parameters
     return dict(
         data_args=(f'data set {run.data}', data_options(run.data)),
@@ -178,7 +178,7 @@ def _check_epochs(run):
 
 # %% ../../nbs/experiments/80_config.ipynb #2d06d61c
 def _is_mean_and_std(pair):
-    "Return whether `pair` is a mean and a deviation above 0, each one number or three (channels)."
+    "Return whether `pair` is a mean and a deviation above 0, each a number or three, one per channel."
     if not isinstance(pair, tuple) or len(pair) != 2: return False
     try: mean, std = (np.asarray(v, dtype=float) for v in pair)
     except (TypeError, ValueError): return False
@@ -216,7 +216,7 @@ def _split(run):
     return run.valid, run.seed if run.split is None else run.split
 
 def _check_teacher(run, teacher):
-    "Raise `ValueError` for a teacher of other data, or one trained on the student's validation images."
+    "Raise `ValueError` for a teacher trained on other data, or on the student's validation images."
     if not isinstance(teacher, Run):
         raise ValueError(f'a teacher is given as its `Run`, got {type(teacher).__name__}')
     if teacher.data != run.data:
@@ -273,7 +273,7 @@ def _check(run):
 class _Configuration:
     "Base class of `Run`: its key, the name of its folder, and conversion to and from dicts for JSON."
     def to_dict(self) -> dict:
-        "Return all fields, with options as dicts and teachers as dicts of their own fields."
+        "Return all fields, with options as dicts and teachers as dicts of the same form."
         found = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -320,7 +320,7 @@ class Run(_Configuration):
     epochs: float = 10
     bs: int = 128                # Images per batch, >= 1
     lr: float = 1e-3             # Largest learning rate, > 0; for decoupled_sgd per 1,024 images
-    seed: int = 0                # Seed of weights, split, order, augmentation and noise
+    seed: int = 0                # Seed of starting weights, split, data order, augmentation and noise
     data_args: tuple = ()        # Options of the data set: `noise`
     model_args: tuple = ()       # Options of the model: `init`, `bottleneck`, `dropout`
     method_args: tuple = ()      # Options of the method: `rho`, `spec`

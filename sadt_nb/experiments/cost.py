@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 
 def run_cost(
     run:Run, # A run on a data set in `DATASETS`
-) -> Cost: # Work of this run alone, without that of its teachers
+) -> Cost: # Work of this run alone; its teachers are not included
     """Return the work of a run.
 
     Raises `ValueError` for an image folder, because its number of images is not known, and `ImportError` if

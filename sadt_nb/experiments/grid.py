@@ -218,7 +218,7 @@ def read_history(
     return read_part(root, cfg.name, 'history', [])
 
 def _work_history(cfg, root):
-    "Return the history that a training writes now; beside a finished result it is not yet the run's own."
+    "Return the history of the present training; a run that is trained again also has an old history."
     folder = work_folder(cfg, root)
     return read_part(folder.parent, folder.name, 'history', [])
 
@@ -425,7 +425,7 @@ def _stored_ensemble(file, root):
     return read_archive(root).get(f'ensembles/{file.stem}', {}).get('result')
 
 def run_ensemble(
-    members,       # Trained runs of one data set; without weights, an ensemble with a stored result
+    members,       # Trained runs on one data set; weights may be missing if the result is stored
     root='runs',   # Folder of all results
     device=None,   # `None`: fastai's default device
 ) -> dict: # Test `accuracy` of the ensemble and of each of its `members`; mean `diversity` of logits

@@ -28,7 +28,7 @@ from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 def _six_digits(rows): return [[float(f'{x:.6g}') for x in row] for row in rows]
 
 def _spectrum_as_json(e):
-    "Return the root mean square of all eigenvalues as `value`, and the quadrature that draws the spectrum."
+    "Return the root mean square of all eigenvalues as `value`, and nodes and weights that draw the spectrum."
     squares = torch.tensor([(w * v**2).sum() for v, w in zip(e.nodes, e.weights)])
     value = squares.mean().sqrt().item()
     error = squares.std().item() / len(squares)**.5 / (2 * value)
@@ -116,7 +116,7 @@ def measure_run(
 
     A measure that is stored for the same number of images is not repeated. Other stored measures are kept.
     Raises `ValueError` for an unknown measure, `RunError` if the run has no weights."""
-    at = -1 if force else samples # no stored measure is of -1 images
+    at = -1 if force else samples # no measure is stored for -1 images, so all are missing
     missing, stored = missing_measures(cfg, root, measures, at), _known(cfg, root)
     if not missing: return stored
     if not is_trained(cfg, root):

@@ -35,7 +35,7 @@ def published(
     return every / study
 
 def results_folder(
-    root, # A folder; 'published' or 'published/...': that of the package, unless such a folder exists
+    root, # A folder; 'published' or 'published/...' is in the package, unless such a folder exists here
 ) -> Path:
     "Return the folder of results that `root` names."
     root = Path(root)
@@ -47,7 +47,7 @@ _NUMBERS = ('accuracy', 'accuracy_bn', 'steps', 'forwards', 'backwards', 'train_
 def _is_finite(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
 
 def _check_result(result):
-    "Raise `ValueError` if a result lacks what a table shows."
+    "Raise `ValueError` if a result lacks a number that tables show."
     if not isinstance(result.get('status'), str): raise ValueError('result.json has no status')
     if result['status'] != 'finished': return
     for name in _NUMBERS:
@@ -146,7 +146,7 @@ def publish(
 
 # %% ../../nbs/experiments/82_report.ipynb #096ca2c7
 def _lineage(run):
-    "Return a text on a run's teachers: the number of teachers, or the number of the round."
+    "Return a text on a run's teachers: their number or, for one teacher, the distillation round."
     if not run.teachers: return ''
     if len(run.teachers) > 1: return f'{len(run.teachers)} teachers'
     depth = 0
@@ -247,7 +247,7 @@ def plot_runs(
     results:pd.DataFrame,             # Table of runs from `load_results`
     by:Sequence[str]|None=None,       # Labels, one per row of `results`; `None`: `labels(results)`
     x:Literal['epoch', 'steps', 'forwards']='epoch', # Horizontal axis; steps of the optimizer, forward passes
-    axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; `None`: those of a new figure
+    axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; `None`: a new figure
 ) -> np.ndarray: # The axes: training loss and accuracy, validation loss and accuracy
     "Draw training curves of stored runs."
     df = results.assign(label=labels(results) if by is None else list(by))

@@ -101,7 +101,7 @@ def _valid_accuracy(run, root):
     "Return a run's accuracy on validation images with re-estimated BatchNorm statistics."
     stored = read_result(run, root) or {}
     if 'valid_accuracy_bn' in stored: return stored['valid_accuracy_bn']
-    return read_history(run, root)[-1]['valid_accuracy'] # earlier versions stored no other
+    return read_history(run, root)[-1]['valid_accuracy'] # earlier versions stored only this one
 
 def _chance(facts):
     "Return the accuracy that guessing exceeds in one of forty runs; 0 where the data's size is unknown."
@@ -169,7 +169,7 @@ def sweep(
     optuna = _import_optuna()
     spaces = {label: (spaces or {}).get(label) or ranges(run) for label, run in cases.items()}
     _check_search(cases, spaces, trials, batch)
-    startup = max(4, trials // 3) # random proposals come before those of Optuna's model
+    startup = max(4, trials // 3) # number of random proposals, before Optuna's model proposes
     searches = {label: _Search(optuna, run, spaces[label], seed, startup) for label, run in cases.items()}
     for start in range(0, trials, batch):
         proposals = []

@@ -330,7 +330,7 @@ def smoothed_density(
     n:int=0,                  # Number of Hessian-vector products that gave the nodes
     asked:bool=True,          # `False` if Ctrl-C came before all random vectors were used
 ) -> SpectralDensity: # The density on a grid
-    "Return the spectral density for given nodes and node weights, which may be stored ones."
+    "Return the spectral density for given nodes and node weights, such as stored nodes."
     nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
     weights = [torch.as_tensor(v, dtype=torch.float64) for v in weights]
     low, high = min(float(v[0]) for v in nodes), max(float(v[-1]) for v in nodes)

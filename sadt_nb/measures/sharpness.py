@@ -157,7 +157,7 @@ class FlatnessRecorder(ShowsArguments, Callback):
 
 # %% ../../nbs/measures/51_sharpness.ipynb #57d8939f
 def weight_histograms(
-    model:nn.Module, # The network; its kernels and matrices are counted, its vectors are not
+    model:nn.Module, # The network; parameters with one axis, such as biases, are left out
     bins:int=60,     # Number of bins of equal width, from minus to plus the layer's largest absolute weight
 ) -> dict: # From parameter name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
     "Return a histogram of each layer's weights. Raises `ValueError` for a network without such weights."

@@ -74,7 +74,7 @@ class KeepBest(ShowsArguments, Callback):
 class Generations(NamedTuple):
     "The result of `born_again`; all networks are in evaluation mode."
     models: list      # All generations, from round 0 to the last round
-    independent: list # Network of round 0, and for each later round a network without a teacher; or empty
+    independent: list # The network of round 0, and others trained without a teacher; may be empty
 
     @property
     def ban(self) -> Ensemble:

@@ -59,7 +59,7 @@ def _modified_resnet(layers, outputs, img_size):
     return ModifiedResNet(layers, output_dim=outputs, heads=32, image_size=img_size)
 
 def _zero_shot_file(depth, model, zero_shot):
-    "Return the path of a teacher's weights. On the meta device, `True` gives `None`: nothing is loaded."
+    "Return the file of a teacher's weights; `None` for a network on the meta device, which loads no weights."
     if zero_shot is not True: return zero_shot
     if model.text.is_meta: return None
     return Path(os.environ.get('SADT_WEIGHTS', '.')) / f'clip_resnet{depth}.pth'
@@ -69,7 +69,7 @@ def clip_resnet(
     classes:int=1000, # Number of outputs
     depth:int=50,     # 50 or 101
     img_size:int=224, # Height and width to which images are enlarged, in pixels, a multiple of 32
-    zero_shot=None,   # A teacher's file; `True`: `clip_resnet<depth>.pth` in the folder SADT_WEIGHTS
+    zero_shot=None,   # File of a teacher; `True`: clip_resnet<depth>.pth in the folder $SADT_WEIGHTS
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, values in [0, 1]; gives `(n, classes)` logits
     """Return CLIP's ResNet of open_clip, as a zero-shot teacher or as a network with random weights.
 

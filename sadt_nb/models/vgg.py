@@ -20,7 +20,7 @@ def _unit(layer, norm, dropout):
 
 def vgg16_slim(
     classes:int=10,       # Number of outputs
-    bottleneck=False,     # The released code's extra ReLU layer of width `classes` before the classifier
+    bottleneck=False,     # Add the released code's ReLU layer of width `classes` before the classifier?
     init='torch',         # Starting weights and BatchNorm constants: 'torch' or 'keras'
     conv_dropout:float=.1, # Dropout probability after every convolution
     dropout:float=.3,     # Dropout probability after each of the two dense layers

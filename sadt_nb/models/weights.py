@@ -51,7 +51,7 @@ def _differences(state, own):
     return '; '.join(found)
 
 def _keeping(state, kept):
-    "Return `state`; if one tensor of `kept` does not fit it, all tensors of `kept` replace its own."
+    "Return `state`; if a tensor of `kept` is missing there or has another shape, put all of `kept` into it."
     for k, v in kept.items():
         if k not in state or state[k].shape != v.shape:
             others = {k: v for k, v in state.items() if k not in kept}
@@ -66,9 +66,9 @@ def load_weights(
 ) -> nn.Module: # The same network
     """Load a plain weights file into a network; on the meta device, only check the file.
 
-    If a tensor under `fresh` does not fit, all tensors under `fresh` keep their values. Raises
-    `FileNotFoundError` if there is no file, and `ValueError` if the file holds something other than tensors,
-    or tensors that do not fit the network."""
+    If the file lacks a tensor under `fresh`, or has it in another shape, the network keeps all of its tensors
+    under `fresh`. Raises `FileNotFoundError` if there is no file, and `ValueError` if the file holds other
+    things than tensors, or tensors that do not fit the network."""
     if not Path(file).is_file(): raise FileNotFoundError(f'{file} does not exist')
     own, state = model.state_dict(), read_tensors(file)
     if fresh: state = _keeping(state, {k: v for k, v in own.items() if k.startswith(fresh)})
@@ -94,7 +94,7 @@ def weights_checksum(
 class Normalize(nn.Module):
     """Computes `(x - mean) / std`, channel by channel.
 
-    The layer has no entries in the `state_dict`, so that weights of a network without this layer fit."""
+    The layer has no entries in the `state_dict`: it can be added to a network whose weights are stored."""
     def __init__(self,
         mean, # Mean of each channel, for images with values in [0, 1]
         std,  # Standard deviation of each channel, for the same images

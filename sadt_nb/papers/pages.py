@@ -110,7 +110,7 @@ def comparison(
     scale=1.,             # Share of the published epochs that the runs were trained for
     amp='',               # Mixed precision of the runs; empty: as in the preset
 ) -> pd.DataFrame: # One row per row of the table; accuracies in percent, differences in points
-    "Return our accuracies beside the published ones. Raises `ValueError` if no run has finished."
+    "Return our accuracies beside the published values. Raises `ValueError` if no run has finished."
     cells = pd.DataFrame(_cells(name, results, scale, amp))
     if cells['result'].isna().all(): raise _nothing_finished(name, scale, amp)
     out = []
@@ -255,7 +255,7 @@ def write_pages(
     scale=1.,  # Share of the published epochs that the runs were trained for
     amp='',    # Mixed precision of the runs; empty: as in the preset
 ) -> list[Path]: # HTML page (one file); Markdown page; PNG of its figure if a run has a curve
-    "Write the comparison, its curves, rule and origin to pages. `ValueError` if no run has finished."
+    "Write the comparison, its curves, rule and origin to pages. Raises `ValueError` if no run has finished."
     results = load_results(root)
     table = comparison(name, results, scale, amp)
     table = table.loc[:, (table != '').any()] # drop columns without any value

@@ -48,7 +48,7 @@ PLACES = [
 ]
 
 def studies() -> dict: # Name of a place (a data set with one setup): study page that shows it
-    "Return the study page of each place; each share of wrong labels is a place of its own."
+    "Return the study page of each place; each share of wrong labels is a separate place."
     shown = {_TUNED: 'what_helps_at_a_tuned_rate', _STEP: 'step_cost'}
     for place in PLACES:
         shown[place.name] = place.study
@@ -95,7 +95,7 @@ _SMALL_BATCH, _LARGE_BATCH = 'cifar10 · simple_cnn · 512', 'cifar10 · simple_
 def _called(method): return method.upper().replace('SADT', 'SADT-')
 
 def _at_length(nets, label, a, b, **kw):
-    "Compare method `a` with `b`, both as Simple CNN after all epochs of Table 1, over stored seeds only."
+    "Compare methods `a` and `b` with Simple CNN after all epochs of Table 1, over the stored seeds."
     found = []
     for bs, column in (('512', _SMALL_BATCH), ('2,048', _LARGE_BATCH)):
         words = f'{label} (batches of {bs})'.strip()

@@ -8,7 +8,7 @@ __all__ = ['TABLES']
 # %% ../../nbs/papers/111_tables.ipynb #c56f52b3
 TABLES = {
     'sadt/notebook20': "the released notebook's methods, and three controls",
-    'sadt/table1': 'three networks, two data sets, three batch sizes',
+    'sadt/table1': 'three networks, two data sets, two batch sizes',
     'sadt/table1_controls': 'three controls without a teacher per column',
     'sadt/figure2': 'the runs of Table 1 whose curves are published',
     'sam_study/a': 'SGD and SAM, at equal passes and at equal epochs',

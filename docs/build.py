@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
+import gallery
 import nbformat
 from fastcore.docments import docments, empty
 from nbdev.doclinks import NbdevLookup
@@ -61,6 +62,8 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
         'What all methods are made of: exact perturbation, extra passes, divergences, checkpoints.'))
 # in these folders the source of an exported cell is shown; elsewhere it is folded
 OPEN = ('tutorials', 'guides', 'methods', 'core', 'studies')
+# in these sections the pages are shown as cards with a picture
+GALLERIES = ('tutorials', 'methods', 'studies')
 # pages that are Markdown files in the checkout
 DOCS = dict(citing='docs/citing.md', contributing='CONTRIBUTING.md', changelog='CHANGELOG.md',
             security='SECURITY.md')
@@ -390,18 +393,21 @@ def toctree(entries, **options):
     lines = [f':{k}: {v}'.rstrip() for k, v in options.items()]
     return '\n'.join(['```{toctree}', *lines, '', *entries, '```', ''])
 
-def section(folder, titles):
-    "Return a section's page: the titles and leads of its notebooks."
+def section(folder, notebooks):
+    "Return a section's page: title and lead of each notebook, in a gallery of pictures or in a table."
     title, lead = SECTIONS[folder]
     entries = []
     rows = []
-    for p, (name, what) in titles.items():
+    known = gallery.costs()
+    for p, nb in notebooks.items():
         if not p.startswith(f'{folder}/'): continue
         entry = p.removeprefix(f'{folder}/')
         entries.append(entry)
-        rows.append(f'| [{name}]({entry}.ipynb) | {what} |')
-    contents = toctree(entries, hidden='', maxdepth=1)
-    return '\n'.join([f'# {title}', '', lead, '', '| | |', '|---|---|', *rows, '', contents])
+        name, what = title_and_lead(nb)
+        if folder in GALLERIES: rows += gallery.card(entry, name, what, nb, SOURCE / folder, known)
+        else: rows.append(f'| [{name}]({entry}.ipynb) | {what} |')
+    body = gallery.gallery(rows) if folder in GALLERIES else ['| | |', '|---|---|', *rows]
+    return '\n'.join([f'# {title}', '', lead, '', *body, '', toctree(entries, hidden='', maxdepth=1)])
 
 def first_line(obj, name, module):
     "Return the first line of the docstring of a function or class that `module` defines, else ''."
@@ -435,14 +441,14 @@ def fill(cfg):
     "Write the sources of all pages."
     shutil.rmtree(SOURCE, ignore_errors=True)
     links = Links(cfg)
-    titles = {}
+    read = {}
     for nb, p in links.pages.items():
         new = convert(nb, links)
-        titles[p] = title_and_lead(nbformat.read(nb, as_version=4))
+        read[p] = nbformat.read(nb, as_version=4)
         if p == 'index': new.cells.append(nbformat.v4.new_markdown_cell(contents_of_site()))
         write(SOURCE / f'{p}.ipynb', nbformat.writes(new))
     for folder in SECTIONS:
-        write(SOURCE / folder / 'index.md', section(folder, titles))
+        write(SOURCE / folder / 'index.md', section(folder, read))
         for image in (NBS / folder).glob('*.svg'): shutil.copy(image, SOURCE / folder / image.name)
     for name, file in DOCS.items():
         text = (ROOT / file).read_text(encoding='utf-8')

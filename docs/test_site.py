@@ -246,8 +246,8 @@ def test_every_notebook_has_its_page():
               'genindex.html'}
     assert others <= set(PAGES)
     text = (SITE / 'tutorials' / 'index.html').read_text(encoding='utf-8')
-    table = text.split('<article')[1].split('</table>')[0]
-    order = re.findall(r'href="(\w+\.html)"', table)
+    cards = text.split('<article')[1].split('</article>')[0]
+    order = re.findall(r'sd-stretched-link[^>]*href="(\w+\.html)"', cards)
     assert order == [f'{page_stem(t)}.html' for t in TUTORIALS], 'the course in its order'
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import check_count, check_radius, sam_ascent
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, check_chunk
+from ..core.perturb import Only, check_count, check_only, check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
 class SAM(PerturbedPass):
@@ -27,11 +27,18 @@ class SAM(PerturbedPass):
         interval:int=1, # Extra pass at every interval-th optimizer step, the first included; others are plain
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        only:Only=None, # Perturb 'norm' layers, 'not norm', or where `only(name, parameter)`; `None`: all
+        m:int|None=None, # Perturb each chunk of m samples along its own gradient; `None`: the whole batch
+        start:float=0., # Share of training at which SAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which SAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         check_count(interval=interval)
-        super().__init__(bn, rng)
+        check_only(only)
+        check_chunk(m)
+        super().__init__(bn, rng, start, stop)
         self.rho, self.adaptive, self.interval, self.steps = rho, adaptive, interval, 0
+        self.only, self.m = only, m
 
     def active(self): return self.steps % self.interval == 0
 
@@ -40,7 +47,7 @@ class SAM(PerturbedPass):
 
     def after_step(self):
         super().after_step()
-        self.steps += 1
+        self.steps += self.in_window()
 
     def state_dict(self): return dict(steps=self.steps)
     def load_state_dict(self, state): self.steps = state['steps']

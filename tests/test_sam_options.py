@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import batches, cnn, flat, learner, needed
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import CrossEntropyLossFlat
@@ -19,11 +19,15 @@ from sadt_nb.core.passes import ExtraPass
 from sadt_nb.core.perturb import chosen_params
 from sadt_nb.core.recipe import PartialEpochs
 from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.cost import run_cost
+from sadt_nb.experiments.sweep import at_equal_passes
 from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.looksam import LookSAM
-from sadt_nb.methods.registry import METHODS, make_method, method_options
+from sadt_nb.methods.registry import METHODS, make_method, method_options, passes_of
 from sadt_nb.methods.sam import SAM
+from sadt_nb.models.resnet import resnet20
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 CE = nn.CrossEntropyLoss()
 HYPERS = dict(momentum=.9, weight_decay=1e-3)
@@ -553,3 +557,119 @@ def test_defaults_have_no_part_in_the_key_and_functions_no_place_in_a_run():
     assert Run.from_dict(run.to_dict()) == run
     with pytest.raises(ValueError, match='method_args only'):
         Run(method='sam', method_args=dict(only=nothing))
+
+
+# the first backward computes only what is perturbed
+class Counts(Callback):
+    "Counts which gradients each backward of a Learner leaves, as names."
+    order, run_valid = 8, False
+    def before_fit(self): self.seen = []
+    def after_backward(self):
+        self.seen.append({n for n, p in self.model.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize('m', [None, 4])
+def test_the_first_backward_computes_the_chosen_gradients_only(m):
+    counts, everything = Counts(), {n for n, _ in net().named_parameters()}
+    train([SAM(.5, only='norm', m=m, stop=.5), counts])
+    chunk = [IN_NORMS, everything]
+    per_batch = chunk if m is None else [set(), *chunk, *chunk] # no backward of the whole batch
+    assert counts.seen == per_batch * 3 + [everything] * 3
+
+
+def test_a_shorter_first_backward_changes_no_bit(monkeypatch):
+    for options in (dict(only='norm'), dict(only='not norm', m=4), dict(only=kernels, adaptive=True)):
+        short = train([SAM(.5, **options)])
+        with monkeypatch.context() as patch:
+            patch.setattr(SAM, 'first_inputs', lambda self: None)
+            assert torch.equal(train([SAM(.5, **options)]), short)
+
+
+def test_a_callback_that_replaces_the_backward_is_left_in_place():
+    calls = []
+    class Counted(Callback):
+        order = -5
+        def before_fit(self):
+            real = self.learn._backward
+            def backward():
+                calls.append(self.learn.loss_grad)
+                return real()
+            self.learn._backward = self.backward = backward
+        def after_batch(self):
+            if self.training: assert self.learn._backward is self.backward
+    expected = train([SAM(.5, only='norm')])
+    assert torch.equal(train([SAM(.5, only='norm'), Counted()]), expected)
+    assert len(calls) == 12
+
+
+def test_a_cancelled_batch_leaves_the_learner_as_it_was():
+    class Cancels(Callback):
+        order, run_valid = 20, False
+        def before_backward(self):
+            if self.iter == 2 and not getattr(self.learn, '_replaying', False): raise CancelBatchException
+    model = net()
+    learn = learner(model, [SAM(.5, only='norm'), Cancels()], SIX, opt_func=torch_sgd)
+    learn.fit(1)
+    assert '_backward' not in vars(learn)
+
+
+def test_the_wrapper_computes_the_chosen_gradients_only():
+    model, opt = wrapped(SAM(.5, only='norm'))
+    seen = []
+    for p in model.parameters(): p.register_hook(lambda g: seen.append(1))
+    opt.step(closure(model, SIX[0]))
+    assert len(seen) == 4 + 10
+
+
+def test_the_wrapper_with_a_choice_that_the_batch_does_not_use():
+    model = HasUnusedNorm()
+    opt = MethodOptimizer(SAM(.5, only='norm'), torch.optim.SGD(model.parameters(), lr=.1, **HYPERS), model)
+    for batch in SIX: opt.step(closure(model.train(), batch))
+    torch.testing.assert_close(flat(model, buffers=True), train([], HasUnusedNorm()), **CLOSE)
+    other = net()
+    with pytest.raises(ValueError, match='does the closure run this network'):
+        opt.step(closure(other, SIX[0]))
+
+
+# what it costs
+def test_the_cost_follows_the_options():
+    expected = {('sam', 'start', .8): 1.2, ('sam', 'interval', 4): 1.25, ('looksam', 'k', 10): 1.1,
+                ('esam', 'gamma', 1.): 2, ('esam', 'gamma', .25): 1 + 1/3 + .25, ('sam', 'm', 32): 7/3,
+                ('asam', 'only', 'norm'): 5/3, ('sam', 'only', 'not norm'): 2, ('gsam', 'stop', .25): 1.25,
+                ('sadt2', 'start', .5): 2, ('sadt2', 'rho', .1): 2, ('sadt1', 'kl_weight', 0): 1,
+                ('sadt1', 'perturb', (1, 2, 3)): 4, ('sadt3', 'grad_at', 'up'): 7/3, ('saf', 'lag', 2): 1}
+    for (name, option, value), passes in expected.items():
+        assert passes_of(name, **{option: value}) == pytest.approx(passes), (name, option)
+    assert passes_of('sam', start=.5, stop=.75, interval=2, only='norm', m=8) == pytest.approx(1.125)
+    for name, method in METHODS.items(): assert passes_of(name) == pytest.approx(method.passes), name
+    with pytest.raises(ValueError, match="no option 'k'"): passes_of('sam', k=3)
+    with pytest.raises(ValueError, match='unknown method'): passes_of('sma')
+
+
+def test_plans_count_the_options():
+    run = Run(data='cifar10', method='sam', epochs=10, n_train=1000, bs=100)
+    late = run.but(method_args=dict(start=.8))
+    plain = run.but(method='baseline')
+    assert [run_cost(r).passes for r in (plain, run, late)] == pytest.approx([100, 200, 120])
+    assert at_equal_passes(late, plain).epochs == 8
+    assert at_equal_passes(plain, late).epochs == 12
+
+
+def operations(method, data):
+    "Return the floating point operations of training, without validation."
+    learn = learner(resnet20(10), method, data, opt_func=torch_sgd)
+    learn.dls.loaders[1] = []
+    with FlopCounterMode(display=False) as counter: learn.fit(1)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize('name, options', [
+    ('sam', {}), ('sam', dict(only='norm')), ('asam', dict(only='norm', m=4)), ('sam', dict(m=4)),
+    ('sam', dict(start=.5)), ('sam', dict(only='norm', m=2, stop=.5)), ('looksam', dict(k=2)),
+    ('esam', dict(gamma=.25))])
+def test_counted_operations_are_those_of_the_registry(name, options):
+    "PyTorch's counter knows nothing of passes. The first layer has no gradient of its input."
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 3, 32, 32, generator=g), torch.arange(8)) for _ in range(4)]
+    ratio = operations(make_method(name, **options), data) / operations([], data)
+    assert ratio == pytest.approx(passes_of(name, **options), rel=.02)

@@ -145,6 +145,7 @@ class PlainLoop(_Gradients):
         rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch
         loss_func:Callable|None=None,   # Function of the logits instead of the closure's own loss
         between:Callable|None=None,     # Called between forward and backward
+        inputs:list|None=None,          # Parameters whose gradients are computed; `None`: all
     ) -> Tensor: # Detached
         "Run the closure, call backward if the closure has not called it, and return the loss."
         out = self.xb(rows) if self.per_sample else self.xb()
@@ -157,7 +158,7 @@ class PlainLoop(_Gradients):
         if not self.has_gradients():
             _check_loss(loss)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
-            scaled.backward()
+            scaled.backward(inputs=inputs)
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
 
@@ -265,10 +266,13 @@ def _loop_backward(loop, closure):
     try:
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may make its backward itself
-        with _noticed_zeroing(loop.optimizer, loop.model) as zeroed: loss = loop.run(between=between)
+        inputs = method.first_inputs() if isinstance(method, PerturbedPass) else None
+        with _noticed_zeroing(loop.optimizer, loop.model) as zeroed:
+            loss = loop.run(between=between, inputs=inputs)
         if zeroed: kept = {} # the closure begins a new batch, as PyTorch's closures do
-        _check_gradients(loop.model)
+        if not inputs: _check_gradients(loop.model)
         loop('after_backward')
+        if inputs: _check_gradients(loop.model) # the first pass may have reached none of `inputs`
     finally:
         sync_gradients(loop.model, True)
         add_gradients(kept)

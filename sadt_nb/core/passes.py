@@ -25,7 +25,7 @@ from fastai.learner import Learner
 from .arguments import ShowsArguments
 from .perturb import check_count, chosen_params, copied, local_parts, perturbed
 from .perturb import settle_gradients, trainable_params, version_of, weights_moved
-from .ranks import average_over_ranks, sync_gradients
+from .ranks import average_over_ranks, n_ranks, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
 ORDERS = dict(
@@ -482,6 +482,72 @@ class _OwnGradients(ExtraPass):
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
+# %% ../../nbs/core/01_passes.ipynb #4e57be0d
+class _LossOf:
+    "A loss whose `backward` computes the gradients of some parameters only."
+    def __init__(self, loss, inputs): self.loss, self.inputs = loss, inputs
+    def backward(self): self.loss.backward(inputs=self.inputs)
+
+def _limit_backward(learn, inputs):
+    "Let the next backward of a Learner compute the gradients of `inputs` only."
+    own = vars(learn).get('_backward') # of a callback that counts backwards, for example
+    whole = learn._backward
+    def limited():
+        if own is None: del learn._backward
+        else: learn._backward = own
+        loss = learn.loss_grad
+        learn.loss_grad = _LossOf(loss, inputs)
+        try: whole()
+        finally: learn.loss_grad = loss
+    limited.whole = own
+    learn._backward = limited
+
+def _unlimit_backward(learn):
+    "Undo `_limit_backward` if no backward has followed, because another callback has cancelled the batch."
+    limited = vars(learn).get('_backward')
+    if not hasattr(limited, 'whole'): return
+    if limited.whole is None: del learn._backward
+    else: learn._backward = limited.whole
+
+# %% ../../nbs/core/01_passes.ipynb #257f01ae
+class _ChosenParams(_OwnGradients):
+    "Perturbs the parameters that `only` chooses, and computes only their gradients in the first pass."
+    only = None # see `chosen_params`
+
+    def before_fit(self):
+        super().before_fit()
+        _unlimit_backward(self.learn)
+        self._chosen = None if self.only is None else chosen_params(self.learn.model, self.only)
+
+    def chosen(self,
+        grads:dict[str, Tensor], # Gradients by name
+    ) -> dict[str, Tensor]: # A dict of its own
+        "Return the gradients of the parameters that are perturbed."
+        return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
+
+    def first_inputs(self) -> list|None: # `None`: all parameters
+        "Return the parameters whose gradients the first pass of this batch needs."
+        if self._chosen is None or n_ranks() > 1 or not self.makes_pass(): return None
+        return [p for n, p in trainable_params(self.learn.model).items() if n in self._chosen]
+
+    def limit_backward(self):
+        "Let the next backward compute the gradients that the first pass needs."
+        inputs = self.first_inputs()
+        plain_loop = hasattr(self.learn, 'own_replay') # it asks for `first_inputs` itself
+        if inputs and not plain_loop: _limit_backward(self.learn, inputs)
+
+    def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
+        if not self.replaying: self.limit_backward()
+
+    def after_batch(self):
+        super().after_batch()
+        _unlimit_backward(self.learn)
+
+    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
+        "Return whether the batch gave, or may have given, a trainable parameter of the network a gradient."
+        if self.first_inputs(): return True # the other gradients were not computed
+        return any(p.grad is not None for p in trainable_params(self.model).values())
+
 # %% ../../nbs/core/01_passes.ipynb #4b0c4ba9
 def check_rows(
     learn:Learner, # A Learner, before training
@@ -509,23 +575,15 @@ def _scale_gradients(params, factor):
     if grads: torch._foreach_mul_(grads, factor)
 
 # %% ../../nbs/core/01_passes.ipynb #6d070faf
-class _Chunks(_OwnGradients):
+class _Chunks(_ChosenParams):
     "Cuts the batch into chunks of `m` samples, whose passes are made one after another."
-    only = None  # which parameters are perturbed, see `chosen_params`
     m = None     # number of samples per chunk; `None`: the whole batch
     cuts = False # whether the current batch is cut
 
     def before_fit(self):
         super().before_fit()
         self._buffers_before, self.cuts = None, False
-        self._chosen = None if self.only is None else chosen_params(self.learn.model, self.only)
         if self.m is not None: check_rows(self.learn, '`m`', 'm=None')
-
-    def chosen(self,
-        grads:dict[str, Tensor], # Gradients by name
-    ) -> dict[str, Tensor]: # A dict of its own
-        "Return the gradients of the parameters that are perturbed."
-        return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
 
     def before_batch(self):
         super().before_batch()
@@ -537,6 +595,7 @@ class _Chunks(_OwnGradients):
     def before_backward(self):
         super().before_backward()
         if self.replaying or not self.cuts: return
+        _unlimit_backward(self.learn) # no backward follows: each chunk has its own
         _restore_buffers(self._buffers_before)
         self._buffers_before = None
         for name in ('pred', 'loss', 'loss_grad'): # frees the graph of the whole batch
@@ -544,16 +603,13 @@ class _Chunks(_OwnGradients):
             setattr(self.learn, name, value)
         raise CancelBackwardException()
 
-    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
-        "Return whether the batch gave any trainable parameter of the network a gradient."
-        return any(p.grad is not None for p in trainable_params(self.model).values())
-
     def passes_by_chunk(self):
         "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
         n, params, total = batch_size(self.learn.xb), stepped_params(self.learn), {}
         sync_gradients(self.learn.model, False)
         for rows in torch.arange(n, device=_device_of_batch(self.learn.xb)).split(int(self.m)):
             start = rng_states(device_of(self.model)) if self.rng == 'replay' else None
+            self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
             if self.has_gradients():
                 for _ in self.extra_pass(*self.first_gradients()): self.replay(rows=rows, rng_state=start)

@@ -2,8 +2,12 @@
 
 The loops were written from the definitions: SAM-ON, m-sharpness, late-phase SAM."""
 import math
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -673,3 +677,61 @@ def test_counted_operations_are_those_of_the_registry(name, options):
     data = [(torch.randn(8, 3, 32, 32, generator=g), torch.arange(8)) for _ in range(4)]
     ratio = operations(make_method(name, **options), data) / operations([], data)
     assert ratio == pytest.approx(passes_of(name, **options), rel=.02)
+
+
+# two processes
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    "Return the output of `sam_options_worker.py`, by case."
+    pytest.importorskip('accelerate', reason='fastai distributes through accelerate')
+    out = tmp_path_factory.mktemp('ddp') / 'results.pt'
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    script = Path(__file__).with_name('sam_options_worker.py')
+    command = [*torchrun, str(script), str(out)]
+    r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert r.returncode == 0, r.stderr[-3000:]
+    return torch.load(out, weights_only=False)
+
+
+@pytest.mark.parametrize('case', ['only', 'm', 'm and only', 'late'])
+def test_two_processes_are_micro_batches_of_one(case, two_processes):
+    import distributed_worker as worker
+    import sam_options_worker as options
+    got = two_processes[case]
+    assert got['same'], 'all processes end with the same weights'
+    dl = worker.AsTwoProcesses(worker.samples(), bs=worker.BS)
+    learn = learner(cnn(bn=False), [options.CASES[case](), GradientAccumulation(2 * worker.BS)],
+                    opt_func=worker.momentum_sgd)
+    learn.dls.loaders = [dl, worker.Ordered(worker.samples(), bs=8)]
+    learn.fit(worker.EPOCHS)
+    torch.testing.assert_close(got['weights'], flat(learn.model), rtol=1e-9, atol=1e-11)
+    by_backward, in_all = sum(got['messages']), got['direct']
+    assert in_all == len(got['messages']), 'one message per batch'
+    assert by_backward == (0 if 'm' in case else in_all), 'chunks are averaged at the end'
+
+
+# Lightning
+def test_lightning_knows_how_long_training_is():
+    lightning = pytest.importorskip('lightning')
+    from sadt_nb.core.lightning import MethodCallback
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(3)
+            self.net = net()
+        def training_step(self, batch): return CE(self.net(batch[0]), batch[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.net.parameters(), lr=.1, **HYPERS)
+    def fit(method, **kw):
+        module = Module()
+        trainer = lightning.Trainer(
+            precision='64-true', accelerator='cpu', callbacks=[MethodCallback(method)], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            **dict(max_epochs=2) | kw)
+        trainer.fit(module, torch.utils.data.DataLoader(SIX, batch_size=None))
+        return flat(module.net, buffers=True)
+    options = dict(only='norm', interval=2, start=.4, stop=.9)
+    expected = train([SAM(.5, **options)], epochs=2)
+    torch.testing.assert_close(fit(SAM(.5, **options)), expected, **CLOSE)
+    with pytest.raises(ValueError, match='Trainer with a limit'): fit(SAM(start=.5), max_epochs=-1)
+    with pytest.raises(ValueError, match='`m` needs a fastai Learner'): fit(SAM(m=4))

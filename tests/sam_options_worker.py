@@ -22,7 +22,8 @@ def kernels(name, parameter): return parameter.ndim > 1
 
 
 CASES = {'only': lambda: SAM(.3, only=kernels), 'm': lambda: SAM(.3, m=2), # of 4 samples per process
-         'm and only': lambda: ASAM(.3, m=3, only=kernels), 'late': lambda: SAM(.3, start=1/3)} # a third of 9 batches
+         'm and only': lambda: ASAM(.3, m=3, only=kernels),
+         'late': lambda: SAM(.3, start=1/3)} # a third of 9 batches
 
 
 def train(make, direct):

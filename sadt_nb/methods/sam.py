@@ -19,8 +19,10 @@ from ..core.perturb import Only, check_count, check_only, check_radius, sam_asce
 class SAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
-    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient. Raises
-    `ValueError` for a radius that is not positive, an interval below 1, or an unknown policy."""
+    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient; a batch
+    in chunks of `m` is as many micro-batches. `interval` counts from `start` on. Raises `ValueError` for an
+    option out of range, and, before training starts, if `only` chooses no parameter of the network, and for
+    `m` with MixUp or CutMix of fastai."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then `rho` is about 2

@@ -15,12 +15,14 @@ from conftest import batches, cnn, flat, learner, needed
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
+from fastai.learner import Recorder
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.passes import ExtraPass
 from sadt_nb.core.perturb import chosen_params
+from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.core.recipe import PartialEpochs
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
@@ -28,6 +30,7 @@ from sadt_nb.experiments.sweep import at_equal_passes
 from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options, passes_of
+from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
 from sadt_nb.models.resnet import resnet20
 from torch import nn
@@ -432,12 +435,6 @@ def test_fractions_of_an_epoch():
     assert tape.forwards[:9] == [1] * 3 + [2] * 3 + [1] * 3
 
 
-def test_a_search_for_a_rate_has_the_extra_pass_throughout():
-    method = SAM(.2, start=.9)
-    method.learn = type('Learn', (), dict(lr_finder=1, pct_train=0.))()
-    assert method.in_window()
-
-
 @pytest.mark.parametrize('name', ['sam', 'looksam', 'sadt1', 'esam'])
 @pytest.mark.parametrize('epochs', [3, 2.5])
 @pytest.mark.parametrize('stopped_after', [1, 2])
@@ -735,3 +732,83 @@ def test_lightning_knows_how_long_training_is():
     torch.testing.assert_close(fit(SAM(.5, **options)), expected, **CLOSE)
     with pytest.raises(ValueError, match='Trainer with a limit'): fit(SAM(start=.5), max_epochs=-1)
     with pytest.raises(ValueError, match='`m` needs a fastai Learner'): fit(SAM(m=4))
+
+
+# with other features
+@pytest.mark.parametrize('mode', ['bf16', 'fp16'])
+@pytest.mark.parametrize('options', [dict(only='norm'), dict(m=4), dict(m=4, only='norm')])
+def test_mixed_precision(mode, options):
+    "In half precision, chunks are still micro-batches, and a shorter first backward still changes nothing."
+    data = [(x.float(), y) for x, y in SIX]
+    class Logits(Callback):
+        def after_pred(self): self.dtypes = {*getattr(self, 'dtypes', ()), self.pred.dtype}
+    def fit(cbs, data):
+        model, logits = net().float(), Logits()
+        learner(model, [*cbs, DeviceMixedPrecision(mode), logits], data, opt_func=torch_sgd).fit(1)
+        assert dict(bf16=torch.bfloat16, fp16=torch.float16)[mode] in logits.dtypes
+        return flat(model)
+    got = fit([SAM(.2, **options)], data)
+    m = options.get('m', 8)
+    micro = [part for x, y in data for part in zip(x.split(m), y.split(m))]
+    whole_backward = SAM(.2, only=options.get('only'))
+    whole_backward.first_inputs = lambda: None
+    expected = fit([whole_backward, GradientAccumulation(8)], micro)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('options', [dict(first_step=False), dict(variant=2), dict(perturb=None, rho=.1)])
+def test_variants_of_sadt_are_plain_after_the_window(options):
+    late = taped([SADT(**options, stop=.5)], keep=6)
+    there = continued_plainly(late.kept, SIX)
+    for a, b in zip(late.weights[6:], there, strict=True): assert torch.equal(a, b)
+
+
+def test_a_search_for_a_rate_is_made_with_the_method():
+    "The window is a share of the search, too, but the curve must not change within it."
+    def losses(method):
+        torch.manual_seed(3)
+        learn = learner(cnn().float(), [method], [(x.float(), y) for x, y in SIX])
+        learn.add_cb(Recorder())
+        learn.lr_find(num_it=12, show_plot=False, stop_div=False)
+        return torch.stack(learn.recorder.losses)
+    assert torch.equal(losses(SAM(.2, start=.5)), losses(SAM(.2)))
+
+
+def test_a_network_that_keeps_a_state_of_every_sample_can_be_cut():
+    "Each chunk continues from the states of its own samples."
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.state = nn.Linear(5, 3).double(), torch.zeros(8, 3, dtype=torch.float64)
+        def forward(self, x):
+            out = self.layer(x) + self.state
+            self.state = out.detach()
+            return out
+    class Part(nn.Module):
+        def __init__(self, layer, start):
+            super().__init__()
+            self.layer, self.start = layer, start
+        def forward(self, x): return self.layer(x) + self.start
+    data = batches(n=24, bs=8)
+    def cut(m):
+        torch.manual_seed(0)
+        model = Keeps()
+        learn = learner(model, [SAM(.2, m=m)], data, opt_func=torch_sgd)
+        learn.dls.loaders[1] = []
+        learn.fit(1)
+        return flat(model), model.state
+    torch.manual_seed(0)
+    model = Keeps()
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1, **HYPERS)
+    for x, y in data:
+        start, after, parts = model.state, None, []
+        with torch.no_grad(): after = model(x)
+        for rows in (slice(0, 4), slice(4, 8)):
+            part = Part(model.layer, start[rows])
+            parts.append(sharp_gradient(part, x[rows], y[rows], .2, CHOSEN[None], sam_T))
+        for n, p in model.named_parameters(): p.grad = sum(g[n] for g in parts) / 2
+        model.state = after
+        optimizer.step()
+    weights, state = cut(4)
+    torch.testing.assert_close(weights, flat(model), **CLOSE)
+    torch.testing.assert_close(state, model.state, **CLOSE)

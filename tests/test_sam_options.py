@@ -407,15 +407,16 @@ def test_all_options_together():
 @pytest.mark.parametrize('batches_in_all', [3, 7, 10, 49, 1000])
 def test_shares_are_exact_in_spite_of_rounding(batches_in_all):
     "fastai adds up shares; ten times 0.1 is a little less than 1."
-    method = SAM(start=.3, stop=.7)
-    method.learn = type('Learn', (), {})()
-    done, inside = 0., []
-    for i in range(batches_in_all):
-        method.learn.pct_train = done
-        inside.append(method.in_window())
-        done += 1 / batches_in_all
-    exact = [3 * batches_in_all <= 10 * i < 7 * batches_in_all for i in range(batches_in_all)]
-    assert inside == exact
+    for start, stop in ((3, 7), (8, 9), (1, 8)):
+        method = SAM(start=start / 10, stop=stop / 10)
+        method.learn = type('Learn', (), {})()
+        done, inside = 0., []
+        for _ in range(batches_in_all):
+            method.learn.pct_train = done
+            inside.append(method.in_window())
+            done += 1 / batches_in_all
+        exact = [start * batches_in_all <= 10 * i < stop * batches_in_all for i in range(batches_in_all)]
+        assert inside == exact
 
 
 def test_intervals_count_from_the_start_of_the_window():

@@ -16,9 +16,9 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
 from .passes import BatchNormPolicy, ExtraPass, PerturbedPass, RandomPolicy, add_gradients
-from .passes import bn_policy, device_of, from_hidden_states, hidden_states
+from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
 from .passes import rng_policy, step_unscaled, stepped_params, take_gradients
-from .perturb import clip_gradients_, settle_gradients, trainable_params, version_of
+from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params, version_of
 from .perturb import weights_moved
 from .ranks import sync_gradients
 
@@ -81,6 +81,21 @@ class _Gradients:
         "Return whether no gradient is infinite or NaN."
         return all(p.grad.isfinite().all() for p in stepped_params(self) if p.grad is not None)
 
+# %% ../../nbs/core/13_closures.ipynb #bff10877
+def _check_window(method, total_steps):
+    "Raise `ValueError` if a method works in a part of training, and the length of training is not known."
+    if total_steps is not None: check_count(total_steps=total_steps)
+    if total_steps is not None or is_whole_training(method): return
+    raise ValueError('`start` and `stop` are shares of training, whose number of steps is not known here; '
+                     'give `MethodOptimizer(..., total_steps=...)`, or in Lightning a Trainer with a limit')
+
+def _check_chunks(method):
+    "Raise `ValueError` for a method that cuts batches into chunks, because a closure runs the whole batch."
+    if getattr(method, 'm', None) is None: return
+    raise ValueError('`m` needs a fastai Learner, which can cut a batch; in another loop, make each chunk of '
+                     'm samples a micro-batch: `backward(closure)` for each, then `step()`; in Lightning: '
+                     '`accumulate_grad_batches`')
+
 # %% ../../nbs/core/13_closures.ipynb #998dcd97
 class PlainLoop(_Gradients):
     "What a method needs of a Learner in a loop without one: network, optimizer, and passes over a batch."
@@ -92,7 +107,11 @@ class PlainLoop(_Gradients):
         optimizer:torch.optim.Optimizer, # Steps the network's parameters
         scaler:torch.amp.GradScaler|None=None, # Unscales before the step
         max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
+        total_steps:int|None=None,       # Steps of the whole training, for `start` and `stop`
     ):
+        _check_window(method, total_steps)
+        _check_chunks(method)
+        self.total_steps, self.steps_done = total_steps, 0
         self.method, self.model, self.optimizer = method, model, optimizer
         self.scaler, self.max_norm, self.opt = scaler, max_norm, _Groups(optimizer)
         self.cbs, self.xb, self.yb, self.pred = L(), None, (), None
@@ -100,6 +119,11 @@ class PlainLoop(_Gradients):
         self.batches = 0 # since the last step
         self.add_cb(method)
         method.before_fit()
+
+    @property
+    def pct_train(self) -> float:
+        "Return the finished share of training, as a Learner's `pct_train`."
+        return min(1., self.steps_done / self.total_steps)
 
     def add_cb(self,
         cb:Callback, # Gets this loop as its `learn`
@@ -121,6 +145,7 @@ class PlainLoop(_Gradients):
         rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch
         loss_func:Callable|None=None,   # Function of the logits instead of the closure's own loss
         between:Callable|None=None,     # Called between forward and backward
+        inputs:list|None=None,          # Parameters whose gradients are computed; `None`: all
     ) -> Tensor: # Detached
         "Run the closure, call backward if the closure has not called it, and return the loss."
         out = self.xb(rows) if self.per_sample else self.xb()
@@ -133,7 +158,7 @@ class PlainLoop(_Gradients):
         if not self.has_gradients():
             _check_loss(loss)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
-            scaled.backward()
+            scaled.backward(inputs=inputs)
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
 
@@ -241,10 +266,13 @@ def _loop_backward(loop, closure):
     try:
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may make its backward itself
-        with _noticed_zeroing(loop.optimizer, loop.model) as zeroed: loss = loop.run(between=between)
+        inputs = method.first_inputs() if isinstance(method, PerturbedPass) else None
+        with _noticed_zeroing(loop.optimizer, loop.model) as zeroed:
+            loss = loop.run(between=between, inputs=inputs)
         if zeroed: kept = {} # the closure begins a new batch, as PyTorch's closures do
-        _check_gradients(loop.model)
+        if not inputs: _check_gradients(loop.model)
         loop('after_backward')
+        if inputs: _check_gradients(loop.model) # the first pass may have reached none of `inputs`
     finally:
         sync_gradients(loop.model, True)
         add_gradients(kept)
@@ -269,6 +297,7 @@ def _loop_step(loop):
         loop('after_cancel_step')
         loop('after_step')
     loop('after_batch')
+    loop.steps_done += 1
     loop.batches = 0
     loop.remember_used()
 
@@ -381,13 +410,16 @@ class _Wrapped(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        "Return the base optimizer's state, and the method's under 'method'."
-        return self.base.state_dict() | dict(method=self.method.state_dict())
+        "Return the base optimizer's state, the method's under 'method', the number of steps if it matters."
+        state = self.base.state_dict() | dict(method=self.method.state_dict())
+        if self._loop.total_steps is not None: state['steps_done'] = self._loop.steps_done
+        return state
 
     def load_state_dict(self, state_dict):
         "Load what `state_dict` returned; the state of the base optimizer alone is accepted, too."
         state = dict(state_dict)
         method = state.pop('method', None)
+        self._loop.steps_done = state.pop('steps_done', self._loop.steps_done)
         self.base.load_state_dict(state)
         if method is not None: self.method.load_state_dict(method)
 
@@ -402,18 +434,20 @@ class MethodOptimizer(_Wrapped):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
 
     Raises `TypeError` for a method that needs a fastai Learner, and `ValueError` for a base optimizer that
-    steps nothing of the network, or that evaluates the loss itself."""
+    steps nothing of the network, or that evaluates the loss itself, for `start` or `stop` without
+    `total_steps`, and for `m`."""
     def __init__(self,
         method:ExtraPass,         # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
         scaler:'torch.amp.GradScaler|None'=None, # `step` then unscales; call `scaler.update()` yourself
         max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
+        total_steps:int|None=None, # Steps of the whole training; needed for a method's `start` and `stop`
     ):
         _check_method(method)
         _check_base(optimizer, model)
         super().__init__(method, optimizer)
-        self._loop = PlainLoop(method, model, optimizer, scaler, max_norm)
+        self._loop = PlainLoop(method, model, optimizer, scaler, max_norm, total_steps)
         self._second = None # the rest of a step that `first_step` began
         self._remember_states()
 
@@ -454,7 +488,7 @@ class MethodOptimizer(_Wrapped):
         self._abandon()
         _check_gradients(self._loop.model)
         self._loop.batches = 1
-        if method.active():
+        if method.makes_pass():
             self._second = _MovedWeights(self._loop)
             return True
         method._stash = {}

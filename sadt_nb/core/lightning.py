@@ -14,7 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from .closures import MethodOptimizer, PlainLoop, check_one_pass
-from .passes import PerturbedPass, device_of, rng_states
+from .passes import PerturbedPass, device_of, is_whole_training, rng_states
 from .ranks import sync_gradients
 
 try: from lightning.pytorch import Callback
@@ -64,6 +64,12 @@ def _check_trainer(trainer, module):
         raise ValueError('MethodCallback does not serve accumulate_grad_batches > 1 with several processes; '
                          'use larger batches, or accumulate_grad_batches=1')
 
+def _total_steps(trainer, method):
+    "Return the number of optimizer steps of a training; `None` without a limit, or if it has no effect."
+    if is_whole_training(method): return None
+    total = trainer.estimated_stepping_batches # -1 or infinity: no limit
+    return int(total) if 0 < total < float('inf') else None
+
 def _check_optimizers(trainer):
     "Raise `ValueError` if the optimizer makes the passes of a method, too."
     for opt in trainer.optimizers:
@@ -89,10 +95,12 @@ class MethodCallback(Callback):
 
     def on_train_start(self, trainer, pl_module):
         _check_optimizers(trainer)
-        self._loop = PlainLoop(self.method, trainer.strategy.model, trainer.optimizers[0])
+        self._loop = PlainLoop(self.method, trainer.strategy.model, trainer.optimizers[0],
+                               total_steps=_total_steps(trainer, self.method))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._loop.xb = partial(_training_step, trainer, pl_module, batch, batch_idx)
+        self._loop.steps_done = trainer.global_step
         self._loop('before_batch')
         if self.method.rng == 'replay': self.method.rng_state = rng_states(device_of(pl_module))
         self._stepped = False

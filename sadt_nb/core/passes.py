@@ -6,7 +6,8 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size', 'replay',
-           'check_single', 'ExtraPass', 'PerturbedPass', 'StepGrads', 'step_unscaled']
+           'check_single', 'check_window', 'is_whole_training', 'ExtraPass', 'check_rows', 'check_chunk',
+           'PerturbedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -16,14 +17,15 @@ from typing import Callable, Iterable, Literal
 import torch
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
-from .perturb import copied, local_parts, perturbed, settle_gradients, trainable_params
-from .perturb import version_of, weights_moved
-from .ranks import sync_gradients
+from .perturb import check_count, chosen_params, copied, local_parts, perturbed
+from .perturb import settle_gradients, trainable_params, version_of, weights_moved
+from .ranks import average_over_ranks, n_ranks, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
 ORDERS = dict(
@@ -61,19 +63,27 @@ def set_rng_states(
     if states[1] is not None: torch.get_device_module(device).set_rng_state(states[1], device)
 
 # %% ../../nbs/core/01_passes.ipynb #f346ef65
+def _buffer_copies(model):
+    "Return module, name, buffer and a copy of the buffer, for every buffer of a network."
+    slots = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
+    before = {id(b): b.clone() for _, _, b in slots if b is not None}
+    return [(m, name, b, None if b is None else before[id(b)]) for m, name, b in slots]
+
+@torch.no_grad()
+def _restore_buffers(copies):
+    "Put back what `_buffer_copies` has copied."
+    for module, name, buffer, before in copies:
+        if buffer is not None: buffer.copy_(before)
+        module._buffers[name] = buffer # a forward may have replaced the tensor
+
 @contextmanager
 def kept_buffers(
     model:nn.Module, # The network; only its buffers are restored, not its parameters
 ):
     "Inside, forward passes may change the model's buffers; at the end, all buffers are restored."
-    slots = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
-    before = {id(b): b.clone() for _, _, b in slots if b is not None}
+    copies = _buffer_copies(model)
     try: yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer in slots:
-                if buffer is not None: buffer.copy_(before[id(buffer)])
-                module._buffers[name] = buffer # a forward may have replaced the tensor
+    finally: _restore_buffers(copies)
 
 @contextmanager
 def bn_policy(
@@ -239,6 +249,8 @@ def batch_size(
     "Return the number of samples in a batch: the length of its first tensor."
     return next(len(t) for t in tree_leaves(xb) if isinstance(t, Tensor))
 
+def _device_of_batch(xb): return next(t.device for t in tree_leaves(xb) if isinstance(t, Tensor))
+
 def _rows_of(batch, rows):
     "Return `batch`, a tuple of tensors, dicts or lists, with only the samples at `rows` in every tensor."
     return tree_map_only(Tensor, lambda t: t[rows], batch)
@@ -327,8 +339,39 @@ def check_single(
         names = f'{type(cb).__name__} and {type(others[0]).__name__}'
         raise ValueError(f'a Learner can have one method that {why}, got {names}; remove one of the two')
 
+# %% ../../nbs/core/01_passes.ipynb #62968a0b
+_ROUNDING = 1e-9 # fastai adds up the finished share of training, batch by batch
+
+def check_window(
+    start:float, # Share of training
+    stop:float,  # Share of training
+):
+    "Raise `ValueError` unless `start` and `stop` are shares of training, the first below the second."
+    for name, value in dict(start=start, stop=stop).items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise ValueError(f'`{name}` must be a share of training, from 0 to 1, got {value!r}')
+    if start >= stop:
+        raise ValueError(f'`start` must be below `stop`, got {start} and {stop}; '
+                         'use the plain optimizer for no extra pass')
+
+def is_whole_training(
+    method:Callback, # A method with an extra pass
+) -> bool: # `False`: the method has to know how long training is
+    "Return whether a method is at work from the start of training to its end."
+    return method.start == 0 and method.stop == 1
+
+class _Window:
+    "The part of training in which a method is at work."
+    start, stop = 0., 1. # shares of training
+
+    def in_window(self) -> bool: # `False`: the batch is one of plain training
+        "Return whether the current batch lies between `start` and `stop`."
+        if is_whole_training(self) or hasattr(self.learn, 'lr_finder'): return True
+        done = self.learn.pct_train + _ROUNDING # the share before this batch
+        return self.start <= done and (done < self.stop or self.stop == 1)
+
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
-class ExtraPass(ShowsArguments, Callback):
+class ExtraPass(_Window, ShowsArguments, Callback):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
     order, run_valid = ORDERS['extra_pass'], False
     needs_logits = False # whether the predictions are needed, not the loss alone
@@ -336,9 +379,12 @@ class ExtraPass(ShowsArguments, Callback):
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which the method sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which the method ends, in [0, 1]; after: plain training
     ):
         _check_policy(bn, rng)
-        self.bn, self.rng = bn, rng
+        check_window(start, stop)
+        self.bn, self.rng, self.start, self.stop = bn, rng, start, stop
         self.rng_state, self.states, self._hook = None, None, None
         self.scratch = {}          # memory for the copies of `perturbed`, reused at every step
         self._before_search = None # state at the start of a learning rate search
@@ -404,13 +450,21 @@ class _OwnGradients(ExtraPass):
     "Sets aside what `.grad` holds before the batch's backward, except what fastai has zeroed."
     per_rank = True # under distributed training, perturb along the gradient of this process's samples
 
+    def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
+        "Return whether this (micro-)batch gets an extra pass, if it lies between `start` and `stop`."
+        return True
+
+    def makes_pass(self) -> bool: # `False`: the micro-batch keeps its plain gradient
+        "Return whether this (micro-)batch gets an extra pass."
+        return self.in_window() and self.active()
+
     def before_fit(self):
         super().before_fit()
         self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
 
     def before_batch(self):
         super().before_batch()
-        sync_gradients(self.learn.model, not (self.per_rank and self.active()))
+        sync_gradients(self.learn.model, not (self.per_rank and self.makes_pass()))
 
     def after_batch(self):
         super().after_batch()
@@ -428,8 +482,145 @@ class _OwnGradients(ExtraPass):
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
+# %% ../../nbs/core/01_passes.ipynb #4e57be0d
+class _LossOf:
+    "A loss whose `backward` computes the gradients of some parameters only."
+    def __init__(self, loss, inputs): self.loss, self.inputs = loss, inputs
+    def backward(self): self.loss.backward(inputs=self.inputs)
+
+def _limit_backward(learn, inputs):
+    "Let the next backward of a Learner compute the gradients of `inputs` only."
+    own = vars(learn).get('_backward') # of a callback that counts backwards, for example
+    whole = learn._backward
+    def limited():
+        if own is None: del learn._backward
+        else: learn._backward = own
+        loss = learn.loss_grad
+        learn.loss_grad = _LossOf(loss, inputs)
+        try: whole()
+        finally: learn.loss_grad = loss
+    limited.whole = own
+    learn._backward = limited
+
+def _unlimit_backward(learn):
+    "Undo `_limit_backward` if no backward has followed, because another callback has cancelled the batch."
+    limited = vars(learn).get('_backward')
+    if not hasattr(limited, 'whole'): return
+    if limited.whole is None: del learn._backward
+    else: learn._backward = limited.whole
+
+# %% ../../nbs/core/01_passes.ipynb #257f01ae
+class _ChosenParams(_OwnGradients):
+    "Perturbs the parameters that `only` chooses, and computes only their gradients in the first pass."
+    only = None # see `chosen_params`
+
+    def before_fit(self):
+        super().before_fit()
+        _unlimit_backward(self.learn)
+        self._chosen = None if self.only is None else chosen_params(self.learn.model, self.only)
+
+    def chosen(self,
+        grads:dict[str, Tensor], # Gradients by name
+    ) -> dict[str, Tensor]: # A dict of its own
+        "Return the gradients of the parameters that are perturbed."
+        return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
+
+    def first_inputs(self) -> list|None: # `None`: all parameters
+        "Return the parameters whose gradients the first pass of this batch needs."
+        if self._chosen is None or n_ranks() > 1 or not self.makes_pass(): return None
+        return [p for n, p in trainable_params(self.learn.model).items() if n in self._chosen]
+
+    def limit_backward(self):
+        "Let the next backward compute the gradients that the first pass needs."
+        inputs = self.first_inputs()
+        plain_loop = hasattr(self.learn, 'own_replay') # it asks for `first_inputs` itself
+        if inputs and not plain_loop: _limit_backward(self.learn, inputs)
+
+    def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
+        if not self.replaying: self.limit_backward()
+
+    def after_batch(self):
+        super().after_batch()
+        _unlimit_backward(self.learn)
+
+    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
+        "Return whether the batch gave, or may have given, a trainable parameter of the network a gradient."
+        if self.first_inputs(): return True # the other gradients were not computed
+        return any(p.grad is not None for p in trainable_params(self.model).values())
+
+# %% ../../nbs/core/01_passes.ipynb #4b0c4ba9
+def check_rows(
+    learn:Learner, # A Learner, before training
+    option:str,    # Option for which passes over some samples are made, such as '`m`'
+    instead:str,   # The value with which no such passes are made, such as 'm=None'
+):
+    "Raise `ValueError` if a callback of fastai mixes the labels of the whole batch in the loss."
+    mixes = any(isinstance(cb, MixHandler) for cb in learn.cbs)
+    if mixes and getattr(learn.loss_func, 'y_int', False):
+        raise ValueError(f"{option} cannot follow fastai's MixUp and CutMix callbacks with this loss; "
+                         f"use the loader's CutMix, or {instead}")
+
+def check_chunk(
+    m:int|None, # The option of a method
+):
+    "Raise `ValueError` unless `m` is a whole number of samples, at least 1, or `None`."
+    if m is None: return
+    if isinstance(m, bool) or not isinstance(m, (int, float)):
+        raise ValueError(f'`m` must be a whole number of samples, or None for the whole batch, got {m!r}')
+    check_count(m=m)
+
+def _scale_gradients(params, factor):
+    "Multiply the gradients of parameters."
+    grads = local_parts(p.grad for p in params if p.grad is not None)
+    if grads: torch._foreach_mul_(grads, factor)
+
+# %% ../../nbs/core/01_passes.ipynb #6d070faf
+class _Chunks(_ChosenParams):
+    "Cuts the batch into chunks of `m` samples, whose passes are made one after another."
+    m = None     # number of samples per chunk; `None`: the whole batch
+    cuts = False # whether the current batch is cut
+
+    def before_fit(self):
+        super().before_fit()
+        self._buffers_before, self.cuts = None, False
+        if self.m is not None: check_rows(self.learn, '`m`', 'm=None')
+
+    def before_batch(self):
+        super().before_batch()
+        self.cuts = self.m is not None and self.makes_pass() and batch_size(self.learn.xb) > self.m
+        if not self.cuts: return
+        # the forward over the whole batch leaves no statistics
+        self._buffers_before = _buffer_copies(self.model)
+
+    def before_backward(self):
+        super().before_backward()
+        if self.replaying or not self.cuts: return
+        _unlimit_backward(self.learn) # no backward follows: each chunk has its own
+        _restore_buffers(self._buffers_before)
+        self._buffers_before = None
+        for name in ('pred', 'loss', 'loss_grad'): # frees the graph of the whole batch
+            value = tree_map_only(Tensor, Tensor.detach, getattr(self.learn, name))
+            setattr(self.learn, name, value)
+        raise CancelBackwardException()
+
+    def passes_by_chunk(self):
+        "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
+        n, params, total = batch_size(self.learn.xb), stepped_params(self.learn), {}
+        sync_gradients(self.learn.model, False)
+        for rows in torch.arange(n, device=_device_of_batch(self.learn.xb)).split(int(self.m)):
+            start = rng_states(device_of(self.model)) if self.rng == 'replay' else None
+            self.limit_backward()
+            self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
+            if self.has_gradients():
+                for _ in self.extra_pass(*self.first_gradients()): self.replay(rows=rows, rng_state=start)
+            _scale_gradients(params, len(rows) / n)
+            add_gradients(total)
+            total = take_gradients(params)
+        add_gradients(total)
+        average_over_ranks(self.learn.model, [p.grad for p in params if p.grad is not None])
+
 # %% ../../nbs/core/01_passes.ipynb #0992ec2b
-class PerturbedPass(_OwnGradients):
+class PerturbedPass(_Chunks):
     "Replaces the gradient of every (micro-)batch by the gradient at `w + perturbation(params, grads)`."
     def perturbation(self,
         params:dict[str, Tensor], # Trainable parameters that have a gradient
@@ -438,21 +629,14 @@ class PerturbedPass(_OwnGradients):
         "Return the change from the current weights to the weights at which the gradient is taken."
         raise NotImplementedError
 
-    def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
-        "Return whether this (micro-)batch gets an extra pass."
-        return True
-
     def before_fit(self):
         check_single(self, PerturbedPass, "replaces each batch's gradient")
         super().before_fit()
 
-    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
-        "Return whether the batch gave any trainable parameter of the network a gradient."
-        return any(p.grad is not None for p in trainable_params(self.model).values())
-
     def after_backward(self):
         if self.replaying: return
-        if self.active() and self.has_gradients():
+        if self.cuts: self.passes_by_chunk()
+        elif self.makes_pass() and self.has_gradients():
             # `extra_pass` yields where it needs a gradient, or makes its passes by itself
             for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)
@@ -471,8 +655,10 @@ class PerturbedPass(_OwnGradients):
         grads:dict[str, Tensor],  # Gradients of the first pass; emptied
     ):
         "Perturb the weights, and yield once for the pass that leaves their gradient in `.grad`."
-        deltas = dict(self.perturbation(params, grads)) # a new dict: it may be `grads` itself
+        chosen = self.chosen(grads)
+        deltas = dict(self.perturbation(params, chosen)) if chosen else {} # a new dict: it may be `chosen`
         grads.clear()
+        chosen.clear()
         if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}
         with perturbed(params, deltas, self.scratch):
             deltas.clear() # they are in the weights now; free them before the pass needs memory

@@ -12,14 +12,13 @@ from typing import Callable, Iterable
 
 import torch
 from torch import nn, Tensor
-from torch.nn.modules.batchnorm import _NormBase
 from fastai.callback.core import Callback, CancelTrainException, TrainEvalCallback
 from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
 from .passes import ORDERS
-from .perturb import local_parts, trainable_params, unwrapped, weights_moved
+from .perturb import is_norm_layer, local_parts, trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
 
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
@@ -31,7 +30,7 @@ def norm_bias_split(
     Raises `ValueError` if all trainable parameters are biases of normalisation layers."""
     biases = []
     for m in model.modules():
-        if not isinstance(m, (_NormBase, nn.LayerNorm, nn.GroupNorm)): continue
+        if not is_norm_layer(m): continue
         bias = getattr(m, 'bias', None)
         if bias is not None and bias.requires_grad: biases.append(bias)
     known = {id(p) for p in biases}

@@ -17,7 +17,7 @@ from fastai.torch_core import default_device
 
 from .config import Run
 from .runner import keep_pages
-from ..methods.registry import METHODS
+from ..methods.registry import passes_of
 from ..models.registry import make_model
 
 # %% ../../nbs/experiments/87_cost.ipynb #d4de989e
@@ -54,7 +54,7 @@ def run_cost(
         raise ValueError(f'{unknown}; the known data sets are {known}')
     n = round(_IMAGES[run.data] * (1 - run.valid))
     n = min(n, run.n_train or n)
-    per_batch = METHODS[run.method].passes + max(0, len(run.teachers) - 1) / 3
+    per_batch = passes_of(run.method, **dict(run.method_args)) + max(0, len(run.teachers) - 1) / 3
     batches = n // run.bs if run.drop_last else -(-n // run.bs)
     n = min(n, batches * run.bs)
     passes = math.ceil(round(run.epochs * batches, 6)) * per_batch

@@ -27,7 +27,7 @@ from .measure import measure_run, missing_measures
 from .runner import RunBusy, RunError, code_version, evaluate, is_trained, load_model
 from .runner import read_result, run, run_loaders, work_folder, write_json
 from ..measures.similarity import diversity
-from ..methods.registry import METHODS
+from ..methods.registry import passes_of
 
 # %% ../../nbs/experiments/85_grid.ipynb #7ebde772
 _training = False # in a worker process: whether a run is being trained
@@ -208,7 +208,9 @@ def _plan(runs, root, force, needs_weights=_no_weights):
     for cfg in runs: add(cfg, force, needs_weights(cfg))
     return plan
 
-def _work(cfg): return max(1, cfg.epochs) * METHODS[cfg.method].passes * (cfg.n_train or 1)
+def _work(cfg):
+    "Return a number that grows with the time of a training."
+    return max(1, cfg.epochs) * passes_of(cfg.method, **dict(cfg.method_args)) * (cfg.n_train or 1)
 
 def read_history(
     cfg:Run, # The configuration

@@ -15,7 +15,7 @@ import pandas as pd
 from .config import Run
 from .grid import read_history, run_grid
 from .runner import RunDiverged, read_result
-from ..methods.registry import METHODS
+from ..methods.registry import passes_of
 
 # %% ../../nbs/experiments/89_sweep.ipynb #5c29939b
 RATES = (1 / 30, 30) # times the learning rate of the run that a search starts from
@@ -41,13 +41,15 @@ def ranges(
     "Return the ranges that `sweep` searches by default."
     return dict(lr=tuple(run.lr * f for f in RATES), **OPTION_RANGES.get(run.method, {}))
 
+def _passes_per_batch(run): return passes_of(run.method, **dict(run.method_args))
+
 def at_equal_passes(
     run:Run,  # The run whose number of epochs is changed (to at least 1)
     like:Run, # The run whose number of passes is matched; usually plain training
 ) -> Run:
     "Return `run` with the number of passes of `like`; the epochs are rounded to a whole number."
-    passes = like.epochs * METHODS[like.method].passes
-    return run.but(epochs=max(1, round(passes / METHODS[run.method].passes)))
+    passes = like.epochs * _passes_per_batch(like)
+    return run.but(epochs=max(1, round(passes / _passes_per_batch(run))))
 
 def _changed(run, values):
     "Return the run with another learning rate and other options of the method."
@@ -147,7 +149,7 @@ class _Search:
             raise ValueError(f'{label}: all trials diverged; the first error: {trials["error"][0]}')
         _warn_if_nothing_chosen(label, trials, self.facts)
         top = trials.loc[trials['value'].idxmax()]
-        passes = sum(c.epochs * METHODS[c.method].passes for c in trials['run'])
+        passes = sum(c.epochs * _passes_per_batch(c) for c in trials['run'])
         return Found(top['run'], float(top['value']), trials, passes)
 
 # %% ../../nbs/experiments/89_sweep.ipynb #da8cc7b3

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import ascent, check_not_negative, check_radius, weight_sizes
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, check_chunk
+from ..core.perturb import Only, ascent, check_not_negative, check_only, check_radius, weight_sizes
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
 def _is_weight(name, parameter):
@@ -41,13 +41,19 @@ class ASAM(PerturbedPass):
         bn:BatchNormPolicy='update',            # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',               # Dropout masks in the extra pass: 'fresh' or 'replay'
         weights:Literal['role', 'name']='role', # How weights, which have T = |w| + eta, are found
+        only:Only=None, # Perturb 'norm' layers, 'not norm', or where `only(name, parameter)`; `None`: all
+        m:int|None=None, # Perturb each chunk of m samples along its own gradient; `None`: the whole batch
+        start:float=0., # Share of training at which ASAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which ASAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         check_not_negative(eta=eta)
         if weights not in ('role', 'name'):
             raise ValueError(f"`weights` must be 'role' or 'name', got {weights!r}")
-        super().__init__(bn, rng)
-        self.rho, self.eta, self.weights = rho, eta, weights
+        check_only(only)
+        check_chunk(m)
+        super().__init__(bn, rng, start, stop)
+        self.rho, self.eta, self.weights, self.only, self.m = rho, eta, weights, only, m
 
     def perturbation(self, params, grads):
         return _ascent(params, grads, self.rho, self.eta, self.weights, self.scratch)

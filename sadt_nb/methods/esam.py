@@ -13,11 +13,11 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
-from fastai.callback.mixup import MixHandler
 from fastai.layers import NoneReduce
 
 from ..core.closures import closure_step
-from ..core.passes import batch_size, BatchNormPolicy, device_of, PerturbedPass, RandomPolicy
+from ..core.passes import batch_size, BatchNormPolicy, check_rows, device_of, PerturbedPass
+from ..core.passes import RandomPolicy
 from ..core.perturb import ascent, check_radius, is_sharded
 from ..core.ranks import over_ranks, sync_gradients
 
@@ -35,13 +35,6 @@ def sharpest(
 def _chosen(deltas, mask): return {n: d for n, d in deltas.items() if mask[n]}
 
 # %% ../../nbs/methods/22_esam.ipynb #f66d3ada
-def _check_mixing(learn):
-    "Raise `ValueError` if a callback of fastai mixes the labels of the whole batch in the loss."
-    mixes = any(isinstance(cb, MixHandler) for cb in learn.cbs)
-    if mixes and getattr(learn.loss_func, 'y_int', False):
-        raise ValueError("`gamma` below 1 cannot follow fastai's MixUp and CutMix callbacks with this loss; "
-                         "use the loader's CutMix, or gamma=1")
-
 def _takes_reduction(loss_func):
     "Return whether a loss function has an attribute or an argument `reduction`."
     if hasattr(loss_func, 'reduction'): return True
@@ -74,11 +67,13 @@ class ESAM(PerturbedPass):
         bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the second pass: 'fresh' or 'replay'
         seed:int=0,                  # Seed of the draws
+        start:float=0., # Share of training at which ESAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which ESAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         for name, value in (('beta', beta), ('gamma', gamma)):
             if not 0 < value <= 1: raise ValueError(f'`{name}` must lie in (0, 1], got {value}')
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -90,7 +85,7 @@ class ESAM(PerturbedPass):
         super().before_fit()
         self._mask = {}
         if self.gamma < 1:
-            _check_mixing(self.learn)
+            check_rows(self.learn, '`gamma` below 1', 'gamma=1')
             _check_reduction(self.learn.loss_func)
         normed = any(isinstance(m, _BatchNorm) for m in self.model.modules())
         self._least = 2 if normed else 1

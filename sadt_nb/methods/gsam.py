@@ -76,9 +76,11 @@ class GSAM(PerturbedPass):
         lr_min:float=0.,        # Learning rate at which the radius is `rho_min`
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which GSAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which GSAM ends, in [0, 1]; after: plain training
     ):
         _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min)
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.rho_max, self.rho_min, self.alpha, self.adaptive = rho_max, rho_min, alpha, adaptive
         self.lr_max, self.lr_min = lr_max, lr_min
         self._copies = {}

@@ -74,14 +74,16 @@ class LookSAM(PerturbedPass):
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         alpha:float=.7,              # Length of the added direction relative to the gradient, >= 0
-        k:int=5,                     # SAM step at the first optimizer step and then at every k-th step; >= 1
+        k:int=5,                     # SAM step at the first optimizer step, then at every k-th step; >= 1
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which LookSAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which LookSAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         check_not_negative(alpha=alpha)
         check_count(k=k)
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.rho, self.alpha, self.k, self.steps = rho, alpha, k, 0
         self._init_state()
 
@@ -107,7 +109,8 @@ class LookSAM(PerturbedPass):
         self._sum = g_v | self._sum
 
     def after_backward(self):
-        if not self.active(): _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
+        if self.in_window() and not self.active():
+            _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
         super().after_backward()
 
     def after_cancel_step(self): self._refused = True
@@ -116,7 +119,7 @@ class LookSAM(PerturbedPass):
         super().after_step()
         total, refused = self._sum, self._refused
         self._sum, self._refused = None, False
-        if refused: return
+        if refused or not self.in_window(): return
         self.steps += 1
         if total is not None: self.direction = _unit_(total)
 

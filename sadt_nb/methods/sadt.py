@@ -248,7 +248,7 @@ class _TwoSteps(ExtraPass):
 
     def before_batch(self):
         super().before_batch()
-        self.step_grads.hold = not self.first_step
+        self.step_grads.hold = not self.first_step and self.in_window()
 
     def before_backward(self):
         if self.replaying: return
@@ -258,7 +258,8 @@ class _TwoSteps(ExtraPass):
     def after_step(self):
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
-        if not g_up: return # the first step was skipped after an overflow, or the batch gave no gradient
+        # without `g_up`, the first step was skipped after an overflow, or the batch gave no gradient
+        if not g_up or not self.in_window(): return
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
         if not params: return # the loss depends only on parameters outside the network
@@ -318,11 +319,13 @@ class SADT(_SeededNoise, _TwoSteps):
         seed:int=0,                 # Seed of the noise
         share_trunk:bool=True, # Run layers that are equal in all `layer_noise` teachers once for all
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        start:float=0., # Share of training at which SADT sets in, in [0, 1]; before: one plain step per batch
+        stop:float=1.,  # Share of training at which SADT ends, in [0, 1]; after: one plain step per batch
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
         if perturb is not None: perturb = list(perturb)
         if perturb == []: raise ValueError('`perturb` must hold at least one function')
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.variant, self.spec, self.noise_scale = variant, spec, noise_scale
         self.perturb, self.rho, self.seed = perturb, rho, seed
         self.kl, self.kl_weight, self.grad_at = kl, kl_weight, grad_at

@@ -12,26 +12,35 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
-from ..core.perturb import check_count, check_radius, sam_ascent
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, check_chunk
+from ..core.perturb import Only, check_count, check_only, check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
 class SAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
-    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient. Raises
-    `ValueError` for a radius that is not positive, an interval below 1, or an unknown policy."""
+    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient; a batch
+    in chunks of `m` is as many micro-batches. `interval` counts from `start` on. Raises `ValueError` for an
+    option out of range, and, before training starts, if `only` chooses no parameter of the network, and for
+    `m` with MixUp or CutMix of fastai."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then `rho` is about 2
         interval:int=1, # Extra pass at every interval-th optimizer step, the first included; others are plain
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        only:Only=None, # Perturb 'norm' layers, 'not norm', or where `only(name, parameter)`; `None`: all
+        m:int|None=None, # Perturb each chunk of m samples along its own gradient; `None`: the whole batch
+        start:float=0., # Share of training at which SAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which SAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         check_count(interval=interval)
-        super().__init__(bn, rng)
+        check_only(only)
+        check_chunk(m)
+        super().__init__(bn, rng, start, stop)
         self.rho, self.adaptive, self.interval, self.steps = rho, adaptive, interval, 0
+        self.only, self.m = only, m
 
     def active(self): return self.steps % self.interval == 0
 
@@ -40,7 +49,7 @@ class SAM(PerturbedPass):
 
     def after_step(self):
         super().after_step()
-        self.steps += 1
+        self.steps += self.in_window()
 
     def state_dict(self): return dict(steps=self.steps)
     def load_state_dict(self, state): self.steps = state['steps']

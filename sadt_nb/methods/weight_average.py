@@ -133,6 +133,7 @@ class _Average(ShowsArguments, Callback):
         model = unwrapped(self.learn.model)
         norms = [m for name, m in model.named_modules() if name in self.norms]
         reestimate_(model, norms, batches)
+        weights_moved()
         self._recent.clear()
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
@@ -209,6 +210,7 @@ class WeightAverage(_Average):
     def after_step(self): self._stepped, self._refused = not self._refused, False
 
     def after_batch(self): # not in `after_step`: a method may make its second step later
+        weights_moved() # perhaps inside the user's autocast
         stepped, self._stepped = self._stepped, False
         if self._has_norms: self._recent.append(self.learn.xb)
         start = self.start

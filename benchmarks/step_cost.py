@@ -37,7 +37,8 @@ from torch.nn.functional import cross_entropy
 try: from pytorch_optimizer import SAM as PeerSAM
 except ImportError: PeerSAM = None
 
-READY = dict(saf=dict(start_epoch=0), mesa=dict(start_epoch=0)) # their terms are part of every measured step
+# what they do is part of every measured step
+READY = dict(saf=dict(start_epoch=0), mesa=dict(start_epoch=0), weight_average=dict(start=0))
 CASES = {name: (name, READY.get(name, {})) for name in METHODS}
 CASES['sadt2 (code)'] = 'sadt2', dict(spec='code')
 CASES['sadt2, two full passes'] = 'sadt2', dict(share_trunk=False)

@@ -264,6 +264,8 @@ METHOD_PAGES = {'SAM': 'methods/sam',
                 'Distillation': 'methods/distillation',
                 'born_again': 'methods/born_again',
                 'RepeatStep': 'methods/controls',
+                'MSAM': 'methods/msam',
+                'WeightAverage': 'methods/weight_average',
                 'hessian_trace': 'measures/hessian'}
 SEARCH_HAS_ENDED = r"""() =>
   document.querySelector('#search-results p.search-summary, #search-results .search-summary') &&

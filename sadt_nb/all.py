@@ -35,10 +35,12 @@ from .methods.gradient_centralization import GradientCentralization
 from .methods.gsam import GSAM, gsam_step
 from .methods.looksam import LookSAM
 from .methods.mesa import MESA
+from .methods.msam import MSAM
 from .methods.registry import METHODS, make_method, method_card, methods_table
 from .methods.sadt import SADT, gradient_ascent, layer_noise, sadt_step, weight_noise
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
+from .methods.weight_average import WeightAverage
 from .models.fast_cnn import fast_cnn
 from .models.registry import MODELS, make_model
 from .models.simple_cnn import simple_cnn

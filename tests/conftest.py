@@ -1,6 +1,7 @@
 "Small data, small networks, teachers, and a Learner without progress bars, for all tests."
 import os
 import warnings
+from functools import partial
 
 warnings.filterwarnings('ignore', category=FutureWarning, message=r'.*torch\.jit\.script.*')
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -12,6 +13,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from sadt_nb.methods.msam import MSAM
 from sadt_nb.methods.registry import METHODS
 from torch import nn
 
@@ -83,9 +85,15 @@ def as_loader(data, **kw):
     return DataLoader(items, bs=len(data[0][0]), **kw)
 
 
-def learner(net, cbs=(), data=None, opt_func=SGD, lr=.1, **kw):
+def sgd_for(cbs): # MSAM moves the weights along the momentum
+    "Return the optimizer with which the callbacks are tested: plain SGD, with momentum where they need it."
+    return partial(SGD, mom=.9) if any(isinstance(cb, MSAM) for cb in cbs) else SGD
+
+
+def learner(net, cbs=(), data=None, opt_func=None, lr=.1, **kw):
     "Return a Learner without default callbacks; it trains and validates on `data`, any iterable of batches."
     data = batches() if data is None else data
+    opt_func = opt_func or sgd_for(cbs)
     kw.setdefault('loss_func', nn.CrossEntropyLoss())
     return Learner(DataLoaders(data, data), net, opt_func=opt_func, lr=lr, default_cbs=False,
                    cbs=[TrainEvalCallback(), *cbs], **kw)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Net, as_loader, batches, cnn, flat, learner, needed
+from conftest import Net, as_loader, batches, cnn, flat, learner, needed, sgd_for
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -26,6 +26,7 @@ from sadt_nb.models.simple_cnn import simple_cnn
 FAST = {'agc': dict(clip=.2),
         'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
         'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0),
+        'weight_average': dict(kind='ema', decay=.5),
         'distillation': dict(alpha=.7)}
 # these perturb each micro-batch along its own gradient; their notebooks compare that with an oracle
 PER_MICRO_BATCH = {'sam', 'asam', 'esam', 'looksam', 'gsam'}
@@ -247,7 +248,8 @@ def test_a_frozen_body_does_not_move(name):
 
 @ALL
 def test_a_native_torch_optimizer(name):
-    def sgd(params, lr): return OptimWrapper(params, torch.optim.SGD, lr=lr)
+    momentum = .9 if name == 'msam' else 0.
+    def sgd(params, lr): return OptimWrapper(params, torch.optim.SGD, lr=lr, momentum=momentum)
     native, fastai = fit(name, opt_func=sgd), fit(name)
     torch.testing.assert_close(flat(native.model), flat(fastai.model), rtol=1e-10, atol=1e-12)
 
@@ -359,7 +361,7 @@ def test_a_learning_rate_search_does_not_change_the_training_after_it(name, tmp_
         data = as_loader(conv(n=64, dtype=torch.float32))
         cbs = methods(name)
         learn = Learner(DataLoaders(data, data), cnn(dtype=torch.float32), lr=.1, path=tmp_path, cbs=cbs,
-                        loss_func=torch.nn.CrossEntropyLoss(), opt_func=SGD)
+                        loss_func=torch.nn.CrossEntropyLoss(), opt_func=sgd_for(cbs))
         with learn.no_bar(), learn.no_logging():
             if search:
                 learn.lr_find(num_it=20, show_plot=False)
@@ -490,13 +492,14 @@ def test_looksam_drops_a_direction_that_overflowed():
 def test_a_learner_is_exported_after_training_and_loads(name, tmp_path):
     dls = get_dls('digits', bs=30, n_train=60, device='cpu')
     options = dict(teacher=simple_cnn()) if needed(name) else {}
-    learn = Learner(dls, simple_cnn(dropout=0.), opt_func=SGD, lr=.01, path=tmp_path, default_cbs=False,
-                    cbs=[TrainEvalCallback(), *methods(name, **options)])
+    cbs = methods(name, **options)
+    learn = Learner(dls, simple_cnn(dropout=0.), opt_func=sgd_for(cbs), lr=.01, path=tmp_path,
+                    default_cbs=False, cbs=[TrainEvalCallback(), *cbs])
     learn.fit(2)
     learn.export('x.pkl')
     x = dls.valid.one_batch()[0]
     loaded = load_learner(tmp_path / 'x.pkl')
     with torch.no_grad(): assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x))
     for c in loaded.cbs:
-        for needed_in_training in ('teacher', 'records', 'direction'):
+        for needed_in_training in ('teacher', 'records', 'direction', 'averaged'):
             assert getattr(c, needed_in_training, None) is None, f'{needed_in_training} is not exported'

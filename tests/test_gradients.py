@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import as_loader, batches, cnn, flat, learner, needed
+from conftest import as_loader, batches, cnn, flat, learner, needed, sgd_for
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -72,7 +72,7 @@ def test_measures_inside_autocast_see_moved_weights():
 
 
 def sgd_learner(net, data, *cbs, **kw):
-    kw = dict(loss_func=nn.CrossEntropyLoss(), opt_func=SGD, lr=.1) | kw
+    kw = dict(loss_func=nn.CrossEntropyLoss(), opt_func=sgd_for(cbs), lr=.1) | kw
     learn = Learner(DataLoaders(data, data), net, default_cbs=False, cbs=[TrainEvalCallback, *cbs], **kw)
     learn.fit(1)
     return flat(net)
@@ -129,6 +129,7 @@ class Mask(Callback):
 
 
 MASKED = ['baseline', 'sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1', 'sadt2', 'sadt3', 'repeat_step']
+MASKED += ['msam', 'weight_average']
 
 
 @pytest.mark.parametrize('name', MASKED)
@@ -323,6 +324,7 @@ def test_role_and_name_agree_on_networks_of_pytorch_layers(model):
 
 
 COPIED = ['sam', 'asam', 'esam', 'gsam', 'looksam', 'saf', 'mesa', 'sadt1', 'sadt2', 'sadt3', 'repeat_step']
+COPIED += ['msam', 'weight_average']
 
 
 @pytest.mark.parametrize('name', COPIED)

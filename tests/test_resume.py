@@ -127,7 +127,7 @@ def test_no_part_of_the_state_is_superfluous(forget, tmp_path, monkeypatch):
     assert not same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
 
 
-@pytest.mark.parametrize('method', ['looksam', 'esam', 'saf', 'mesa', 'sadt1', 'sadt3'])
+@pytest.mark.parametrize('method', ['looksam', 'esam', 'saf', 'mesa', 'sadt1', 'sadt3', 'weight_average'])
 def test_the_methods_state_matters(method, tmp_path, monkeypatch):
     cfg = of(method)
     run(cfg, tmp_path / 'whole', **quiet)

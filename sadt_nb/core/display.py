@@ -11,9 +11,9 @@ from typing import Callable
 # %% ../../nbs/core/12_display.ipynb #d1484a10
 COLORS = dict( # one colour per method in `METHODS`
     baseline='tab:gray', gc='tab:green', agc='tab:orange',
-    sam='tab:blue', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal',
+    sam='tab:blue', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal', msam='coral',
     saf='limegreen', mesa='darkgreen', distillation='mediumvioletred',
-    sadt1='tab:red', sadt2='tab:pink', sadt3='tab:purple', repeat_step='tab:brown',
+    sadt1='tab:red', sadt2='tab:pink', sadt3='tab:purple', repeat_step='tab:brown', weight_average='black',
 )
 
 def _markdown_row(cells): return '| ' + ' | '.join(cells) + ' |'

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
-           'replays_other_loss', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size', 'replay',
-           'check_single', 'check_window', 'is_whole_training', 'ExtraPass', 'check_rows', 'check_chunk',
+           'replays_other_loss', 'evaluating', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size',
+           'replay', 'check_single', 'check_window', 'is_whole_training', 'ExtraPass', 'check_rows', 'check_chunk',
            'PerturbedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
@@ -211,6 +211,13 @@ def replays_other_loss(
 ) -> bool: # `True` inside `replay` with a `loss_func`
     "Return whether the current pass has its own loss, to which callbacks must not add their terms."
     return getattr(learn, '_other_loss', False)
+
+def evaluating(
+    learn:Learner, # A Learner, in any event
+) -> bool: # `True` inside `get_preds` and `validate`
+    "Return whether the event is of an evaluation, for `before_fit` and `after_fit`, which it sends, too."
+    lock = getattr(learn, 'lock', None) # fastai holds it while it evaluates outside of the epochs of a fit
+    return lock is not None and lock.locked()
 
 # %% ../../nbs/core/01_passes.ipynb #d71ea4bd
 def stepped_params(

@@ -25,6 +25,7 @@ OPTION_RANGES = dict( # method: {option: (lowest, highest)}
     asam=dict(rho=(.05, 5.)),
     esam=dict(rho=(5e-3, .5)),
     looksam=dict(rho=(5e-3, .5)),
+    msam=dict(rho=(.03, 10.)),
     gsam=dict(rho_max=(.05, .5)),
     saf=dict(lam=(.03, 3.)),
     mesa=dict(lam=(.08, 8.)),

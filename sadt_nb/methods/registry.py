@@ -30,9 +30,11 @@ from .gradient_centralization import GradientCentralization
 from .gsam import GSAM
 from .looksam import LookSAM
 from .mesa import MESA
+from .msam import MSAM
 from .sadt import SADT
 from .saf import SAF
 from .sam import SAM
+from .weight_average import WeightAverage
 
 # %% ../../nbs/methods/99_registry.ipynb #4ac40e2d
 @dataclass(frozen=True)
@@ -147,6 +149,12 @@ _SHARPNESS = dict(
         key='`k` = 5 and `alpha` = 0.7; `rho` as for SAM',
         avoid='where the loss surface changes quickly from step to step: '
               'with large learning rates, with small batches, in the first epochs'),
+    msam=Method(
+        MSAM, 'takes the gradient ahead along the momentum, in the one pass of plain training',
+        memory='1 x weights',
+        paper='Momentum-SAM, [Becker et al. 2024](https://arxiv.org/abs/2401.12033)',
+        key='`rho` = 0.3, the distance in weight space; 3 in the authors\' examples',
+        avoid='with an optimizer without momentum; before you have tried several values of `rho`'),
     gsam=Method(
         GSAM, 'SAM that also shrinks the gap between the loss uphill and at the weights', passes=2,
         memory='2 x weights',
@@ -215,6 +223,13 @@ _TWO_STEPS = dict(
     sadt3=_sadt(
         partial(SADT, 3), 'learns from a teacher one noisy step of gradient ascent away', passes=2,
         key='the learning rate of the step uphill, 1e-3, and the standard deviation of its noise, 1e-4'),
+    weight_average=Method(
+        WeightAverage, 'control: trains as usual, and ends with the average of the weights',
+        memory='1 x weights',
+        paper='Stochastic Weight Averaging, [Izmailov et al. 2018](https://arxiv.org/abs/1803.05407), UAI',
+        extra='after training, one forward pass over the training data if there is BatchNorm',
+        key='`start` = 0.75, the share of training at which averaging begins',
+        avoid='with a learning rate that is close to zero from `start` on: the weights hardly differ'),
     repeat_step=Method(
         RepeatStep, 'control: makes two steps on one gradient', steps=2, memory='1 x weights',
         key='`n` = 2 steps per batch, as SADT makes',

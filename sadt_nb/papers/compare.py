@@ -13,7 +13,8 @@ from ..methods.registry import METHODS
 from .base import SMALL_CIFAR, SMALL_DIGITS, PaperRun, distilled, noisy_digits, rounds
 
 # %% ../../nbs/papers/106_compare.ipynb #27aac33e
-_FLATNESS_METHODS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa', 'repeat_step')
+_FLATNESS_METHODS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf', 'mesa', 'repeat_step',
+                     'weight_average')
 _FLATNESS_MEASURES = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness',
                       'gradient_norm', 'calibration_error', 'corrupted_accuracy')
 _PICTURES = { # measure for a figure: labels of its rows; only the first seed is measured
@@ -49,7 +50,8 @@ def _flatness_simple_cnn(): return _flatness(_CIFAR_CNN, _FLATNESS_METHODS)
 
 def _flatness_resnet20():
     base = SMALL_CIFAR.but(epochs=15, **_MEASURED)
-    return _flatness(base, ('baseline', 'sam', 'sadt1', 'repeat_step'), last_round=1, half_rate=True)
+    methods = 'baseline', 'sam', 'sadt1', 'repeat_step', 'weight_average'
+    return _flatness(base, methods, last_round=1, half_rate=True)
 
 # %% ../../nbs/papers/106_compare.ipynb #ef85d791
 def _same(method): return 1

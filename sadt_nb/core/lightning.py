@@ -73,7 +73,7 @@ def _check_optimizers(trainer):
 
 # %% ../../nbs/core/14_lightning.ipynb #f635bdbf
 class MethodCallback(Callback):
-    """Makes the extra passes of SAM, ASAM, GSAM or LookSAM in Lightning's automatic optimization.
+    """Makes the passes of SAM, ASAM, GSAM, LookSAM, FriendlySAM or WSAM in automatic optimization.
 
     Logs, progress and `global_step` count each batch once. Clipping, accumulation and precision are the
     trainer's own. With `rng='replay'` the extra pass draws all random numbers of the training step again.
@@ -90,6 +90,7 @@ class MethodCallback(Callback):
     def on_train_start(self, trainer, pl_module):
         _check_optimizers(trainer)
         self._loop = PlainLoop(self.method, trainer.strategy.model, trainer.optimizers[0])
+        self._loop.loss_scaler = getattr(trainer.precision_plugin, 'scaler', None)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._loop.xb = partial(_training_step, trainer, pl_module, batch, batch_idx)

@@ -543,6 +543,7 @@ class SummedPass(PerturbedPass):
     ):
         super().__init__(bn, rng)
         self.total, self.weight, self._refused = {}, 0., False
+        self._stash = {} # gradients of earlier micro-batches; a loop's `first_step` has none
 
     def keep(self,
         tensors:dict[str, Tensor], # By name; the sum may take over their memory

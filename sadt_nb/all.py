@@ -31,6 +31,7 @@ from .methods.born_again import born_again
 from .methods.controls import RepeatStep
 from .methods.distillation import Distillation
 from .methods.esam import ESAM, esam_step
+from .methods.friendly_sam import FriendlySAM
 from .methods.gradient_centralization import GradientCentralization
 from .methods.gsam import GSAM, gsam_step
 from .methods.looksam import LookSAM
@@ -41,6 +42,7 @@ from .methods.sadt import SADT, gradient_ascent, layer_noise, sadt_step, weight_
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
 from .methods.weight_average import WeightAverage
+from .methods.wsam import WSAM, wsam_step
 from .models.fast_cnn import fast_cnn
 from .models.registry import MODELS, make_model
 from .models.simple_cnn import simple_cnn

@@ -37,6 +37,7 @@ TABLE = published('loops') / 'loops.json'
 TASKS = [name for name in NETWORKS if name != 'flat regression']
 OPTIONS = {'sam': dict(rho=.1), 'asam': dict(rho=.5), 'esam': dict(rho=.1),
            'gsam': dict(rho_max=.1, alpha=.1), 'looksam': dict(rho=.1, k=2),
+           'friendly_sam': dict(rho=.1), 'wsam': dict(rho=.1, gamma=.8),
            'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
            'mesa': dict(lam=2., tau=1., beta=.5, start_epoch=0),
            'sadt1': dict(noise_scale=1000.),

@@ -20,16 +20,20 @@ from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.methods.asam import ASAM, asam_step
 from sadt_nb.methods.esam import ESAM, esam_step
+from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.gsam import GSAM, gsam_step
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.sadt import SADT, sadt_step, weight_noise
 from sadt_nb.methods.sam import SAM, sam_step
+from sadt_nb.methods.wsam import WSAM, wsam_step
 
 METHODS = {
     'sam': partial(SAM, .1), 'sam adaptive': partial(SAM, 1., adaptive=True),
     'sam every second': partial(SAM, .1, interval=2), 'sam keep': partial(SAM, .1, bn='keep'),
     'sam replay': partial(SAM, .1, rng='replay'), 'asam': partial(ASAM, .5), 'gsam': partial(GSAM, .1, .1),
+    'friendly_sam': partial(FriendlySAM, .1), 'wsam': partial(WSAM, .1),
+    'wsam coupled': partial(WSAM, .1, decouple=False), 'wsam replay': partial(WSAM, .1, rng='replay'),
     'looksam': partial(LookSAM, .1, k=3), 'esam': partial(ESAM, .1, gamma=1), 'esam half': partial(ESAM, .1),
     'sadt1': partial(SADT, 1, noise_scale=100), 'sadt2': partial(SADT, 2, noise_scale=100, share_trunk=False),
     'sadt3': partial(SADT, 3, noise_scale=100), 'sadt up': partial(SADT, 1, grad_at='up', noise_scale=100),
@@ -113,6 +117,7 @@ FUNCTIONS = {
     'sam keep': (partial(sam_step, rho=.1, bn='keep'), METHODS['sam keep']),
     'asam': (partial(asam_step, rho=.5), METHODS['asam']),
     'gsam': (partial(gsam_step, rho=.1), METHODS['gsam']),
+    'wsam': (partial(wsam_step, rho=.1), METHODS['wsam']),
 }
 
 
@@ -200,7 +205,8 @@ def test_accumulated_gradients_are_added_unless_the_closure_zeroes_them():
     torch.testing.assert_close(difference, torch.full_like(difference, .01), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam half', 'sadt1', 'sadt3'])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'esam half',
+                                  'sadt1', 'sadt3'])
 def test_micro_batches_are_those_of_gradient_accumulation(name):
     data = batches(4, 4)
     net, method = network(norm=False), METHODS[name]()
@@ -297,7 +303,7 @@ class Overflow(nn.Module):
 
 
 @pytest.mark.parametrize('bad', [1, 2])
-@pytest.mark.parametrize('name', ['sam', 'gsam', 'looksam', 'sadt1'])
+@pytest.mark.parametrize('name', ['sam', 'gsam', 'friendly_sam', 'wsam', 'wsam coupled', 'looksam', 'sadt1'])
 def test_an_overflow_in_either_pass_skips_the_whole_batch(name, bad):
     net = Overflow(network(norm=False), bad)
     method, before = METHODS[name](), values(net)
@@ -317,7 +323,7 @@ def test_an_overflow_in_either_pass_skips_the_whole_batch(name, bad):
     assert torch.isfinite(values(net)).all() and not torch.equal(values(net), before)
 
 
-@pytest.mark.parametrize('name', [n for n in METHODS if n != 'sam replay'])
+@pytest.mark.parametrize('name', [n for n in METHODS if not n.endswith('replay')])
 def test_a_loss_scale_changes_no_bit(name):
     scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
     got = by_wrapper(METHODS[name](), network(), batches(), scaler=scaler)

@@ -15,8 +15,10 @@ NEEDS = 'fastai distributes through accelerate: pip install sadt_nb[distributed]
 pytest.importorskip('accelerate', reason=NEEDS)
 import distributed_worker as worker
 
-PER_RANK = {'sam', 'asam', 'esam', 'gsam'} # a process perturbs along its own samples, as with micro-batches
-PASSES = dict(sam=1, asam=1, esam=1, gsam=0, sadt1=2, sadt2=3, sadt3=2) # one for all other methods
+# a process perturbs along its own samples, as with micro-batches
+PER_RANK = {'sam', 'asam', 'esam', 'gsam', 'wsam'}
+# one for all other methods
+PASSES = dict(sam=1, asam=1, esam=1, gsam=0, wsam=0, friendly_sam=2, sadt1=2, sadt2=3, sadt3=2)
 
 
 @pytest.fixture(scope='module')
@@ -64,7 +66,7 @@ def test_one_message_per_pass_at_most(name, two_processes):
     else:
         assert set(messages) == {PASSES.get(name, 1)}
     expected = 0
-    if name == 'gsam': expected = len(messages) # it averages the decomposed gradient itself
+    if name in ('gsam', 'wsam'): expected = len(messages) # they average gradients themselves
     if name == 'saf': expected = 2 * worker.EPOCHS # it exchanges its records once per epoch
     other = got['direct'] - sum(messages) # `all_reduce` also averages the gradients
     assert other == expected

@@ -24,12 +24,13 @@ from sadt_nb.models.simple_cnn import simple_cnn
 
 # the published values need more steps than a test has
 FAST = {'agc': dict(clip=.2),
+        'wsam': dict(gamma=.7),
         'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
         'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0),
         'weight_average': dict(kind='ema', decay=.5),
         'distillation': dict(alpha=.7)}
 # these perturb each micro-batch along its own gradient; their notebooks compare that with an oracle
-PER_MICRO_BATCH = {'sam', 'asam', 'esam', 'looksam', 'gsam'}
+PER_MICRO_BATCH = {'sam', 'asam', 'esam', 'looksam', 'gsam', 'friendly_sam', 'wsam'}
 ALL = pytest.mark.parametrize('name', METHODS)
 
 
@@ -421,7 +422,7 @@ def test_policies_for_batchnorm_and_dropout(name):
     kept, updated = updates('keep'), updates('update')
     assert kept == 6, 'two epochs of three batches'
     assert updated > 6
-    if name in ('sam', 'asam', 'gsam', 'esam'): assert updated == 12
+    if name in ('sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'esam'): assert updated == 12
     masks = []
     class Mask(Callback):
         run_valid = False
@@ -501,5 +502,6 @@ def test_a_learner_is_exported_after_training_and_loads(name, tmp_path):
     loaded = load_learner(tmp_path / 'x.pkl')
     with torch.no_grad(): assert torch.equal(loaded.model.eval()(x), learn.model.eval()(x))
     for c in loaded.cbs:
-        for needed_in_training in ('teacher', 'records', 'direction', 'averaged'):
-            assert getattr(c, needed_in_training, None) is None, f'{needed_in_training} is not exported'
+        for needed_in_training in ('teacher', 'records', 'direction', 'averaged', 'mean'):
+            value = getattr(c, needed_in_training, None)
+            assert value is None or value == {}, f'{needed_in_training} is not exported'

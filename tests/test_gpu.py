@@ -156,7 +156,8 @@ def test_a_run_resumed_on_the_gpu_has_the_same_bits(cfg, tmp_path, monkeypatch):
     assert read_result(cfg, tmp_path / 'whole')['hardware']['gpu'] == torch.cuda.get_device_name()
 
 
-WITH_CUDA_GRAPHS = ['baseline', 'sam', 'esam', 'looksam', 'gsam', 'mesa', 'sadt1', 'sadt2', 'repeat_step']
+WITH_CUDA_GRAPHS = ['baseline', 'sam', 'esam', 'looksam', 'gsam', 'friendly_sam', 'wsam', 'mesa',
+                    'sadt1', 'sadt2', 'repeat_step']
 
 
 @pytest.mark.parametrize('name', WITH_CUDA_GRAPHS)

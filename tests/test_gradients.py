@@ -89,7 +89,7 @@ class AddsOne(Callback):
         sum(p.sum() for p in self.model.parameters()).backward()
 
 
-@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1'])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'esam', 'sadt1'])
 @pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward'])
 @pytest.mark.parametrize('guarded', [True, False])
 def test_a_backward_of_a_callback_counts_once_in_every_batch(name, event, guarded):
@@ -128,8 +128,8 @@ class Mask(Callback):
         for p in self.model[0].parameters(): p.grad.zero_()
 
 
-MASKED = ['baseline', 'sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1', 'sadt2', 'sadt3', 'repeat_step']
-MASKED += ['msam', 'weight_average']
+MASKED = ['baseline', 'sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'esam',
+          'sadt1', 'sadt2', 'sadt3', 'repeat_step', 'msam', 'weight_average']
 
 
 @pytest.mark.parametrize('name', MASKED)
@@ -205,7 +205,8 @@ def own_norm_net():
 def buffers(net): return {n: b.clone() for n, b in net.named_buffers()}
 
 
-@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam', 'sadt1', 'sadt3'])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'esam', 'sadt1',
+                                  'sadt3'])
 def test_keep_restores_every_buffer(name):
     data = batches()[:1]
     def after(*cbs):
@@ -271,7 +272,7 @@ def plain_net():
     return Plain().double()
 
 
-@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'looksam', 'esam'])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'esam'])
 def test_batches_of_dicts_and_lists(name):
     data = batches()
     more = torch.randn(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -323,8 +324,8 @@ def test_role_and_name_agree_on_networks_of_pytorch_layers(model):
     assert by_role == {n for n, _ in net.named_parameters() if 'weight' in n}
 
 
-COPIED = ['sam', 'asam', 'esam', 'gsam', 'looksam', 'saf', 'mesa', 'sadt1', 'sadt2', 'sadt3', 'repeat_step']
-COPIED += ['msam', 'weight_average']
+COPIED = ['sam', 'asam', 'esam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'saf', 'mesa',
+          'sadt1', 'sadt2', 'sadt3', 'repeat_step', 'msam', 'weight_average']
 
 
 @pytest.mark.parametrize('name', COPIED)

@@ -82,7 +82,7 @@ def test_star_import_brings_every_method_and_its_step():
         cls = getattr(method.factory, 'func', method.factory) # a preset is a partial of its class
         if inspect.isclass(cls): assert names[cls.__name__] is cls, name
     steps = {n for n in names if n.endswith('_step')}
-    assert steps >= {'sam_step', 'asam_step', 'esam_step', 'gsam_step', 'sadt_step'}
+    assert steps >= {'sam_step', 'asam_step', 'esam_step', 'gsam_step', 'wsam_step', 'sadt_step'}
 
 
 def test_star_import_hides_no_name_of_fastai():

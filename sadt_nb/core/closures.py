@@ -7,6 +7,7 @@ __all__ = ['PlainLoop', 'closure_step', 'check_one_pass', 'MethodOptimizer']
 
 # %% ../../nbs/core/13_closures.ipynb #d880f7fd
 import inspect
+import sys
 from contextlib import contextmanager, ExitStack
 from typing import Callable
 
@@ -59,6 +60,15 @@ def _split(out):
     return out if isinstance(out, tuple) else (None, out)
 
 # %% ../../nbs/core/13_closures.ipynb #ea23db3d
+def _check_scale(loop):
+    "Raise `ValueError` if accelerate scales the loss, and the method needs gradients without the scale."
+    accelerate = sys.modules.get('accelerate')
+    if accelerate is None or loop.loss_scaler is not None or not loop.method.needs_loss_scale: return
+    if accelerate.state.AcceleratorState._shared_state.get('_mixed_precision') == 'fp16':
+        raise ValueError(f'{type(loop.method).__name__} needs the size of the gradients, and accelerate does '
+                         "not tell by what it scales the loss in fp16; use mixed_precision='bf16', or call "
+                         '`closure_step` with the prepared optimizer')
+
 class _Gradients:
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def set_aside(self):
@@ -116,6 +126,9 @@ class PlainLoop(_Gradients):
         self.scaler, self.max_norm, self.opt = scaler, max_norm, _Groups(optimizer)
         self.cbs, self.xb, self.yb, self.pred = L(), None, (), None
         self._replaying, self._used, self.per_sample = False, {}, False
+        self.loss_scaler = scaler
+        if scaler is None: self.loss_scaler = getattr(optimizer, 'scaler', None) # of accelerate
+        self.kept = {} # gradients of earlier micro-batches while a batch runs
         self.batches = 0 # since the last step
         self.add_cb(method)
         method.before_fit()
@@ -155,7 +168,8 @@ class PlainLoop(_Gradients):
         if self.method.needs_logits: _check_logits(logits, self.has_gradients())
         if loss_func is not None: loss = loss_func(logits) / self.batches # the mean over micro-batches
         if between: between()
-        if not self.has_gradients():
+        if self.has_gradients(): _check_scale(self)
+        else:
             _check_loss(loss)
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             scaled.backward(inputs=inputs)
@@ -271,9 +285,11 @@ def _loop_backward(loop, closure):
             loss = loop.run(between=between, inputs=inputs)
         if zeroed: kept = {} # the closure begins a new batch, as PyTorch's closures do
         if not inputs: _check_gradients(loop.model)
+        loop.kept = kept
         loop('after_backward')
         if inputs: _check_gradients(loop.model) # the first pass may have reached none of `inputs`
     finally:
+        loop.kept = {}
         sync_gradients(loop.model, True)
         add_gradients(kept)
     loop.batches += 1
@@ -289,6 +305,7 @@ def _loop_step(loop):
         try:
             loop('before_step')
             loop._step()
+            if getattr(loop.optimizer, 'step_was_skipped', False): loop('after_cancel_step') # by accelerate
         except CancelStepException: loop('after_cancel_step') # SADT without a first step
         done.append(1)
         loop('after_step')
@@ -302,7 +319,7 @@ def _loop_step(loop):
     loop.remember_used()
 
 # %% ../../nbs/core/13_closures.ipynb #e12c3c65
-_SERVED = 'SAM, ASAM, ESAM, GSAM, LookSAM and SADT'
+_SERVED = 'SAM, ASAM, ESAM, GSAM, LookSAM, FriendlySAM, WSAM and SADT'
 
 def _check_method(method):
     "Raise `TypeError` for an object that is no method, and for a method that needs a fastai Learner."

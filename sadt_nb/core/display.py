@@ -12,6 +12,7 @@ from typing import Callable
 COLORS = dict( # one colour per method in `METHODS`
     baseline='tab:gray', gc='tab:green', agc='tab:orange',
     sam='tab:blue', asam='tab:cyan', esam='tab:olive', looksam='goldenrod', gsam='teal', msam='coral',
+    friendly_sam='cornflowerblue', wsam='navy',
     saf='limegreen', mesa='darkgreen', distillation='mediumvioletred',
     sadt1='tab:red', sadt2='tab:pink', sadt3='tab:purple', repeat_step='tab:brown', weight_average='black',
 )

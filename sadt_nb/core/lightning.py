@@ -79,7 +79,7 @@ def _check_optimizers(trainer):
 
 # %% ../../nbs/core/14_lightning.ipynb #f635bdbf
 class MethodCallback(Callback):
-    """Makes the extra passes of SAM, ASAM, GSAM or LookSAM in Lightning's automatic optimization.
+    """Makes the passes of SAM, ASAM, GSAM, LookSAM, FriendlySAM or WSAM in automatic optimization.
 
     Logs, progress and `global_step` count each batch once. The trainer does clipping, accumulation and
     precision. With `rng='replay'` the extra pass draws all random numbers of the training step again.
@@ -97,6 +97,7 @@ class MethodCallback(Callback):
         _check_optimizers(trainer)
         self._loop = PlainLoop(self.method, trainer.strategy.model, trainer.optimizers[0],
                                total_steps=_total_steps(trainer, self.method))
+        self._loop.loss_scaler = getattr(trainer.precision_plugin, 'scaler', None)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self._loop.xb = partial(_training_step, trainer, pl_module, batch, batch_idx)

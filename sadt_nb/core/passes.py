@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
-           'replays_other_loss', 'evaluating', 'stepped_params', 'take_gradients', 'add_gradients', 'batch_size',
-           'replay', 'check_single', 'check_window', 'is_whole_training', 'ExtraPass', 'check_rows', 'check_chunk',
-           'PerturbedPass', 'StepGrads', 'step_unscaled']
+           'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
+           'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'ExtraPass', 'check_rows',
+           'check_chunk', 'PerturbedPass', 'loss_scale', 'unscale_', 'micro_batch_share', 'SummedPass', 'StepGrads',
+           'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
+from copy import deepcopy
 from itertools import chain
 from typing import Callable, Iterable, Literal
 
@@ -20,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
@@ -229,6 +232,14 @@ def stepped_params(
         for p in group: params.setdefault(id(p), p)
     return list(params.values())
 
+def params_outside(
+    learn:Learner, # A Learner with an optimizer
+) -> dict[str, nn.Parameter]: # From a name with a number to parameter; usually empty
+    "Return the parameters that the optimizer steps and that are not the network's, such as the loss's."
+    known = {id(p) for p in learn.model.parameters()}
+    others = [p for p in stepped_params(learn) if id(p) not in known]
+    return {f'outside the model, {i}': p for i, p in enumerate(others)}
+
 def take_gradients(
     params:Iterable[Tensor], # Parameters
 ) -> dict: # From parameter to gradient
@@ -382,6 +393,7 @@ class ExtraPass(_Window, ShowsArguments, Callback):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
     order, run_valid = ORDERS['extra_pass'], False
     needs_logits = False # whether the predictions are needed, not the loss alone
+    needs_loss_scale = False # whether the size of the gradients counts, not the direction alone
 
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -685,6 +697,77 @@ class PerturbedPass(_Chunks):
 
     def replay(self, **kwargs): return super().replay(**{'until': self, **kwargs})
 
+# %% ../../nbs/core/01_passes.ipynb #4e83f07c
+def loss_scale(
+    learn:Learner, # In a training batch
+) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
+    "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
+    scaler = getattr(learn, 'loss_scaler', None) # of a plain loop
+    if scaler is None: scaler = getattr(learn, 'scaler', None)
+    if scaler is None or not scaler.is_enabled(): return None
+    return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
+
+def unscale_(
+    learn:Learner,             # In a training batch
+    tensors:Iterable[Tensor],  # Gradients of this batch; overwritten
+):
+    "Divide gradients by the loss scale of mixed precision, if there is one."
+    scale, tensors = loss_scale(learn), local_parts(tensors)
+    if scale is not None and tensors: torch._foreach_div_(tensors, scale)
+
+def micro_batch_share(
+    learn:Learner, # In a training batch
+) -> float: # 1. without fastai's `GradientAccumulation`, also in a plain loop
+    "Return the factor by which `GradientAccumulation` has multiplied the loss of this micro-batch."
+    for cb in learn.cbs:
+        if isinstance(cb, GradientAccumulation): return batch_size(learn.yb) / cb.n_acc
+    return 1.
+
+# %% ../../nbs/core/01_passes.ipynb #fc24777c
+class SummedPass(PerturbedPass):
+    """Adds up tensors over the micro-batches of a step, and hands the sum over after the step.
+
+    A skipped step drops the sum. The sum of an incomplete step is part of the state."""
+    needs_loss_scale = True
+
+    def __init__(self,
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+    ):
+        super().__init__(bn, rng)
+        self.total, self.weight, self._refused = {}, 0., False
+        self._stash = {} # gradients of earlier micro-batches; a loop's `first_step` has none
+
+    def keep(self,
+        tensors:dict[str, Tensor], # By name; the sum may take over their memory
+        weight:float=1.,           # Added to the sum of the weights
+    ):
+        "Add tensors of a micro-batch to those of the earlier micro-batches of the same step."
+        if not (self._stash or getattr(self.learn, 'kept', None)): self.total, self.weight = {}, 0.
+        both = [n for n in tensors if n in self.total] # a micro-batch may not use all layers
+        sums, added = (local_parts(d[n] for n in both) for d in (self.total, tensors))
+        if both: torch._foreach_add_(sums, added)
+        self.total = tensors | self.total
+        self.weight += weight
+
+    def after_sum(self,
+        total:dict[str, Tensor], # Sum of the tensors by name; the method may change and keep them
+        weight:float,            # Sum of the weights
+    ):
+        "Use the sum; called after a step that was made."
+        raise NotImplementedError
+
+    def after_cancel_step(self): self._refused = True
+
+    def after_step(self):
+        super().after_step()
+        total, weight, refused = self.total, self.weight, self._refused
+        self.total, self.weight, self._refused = {}, 0., False
+        if total and not refused: self.after_sum(total, weight)
+
+    def state_dict(self): return dict(total=deepcopy(self.total), weight=self.weight)
+    def load_state_dict(self, state): self.total, self.weight = dict(state['total']), state['weight']
+
 # %% ../../nbs/core/01_passes.ipynb #b831a8de
 class StepGrads(Callback):
     "Stores a copy of the gradients that the optimizer uses in its step, until the batch ends."
@@ -696,10 +779,7 @@ class StepGrads(Callback):
 
     def params(self) -> dict: # From name to parameter
         "Return all parameters that the optimizer steps: the network's by name, all others by number."
-        params = trainable_params(self.model)
-        known = {id(p) for p in self.model.parameters()}
-        others = [p for p in stepped_params(self.learn) if id(p) not in known]
-        return params | {f'outside the model, {i}': p for i, p in enumerate(others)}
+        return trainable_params(self.model) | params_outside(self.learn)
 
     def before_step(self):
         now = {n: p.grad for n, p in self.params().items() if p.grad is not None}

@@ -6,7 +6,7 @@
 __all__ = ['Only', 'is_sharded', 'check_whole', 'local_parts', 'placed_like', 'settle_gradients', 'version_of', 'unwrapped',
            'drop_gathered', 'trainable_params', 'is_norm_layer', 'check_only', 'chosen_params', 'real_views',
            'global_norm', 'global_dot', 'clip_gradients_', 'check_finite', 'check_not_negative', 'check_count',
-           'check_radius', 'ascent', 'scratch_like', 'copied', 'weights_moved', 'perturbed', 'weight_sizes',
+           'check_radius', 'ascent', 'scratch_like', 'copied', 'weights_moved', 'fitted', 'perturbed', 'weight_sizes',
            'sam_ascent']
 
 # %% ../../nbs/core/00_perturb.ipynb #49bcc589
@@ -321,6 +321,22 @@ def weights_moved(
     `torch.autocast` keeps cast copies; FSDP2 keeps the whole weights of its outermost module."""
     torch.clear_autocast_cache()
     if model is not None: drop_gathered(model)
+
+# %% ../../nbs/core/00_perturb.ipynb #c2f8b011
+def fitted(
+    tensors:dict[str, Tensor], # From name to a loaded tensor
+    params:dict[str, Tensor],  # From name to parameter
+    what:str,                  # What the tensors are, for the error's text
+) -> dict[str, Tensor]: # The tensors of the names in `params`, on the parameters' devices
+    "Return tensors by name, placed like parameters. Raises `ValueError` if a shape differs."
+    found = {}
+    for n, t in tensors.items():
+        if n not in params: continue
+        if params[n].shape != t.shape:
+            raise ValueError(f'the loaded {what} does not fit the model: {n} has shape '
+                             f'{tuple(params[n].shape)}, not {tuple(t.shape)}')
+        found[n] = placed_like(t.to(params[n].device), params[n])
+    return found
 
 # %% ../../nbs/core/00_perturb.ipynb #42e17ac0
 @contextmanager

@@ -27,6 +27,8 @@ OPTION_RANGES = dict( # method: {option: (lowest, highest)}
     looksam=dict(rho=(5e-3, .5)),
     msam=dict(rho=(.03, 10.)),
     gsam=dict(rho_max=(.05, .5)),
+    friendly_sam=dict(rho=(5e-3, .5)),
+    wsam=dict(rho=(5e-3, .5)),
     saf=dict(lam=(.03, 3.)),
     mesa=dict(lam=(.08, 8.)),
     distillation=dict(alpha=(.05, .95)),

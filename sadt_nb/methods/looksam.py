@@ -12,7 +12,7 @@ import torch
 
 from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
 from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
-from ..core.perturb import global_dot, global_norm, local_parts, placed_like, trainable_params
+from ..core.perturb import fitted, global_dot, global_norm, local_parts, trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
@@ -50,18 +50,6 @@ def _unit_(direction):
     torch._foreach_div_(local_parts(tensors), global_norm(tensors) + 1e-12)
     return direction
 
-def _fitted(direction, params):
-    """Return `direction`, placed like `params`, without names that are not in `params`.
-
-    Raises `ValueError` if a shape differs."""
-    fitted = {}
-    for n, d in direction.items():
-        if n not in params: continue
-        if params[n].shape != d.shape:
-            raise ValueError(f'the loaded direction does not fit the model: {n} has shape '
-                             f'{tuple(params[n].shape)}, not {tuple(d.shape)}')
-        fitted[n] = placed_like(d.to(params[n].device), params[n])
-    return fitted
 
 # %% ../../nbs/methods/23_looksam.ipynb #cf3aded5
 class LookSAM(PerturbedPass):
@@ -92,7 +80,8 @@ class LookSAM(PerturbedPass):
     def before_fit(self):
         super().before_fit()
         self._sum, self._refused = None, False
-        if self.direction: self.direction = _fitted(self.direction, trainable_params(self.learn.model))
+        if self.direction:
+            self.direction = fitted(self.direction, trainable_params(self.learn.model), 'direction')
 
     def active(self): return self.direction is None or self.steps % self.k == 0
     def perturbation(self, params, grads): return ascent(grads, self.rho)

@@ -26,6 +26,7 @@ from .asam import ASAM
 from .controls import RepeatStep
 from .distillation import Distillation
 from .esam import ESAM
+from .friendly_sam import FriendlySAM
 from .gradient_centralization import GradientCentralization
 from .gsam import GSAM
 from .looksam import LookSAM
@@ -35,6 +36,7 @@ from .sadt import SADT
 from .saf import SAF
 from .sam import SAM
 from .weight_average import WeightAverage
+from .wsam import WSAM
 
 # %% ../../nbs/methods/99_registry.ipynb #4ac40e2d
 @dataclass(frozen=True)
@@ -162,6 +164,22 @@ _SHARPNESS = dict(
               '[Zhuang et al. 2022](https://arxiv.org/abs/2203.08065), ICLR',
         key='`alpha` = 0.4 in the authors\' CIFAR example (with `adaptive` and `rho` = 2)',
         avoid='when SAM already underfits: with GSAM the training loss falls even less'),
+    friendly_sam=Method(
+        FriendlySAM, 'SAM along the noise of the batch: the gradient minus a mean of past gradients',
+        passes=2, memory='3 x weights',
+        paper='Friendly Sharpness-Aware Minimization, '
+              '[Li et al. 2024](https://arxiv.org/abs/2403.12350), CVPR',
+        key='`sigma` = 1 and `decay` = 0.9 (0.6 in the authors\' CIFAR-100 example); `rho` as for SAM',
+        avoid='with batches so large that their gradient has little noise; '
+              'where the memory for three copies of the weights is missing'),
+    wsam=Method(
+        WSAM, 'adds sharpness to the loss with a weight of its own, apart from the optimizer', passes=2,
+        memory='2 x weights',
+        paper='Weighted Sharpness-Aware Minimization, '
+              '[Yue et al. 2023](https://arxiv.org/abs/2305.15817), KDD',
+        key='`gamma` = 0.9: sharpness counts `gamma / (1 - gamma)` = 9 times; `rho` as for SAM',
+        avoid='with Adam before the learning rate is tuned: the decoupled part is a step of SGD, '
+              'of another size than the steps of Adam'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #9d94c6e5
@@ -319,6 +337,7 @@ def _facts(name, m):
     memory = 'none' if m.memory == '-' else m.memory
     memory = memory.replace('1 x weights', 'one copy of the weights')
     memory = memory.replace('2 x weights', 'two copies of the weights')
+    memory = memory.replace('3 x weights', 'three copies of the weights')
     return {'from': m.paper, 'extra passes per step': passes, 'measured time of a step': _measured_time(name),
             'optimizer steps per batch': f'**{m.steps}**' if m.steps > 1 else '', 'extra memory': memory,
             'key hyperparameter': m.key, 'when not to use it': m.avoid}

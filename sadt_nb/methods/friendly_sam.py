@@ -29,11 +29,13 @@ class FriendlySAM(SummedPass):
         decay:float=.9,              # Weight of the old mean when a gradient is added, in [0, 1)
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which FriendlySAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which FriendlySAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         check_not_negative(sigma=sigma)
         if not 0 <= decay < 1: raise ValueError(f'`decay` must lie in [0, 1), got {decay}')
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.rho, self.sigma, self.decay = rho, sigma, decay
         self.mean, self._spare, self._loaded = {}, {}, False # tensors by name
 

@@ -59,12 +59,14 @@ class WSAM(SummedPass):
         decouple:bool=True, # `False`: the optimizer gets the gradient of the whole sum
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which WSAM sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which WSAM ends, in [0, 1]; after: plain training
     ):
         check_radius(rho)
         if not 0 <= gamma < 1:
             raise ValueError(f'`gamma` must lie in [0, 1), got {gamma}; 0 is plain training, and 0.9 weighs '
                              'the sharpness nine times')
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.rho, self.gamma, self.decouple = rho, gamma, decouple
         self._spare, self._outside, self._rates = {}, {}, []
 

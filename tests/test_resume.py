@@ -149,6 +149,33 @@ def test_with_a_progress_bar_or_without(tmp_path, monkeypatch, capsys):
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
 
 
+def checkpoint_bytes(cfg, root, monkeypatch):
+    "Return the size of the checkpoint of a run with a progress bar that is stopped after its second epoch."
+    with monkeypatch.context() as m:
+        m.setattr(runner.sys.stdout, 'isatty', lambda: True)
+        stop_in(m, 2, 0)
+        with pytest.raises(KeyboardInterrupt): run(cfg, root, minutes=0)
+    return (root / cfg.name / 'checkpoint.pt').stat().st_size
+
+
+def test_checkpoints_do_not_grow_with_the_steps(tmp_path, monkeypatch):
+    "20 times the steps; the size may differ by digits of counts and the alignment of tensors."
+    few, many = SHORT.but(epochs=3, bs=60, n_train=75), SHORT.but(epochs=3, bs=3, n_train=75)
+    sizes = [checkpoint_bytes(cfg, tmp_path, monkeypatch) for cfg in (few, many)]
+    assert abs(sizes[0] - sizes[1]) < 200, sizes
+
+
+def test_a_recorder_of_ones_own_takes_twelve_bytes_a_step(tmp_path):
+    "A loss of 4 bytes and a learning rate of 8; as separate objects they took 260."
+    sizes = []
+    for bs in (60, 3):
+        learn = runner.make_learner(SHORT.but(bs=bs), cbs=[Recorder()])
+        with learn.no_logging(): learn.fit(2, cbs=Checkpoint(tmp_path / f'{bs}.pt'))
+        sizes.append((tmp_path / f'{bs}.pt').stat().st_size)
+    steps = 2 * (20 - 1)
+    assert sizes[1] - sizes[0] < 13 * steps + 200, sizes
+
+
 def fastai_learner():
     "Return a Learner with accumulation, early stopping and a Recorder; an epoch's last batch is half full."
     stopping = EarlyStoppingCallback(patience=2, min_delta=.01)

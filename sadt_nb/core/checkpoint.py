@@ -47,19 +47,35 @@ _COUNTERS = {Recorder: ('lrs', 'iters', 'losses', 'values'), GradientAccumulatio
 
 def _has_state(cb): return hasattr(type(cb), 'state_dict') or isinstance(cb, tuple(_COUNTERS))
 
+_PER_STEP = ('lrs', 'losses') # lists of a `Recorder` that grow with every step
+
+def _packed(values):
+    "Return a list of numbers, or of tensors of one shape, as one tensor; other lists as they are."
+    try: return torch.stack(values)
+    except (TypeError, RuntimeError): pass # numbers, different shapes, or none
+    try: return torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError): return values
+
 def _callback_state(cb):
     if hasattr(type(cb), 'state_dict'): return cb.state_dict()
     state = {}
     for cls, names in _COUNTERS.items():
         if isinstance(cb, cls): state.update({n: getattr(cb, n) for n in names if n in vars(cb)})
-    if isinstance(cb, Recorder): state['smooth_loss'] = vars(cb.smooth_loss)
+    if isinstance(cb, Recorder):
+        for n in _PER_STEP: state[n] = _packed(state.get(n, []))
+        state['smooth_loss'] = vars(cb.smooth_loss)
     return state
+
+def _unpacked(name, values):
+    "Return the list of a `Recorder` that `_packed` has packed: losses are tensors, learning rates numbers."
+    if not isinstance(values, Tensor): return values
+    return [*values.unbind()] if name == 'losses' else values.tolist()
 
 def _load_callback(cb, state):
     if hasattr(type(cb), 'state_dict'): return cb.load_state_dict(state)
     for n, v in state.items():
         if n == 'smooth_loss': vars(cb.smooth_loss).update(v)
-        else: setattr(cb, n, v)
+        else: setattr(cb, n, _unpacked(n, v) if n in _PER_STEP else v)
 
 # %% ../../nbs/core/08_checkpoint.ipynb #100770b9
 def _loader_state(dl):

@@ -379,6 +379,14 @@ class RunRecorder(ShowsArguments, Callback):
 
     def unhook(self): _stop_counting(self)
 
+# %% ../../nbs/experiments/81_runner.ipynb #95b6af2e
+class _ForgetSteps(Callback):
+    "Empties the lists of fastai's `Recorder` that grow with every step."
+    order = Recorder.order + 2
+    def after_epoch(self):
+        recorder = self.learn.recorder
+        for per_step in (recorder.lrs, recorder.losses): per_step.clear()
+
 # %% ../../nbs/experiments/81_runner.ipynb #822a4071
 def weights_file(
     cfg:Run, # The configuration
@@ -753,7 +761,7 @@ class _Training:
         self.recorder = RunRecorder(on_epoch=self.write_history)
         shows_bars = progress and (IN_NOTEBOOK or sys.stdout.isatty())
         self.shows_lines = progress and not shows_bars # carriage returns are of no use in a file
-        bars = [Recorder(), ProgressCallback()] if shows_bars else []
+        bars = [Recorder(), _ForgetSteps(), ProgressCallback()] if shows_bars else []
         self.learn = make_learner(cfg, device, [self.recorder, *bars], root)
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 

@@ -22,6 +22,7 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from ..core.arguments import check_options
+from ..core.checkpoint import remove_abandoned, whole_file
 from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
 from .image_files import archive_images, folder_images, open_image
@@ -165,11 +166,10 @@ def _read_arrays(file):
 def _write_arrays(file, train, test):
     "Write an array file; other processes see the file only when it is complete."
     file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_suffix(f'.{os.getpid()}.tmp')
-    with open(tmp, 'wb') as f:
+    remove_abandoned(file.parent)
+    with whole_file(file) as part, open(part, 'wb') as f:
         np.savez(f, train_x=train.x.numpy(), train_y=train.y.numpy(),
                  test_x=test.x.numpy(), test_y=test.y.numpy(), vocab=np.array(train.vocab))
-    os.replace(tmp, file)
 
 def _cached(source, size, build):
     "Return the data of the array file; without such a file, return the data of `build()` and store them."

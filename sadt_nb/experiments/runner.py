@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'Ru
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
 import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
 import warnings, zipfile, zlib
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,8 @@ from fastprogress.core import IN_NOTEBOOK
 from filelock import FileLock, Timeout
 
 from ..core.arguments import ShowsArguments
-from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, saved, write_whole
+from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, remove_abandoned
+from ..core.checkpoint import saved, write_whole
 from ..core.optim import keras_adam
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
@@ -97,9 +98,11 @@ class RunDiverged(RunError):
 class RunBusy(RunError):
     "Another process is training this run."
 
+def _json_bytes(obj): return json.dumps(obj, indent=1).encode()
+
 def write_json(path, obj):
     "Write `obj` as a JSON file, completely or not at all."
-    write_whole(Path(path), json.dumps(obj, indent=1).encode())
+    write_whole(Path(path), _json_bytes(obj))
 
 @contextmanager
 def _disk_errors(root):
@@ -145,13 +148,19 @@ def work_folder(
     folder = Path(root) / cfg.name
     return folder if read_result(cfg, root) is None else folder / 'new'
 
+def _remove_hidden(folder):
+    "Remove half-written files; the caller holds the lock. Another process may be writing measures."
+    for f in folder.glob('.*'):
+        if not f.name.startswith(('.lock', '.measures')): f.unlink(missing_ok=True)
+    remove_abandoned(folder)
+
 def _prepare_folder(cfg, root):
     "Remove half-written files, write the configuration of a new run, and return the folder to work in."
     folder, work = Path(root) / cfg.name, work_folder(cfg, root)
     with _disk_errors(root):
         work.mkdir(parents=True, exist_ok=True)
-        for f in (*folder.glob('.*'), *work.glob('.*')):
-            if f.name != '.lock': f.unlink(missing_ok=True)
+        _remove_hidden(folder)
+        _remove_hidden(work)
         if work == folder: write_json(folder / 'config.json', cfg.to_dict())
     return work
 
@@ -712,7 +721,8 @@ def _results(cfg, learn, root, folder):
     "Evaluate the trained network, store its weights, and return the facts for the result."
     model = unwrapped(learn.model)
     found = _evaluations(cfg, model, learn.dls)
-    with _disk_errors(root): write_whole(folder / 'weights.pt', saved(model.state_dict()))
+    with _disk_errors(root):
+        CheckpointFile(folder / 'checkpoint.pt').write(folder / 'weights.pt', saved(model.state_dict()))
     found['weights_crc32'] = weights_checksum(model.state_dict())
     if cfg.teachers: found['teachers_crc32'] = [_stored_checksum(t, root) for t in cfg.teachers]
     found['parameters'] = sum(p.numel() for p in model.parameters())
@@ -766,7 +776,9 @@ class _Training:
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 
     def write(self, name, obj):
-        with _disk_errors(self.root): write_json(self.folder / name, obj)
+        "Write a JSON file. If the disk is full, the older checkpoint makes room."
+        checkpoints = CheckpointFile(self.folder / 'checkpoint.pt')
+        with _disk_errors(self.root): checkpoints.write(self.folder / name, _json_bytes(obj))
 
     def write_history(self, rows):
         on_rank_zero(partial(self.write, 'history.json', rows))
@@ -795,6 +807,12 @@ class _Training:
         checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=', '.join(parts))
         if force and not checkpoint.fits(math.ceil(self.cfg.epochs)): checkpoint.remove()
         return checkpoint
+
+    def interrupt(self, resumed):
+        "Store that the run was interrupted, unless its result is already complete or the disk is full."
+        stored = read_part(self.folder.parent, self.folder.name, 'result', {})
+        if stored.get('status') == 'finished': return
+        with suppress(RunError): self.store('interrupted', resumed)
 
     def finish(self, resumed):
         "Store the reason if the run diverged; otherwise evaluate the network and store the result."
@@ -840,7 +858,7 @@ def _train(cfg, root, force, progress, device, minutes):
         checkpoint.remove()
         training.end()
     except KeyboardInterrupt:
-        if this_rank() == 0: training.store('interrupted', checkpoint.start)
+        if this_rank() == 0: training.interrupt(checkpoint.start)
         raise
     except CheckpointError as e:
         advice = 'force=True (--force) trains it anew'
@@ -861,10 +879,27 @@ def _stored(cfg, root, force, weights):
     if result: _check_identity(cfg, root, result)
     return result
 
-def _complete_replacement(cfg, root):
-    "Move a complete new result, which a process left when it died, to the place of the old one."
-    if not _has_replacement(cfg, root): return
-    with _lock(cfg, root): _replace(cfg, root)
+def _left_by_the_dead(cfg, root):
+    "Return what a process that died has left beside a finished result: checkpoints, and a folder `new`."
+    folder = Path(root) / cfg.name
+    left = [folder / 'checkpoint.pt', folder / 'checkpoint.pt.previous']
+    new = folder / 'new'
+    if not [*new.glob('checkpoint.pt*')]: left.append(new) # else `force` continues from there
+    return [f for f in left if f.exists()]
+
+def _tidy(cfg, root):
+    "Complete what a process that died has left undone in the folder of a finished run."
+    if read_result(cfg, root) is None: return
+    if _has_replacement(cfg, root):
+        with _lock(cfg, root): _replace(cfg, root)
+    remove_abandoned(Path(root) / cfg.name)
+    if not _left_by_the_dead(cfg, root): return
+    try:
+        with _lock(cfg, root):
+            for f in _left_by_the_dead(cfg, root):
+                if f.is_dir(): shutil.rmtree(f)
+                else: f.unlink()
+    except (RunError, OSError): pass # another process is training it anew, or the folder is read-only
 
 # %% ../../nbs/experiments/81_runner.ipynb #a239cfe5
 def run(
@@ -890,7 +925,7 @@ def run(
     checkpoint; `ValueError` for data that do not fit."""
     join_ranks(device)
     stored = partial(_stored, cfg, root, force, weights)
-    on_rank_zero(partial(_complete_replacement, cfg, root))
+    on_rank_zero(partial(_tidy, cfg, root))
     result = on_rank_zero(stored)
     if result: return result
     for t in cfg.teachers: run(t, root, False, progress, device, minutes, weights=True)

@@ -697,6 +697,21 @@ def test_several_processes_make_one_run_and_continue_it(cfg, tmp_path):
     assert same(outcome(cfg, whole), outcome(cfg, cut))
 
 
+@pytest.mark.slow
+def test_the_processes_end_when_their_launcher_is_killed(tmp_path):
+    need_accelerate()
+    psutil = pytest.importorskip('psutil', reason='psutil is not installed')
+    cfg = of('sam').but(epochs=500, bs=14)
+    p = together(cfg, tmp_path)
+    wait_for(lambda: (tmp_path / cfg.name / 'checkpoint.pt').exists())
+    ranks = psutil.Process(p.pid).children(recursive=True)
+    assert len(ranks) == 2
+    p.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for q in alive: q.kill()
+    assert not alive
+
+
 def test_several_processes_stop_together(tmp_path):
     need_accelerate()
     diverging = SHORT.but(opt='sgd', lr=1e30, sched='constant', bs=14)

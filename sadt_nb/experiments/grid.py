@@ -301,6 +301,8 @@ class _Progress:
 
     def begins(self, cfg): self.work.begins(cfg)
     def pauses(self, cfg): self.work.running.pop(cfg, None)
+    def waits(self, error):
+        if self.show: self.print(f'{error}')
 
     def ends(self, cfg, r):
         self.pauses(cfg)
@@ -356,7 +358,8 @@ class _Grid:
         self.progress.pauses(cfg)
         try:
             self.end(cfg, self.checked(cfg, job.result()))
-        except RunBusy:
+        except RunBusy as e:
+            if cfg not in self.later: self.progress.waits(e)
             self.later[cfg] = time.time() + 1
             self.waiting.append(cfg)
         except _WorkerDied as e:

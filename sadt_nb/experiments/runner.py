@@ -9,7 +9,7 @@ __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'Ru
            'keep_pages', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
-import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
+import base64, ctypes, errno, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
 import warnings, zipfile, zlib
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -30,7 +30,9 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastprogress.core import IN_NOTEBOOK
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
+try: import fcntl
+except ImportError: fcntl = None # on Windows, where `FileLock` uses another function of the system
 
 from ..core.arguments import ShowsArguments
 from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, remove_abandoned
@@ -71,10 +73,9 @@ def code_version() -> dict: # `sadt_nb`: the version; `source`: the first 12 dig
 
 def _cpu_name():
     "Return the processor's model name on Linux, and a more general name on other systems."
-    try:
-        for line in open('/proc/cpuinfo'):
+    with suppress(OSError), open('/proc/cpuinfo') as lines:
+        for line in lines:
             if line.startswith('model name'): return line.split(':')[1].strip()
-    except OSError: pass
     return platform.processor() or platform.machine()
 
 def _hardware(device):
@@ -209,21 +210,64 @@ def _check_identity(cfg, root, result):
         raise RunError(f'{cfg.name}: its result is of {changed}; {_ANEW}')
 
 # %% ../../nbs/experiments/81_runner.ipynb #07bd1602
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_STALE_SECONDS = 24 * 3600
+
+def _has_flock(file):
+    "Return whether the system has locks for this disk. Raises `OSError` if `file` cannot be made."
+    if fcntl is None: return True
+    with open(file, 'a') as f:
+        try: fcntl.flock(f, fcntl.LOCK_UN) # without any effect, because `f` has no lock
+        except OSError as e: return e.errno not in _NO_LOCKS
+    return True
+
+def _acquired(folder):
+    "Return the lock of a folder, held. Raises filelock's `Timeout`, or `OSError`."
+    soft = SoftFileLock(folder / '.lock.held')
+    if _has_flock(folder / '.lock'):
+        try: return FileLock(folder / '.lock').acquire(timeout=0).lock
+        except OSError as e: # some network disks refuse only now
+            if e.errno not in _NO_LOCKS: raise
+    return soft.acquire(timeout=0).lock
+
+def _age(seconds):
+    "Return a time as text, in minutes, hours or days."
+    minutes = max(0, round(seconds / 60))
+    if minutes < 120: return f'{minutes} min'
+    return f'{minutes // 60} h' if minutes < 48 * 60 else f'{minutes // 1440} days'
+
+def _last_change(folder):
+    "Return the time of the newest file below a folder, apart from the empty `.lock`."
+    files = [f for f in folder.rglob('*') if f.is_file() and f.name != '.lock']
+    return max((f.stat().st_mtime for f in files), default=0.)
+
+def _held(cfg, file):
+    "Return the error for a folder whose lock another process holds; with flock, its file is empty."
+    name = f'{cfg.name}: another process is training it'
+    advice = 'wait for its result, or take another root'
+    try: pid, host = file.read_text().split()[:2]
+    except (OSError, ValueError): return RunBusy(f'{name}; {advice}')
+    now = time.time()
+    holder = f'process {pid} on {host}, which locked it {_age(now - file.stat().st_mtime)} ago'
+    quiet = now - _last_change(file.parent)
+    delete = f'if that process has ended, delete {file}'
+    if quiet < _STALE_SECONDS: return RunBusy(f'{name} ({holder}); {advice}; {delete}')
+    return RunError(f'{cfg.name}: {holder}, has changed nothing there for {_age(quiet)}; {delete}')
+
 @contextmanager
 def _lock(cfg, root):
-    "Hold the lock of a run's folder. Raises `RunBusy` if another process holds it."
+    """Hold the lock of a run's folder.
+
+    Raises `RunBusy` if another process holds it, and `RunError` if that seems to have died elsewhere."""
     folder = Path(root) / cfg.name
     with _disk_errors(root): folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / '.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        advice = 'wait for its result, or take another root'
-        raise RunBusy(f'{cfg.name}: another process is training it; {advice}') from None
+    try: lock = _acquired(folder)
+    except Timeout as e: raise _held(cfg, Path(e.lock_file)) from None
     except OSError as e:
         raise RunError(f'cannot write to {root} ({e.strerror}); choose another root') from None
     try: yield
     finally:
-        nothing_stored = [f.name for f in folder.iterdir()] == ['.lock']
+        nothing_stored = {f.name for f in folder.iterdir()} <= {'.lock', '.lock.held'}
         if nothing_stored: shutil.rmtree(folder)
         lock.release()
 

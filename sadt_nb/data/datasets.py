@@ -39,14 +39,19 @@ def _split(
     first, second = train_test_split(np.arange(len(y)), test_size=size, stratify=y, random_state=seed)
     return np.sort(first), np.sort(second)
 
-def digits() -> tuple[ImageData, ImageData]: # 1,437 training and 360 test images
-    "Return scikit-learn's 1,797 scanned digits as 32x32 RGB; the split is always the same."
+@lru_cache
+def _digits():
+    "Return images and classes of training and test part, read only once."
     raw = load_digits()
     grey = (raw.images * (255 / 16)).round().astype(np.uint8)
     x = grey.repeat(4, 1).repeat(4, 2)[..., None].repeat(3, 3)
+    return [(x[part], raw.target[part]) for part in _split(raw.target, 360, seed=0)]
+
+def digits() -> tuple[ImageData, ImageData]: # 1,437 training and 360 test images
+    "Return scikit-learn's 1,797 scanned digits as 32x32 RGB; the split is always the same."
     vocab = [str(c) for c in range(10)]
-    train, test = _split(raw.target, 360, seed=0)
-    return ImageData(x[train], raw.target[train], vocab), ImageData(x[test], raw.target[test], vocab)
+    train, test = [ImageData(x.copy(), y.copy(), vocab) for x, y in _digits()]
+    return train, test
 
 # %% ../../nbs/data/72_datasets.ipynb #50e4a391
 def wrong_labels(

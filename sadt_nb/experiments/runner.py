@@ -13,7 +13,7 @@ import base64, ctypes, errno, hashlib, importlib.metadata, json, math, os, platf
 import warnings, zipfile, zlib
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -55,6 +55,7 @@ from ..models.registry import make_model
 from ..models.weights import load_weights, read_tensors, weights_checksum
 
 # %% ../../nbs/experiments/81_runner.ipynb #586eaf7f
+@lru_cache # none of this changes while a process lives
 def _versions():
     "Return the versions of Python and of the packages that a result depends on."
     found = dict(python=platform.python_version())
@@ -62,15 +63,20 @@ def _versions():
         found[name] = importlib.metadata.version(name)
     return found
 
+@lru_cache
+def _source_hash():
+    "Return the first 12 digits of a SHA-256 of the library's source."
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob('*.py')): digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
 def code_version() -> dict: # `sadt_nb`: the version; `source`: the first 12 digits of a SHA-256
     "Return this library's version and a hash of its source; uncommitted changes also change the hash."
     from sadt_nb import __version__
     version = dict(sadt_nb=__version__)
-    if '__file__' not in globals(): return dict(version, source='notebook')
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob('*.py')): digest.update(file.read_bytes())
-    return dict(version, source=digest.hexdigest()[:12])
+    return dict(version, source=_source_hash() if '__file__' in globals() else 'notebook')
 
+@lru_cache
 def _cpu_name():
     "Return the processor's model name on Linux, and a more general name on other systems."
     with suppress(OSError), open('/proc/cpuinfo') as lines:
@@ -87,7 +93,7 @@ def provenance(
     device:torch.device, # Device that computes the result
 ) -> dict: # `versions`, `code` and `hardware`
     "Return the origin of a result: what is stored with every result."
-    return dict(versions=_versions(), code=code_version(), hardware=_hardware(device))
+    return dict(versions=dict(_versions()), code=code_version(), hardware=_hardware(device))
 
 # %% ../../nbs/experiments/81_runner.ipynb #7107cf14
 class RunError(RuntimeError):
@@ -714,7 +720,8 @@ def first_layer_histogram(
     bins=60,         # Bins of equal width, from minus to plus the largest absolute weight
 ) -> dict: # `counts`, one per bin, and `edges`, one more than bins
     "Return a histogram of the first layer's weights."
-    edges, counts = next(iter(weight_histograms(model, bins).values()))
+    first = nn.ParameterList([p for p in model.parameters() if p.ndim > 1][:1])
+    edges, counts = next(iter(weight_histograms(first, bins).values()))
     return dict(edges=[round(e, 6) for e in edges.tolist()], counts=counts.tolist())
 
 # %% ../../nbs/experiments/81_runner.ipynb #63d07e97

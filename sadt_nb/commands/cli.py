@@ -49,7 +49,7 @@ from typing import Literal, get_args, get_origin
 
 import sadt_nb
 from ..core.arguments import parameter_comments
-from ..core.display import COLORS
+from ..core.display import COLORS, visible
 from ..papers.tables import TABLES
 
 # %% ../../nbs/commands/110_cli.ipynb #9562eb53
@@ -92,7 +92,7 @@ def _show_any_text():
 
 def _fail(command, message):
     "End the command with one line on standard error and status 2."
-    print(f'{command}: error: {message}', file=sys.stderr)
+    print(f'{command}: error: {visible(message)}', file=sys.stderr)
     sys.exit(2)
 
 @contextmanager
@@ -521,7 +521,7 @@ def sadt_report(
         packaged = folder != Path(root) # no pages are written into the package's own folder
         _report_table(name, folder, to or ('.' if packaged else folder), scale, amp)
     else:
-        print(report.results_table(report.load_results(folder)).to_string())
+        print(visible(report.results_table(report.load_results(folder)).to_string()))
     if figure: _save_curves(name, folder, scale, amp, figure)
 
 # %% ../../nbs/commands/110_cli.ipynb #5f17eae0
@@ -614,7 +614,7 @@ def sadt_measure(
         raise ValueError(f'{name} is not named after its run; rename it to {cfg.name}')
     chosen = measures.replace(',', ' ').split() or None
     measured = measure.measure_run(cfg, name.resolve().parent, chosen, samples, force)['measures']
-    for k, m in measured.items(): print(_measure_line(k, m))
+    for k, m in measured.items(): print(visible(_measure_line(k, m)))
 
 # %% ../../nbs/commands/110_cli.ipynb #9c263ad0
 def _demo_runs(seeds, epochs):

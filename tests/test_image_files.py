@@ -1,13 +1,16 @@
 """Which files are images of which class, and how they are opened, in folders, archives and mapped folders."""
 import io
 import os
+import struct
 import tarfile
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from sadt_nb.data import datasets, image_files
 from sadt_nb.data.datasets import load_data
 from sadt_nb.data.image_files import archive_images, folder_images, image_class, open_image
 from sadt_nb.data.mapped import mapped_folder
@@ -221,3 +224,96 @@ def test_flipped_bytes_in_an_archive_are_an_error(name, tmp_path):
     for i in range(60, 120): content[i] ^= 255
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match='is not'): load_data(tmp_path / name)
+
+
+# Files that would fill memory or disk
+
+def png_head(width, height):
+    "Return a PNG of a few bytes whose head states a size; it has no pixels."
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack('>I', len(data)) + body + struct.pack('>I', zlib.crc32(body))
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    chunks = chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + chunks
+
+
+def read_mapped(root): return mapped_folder(root, root.parent / 'mapped', 8)
+def read_zip(root): return load_data(pack(root, root.parent / 'a.zip'))
+def read_tar(root): return load_data(pack(root, root.parent / 'a.tgz'))
+
+
+READERS = [load_data, read_mapped, read_zip, read_tar]
+
+
+@pytest.mark.parametrize('read', READERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('size', [(8000, 7000), (1, 50_000_001), (40_000, 40_000)])
+def test_too_many_pixels_are_refused_before_they_are_decoded(size, read, tmp_path):
+    root = photos(tmp_path / 'photos')
+    (root / 'train' / 'cat' / '9.png').write_bytes(png_head(*size))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        reason = r'9\.png is not a readable image.*(pixels, more than|exceeds limit)'
+        with pytest.raises(ValueError, match=reason): read(root)
+
+
+@pytest.mark.parametrize('read', READERS, ids=lambda f: f.__name__)
+def test_too_large_a_file_is_refused(read, tmp_path, monkeypatch):
+    root = photos(tmp_path / 'photos')
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+        root / 'train' / 'cat' / '9.png')
+    monkeypatch.setattr(image_files, 'MOST_FILE_BYTES', 5000)
+    with pytest.raises(ValueError, match=r'9\.png.*(more than 5,000)'): read(root)
+
+
+LIMITS = {'MOST_MEMBERS': (7, 'has more than 7 members'),
+          'MOST_ARCHIVE_BYTES': (300, 'unpacks to more than 300 bytes')}
+
+
+@pytest.mark.parametrize('name', ['a.zip', 'a.tgz'])
+@pytest.mark.parametrize('limit', LIMITS)
+def test_an_archive_has_a_limit(limit, name, tmp_path, monkeypatch):
+    most, message = LIMITS[limit]
+    archive = pack(photos(tmp_path / 'photos'), tmp_path / name)
+    monkeypatch.setattr(image_files, limit, most)
+    with pytest.raises(ValueError, match=f'{name} {message}'): list(archive_images(archive))
+
+
+def test_a_member_that_states_a_smaller_size_is_not_read_whole(tmp_path, monkeypatch):
+    "A zip of a megabyte of zeros whose directory says 10 bytes."
+    archive = tmp_path / 'a.zip'
+    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr('train/cat/1.png', bytes(10**6))
+    content = archive.read_bytes()
+    archive.write_bytes(content.replace(struct.pack('<I', 10**6), struct.pack('<I', 10)))
+    monkeypatch.setattr(image_files, 'MOST_FILE_BYTES', 5000)
+    with pytest.raises(ValueError): list(archive_images(archive))
+
+
+def test_the_list_of_tar_members_does_not_grow(tmp_path):
+    archive = pack(photos(tmp_path / 'photos'), tmp_path / 'a.tgz')
+    seen = []
+    real = tarfile.TarFile.extractfile
+    def extractfile(tar, member):
+        seen.append(len(tar.members))
+        return real(tar, member)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(tarfile.TarFile, 'extractfile', extractfile)
+        assert len(list(archive_images(archive))) == 8
+    assert max(seen) <= 1
+
+
+def test_all_images_together_have_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, 'MOST_ALL_PIXELS', 8 * 64 - 1)
+    with pytest.raises(ValueError, match='has more than 511 pixels, too many for the memory'):
+        load_data(photos(tmp_path / 'photos'))
+    assert len(load_data(tmp_path / 'photos', size=4)[0]) == 4
+
+
+def test_control_characters_in_names_are_shown_as_escapes(tmp_path):
+    root = photos(tmp_path / 'photos')
+    (root / 'train' / 'cat' / 'a.\x1b[2J').write_text('')
+    write(root / 'train' / 'cat' / 'b\x1b]0;title\x07' / '9.png')
+    with pytest.warns(UserWarning) as caught: load_data(root)
+    text = ' '.join(str(w.message) for w in caught)
+    assert r'.\x1b[2j' in text and r'b\x1b]0;title\x07' in text
+    assert '\x1b' not in text and '\x07' not in text

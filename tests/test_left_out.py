@@ -6,11 +6,14 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
+from sadt_nb.commands.cli import sadt_report
 from sadt_nb.experiments.archive import ARCHIVE, MOST_BYTES
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.report import load_results, plot_runs, published, results_table
 from sadt_nb.experiments.runner import read_result
+from sadt_nb.papers import pages
 
 GOOD = dict(status='finished', accuracy=.9, accuracy_bn=.91, steps=4, forwards=4, backwards=4,
             train_seconds=1.)
@@ -147,3 +150,28 @@ def test_a_report_on_an_ascii_terminal_without_home_and_with_odd_names(root, tmp
     assert '\x1b' not in err
     assert '1 could not be read and were left out' in err
     assert 'Traceback' not in err
+
+
+ODD = '[link](http://a.b) <img src=x> | `code` \\ $x$ \x1b[2J\nnext'
+
+
+def test_texts_from_files_in_pages(tmp_path):
+    "Markdown shows them as they are, in one line; a parser of Markdown is the oracle."
+    markdown_it = pytest.importorskip('markdown_it', reason='markdown-it-py is not installed')
+    table = pd.DataFrame({'row': [ODD], 'n': ['1 of 1']})
+    page = pages._markdown_page(ODD, 'counted', table, '', dict(hardware=ODD))
+    assert '\x1b' not in page
+    html = markdown_it.MarkdownIt('commonmark', {'html': True}).enable('table').render(page)
+    shown = r'[link](http://a.b) &lt;img src=x&gt; | `code` \ $x$ \x1b[2J next'
+    assert html.count(shown) == 3, html
+    assert html.count('<td>') == 2
+    assert not any(tag in html for tag in ('<img', '<a ', '<code'))
+
+
+def test_a_report_shows_control_characters_as_escapes(tmp_path, capsys):
+    for data in ('a\x1b[2Jb', 'c\x9b'): write_run(tmp_path, Run(epochs=1, data=data))
+    sadt_report(root=tmp_path)
+    out, err = capsys.readouterr()
+    assert r'data=a\x1b[2Jb' in out
+    assert r'data=c\x9b' in out
+    assert '\x1b' not in out + err and '\x9b' not in out + err

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from sadt_nb.methods import registry
 from sadt_nb.methods.registry import METHODS, Methods
 
 EXAMPLE = Path(__file__).parent / 'example_package'
@@ -89,7 +90,36 @@ def entry_points(tmp_path, monkeypatch, **modules):
 BROKEN = [('plugin_a', 'raise RuntimeError("no driver")', 'RuntimeError: no driver'),
           ('plugin_b', 'METHOD = 3', 'is 3, not a Method'),
           ('plugin_c', 'x = 1', 'AttributeError'),
-          ('plugin_d', 'def (', 'SyntaxError')]
+          ('plugin_d', 'def (', 'SyntaxError'),
+          ('plugin_e', 'import sys\nsys.exit("no licence")', 'SystemExit: no licence'),
+          ('plugin_f', 'raise KeyboardInterrupt()', 'KeyboardInterrupt'),
+          ('plugin_g', 'raise GeneratorExit()', 'GeneratorExit'),
+          ('plugin_h', 'def f(): f()\nf()', 'RecursionError'),
+          ('plugin_i', """
+class Odd(Exception):
+    def __str__(self): raise ValueError()
+raise Odd()""", 'Odd$'),
+          ('plugin_j', """
+class Odd:
+    def __repr__(self): raise ValueError('no text')
+METHOD = Odd()""", 'ValueError: no text')]
+IMPORT = 'from sadt_nb.methods.registry import Method\n'
+MISTAKES = {
+    'None, "no factory"': 'its factory None cannot be called',
+    '3, "a number"': 'its factory 3 cannot be',
+    'type, "no signature"': 'the options of its factory cannot be read',
+    'print, 5': '`summary` must be',
+    'print, "", "2"': "`passes` must be of type float, got '2'",
+    'print, "", True': '`passes` must be',
+    'print, "", float("nan")': '`passes` must be positive and finite',
+    'print, "", 0': '`passes` must be',
+    'print, "", 1, 1.5': '`steps` must be of type int',
+    'print, "", 1, 0': '`steps` must be positive',
+    'print, "", memory=None': '`memory` must be of type str',
+    'print, "", seeded=1': '`seeded` must be',
+}
+BROKEN += [(f'plugin_k{i}', f'{IMPORT}METHOD = Method({arguments})', reason)
+           for i, (arguments, reason) in enumerate(MISTAKES.items())]
 
 
 @pytest.mark.parametrize('name, text, reason', BROKEN)
@@ -98,6 +128,30 @@ def test_a_method_that_cannot_be_loaded_is_left_out_with_a_reason(tmp_path, monk
     message = f"method '{name}' of the entry point '{name}:METHOD' is left out: .*{reason}"
     with pytest.warns(UserWarning, match=message):
         assert Methods(dict(before), entry_points(tmp_path, monkeypatch, **{name: text})) == before
+
+
+def test_the_rest_works_beside_every_broken_method(tmp_path, monkeypatch):
+    modules = {f'rest_{name}': text for name, text, _ in BROKEN}
+    modules['rest_good'] = IMPORT + 'METHOD = Method(lambda: None, "good")'
+    methods = Methods(dict(METHODS), entry_points(tmp_path, monkeypatch, **modules))
+    with pytest.warns(UserWarning) as caught: assert [*methods] == [*METHODS, 'rest_good']
+    assert len(caught) == len(BROKEN)
+    monkeypatch.setattr(registry, 'METHODS', methods)
+    assert registry.make_method('rest_good') == []
+    assert 'rest_good' in registry.methods_table().index
+    assert 'extra memory' in repr(registry.method_card('rest_good'))
+
+
+def test_our_methods_pass_the_check():
+    for name, method in METHODS.items(): registry._check_method(method, name)
+
+
+def test_damaged_entry_points_are_left_out(monkeypatch):
+    def damaged(group): raise ValueError('not enough values to unpack')
+    monkeypatch.setattr(registry, 'entry_points', damaged)
+    before = dict(METHODS)
+    with pytest.warns(UserWarning, match='methods of other packages are left out: ValueError: not enough'):
+        assert Methods(dict(before)) == before
 
 
 def test_an_entry_point_cannot_replace_our_method_and_the_next_one_still_loads(tmp_path, monkeypatch):

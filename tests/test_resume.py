@@ -149,6 +149,33 @@ def test_with_a_progress_bar_or_without(tmp_path, monkeypatch, capsys):
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
 
 
+def checkpoint_bytes(cfg, root, monkeypatch):
+    "Return the size of the checkpoint of a run with a progress bar that is stopped after its second epoch."
+    with monkeypatch.context() as m:
+        m.setattr(runner.sys.stdout, 'isatty', lambda: True)
+        stop_in(m, 2, 0)
+        with pytest.raises(KeyboardInterrupt): run(cfg, root, minutes=0)
+    return (root / cfg.name / 'checkpoint.pt').stat().st_size
+
+
+def test_checkpoints_do_not_grow_with_the_steps(tmp_path, monkeypatch):
+    "20 times the steps; the size may differ by digits of counts and the alignment of tensors."
+    few, many = SHORT.but(epochs=3, bs=60, n_train=75), SHORT.but(epochs=3, bs=3, n_train=75)
+    sizes = [checkpoint_bytes(cfg, tmp_path, monkeypatch) for cfg in (few, many)]
+    assert abs(sizes[0] - sizes[1]) < 200, sizes
+
+
+def test_a_recorder_of_ones_own_takes_twelve_bytes_a_step(tmp_path):
+    "A loss of 4 bytes and a learning rate of 8; as separate objects they took 260."
+    sizes = []
+    for bs in (60, 3):
+        learn = runner.make_learner(SHORT.but(bs=bs), cbs=[Recorder()])
+        with learn.no_logging(): learn.fit(2, cbs=Checkpoint(tmp_path / f'{bs}.pt'))
+        sizes.append((tmp_path / f'{bs}.pt').stat().st_size)
+    steps = 2 * (20 - 1)
+    assert sizes[1] - sizes[0] < 13 * steps + 200, sizes
+
+
 def fastai_learner():
     "Return a Learner with accumulation, early stopping and a Recorder; an epoch's last batch is half full."
     stopping = EarlyStoppingCallback(patience=2, min_delta=.01)
@@ -668,6 +695,21 @@ def test_several_processes_make_one_run_and_continue_it(cfg, tmp_path):
     train_together(cfg, cut)
     assert read_result(cfg, cut)['resumed'] > 0
     assert same(outcome(cfg, whole), outcome(cfg, cut))
+
+
+@pytest.mark.slow
+def test_the_processes_end_when_their_launcher_is_killed(tmp_path):
+    need_accelerate()
+    psutil = pytest.importorskip('psutil', reason='psutil is not installed')
+    cfg = of('sam').but(epochs=500, bs=14)
+    p = together(cfg, tmp_path)
+    wait_for(lambda: (tmp_path / cfg.name / 'checkpoint.pt').exists())
+    ranks = psutil.Process(p.pid).children(recursive=True)
+    assert len(ranks) == 2
+    p.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    for q in alive: q.kill()
+    assert not alive
 
 
 def test_several_processes_stop_together(tmp_path):

@@ -8,7 +8,29 @@ __all__ = ['Late', 'registered', 'Names', 'MethodName', 'MethodNames', 'ModelNam
            'sadt_demo']
 
 # %% ../../nbs/commands/110_cli.ipynb #f1e0674c
-import warnings
+import os, signal, sys, threading, warnings
+
+# %% ../../nbs/commands/110_cli.ipynb #fa51760a
+_STOPPED = 'stopped; run the command again to continue'
+_script = os.path.basename(sys.argv[0] if sys.argv else '') # of a command, its name
+
+def _stop(number, frame):
+    "End the process with one line: the handler of Ctrl-C while a command imports."
+    try: sys.stdout.flush()
+    except RuntimeError: pass # it was being flushed
+    os.write(2, f'\n{_script}: {_STOPPED}\n'.encode())
+    os._exit(130)
+
+def _stops_at_interrupt(on):
+    "Let Ctrl-C end the process at once, or raise `KeyboardInterrupt` as usual. Return whether this changes."
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (_script.startswith('sadt_') and in_main_thread): return False
+    before = signal.default_int_handler if on else _stop
+    if signal.getsignal(signal.SIGINT) is not before: return False
+    signal.signal(signal.SIGINT, _stop if on else signal.default_int_handler)
+    return True
+
+_stops_at_interrupt(True) # until a command begins
 
 # %% ../../nbs/commands/110_cli.ipynb #651cfc56
 # a user of a command can change nothing about warnings that are raised inside other packages
@@ -17,7 +39,7 @@ for _package in ('fastai', 'fastcore', 'fastprogress', 'matplotlib', 'numpy', 'p
     warnings.filterwarnings('ignore', module=rf'{_package}(\.|$)')
 
 # %% ../../nbs/commands/110_cli.ipynb #1b2a6da1
-import argparse, ast, codecs, difflib, json, os, re, sys
+import argparse, ast, codecs, difflib, json, re
 from functools import wraps
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,7 +49,7 @@ from typing import Literal, get_args, get_origin
 
 import sadt_nb
 from ..core.arguments import parameter_comments
-from ..core.display import COLORS
+from ..core.display import COLORS, visible
 from ..papers.tables import TABLES
 
 # %% ../../nbs/commands/110_cli.ipynb #9562eb53
@@ -39,7 +61,12 @@ class Late:
 
     def __getattr__(self, name):
         if name.startswith('__'): raise AttributeError(name) # inspection of this page imports nothing
-        return getattr(import_module(self._module), name)
+        if self._module not in sys.modules:
+            changed = _stops_at_interrupt(True)
+            try: import_module(self._module)
+            finally:
+                if changed: _stops_at_interrupt(False)
+        return getattr(sys.modules[self._module], name)
 
 # %% ../../nbs/commands/110_cli.ipynb #cb62ae18
 pd, plt, torch = Late('pandas'), Late('matplotlib.pyplot'), Late('torch')
@@ -65,7 +92,7 @@ def _show_any_text():
 
 def _fail(command, message):
     "End the command with one line on standard error and status 2."
-    print(f'{command}: error: {message}', file=sys.stderr)
+    print(f'{command}: error: {visible(message)}', file=sys.stderr)
     sys.exit(2)
 
 @contextmanager
@@ -73,7 +100,7 @@ def _one_line_errors(command):
     "End the command with one line on standard error: status 2 for a mistake, 130 for Ctrl-C."
     try: yield
     except KeyboardInterrupt:
-        print(f'\n{command}: stopped; run the command again to continue', file=sys.stderr)
+        print(f'\n{command}: {_STOPPED}', file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         # a RuntimeError of PyTorch is not the user's mistake; only this check imports the runner
@@ -244,6 +271,7 @@ def command(
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
+            _stops_at_interrupt(False)
             _show_any_text()
             with _one_line_errors(func.__name__):
                 if not (args or kwargs):
@@ -493,7 +521,7 @@ def sadt_report(
         packaged = folder != Path(root) # no pages are written into the package's own folder
         _report_table(name, folder, to or ('.' if packaged else folder), scale, amp)
     else:
-        print(report.results_table(report.load_results(folder)).to_string())
+        print(visible(report.results_table(report.load_results(folder)).to_string()))
     if figure: _save_curves(name, folder, scale, amp, figure)
 
 # %% ../../nbs/commands/110_cli.ipynb #5f17eae0
@@ -586,7 +614,7 @@ def sadt_measure(
         raise ValueError(f'{name} is not named after its run; rename it to {cfg.name}')
     chosen = measures.replace(',', ' ').split() or None
     measured = measure.measure_run(cfg, name.resolve().parent, chosen, samples, force)['measures']
-    for k, m in measured.items(): print(_measure_line(k, m))
+    for k, m in measured.items(): print(visible(_measure_line(k, m)))
 
 # %% ../../nbs/commands/110_cli.ipynb #9c263ad0
 def _demo_runs(seeds, epochs):

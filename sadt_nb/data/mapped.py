@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.transforms import functional as vision
 
+from ..core.checkpoint import remove_abandoned, whole_file, write_whole
 from .image_files import folder_images, open_image
 from .loader import ImageData
 
@@ -29,7 +30,7 @@ def _images_crc(x, file):
     print(f'reading {file.name} once for its checksum', file=sys.stderr)
     crc = 0
     for part in np.load(file, mmap_mode='r'): crc = zlib.crc32(part, crc)
-    try: kept.write_text(json.dumps([*stamp, crc]))
+    try: write_whole(kept, json.dumps([*stamp, crc]).encode())
     except OSError: pass # the next process computes it again
     return crc
 
@@ -85,15 +86,13 @@ def _check_room(folder, shape, what):
 def _write_array(array, files, shape):
     "Decode the files into an array file."
     def decode(i): out[i] = _prepared(files[i], shape[1])
-    tmp = array.with_suffix(f'.{os.getpid()}.tmp')
-    try:
-        out = np.lib.format.open_memmap(tmp, mode='w+', dtype=np.uint8, shape=shape)
+    remove_abandoned(array.parent)
+    with whole_file(array) as part:
+        out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
         with ThreadPoolExecutor(os.cpu_count()) as pool: # decoding and resizing release Python's lock
             for start in range(0, len(files), 4096):
                 list(pool.map(decode, range(start, min(start + 4096, len(files)))))
         out.flush()
-        os.replace(tmp, array)
-    finally: tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/data/73_mapped.ipynb #5e8c74cf
 def _listed(root, part):

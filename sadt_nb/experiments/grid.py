@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ..core.display import visible
 from ..core.teachers import Ensemble
 from .archive import read_archive, read_part
 from .config import Run
@@ -303,6 +304,8 @@ class _Progress:
 
     def begins(self, cfg): self.work.begins(cfg)
     def pauses(self, cfg): self.work.running.pop(cfg, None)
+    def waits(self, error):
+        if self.show: self.print(visible(error))
 
     def ends(self, cfg, r):
         self.pauses(cfg)
@@ -313,7 +316,7 @@ class _Progress:
         line = f'[{self.ended}/{self.n}] {cfg.name} seed {cfg.seed}: {_outcome(r, trained)}'
         time_left = self.work.time_left() if self.work.left else ''
         if time_left: line += f'; {time_left} left'
-        if self.show: self.print(line)
+        if self.show: self.print(visible(line))
 
     def table(self):
         left = self.work.time_left()
@@ -358,7 +361,8 @@ class _Grid:
         self.progress.pauses(cfg)
         try:
             self.end(cfg, self.checked(cfg, job.result()))
-        except RunBusy:
+        except RunBusy as e:
+            if cfg not in self.later: self.progress.waits(e)
             self.later[cfg] = time.time() + 1
             self.waiting.append(cfg)
         except _WorkerDied as e:

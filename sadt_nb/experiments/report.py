@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..core.checkpoint import write_whole
 from ..core.display import COLORS
 from .archive import read_archive, read_parts, stored_runs, write_archive
 from .config import Run
@@ -124,8 +125,9 @@ def _publish_weights(cfg, root, to):
     tensors = torch.load(source, weights_only=True)
     data = save({k: v.contiguous() for k, v in tensors.items()})
     target.mkdir(parents=True, exist_ok=True)
-    (target / 'weights.safetensors').write_bytes(data)
-    (target / 'weights.sha256').write_text(hashlib.sha256(data).hexdigest() + '\n')
+    digest = hashlib.sha256(data).hexdigest()
+    write_whole(target / 'weights.safetensors', data)
+    write_whole(target / 'weights.sha256', f'{digest}\n'.encode())
 
 def publish(
     runs,       # Configurations of the runs

@@ -9,11 +9,11 @@ __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'Ru
            'keep_pages', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
-import base64, ctypes, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
+import base64, ctypes, errno, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
 import warnings, zipfile, zlib
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -30,10 +30,13 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import default_device
 from fastprogress.core import IN_NOTEBOOK
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
+try: import fcntl
+except ImportError: fcntl = None # on Windows, where `FileLock` uses another function of the system
 
 from ..core.arguments import ShowsArguments
-from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, saved, write_whole
+from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, remove_abandoned
+from ..core.checkpoint import saved, write_whole
 from ..core.optim import keras_adam
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
@@ -52,6 +55,7 @@ from ..models.registry import make_model
 from ..models.weights import load_weights, read_tensors, weights_checksum
 
 # %% ../../nbs/experiments/81_runner.ipynb #586eaf7f
+@lru_cache # none of this changes while a process lives
 def _versions():
     "Return the versions of Python and of the packages that a result depends on."
     found = dict(python=platform.python_version())
@@ -59,21 +63,25 @@ def _versions():
         found[name] = importlib.metadata.version(name)
     return found
 
+@lru_cache
+def _source_hash():
+    "Return the first 12 digits of a SHA-256 of the library's source."
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob('*.py')): digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
 def code_version() -> dict: # `sadt_nb`: the version; `source`: the first 12 digits of a SHA-256
     "Return this library's version and a hash of its source; uncommitted changes also change the hash."
     from sadt_nb import __version__
     version = dict(sadt_nb=__version__)
-    if '__file__' not in globals(): return dict(version, source='notebook')
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob('*.py')): digest.update(file.read_bytes())
-    return dict(version, source=digest.hexdigest()[:12])
+    return dict(version, source=_source_hash() if '__file__' in globals() else 'notebook')
 
+@lru_cache
 def _cpu_name():
     "Return the processor's model name on Linux, and a more general name on other systems."
-    try:
-        for line in open('/proc/cpuinfo'):
+    with suppress(OSError), open('/proc/cpuinfo') as lines:
+        for line in lines:
             if line.startswith('model name'): return line.split(':')[1].strip()
-    except OSError: pass
     return platform.processor() or platform.machine()
 
 def _hardware(device):
@@ -85,7 +93,7 @@ def provenance(
     device:torch.device, # Device that computes the result
 ) -> dict: # `versions`, `code` and `hardware`
     "Return the origin of a result: what is stored with every result."
-    return dict(versions=_versions(), code=code_version(), hardware=_hardware(device))
+    return dict(versions=dict(_versions()), code=code_version(), hardware=_hardware(device))
 
 # %% ../../nbs/experiments/81_runner.ipynb #7107cf14
 class RunError(RuntimeError):
@@ -97,9 +105,11 @@ class RunDiverged(RunError):
 class RunBusy(RunError):
     "Another process is training this run."
 
+def _json_bytes(obj): return json.dumps(obj, indent=1).encode()
+
 def write_json(path, obj):
     "Write `obj` as a JSON file, completely or not at all."
-    write_whole(Path(path), json.dumps(obj, indent=1).encode())
+    write_whole(Path(path), _json_bytes(obj))
 
 @contextmanager
 def _disk_errors(root):
@@ -145,13 +155,19 @@ def work_folder(
     folder = Path(root) / cfg.name
     return folder if read_result(cfg, root) is None else folder / 'new'
 
+def _remove_hidden(folder):
+    "Remove half-written files; the caller holds the lock. Another process may be writing measures."
+    for f in folder.glob('.*'):
+        if not f.name.startswith(('.lock', '.measures')): f.unlink(missing_ok=True)
+    remove_abandoned(folder)
+
 def _prepare_folder(cfg, root):
     "Remove half-written files, write the configuration of a new run, and return the folder to work in."
     folder, work = Path(root) / cfg.name, work_folder(cfg, root)
     with _disk_errors(root):
         work.mkdir(parents=True, exist_ok=True)
-        for f in (*folder.glob('.*'), *work.glob('.*')):
-            if f.name != '.lock': f.unlink(missing_ok=True)
+        _remove_hidden(folder)
+        _remove_hidden(work)
         if work == folder: write_json(folder / 'config.json', cfg.to_dict())
     return work
 
@@ -200,21 +216,64 @@ def _check_identity(cfg, root, result):
         raise RunError(f'{cfg.name}: its result is of {changed}; {_ANEW}')
 
 # %% ../../nbs/experiments/81_runner.ipynb #07bd1602
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_STALE_SECONDS = 24 * 3600
+
+def _has_flock(file):
+    "Return whether the system has locks for this disk. Raises `OSError` if `file` cannot be made."
+    if fcntl is None: return True
+    with open(file, 'a') as f:
+        try: fcntl.flock(f, fcntl.LOCK_UN) # without any effect, because `f` has no lock
+        except OSError as e: return e.errno not in _NO_LOCKS
+    return True
+
+def _acquired(folder):
+    "Return the lock of a folder, held. Raises filelock's `Timeout`, or `OSError`."
+    soft = SoftFileLock(folder / '.lock.held')
+    if _has_flock(folder / '.lock'):
+        try: return FileLock(folder / '.lock').acquire(timeout=0).lock
+        except OSError as e: # some network disks refuse only now
+            if e.errno not in _NO_LOCKS: raise
+    return soft.acquire(timeout=0).lock
+
+def _age(seconds):
+    "Return a time as text, in minutes, hours or days."
+    minutes = max(0, round(seconds / 60))
+    if minutes < 120: return f'{minutes} min'
+    return f'{minutes // 60} h' if minutes < 48 * 60 else f'{minutes // 1440} days'
+
+def _last_change(folder):
+    "Return the time of the newest file below a folder, apart from the empty `.lock`."
+    files = [f for f in folder.rglob('*') if f.is_file() and f.name != '.lock']
+    return max((f.stat().st_mtime for f in files), default=0.)
+
+def _held(cfg, file):
+    "Return the error for a folder whose lock another process holds; with flock, its file is empty."
+    name = f'{cfg.name}: another process is training it'
+    advice = 'wait for its result, or take another root'
+    try: pid, host = file.read_text().split()[:2]
+    except (OSError, ValueError): return RunBusy(f'{name}; {advice}')
+    now = time.time()
+    holder = f'process {pid} on {host}, which locked it {_age(now - file.stat().st_mtime)} ago'
+    quiet = now - _last_change(file.parent)
+    delete = f'if that process has ended, delete {file}'
+    if quiet < _STALE_SECONDS: return RunBusy(f'{name} ({holder}); {advice}; {delete}')
+    return RunError(f'{cfg.name}: {holder}, has changed nothing there for {_age(quiet)}; {delete}')
+
 @contextmanager
 def _lock(cfg, root):
-    "Hold the lock of a run's folder. Raises `RunBusy` if another process holds it."
+    """Hold the lock of a run's folder.
+
+    Raises `RunBusy` if another process holds it, and `RunError` if that seems to have died elsewhere."""
     folder = Path(root) / cfg.name
     with _disk_errors(root): folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / '.lock')
-    try: lock.acquire(timeout=0)
-    except Timeout:
-        advice = 'wait for its result, or take another root'
-        raise RunBusy(f'{cfg.name}: another process is training it; {advice}') from None
+    try: lock = _acquired(folder)
+    except Timeout as e: raise _held(cfg, Path(e.lock_file)) from None
     except OSError as e:
         raise RunError(f'cannot write to {root} ({e.strerror}); choose another root') from None
     try: yield
     finally:
-        nothing_stored = [f.name for f in folder.iterdir()] == ['.lock']
+        nothing_stored = {f.name for f in folder.iterdir()} <= {'.lock', '.lock.held'}
         if nothing_stored: shutil.rmtree(folder)
         lock.release()
 
@@ -378,6 +437,14 @@ class RunRecorder(ShowsArguments, Callback):
         self.rows, self.counts, self.kept = list(state['rows']), dict(state['counts']), state['kept']
 
     def unhook(self): _stop_counting(self)
+
+# %% ../../nbs/experiments/81_runner.ipynb #95b6af2e
+class _ForgetSteps(Callback):
+    "Empties the lists of fastai's `Recorder` that grow with every step."
+    order = Recorder.order + 2
+    def after_epoch(self):
+        recorder = self.learn.recorder
+        for per_step in (recorder.lrs, recorder.losses): per_step.clear()
 
 # %% ../../nbs/experiments/81_runner.ipynb #822a4071
 def weights_file(
@@ -653,7 +720,8 @@ def first_layer_histogram(
     bins=60,         # Bins of equal width, from minus to plus the largest absolute weight
 ) -> dict: # `counts`, one per bin, and `edges`, one more than bins
     "Return a histogram of the first layer's weights."
-    edges, counts = next(iter(weight_histograms(model, bins).values()))
+    first = nn.ParameterList([p for p in model.parameters() if p.ndim > 1][:1])
+    edges, counts = next(iter(weight_histograms(first, bins).values()))
     return dict(edges=[round(e, 6) for e in edges.tolist()], counts=counts.tolist())
 
 # %% ../../nbs/experiments/81_runner.ipynb #63d07e97
@@ -704,7 +772,8 @@ def _results(cfg, learn, root, folder):
     "Evaluate the trained network, store its weights, and return the facts for the result."
     model = unwrapped(learn.model)
     found = _evaluations(cfg, model, learn.dls)
-    with _disk_errors(root): write_whole(folder / 'weights.pt', saved(model.state_dict()))
+    with _disk_errors(root):
+        CheckpointFile(folder / 'checkpoint.pt').write(folder / 'weights.pt', saved(model.state_dict()))
     found['weights_crc32'] = weights_checksum(model.state_dict())
     if cfg.teachers: found['teachers_crc32'] = [_stored_checksum(t, root) for t in cfg.teachers]
     found['parameters'] = sum(p.numel() for p in model.parameters())
@@ -753,12 +822,14 @@ class _Training:
         self.recorder = RunRecorder(on_epoch=self.write_history)
         shows_bars = progress and (IN_NOTEBOOK or sys.stdout.isatty())
         self.shows_lines = progress and not shows_bars # carriage returns are of no use in a file
-        bars = [Recorder(), ProgressCallback()] if shows_bars else []
+        bars = [Recorder(), _ForgetSteps(), ProgressCallback()] if shows_bars else []
         self.learn = make_learner(cfg, device, [self.recorder, *bars], root)
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 
     def write(self, name, obj):
-        with _disk_errors(self.root): write_json(self.folder / name, obj)
+        "Write a JSON file. If the disk is full, the older checkpoint makes room."
+        checkpoints = CheckpointFile(self.folder / 'checkpoint.pt')
+        with _disk_errors(self.root): checkpoints.write(self.folder / name, _json_bytes(obj))
 
     def write_history(self, rows):
         on_rank_zero(partial(self.write, 'history.json', rows))
@@ -787,6 +858,12 @@ class _Training:
         checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=', '.join(parts))
         if force and not checkpoint.fits(math.ceil(self.cfg.epochs)): checkpoint.remove()
         return checkpoint
+
+    def interrupt(self, resumed):
+        "Store that the run was interrupted, unless its result is already complete or the disk is full."
+        stored = read_part(self.folder.parent, self.folder.name, 'result', {})
+        if stored.get('status') == 'finished': return
+        with suppress(RunError): self.store('interrupted', resumed)
 
     def finish(self, resumed):
         "Store the reason if the run diverged; otherwise evaluate the network and store the result."
@@ -832,7 +909,7 @@ def _train(cfg, root, force, progress, device, minutes):
         checkpoint.remove()
         training.end()
     except KeyboardInterrupt:
-        if this_rank() == 0: training.store('interrupted', checkpoint.start)
+        if this_rank() == 0: training.interrupt(checkpoint.start)
         raise
     except CheckpointError as e:
         advice = 'force=True (--force) trains it anew'
@@ -853,10 +930,27 @@ def _stored(cfg, root, force, weights):
     if result: _check_identity(cfg, root, result)
     return result
 
-def _complete_replacement(cfg, root):
-    "Move a complete new result, which a process left when it died, to the place of the old one."
-    if not _has_replacement(cfg, root): return
-    with _lock(cfg, root): _replace(cfg, root)
+def _left_by_the_dead(cfg, root):
+    "Return what a process that died has left beside a finished result: checkpoints, and a folder `new`."
+    folder = Path(root) / cfg.name
+    left = [folder / 'checkpoint.pt', folder / 'checkpoint.pt.previous']
+    new = folder / 'new'
+    if not [*new.glob('checkpoint.pt*')]: left.append(new) # else `force` continues from there
+    return [f for f in left if f.exists()]
+
+def _tidy(cfg, root):
+    "Complete what a process that died has left undone in the folder of a finished run."
+    if read_result(cfg, root) is None: return
+    if _has_replacement(cfg, root):
+        with _lock(cfg, root): _replace(cfg, root)
+    remove_abandoned(Path(root) / cfg.name)
+    if not _left_by_the_dead(cfg, root): return
+    try:
+        with _lock(cfg, root):
+            for f in _left_by_the_dead(cfg, root):
+                if f.is_dir(): shutil.rmtree(f)
+                else: f.unlink()
+    except (RunError, OSError): pass # another process is training it anew, or the folder is read-only
 
 # %% ../../nbs/experiments/81_runner.ipynb #a239cfe5
 def run(
@@ -882,7 +976,7 @@ def run(
     checkpoint; `ValueError` for data that do not fit."""
     join_ranks(device)
     stored = partial(_stored, cfg, root, force, weights)
-    on_rank_zero(partial(_complete_replacement, cfg, root))
+    on_rank_zero(partial(_tidy, cfg, root))
     result = on_rank_zero(stored)
     if result: return result
     for t in cfg.teachers: run(t, root, False, progress, device, minutes, weights=True)

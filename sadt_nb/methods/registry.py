@@ -6,9 +6,9 @@
 __all__ = ['METHODS', 'Method', 'Methods', 'method_options', 'make_method', 'passes_of', 'methods_table', 'method_card']
 
 # %% ../../nbs/methods/99_registry.ipynb #76d670b3
-import inspect, json, warnings
+import inspect, json, math, warnings
 from collections import UserDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import entry_points, EntryPoint
 from pathlib import Path
@@ -61,6 +61,31 @@ class Method:
         **options:object, # Options of the callback
     ): return self.factory(**options)
 
+# %% ../../nbs/methods/99_registry.ipynb #a2bcd35a
+_KINDS = dict(float=(int, float), int=int, str=str, bool=bool) # by the annotation of a field
+
+def _check_fact(name, kind, value):
+    "Raise `TypeError` or `ValueError` if a fact about a method is not of its kind."
+    is_kind = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == 'bool')
+    if not is_kind: raise TypeError(f'`{name}` must be of type {kind}, got {value!r}')
+    if kind in ('int', 'float') and not (math.isfinite(value) and value > 0):
+        raise ValueError(f'`{name}` must be positive and finite, got {value}')
+
+def _check_method(method, where):
+    "Raise `TypeError` or `ValueError` for an object that cannot serve as a method."
+    if not isinstance(method, Method): raise TypeError(f'{where} is {method!r}, not a Method')
+    if not callable(method.factory): raise TypeError(f'its factory {method.factory!r} cannot be called')
+    try: inspect.signature(method.factory)
+    except Exception as e: raise TypeError(f'the options of its factory cannot be read ({e})') from None
+    for f in fields(Method):
+        if f.name != 'factory': _check_fact(f.name, f.type.__name__, getattr(method, f.name))
+
+def _reason(error):
+    "Return the type and the text of any error, also of one whose text cannot be made."
+    name = type(error).__name__
+    try: return f'{name}: {error}'
+    except Exception: return name
+
 # %% ../../nbs/methods/99_registry.ipynb #d0110fac
 class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
@@ -73,22 +98,31 @@ class Methods(UserDict):
     def data(self):
         if not self.loaded:
             self.loaded = True # set first: a package that is being loaded may look up a method
-            points = entry_points(group='sadt_nb.methods') if self.points is None else self.points
-            for ep in points: self.add(ep)
+            for ep in self._points(): self.add(ep)
         return self.own
+
+    def _points(self):
+        "Return the entry points; without those of installed packages, and with a warning, if one is damaged."
+        if self.points is not None: return self.points
+        try: return [*entry_points(group='sadt_nb.methods')]
+        except Exception as e:
+            warnings.warn(f'the methods of other packages are left out: {_reason(e)}', stacklevel=3)
+            return []
 
     def add(self,
         ep:EntryPoint, # Its name is the name of the method, and its object is a `Method`
     ):
-        "Load the method of an entry point, or warn that it cannot be loaded."
+        """Load the method of an entry point, or warn that it cannot be loaded.
+
+        No error of the other package is raised, not even `SystemExit` or `KeyboardInterrupt`."""
         try:
             if ep.name in self.own: raise ValueError('there is a method of that name')
             method = ep.load()
-            if not isinstance(method, Method): raise TypeError(f'{ep.value} is {method!r}, not a Method')
+            _check_method(method, ep.value)
             self.own[ep.name] = method
-        except Exception as e:
-            point, reason = f'{ep.name!r} of the entry point {ep.value!r}', f'{type(e).__name__}: {e}'
-            warnings.warn(f'the method {point} is left out: {reason}', stacklevel=2)
+        except BaseException as e:
+            point = f'{ep.name!r} of the entry point {ep.value!r}'
+            warnings.warn(f'the method {point} is left out: {_reason(e)}', stacklevel=2)
 
 # %% ../../nbs/methods/99_registry.ipynb #86565f81
 _GRADIENTS = dict(

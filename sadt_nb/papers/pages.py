@@ -15,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from ..core.checkpoint import write_whole
-from ..core.display import COLORS
+from ..core.display import COLORS, markdown_text
 from ..experiments.report import LINE_STYLES, load_results
 from .grids import paper_grid
 from .saf import memory_columns
@@ -213,11 +213,12 @@ def _origin(runs):
             'data': kinds(_images), 'time': f'{hours:.1f} hours of training in all'}
 
 # %% ../../nbs/papers/108_pages.ipynb #ce7dd167
-def _markdown_line(cells): return '| ' + ' | '.join(str(c).replace('|', r'\|') for c in cells) + ' |'
+def _markdown_line(cells): return '| ' + ' | '.join(map(str, cells)) + ' |'
 
 def _markdown_table(df):
     rule = ['---'] * df.shape[1]
-    rows = (df.columns, rule, *df.itertuples(index=False))
+    texts = [[markdown_text(c) for c in row] for row in (df.columns, *df.itertuples(index=False))]
+    rows = (texts[0], rule, *texts[1:])
     return '\n'.join(_markdown_line(r) for r in rows)
 
 def _html_page(title, counted, table, picture, facts):
@@ -235,8 +236,8 @@ def _html_page(title, counted, table, picture, facts):
 
 def _markdown_page(title, counted, table, picture_name, facts):
     image = f'![{_ALT}]({picture_name})\n\n' if picture_name else ''
-    items = ''.join(f'- **{k}**: {v}\n' for k, v in facts.items())
-    return f'# {title}\n\n{counted}\n\n{_markdown_table(table)}\n\n{image}{items}'
+    items = ''.join(f'- **{k}**: {markdown_text(v)}\n' for k, v in facts.items())
+    return f'# {markdown_text(title)}\n\n{counted}\n\n{_markdown_table(table)}\n\n{image}{items}'
 
 def _picture(name, results, scale, amp):
     "Return the plot of the curves as bytes of a PNG; `None` if no run has a curve."

@@ -1,0 +1,61 @@
+"""The interactive pieces of the website: which cells get one, and the data that it shows.
+
+A code cell with the line `#| explorable: NAME` draws a still picture. On the website the explorable follows
+this cell and hides its picture; without scripts, in Jupyter and on GitHub the picture stays. The sources are
+in docs/_static/explorables, one file per explorable, and need neither a build nor the network."""
+from pathlib import Path
+from typing import NamedTuple
+
+import nbformat
+
+FOLDER = Path(__file__).parent / '_static' / 'explorables'
+
+
+class Explorable(NamedTuple):
+    "One interactive piece."
+    label: str              # Its name for screen readers
+    scripts: tuple          # Names of its files, in the order in which they are loaded
+    has_still: bool = True  # `True`: it takes the place of the cell's picture
+
+
+EXPLORABLES = dict(
+    one_step=Explorable('One batch of four methods from a point that you move',
+                        ('parts', 'steps', 'plane', 'one_step')),
+)
+
+
+def raw_html(lines):
+    "Return a cell that stands on the page as it is."
+    fence = '`' * 8
+    return nbformat.v4.new_markdown_cell('\n'.join([fence + '{raw} html', *lines, fence]))
+
+def place(name):
+    "Return the cell in which an explorable builds itself. Raises `ValueError` for an unknown name."
+    known = ', '.join(EXPLORABLES)
+    if name not in EXPLORABLES: raise ValueError(f'`#| explorable` must be one of {known}, got {name!r}')
+    label = EXPLORABLES[name].label
+    div = f'<div class="explorable" data-explorable="{name}" role="group" aria-label="{label}" hidden></div>'
+    return raw_html([div])
+
+def files(names, up):
+    "Return the cell that loads the files of explorables, each once; `up` leads to the site's root."
+    root = f'{up}_static/explorables/'
+    scripts = dict.fromkeys(s for name in names for s in EXPLORABLES[name].scripts)
+    lines = [f'<link rel="stylesheet" href="{root}explorables.css">']
+    lines += [f'<script src="{root}{s}.js" defer></script>' for s in scripts]
+    return raw_html(lines)
+
+def with_explorables(cells, up):
+    """Return the cells of a page with the explorables that their metadata name, and at the end their files.
+
+    The tag `still_NAME` marks the cell whose picture the explorable replaces."""
+    out = []
+    names = []
+    for cell in cells:
+        out.append(cell)
+        name = cell.metadata.pop('explorable', None)
+        if not name: continue
+        names.append(name)
+        out.append(place(name))
+        if EXPLORABLES[name].has_still: cell.metadata.setdefault('tags', []).append(f'still_{name}')
+    return out + [files(names, up)] if names else out

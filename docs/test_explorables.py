@@ -1,0 +1,233 @@
+"""The interactive pieces of the website, in a real browser; `make test-site` builds the site and runs this.
+
+The formulas in JavaScript must give the numbers that the library gives."""
+import json
+import random
+from functools import partial
+
+import explorables
+import pytest
+import torch
+from fastai.callback.core import TrainEvalCallback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import OptimWrapper
+from sadt_nb.core.losses import Divergence
+from sadt_nb.methods.asam import asam_step
+from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.sadt import normalized_ascent, sadt_step
+from sadt_nb.methods.sam import sam_step
+from torch import nn
+
+HALF_THE_SQUARES = Divergence('gaussian', scale=1.5) # of three outputs: 1.5 times their mean square
+
+
+class Outputs(nn.Module):
+    "The loss of tutorial 1 as a network: two weights, and three outputs."
+    def __init__(self, w):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(w, dtype=torch.float64))
+
+    def forward(self, x=None):
+        w1, w2 = self.weight
+        return torch.stack([.4**.5 * (w1**2 - 1.25), .2**.5 * (w1 + .5), (1 + 5 * (1 - w1)**2)**.5 * w2])
+
+    def loss(self, *args):
+        w1, w2 = self.weight
+        return .2 + .2 * (w1**2 - 1)**2 + .1 * w1 + .5 * (1 + 5 * (1 - w1)**2) * w2**2
+
+
+def two_steps(net, lr):
+    "Make one batch of `RepeatStep(2)` in a Learner."
+    batch = [(torch.zeros(1, 1), torch.zeros(1, 1))]
+    sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+    learn = Learner(DataLoaders(batch, batch), net, loss_func=net.loss, opt_func=sgd, lr=lr,
+                    default_cbs=False, cbs=[TrainEvalCallback(), RepeatStep(2)])
+    learn.fit(1)
+
+
+def by_library(key, w, rho, lr):
+    "Return the weights after one batch of a method, and the loss there."
+    net = Outputs(w)
+    opt = torch.optim.SGD(net.parameters(), lr=lr)
+    if key == 'two': two_steps(net, lr)
+    elif key == 'sam': sam_step(net, net.loss, opt, rho)
+    elif key == 'asam': asam_step(net, net.loss, opt, rho)
+    elif key == 'sadt':
+        teacher = [normalized_ascent(rho)]
+        sadt_step(net, lambda: (net(), net.loss()), opt, teacher, divergence=HALF_THE_SQUARES)
+    else:
+        net.loss().backward()
+        opt.step()
+    return net.weight.tolist(), net.loss().item()
+
+
+@pytest.fixture(scope='module')
+def steps(browser):
+    "A tab with the formulas alone."
+    tab = browser.new_page()
+    tab.add_script_tag(path=explorables.FOLDER / 'steps.js')
+    yield tab
+    tab.close()
+
+
+BATCH = """([key, w, o]) => {
+  const end = Steps.methods.find(m => m.key === key).batch(w, o).end;
+  return [end, Steps.loss(end)];
+}"""
+
+
+@pytest.mark.parametrize('key', ['plain', 'two', 'sam', 'asam', 'sadt'])
+def test_a_batch_gives_the_numbers_of_the_library(key, steps):
+    draw = random.Random(0)
+    places = [[-.8, .3], [0., 0.], [-1.6, .8], [1.6, -.8]]
+    places += [[draw.uniform(-1.6, 1.6), draw.uniform(-.8, .8)] for _ in range(20)]
+    for w in places:
+        rho = draw.uniform(.01, .5)
+        lr = draw.uniform(.01, .1)
+        end, loss = steps.evaluate(BATCH, [key, w, dict(rho=rho, lr=lr)])
+        expected_end, expected_loss = by_library(key, w, rho, lr)
+        assert end == pytest.approx(expected_end, abs=1e-6)
+        assert loss == pytest.approx(expected_loss, abs=1e-6)
+
+
+def test_the_loss_is_half_the_squares_of_the_outputs(steps):
+    for w in ([-.8, .3], [1.2, -.7]):
+        loss, outputs, slope = steps.evaluate('w => [Steps.loss(w), Steps.outputs(w), Steps.slope(w)]', w)
+        assert loss == pytest.approx(sum(v * v for v in outputs) / 2 + .0625, abs=1e-12)
+        net = Outputs(w)
+        net.loss().backward()
+        assert slope == pytest.approx(net.weight.grad.tolist(), abs=1e-12)
+        assert outputs == pytest.approx(net().tolist(), abs=1e-12)
+
+
+def test_the_cost_of_a_batch_is_counted(steps):
+    counts = json.loads(steps.evaluate('JSON.stringify(Steps.methods.map(m => [m.key, m.steps, m.passes]))'))
+    assert counts == [['plain', 1, 1], ['two', 2, 1], ['sam', 1, 2], ['asam', 1, 2], ['sadt', 2, 2]]
+
+
+# In the built site
+
+PAGES = dict(one_step='tutorials/a_loss_you_can_see.html')
+
+
+@pytest.fixture(params=[(1280, 'light'), (375, 'dark')], ids=['desk, light', 'phone, dark'])
+def window(request, browser):
+    width, scheme = request.param
+    context = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme,
+                                  has_touch=width < 500)
+    yield context.new_page()
+    context.close()
+
+
+def opened(tab, name, host):
+    "Open the page of an explorable and return the explorable."
+    tab.goto(host + PAGES[name])
+    piece = tab.locator(f'[data-explorable={name}]')
+    piece.wait_for(state='visible')
+    piece.scroll_into_view_if_needed()
+    return piece
+
+
+def still(tab, name): return tab.locator(f'.tag_still_{name} .cell_output img')
+
+
+WITHOUT_NAME = """place => [...place.querySelectorAll('button, input, select, [role=slider]')]
+  .filter(e => !(e.ariaLabel || e.textContent.trim() || [...e.labels || []].some(l => l.textContent.trim())))
+  .map(e => e.outerHTML)"""
+SMALL_TARGETS = """place => [...place.querySelectorAll('button, select, [type=range], summary, tbody label')]
+  .filter(e => e.checkVisibility() && e.getBoundingClientRect().height < 24)
+  .map(e => e.outerHTML)"""
+TOO_WIDE = 'document.documentElement.scrollWidth - window.innerWidth'
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_controls_have_names_and_room(name, window, host):
+    "Each control has a name for screen readers and room for a finger; the page does not scroll sideways."
+    piece = opened(window, name, host)
+    assert piece.get_attribute('aria-label')
+    assert piece.evaluate(WITHOUT_NAME) == []
+    assert piece.evaluate(SMALL_TARGETS) == []
+    assert window.evaluate(TOO_WIDE) <= 0
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_without_scripts_the_page_shows_its_still_picture(name, browser, host):
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto(host + PAGES[name])
+    assert tab.locator(f'[data-explorable={name}]').is_hidden()
+    if explorables.EXPLORABLES[name].has_still: assert still(tab, name).is_visible()
+    context.close()
+
+
+def test_sources_are_safe_and_small():
+    "No inline handlers, no `eval`, no network: a page with a strict security policy shows them, too."
+    for file in explorables.FOLDER.glob('*.js'):
+        text = file.read_text(encoding='utf-8')
+        for word in ('eval(', 'Function(', 'innerHTML', 'fetch(', 'XMLHttpRequest', 'import(', 'onclick'):
+            assert word not in text, f'{word} in {file.name}'
+        assert len(text.splitlines()) <= 250, file.name
+        assert max(map(len, text.splitlines())) <= 110, file.name
+
+
+def losses(piece):
+    "Return the losses that the table of the first explorable shows."
+    rows = piece.locator('tbody tr').all()
+    return {r.get_attribute('data-method'): float(r.locator('.loss').inner_text().replace('\u2212', '-'))
+            for r in rows}
+
+
+def expected_losses(w, rho):
+    found = {key: by_library(key, w, rho, .08)[1] for key in ('plain', 'sam', 'asam', 'sadt')}
+    return pytest.approx(found, abs=6e-4)
+
+
+def test_one_step_by_keyboard(window, host):
+    """The arrow keys move the point, and the slider changes the radius.
+
+    The table shows the losses of the library."""
+    piece = opened(window, 'one_step', host)
+    assert still(window, 'one_step').is_hidden()
+    assert losses(piece) == expected_losses([-.8, .3], .25)
+    handle = piece.get_by_role('slider', name='the weights')
+    handle.focus()
+    for key in ('ArrowLeft', 'ArrowLeft', 'ArrowDown', 'Shift+ArrowRight'): window.keyboard.press(key)
+    assert handle.get_attribute('aria-valuetext').startswith('w1 \u22120.74, w2 0.28')
+    assert losses(piece) == expected_losses([-.74, .28], .25)
+    piece.locator('input[type=range]').focus()
+    window.keyboard.press('ArrowRight')
+    assert losses(piece) == expected_losses([-.74, .28], .26)
+    piece.get_by_role('button', name='step with SAM', exact=True).press('Enter')
+    end, _ = by_library('sam', [-.74, .28], .26, .08)
+    assert losses(piece) == expected_losses(end, .26)
+    piece.get_by_role('button', name='back to the start').click()
+    assert losses(piece) == expected_losses([-.8, .3], .25)
+
+
+def test_one_step_by_hand(window, host):
+    "The pointer drags the point, which stays on the map."
+    piece = opened(window, 'one_step', host)
+    handle = piece.locator('.handle')
+    box = handle.bounding_box()
+    x = box['x'] + box['width'] / 2
+    y = box['y'] + box['height'] / 2
+    window.mouse.move(x, y)
+    window.mouse.down()
+    window.mouse.move(x + 60, y + 5, steps=3)
+    moved = float(handle.get_attribute('aria-valuenow'))
+    scale = 3.2 / (piece.locator('.plane').bounding_box()['width'] - 34)
+    assert moved == pytest.approx(-.8 + 60 * scale, abs=.02)
+    window.mouse.move(x + 5000, y)
+    window.mouse.up()
+    assert float(handle.get_attribute('aria-valuenow')) == 1.6
+    window.mouse.move(x, y)
+    assert float(handle.get_attribute('aria-valuenow')) == 1.6 # released
+
+
+def test_one_step_draws_only_what_is_chosen(window, host):
+    piece = opened(window, 'one_step', host)
+    red = piece.locator('polyline[stroke="#d62728"]')
+    assert red.count() == 3 # first step, climb, second step
+    piece.get_by_role('checkbox', name='SADT').uncheck()
+    assert red.count() == 0

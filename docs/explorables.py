@@ -3,10 +3,14 @@
 A code cell with the line `#| explorable: NAME` draws a still picture. On the website the explorable follows
 this cell and hides its picture; without scripts, in Jupyter and on GitHub the picture stays. The sources are
 in docs/_static/explorables, one file per explorable, and need neither a build nor the network."""
+import json
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import nbformat
+from sadt_nb.papers.claims import VERDICTS, counted
+from sadt_nb.papers.verdicts import judged_claims, studies
 
 FOLDER = Path(__file__).parent / '_static' / 'explorables'
 
@@ -16,12 +20,63 @@ class Explorable(NamedTuple):
     label: str              # Its name for screen readers
     scripts: tuple          # Names of its files, in the order in which they are loaded
     has_still: bool = True  # `True`: it takes the place of the cell's picture
+    data: Callable|None = None # Returns what it shows, for JSON
+
+
+# The verdicts
+
+METHODS = dict( # method in the filter: the words of a claim that name it
+    SADT=r'SADT', SAM=r'SAM', ASAM=r'ASAM', ESAM=r'ESAM', LookSAM=r'LookSAM', SAF=r'SAF', MESA=r'MESA',
+    GC=r'GC', AGC=r'AGC', distillation=r'students?|teachers?|distillation|ensemble')
+
+def methods_of(claim, paper):
+    "Return the methods that a claim of a paper is about, in the order of `METHODS`."
+    says = claim.says.replace('sharpness as SAM defines it', '') # names a measure, not a method
+    says = says.replace('results above', paper)
+    text = ' '.join([says, *(e.label for e in claim.ours)])
+    return [name for name, words in METHODS.items() if re.search(rf'\b(?:{words})\b', text)]
+
+def plain_text(markdown):
+    "Return Markdown without links and marks of code."
+    return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', markdown).replace('`', '')
+
+def places_of(evidence, pages, control):
+    "Return the evidence of a claim, one entry per place."
+    deciding = counted(evidence)
+    places = {}
+    for e in evidence:
+        if not e.n: continue
+        unit = 'rounds' if pages.get(e.place) == 'step_cost' else 'seeds' if e.n > 1 else 'seed'
+        empty = dict(name=e.place, page='', count=f'{e.n} {unit}', control=control, found=[],
+                     aside=e.n >= 3 and e not in deciding)
+        place = places.setdefault((e.place, e.n), empty)
+        if e.place in pages: place['page'] = f'{pages[e.place]}.html'
+        place['found'].append(str(e).strip())
+    return list(places.values())
+
+def verdicts():
+    "Return all claims with verdict, methods and evidence, and the choices of the filter."
+    pages = studies()
+    claims = []
+    for paper, of_paper in judged_claims().items():
+        for c in of_paper:
+            need = '' if counted(c.ours) else plain_text(c.need)
+            places = places_of(c.ours, pages, False) + places_of(c.control, pages, True)
+            claims.append(dict(paper=paper, verdict=c.verdict, methods=methods_of(c, paper), says=c.says,
+                               where=c.where, need=need, places=places))
+    choices = dict(paper=list(dict.fromkeys(c['paper'] for c in claims)), verdict=list(VERDICTS),
+                   method=list(METHODS))
+    return dict(claims=claims, choices=choices)
 
 
 EXPLORABLES = dict(
     one_step=Explorable('One batch of four methods from a point that you move',
                         ('parts', 'steps', 'plane', 'one_step')),
+    verdicts=Explorable('The claims, by paper, verdict and method', ('parts', 'verdicts'), False, verdicts),
 )
+
+
+# Pages
 
 
 def raw_html(lines):
@@ -34,8 +89,13 @@ def place(name):
     known = ', '.join(EXPLORABLES)
     if name not in EXPLORABLES: raise ValueError(f'`#| explorable` must be one of {known}, got {name!r}')
     label = EXPLORABLES[name].label
+    data = EXPLORABLES[name].data
     div = f'<div class="explorable" data-explorable="{name}" role="group" aria-label="{label}" hidden></div>'
-    return raw_html([div])
+    lines = [div]
+    if data:
+        text = json.dumps(data(), ensure_ascii=False).replace('</', '<\\/') # no text may end the element
+        lines.append(f'<script type="application/json" id="data-{name}">{text}</script>')
+    return raw_html(lines)
 
 def files(names, up):
     "Return the cell that loads the files of explorables, each once; `up` leads to the site's root."

@@ -72,6 +72,8 @@ def verdicts():
 EXPLORABLES = dict(
     one_step=Explorable('One batch of four methods from a point that you move',
                         ('parts', 'steps', 'plane', 'one_step')),
+    race=Explorable('A race of five methods from a point that you move',
+                    ('parts', 'steps', 'plane', 'race')),
     verdicts=Explorable('The claims, by paper, verdict and method', ('parts', 'verdicts'), False, verdicts),
 )
 

@@ -2,6 +2,7 @@
 
 The formulas in JavaScript must give the numbers that the library gives."""
 import json
+import math
 import random
 from functools import partial
 
@@ -112,6 +113,7 @@ def test_the_cost_of_a_batch_is_counted(steps):
 # In the built site
 
 PAGES = dict(one_step='tutorials/a_loss_you_can_see.html',
+             race='tutorials/a_loss_you_can_see.html',
              verdicts='studies/verdicts.html')
 
 
@@ -235,6 +237,85 @@ def test_one_step_draws_only_what_is_chosen(window, host):
     assert red.count() == 3 # first step, climb, second step
     piece.get_by_role('checkbox', name='SADT').uncheck()
     assert red.count() == 0
+
+
+def table(piece):
+    "Return the rows of the race's table: steps, passes, loss, and passes until the flat minimum is reached."
+    rows = piece.locator('tbody tr').all()
+    return {r.get_attribute('data-method'): [td.inner_text() for td in r.locator('td').all()] for r in rows}
+
+
+def race_by_library(key, batches, passes):
+    "Return the loss after a number of batches, and the number of passes until the flat minimum is near."
+    w = [-.8, .3]
+    reached = None
+    for i in range(1, batches + 1):
+        w, loss = by_library(key, w, .25, .08)
+        if reached is None and math.dist(w, [.9304029, 0]) < .2: reached = i * passes
+    return f'{loss:.3f}', str(reached or '\u2013')
+
+
+@pytest.mark.parametrize('key,passes', dict(plain=1, sam=2, asam=2, sadt=2).items())
+def test_the_race_ends_as_in_the_library(key, passes, browser, host):
+    tab = browser.new_page()
+    piece = opened(tab, 'race', host)
+    loss, reached = race_by_library(key, 150 // passes, passes)
+    assert table(piece)[key][1:] == ['150', loss, reached]
+    tab.close()
+
+
+COUNTS = dict( # what is equal: steps and passes of each method when 100 of it are made
+    batches=dict(plain=[100, 100], two=[200, 100], sam=[100, 200], asam=[100, 200], sadt=[200, 200]),
+    steps=dict(plain=[100, 100], two=[100, 50], sam=[100, 200], asam=[100, 200], sadt=[100, 100]),
+    passes=dict(plain=[100, 100], two=[200, 100], sam=[50, 100], asam=[50, 100], sadt=[100, 100]))
+
+
+def test_the_race_counts_steps_and_passes(window, host):
+    "SAM's passes count double, and the reader chooses what is equal."
+    piece = opened(window, 'race', host)
+    piece.locator('input[type=range]').first.fill('100')
+    for unit, counts in COUNTS.items():
+        piece.get_by_role('radio', name=unit).check()
+        assert {k: [int(v) for v in row[:2]] for k, row in table(piece).items()} == counts
+    assert 'two plain steps after 11 passes, SAM after 142 passes' in piece.get_by_role('status').inner_text()
+
+
+def test_the_race_runs_pauses_and_follows_the_point(window, host):
+    piece = opened(window, 'race', host)
+    time = piece.locator('input[type=range]').first
+    piece.get_by_role('button', name='run').press('Enter')
+    window.wait_for_function('element => +element.value > 5 && +element.value < 150',
+                             arg=time.element_handle())
+    piece.get_by_role('button', name='pause').click()
+    paused = time.input_value()
+    before = table(piece)
+    window.wait_for_timeout(200)
+    assert time.input_value() == paused
+    assert int(before['plain'][1]) == int(paused)
+    piece.get_by_role('slider', name='the weights').press('Shift+ArrowRight')
+    assert table(piece) != before
+
+
+def test_the_race_does_not_move_where_no_motion_is_wanted(browser, host):
+    context = browser.new_context(reduced_motion='reduce')
+    tab = context.new_page()
+    piece = opened(tab, 'race', host)
+    time = piece.locator('input[type=range]').first
+    time.fill('3')
+    piece.get_by_role('button', name='run').click()
+    assert time.input_value() == '150'
+    context.close()
+
+
+def test_a_race_that_diverges_says_so(window, host):
+    "At a rate of 0.12 two plain steps have the length 0.24."
+    piece = opened(window, 'race', host)
+    piece.get_by_label('learning rate').fill('0.12')
+    piece.get_by_label('radius').fill('0.5')
+    for key in ['Shift+ArrowLeft'] * 9: piece.get_by_role('slider', name='the weights').press(key)
+    for key in ['Shift+ArrowUp'] * 6: piece.get_by_role('slider', name='the weights').press(key)
+    assert 'diverges' in {row[2] for row in table(piece).values()}
+    assert 'NaN' not in piece.inner_text()
 
 
 CLAIMS = 'all => all.map(summary => summary.lastChild.textContent.trim())'

@@ -23,7 +23,7 @@ const Parts = (() => {
     const label = html(parent, 'label', {class: 'slider'});
     html(label, 'span', {}, name);
     const input = html(label, 'input', {type: 'range', min: o.min, max: o.max, step: o.step});
-    const shown = html(label, 'output');
+    const shown = html(label, 'span', {class: 'value', 'aria-hidden': 'true'}); // the slider says it itself
     const show = () => { shown.textContent = number(input.valueAsNumber, o.digits ?? 2); };
     input.value = o.value;
     input.addEventListener('input', () => { show(); onInput(input.valueAsNumber); });

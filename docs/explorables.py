@@ -13,6 +13,7 @@ from sadt_nb.papers.claims import VERDICTS, counted
 from sadt_nb.papers.verdicts import judged_claims, studies
 
 FOLDER = Path(__file__).parent / '_static' / 'explorables'
+LANDSCAPES = Path(__file__).parent / 'landscapes.json' # made by make_landscapes.py
 
 
 class Explorable(NamedTuple):
@@ -68,6 +69,8 @@ def verdicts():
                    method=list(METHODS))
     return dict(claims=claims, choices=choices)
 
+def landscapes(): return json.loads(LANDSCAPES.read_text(encoding='utf-8'))
+
 
 EXPLORABLES = dict(
     one_step=Explorable('One batch of four methods from a point that you move',
@@ -75,6 +78,8 @@ EXPLORABLES = dict(
     race=Explorable('A race of five methods from a point that you move',
                     ('parts', 'steps', 'plane', 'race')),
     verdicts=Explorable('The claims, by paper, verdict and method', ('parts', 'verdicts'), False, verdicts),
+    landscapes=Explorable('The losses around three networks, which you turn', ('parts', 'landscapes'),
+                          data=landscapes),
 )
 
 

@@ -7,12 +7,14 @@ import random
 from functools import partial
 
 import explorables
+import make_landscapes
 import pytest
 import torch
 from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
+from matplotlib import colormaps
 from sadt_nb.core.losses import Divergence
 from sadt_nb.methods.asam import asam_step
 from sadt_nb.methods.controls import RepeatStep
@@ -114,7 +116,8 @@ def test_the_cost_of_a_batch_is_counted(steps):
 
 PAGES = dict(one_step='tutorials/a_loss_you_can_see.html',
              race='tutorials/a_loss_you_can_see.html',
-             verdicts='studies/verdicts.html')
+             verdicts='studies/verdicts.html',
+             landscapes='tutorials/reading_a_landscape.html')
 
 
 @pytest.fixture(params=[(1280, 'light'), (375, 'dark')], ids=['desk, light', 'phone, dark'])
@@ -377,3 +380,89 @@ def test_the_data_of_the_verdicts():
     assert named == set(found['choices']['method'])
     wider = [c for c in found['claims'] if c['says'].startswith('SADT ends in wider minima')]
     assert [c['methods'] for c in wider] == [['SADT']]
+
+
+# The first of the pictures as data, to see whether it has changed
+PICTURE = "place => place.querySelector('canvas').toDataURL()"
+
+
+def test_the_landscapes_turn_by_keyboard_and_by_hand(window, host):
+    "Sliders and pointer turn all surfaces; a full turn gives the first picture again."
+    piece = opened(window, 'landscapes', host)
+    assert still(window, 'landscapes').is_hidden()
+    first = piece.evaluate(PICTURE)
+    turn = piece.get_by_label('turn')
+    turn.press('ArrowRight')
+    assert turn.input_value() == '40'
+    assert piece.evaluate(PICTURE) != first
+    turn.press('ArrowLeft')
+    assert piece.evaluate(PICTURE) == first
+    box = piece.locator('canvas').first.bounding_box()
+    window.mouse.move(box['x'] + 50, box['y'] + 90)
+    window.mouse.down()
+    window.mouse.move(box['x'] + 100, box['y'] + 90, steps=2)
+    window.mouse.up()
+    assert turn.input_value() == '65'
+    piece.get_by_label('logarithmic').uncheck()
+    linear = piece.evaluate(PICTURE)
+    assert linear != first
+    piece.get_by_label('tilt').press('End')
+    assert piece.get_by_label('tilt').input_value() == '90'
+    assert piece.evaluate(PICTURE) != linear
+
+
+def test_the_colours_of_a_landscape_are_its_losses(browser, host):
+    "Seen from above, a piece has the colour of the loss at its place."
+    tab = browser.new_page()
+    piece = opened(tab, 'landscapes', host)
+    piece.get_by_label('turn').fill('0')
+    piece.get_by_label('tilt').fill('90')
+    places = [[.3, 0], [.5, 0], [-.8, .8], [.8, .8], [-.8, -.8]]
+    found = piece.evaluate(PIXELS, places)
+    surface = explorables.landscapes()['landscapes'][0]
+    assert len({tuple(c) for c in found}) == len(places)
+    for (x, y), seen in zip(places, found):
+        assert share_of_color(seen) == pytest.approx(share_of_loss(loss_near(surface, x, y)), abs=.06)
+    tab.close()
+
+
+# The brightest pixel near each point, because lines between the pieces are darker
+PIXELS = """(place, points) => {
+  const canvas = place.querySelector('canvas');
+  const ratio = canvas.width / canvas.clientWidth;
+  const [width, height] = [canvas.clientWidth, canvas.clientHeight];
+  const scale = Math.min(width / 2.9, height / 2.7);
+  return points.map(([x, y]) => {
+    const at = [width / 2 + scale * x, height / 2 - scale * y].map(v => Math.round(ratio * v));
+    const {data} = canvas.getContext('2d').getImageData(at[0] - 2, at[1] - 2, 5, 5);
+    const pixels = [...Array(25).keys()].map(i => [...data.slice(4 * i, 4 * i + 3)]);
+    const bright = ([r, g, b]) => r + g + b;
+    return pixels.reduce((best, p) => bright(p) > bright(best) ? p : best);
+  });
+}"""
+
+
+def loss_near(surface, x, y):
+    "Return the loss at the stored point next to (x, y)."
+    def index(v): return min(range(len(surface['at'])), key=lambda i: abs(surface['at'][i] - v))
+    return surface['loss'][index(x)][index(y)]
+
+
+def share_of_loss(loss): return math.log(loss / .001) / math.log(10 / .001)
+
+
+def share_of_color(color):
+    "Return the place of a colour on matplotlib's own scale, from 0 to 1."
+    def distance(i): return math.dist(color, [255 * c for c in colormaps['viridis'](i)[:3]])
+    return min(range(256), key=distance) / 255
+
+
+def test_the_landscapes_are_those_of_the_tutorial():
+    "The stored losses are the library's for the tutorial's networks, but for rounding while training."
+    stored = explorables.landscapes()
+    names = make_landscapes.definitions()
+    assert [s['name'] for s in stored['landscapes']] == list(names['kinds'])
+    assert explorables.LANDSCAPES.stat().st_size < 300_000
+    now = make_landscapes.landscape(names, 'batches of 500', points=3)
+    every_15th = [row[::15] for row in stored['landscapes'][1]['loss'][::15]]
+    for row, again in zip(every_15th, now['loss'], strict=True): assert row == pytest.approx(again, rel=.05)

@@ -33,8 +33,9 @@ const Parts = (() => {
 
   // The sign of a method, in its colour
   function sign(parent, method) {
-    const e = html(parent, 'span', {class: 'sign', 'aria-hidden': 'true'}, method.shape);
-    e.style.color = method.color;
+    const picture = svg(parent, 'svg', {class: 'sign', 'aria-hidden': 'true'});
+    const place = {x: 8, y: 14, 'text-anchor': 'middle', class: 'mark', fill: method.color};
+    svg(picture, 'text', place, method.shape);
   }
 
   // Fill the place of an explorable on this page, if there is one, and hide the still picture above it.

@@ -37,7 +37,7 @@
   function table(parent, onChange) {
     const all = html(html(parent, 'div', {class: 'scroll'}), 'table');
     const head = html(html(all, 'thead'), 'tr');
-    for (const text of ['method', 'steps', 'passes', 'loss', 'passes to flat']) {
+    for (const text of ['method', 'steps', 'passes', 'loss', 'flat after']) {
       html(head, 'th', {scope: 'col'}, text);
     }
     const body = html(all, 'tbody');

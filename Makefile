@@ -95,7 +95,7 @@ CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || comman
 test-site: docs dist
 	@test -n "$(CHROMIUM)" || \
 	  { echo 'no Chromium found: apt-get install chromium, or set CHROMIUM=/path/to/chrome'; exit 2; }
-	CHROMIUM=$(CHROMIUM) $(QUIET) $(BIN)/python -m pytest -q --durations=5 docs/test_site.py
+	CHROMIUM=$(CHROMIUM) $(QUIET) $(BIN)/python -m pytest -q --durations=5 docs
 
 # The sdist, and the wheel built from it
 dist: $(READY)

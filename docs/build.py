@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
+import explorables
 import gallery
 import nbformat
 from fastcore.docments import docments, empty
@@ -330,6 +331,7 @@ def code_cell(cell, found, source, imports, where, links):
         prompts = dict(code_prompt_show='Show the imports', code_prompt_hide='Hide the imports')
         new.metadata['mystnb'] = prompts
     tags = cell_tags(found, imports, where)
+    if 'explorable' in found: new.metadata['explorable'] = found['explorable']
     if tags: new.metadata['tags'] = tags
     return new
 
@@ -381,6 +383,7 @@ def convert(where, links):
         if 'export' in found:
             texts = definitions(body, module, links)
             if texts: cells.append(nbformat.v4.new_markdown_cell('\n\n'.join(texts)))
+    cells = explorables.with_explorables(cells, up='../' * links.files[in_checkout(where)].count('/'))
     kernel = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}
     metadata = dict(kernelspec=kernel, language_info={'name': 'python'})
     return nbformat.v4.new_notebook(cells=cells, metadata=metadata)

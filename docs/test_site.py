@@ -8,14 +8,11 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / '_build' / 'html'
@@ -23,8 +20,6 @@ NBS = ROOT / 'nbs'
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts)
 CONTENT = [p for p in PAGES if p not in ('genindex.html', 'search.html', 'py-modindex.html')]
 TUTORIALS = sorted((NBS / 'tutorials').glob('*.ipynb'))
-BROWSER_OPTIONS = ['--no-sandbox', '--disable-gpu', '--disable-background-networking',
-                   '--disable-component-update', '--disable-sync', '--no-first-run']
 
 
 def page_stem(nb): return re.sub(r'^\d+_', '', nb.stem)
@@ -34,27 +29,6 @@ def page_of(nb): return (nb.parent.relative_to(NBS) / page_stem(nb)).as_posix() 
 def notebooks():
     "Return all notebooks that have a page."
     return [nb for nb in NBS.rglob('*.ipynb') if nb.stem != 'all' and '.ipynb_checkpoints' not in nb.parts]
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args): pass
-
-
-@pytest.fixture(scope='session')
-def host():
-    server = ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://127.0.0.1:{server.server_port}/'
-    server.shutdown()
-
-
-@pytest.fixture(scope='session')
-def browser():
-    with sync_playwright() as p:
-        path = os.environ.get('CHROMIUM', '/usr/bin/chromium')
-        b = p.chromium.launch(executable_path=path, args=BROWSER_OPTIONS)
-        yield b
-        b.close()
 
 
 @pytest.fixture(scope='session', params=[(1280, 'light'), (375, 'dark')], ids=['desk, light', 'phone, dark'])

@@ -1,0 +1,128 @@
+"""The interactive pieces of the website: which cells get one, and the data that it shows.
+
+A code cell with the line `#| explorable: NAME` draws a still picture. On the website the explorable follows
+this cell and hides its picture; without scripts, in Jupyter and on GitHub the picture stays. The sources are
+in docs/_static/explorables, one file per explorable, and need neither a build nor the network."""
+import json
+import re
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import nbformat
+from sadt_nb.papers.claims import VERDICTS, counted
+from sadt_nb.papers.verdicts import judged_claims, studies
+
+FOLDER = Path(__file__).parent / '_static' / 'explorables'
+LANDSCAPES = Path(__file__).parent / 'landscapes.json' # made by make_landscapes.py
+
+
+class Explorable(NamedTuple):
+    "One interactive piece."
+    label: str              # Its name for screen readers
+    scripts: tuple          # Names of its files, in the order in which they are loaded
+    has_still: bool = True  # `True`: it takes the place of the cell's picture
+    data: Callable|None = None # Returns what it shows, for JSON
+
+
+# The verdicts
+
+METHODS = dict( # method in the filter: the words of a claim that name it
+    SADT=r'SADT', SAM=r'SAM', ASAM=r'ASAM', ESAM=r'ESAM', LookSAM=r'LookSAM', SAF=r'SAF', MESA=r'MESA',
+    GC=r'GC', AGC=r'AGC', distillation=r'students?|teachers?|distillation|ensemble')
+
+def methods_of(claim, paper):
+    "Return the methods that a claim of a paper is about, in the order of `METHODS`."
+    says = claim.says.replace('sharpness as SAM defines it', '') # names a measure, not a method
+    says = says.replace('results above', paper)
+    text = ' '.join([says, *(e.label for e in claim.ours)])
+    return [name for name, words in METHODS.items() if re.search(rf'\b(?:{words})\b', text)]
+
+def plain_text(markdown):
+    "Return Markdown without links and marks of code."
+    return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', markdown).replace('`', '')
+
+def places_of(evidence, pages, control):
+    "Return the evidence of a claim, one entry per place."
+    deciding = counted(evidence)
+    places = {}
+    for e in evidence:
+        if not e.n: continue
+        unit = 'rounds' if pages.get(e.place) == 'step_cost' else 'seeds' if e.n > 1 else 'seed'
+        empty = dict(name=e.place, page='', count=f'{e.n} {unit}', control=control, found=[],
+                     aside=e.n >= 3 and e not in deciding)
+        place = places.setdefault((e.place, e.n), empty)
+        if e.place in pages: place['page'] = f'{pages[e.place]}.html'
+        place['found'].append(str(e).strip())
+    return list(places.values())
+
+def verdicts():
+    "Return all claims with verdict, methods and evidence, and the choices of the filter."
+    pages = studies()
+    claims = []
+    for paper, of_paper in judged_claims().items():
+        for c in of_paper:
+            need = '' if counted(c.ours) else plain_text(c.need)
+            places = places_of(c.ours, pages, False) + places_of(c.control, pages, True)
+            claims.append(dict(paper=paper, verdict=c.verdict, methods=methods_of(c, paper), says=c.says,
+                               where=c.where, need=need, places=places))
+    choices = dict(paper=list(dict.fromkeys(c['paper'] for c in claims)), verdict=list(VERDICTS),
+                   method=list(METHODS))
+    return dict(claims=claims, choices=choices)
+
+def landscapes(): return json.loads(LANDSCAPES.read_text(encoding='utf-8'))
+
+
+EXPLORABLES = dict(
+    one_step=Explorable('One batch of four methods from a point that you move',
+                        ('parts', 'steps', 'plane', 'one_step')),
+    race=Explorable('A race of five methods from a point that you move',
+                    ('parts', 'steps', 'plane', 'race')),
+    verdicts=Explorable('The claims, by paper, verdict and method', ('parts', 'verdicts'), False, verdicts),
+    landscapes=Explorable('The losses around three networks, which you turn', ('parts', 'landscapes'),
+                          data=landscapes),
+)
+
+
+# Pages
+
+
+def raw_html(lines):
+    "Return a cell that stands on the page as it is."
+    fence = '`' * 8
+    return nbformat.v4.new_markdown_cell('\n'.join([fence + '{raw} html', *lines, fence]))
+
+def place(name):
+    "Return the cell in which an explorable builds itself. Raises `ValueError` for an unknown name."
+    known = ', '.join(EXPLORABLES)
+    if name not in EXPLORABLES: raise ValueError(f'`#| explorable` must be one of {known}, got {name!r}')
+    label = EXPLORABLES[name].label
+    data = EXPLORABLES[name].data
+    div = f'<div class="explorable" data-explorable="{name}" role="group" aria-label="{label}" hidden></div>'
+    lines = [div]
+    if data:
+        text = json.dumps(data(), ensure_ascii=False).replace('</', '<\\/') # no text may end the element
+        lines.append(f'<script type="application/json" id="data-{name}">{text}</script>')
+    return raw_html(lines)
+
+def files(names, up):
+    "Return the cell that loads the files of explorables, each once; `up` leads to the site's root."
+    root = f'{up}_static/explorables/'
+    scripts = dict.fromkeys(s for name in names for s in EXPLORABLES[name].scripts)
+    lines = [f'<link rel="stylesheet" href="{root}explorables.css">']
+    lines += [f'<script src="{root}{s}.js" defer></script>' for s in scripts]
+    return raw_html(lines)
+
+def with_explorables(cells, up):
+    """Return the cells of a page with the explorables that their metadata name, and at the end their files.
+
+    The tag `still_NAME` marks the cell whose picture the explorable replaces."""
+    out = []
+    names = []
+    for cell in cells:
+        out.append(cell)
+        name = cell.metadata.pop('explorable', None)
+        if not name: continue
+        names.append(name)
+        out.append(place(name))
+        if EXPLORABLES[name].has_still: cell.metadata.setdefault('tags', []).append(f'still_{name}')
+    return out + [files(names, up)] if names else out

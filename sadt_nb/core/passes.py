@@ -733,8 +733,10 @@ class SummedPass(PerturbedPass):
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which the method sets in, in [0, 1]; before: plain training
+        stop:float=1.,  # Share of training at which the method ends, in [0, 1]; after: plain training
     ):
-        super().__init__(bn, rng)
+        super().__init__(bn, rng, start, stop)
         self.total, self.weight, self._refused = {}, 0., False
         self._stash = {} # gradients of earlier micro-batches; a loop's `first_step` has none
 

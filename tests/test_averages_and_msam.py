@@ -383,18 +383,24 @@ def test_everything_between_batches_sees_the_weights(tmp_path):
     close(weights(stored('models/end.pth')['model']), steps[11])
 
 
-def test_an_evaluation_in_mid_epoch_does_not_end_msam():
-    class Evaluate(Callback):
-        order, run_valid = 2000, False
-        def after_batch(self):
-            if self.iter != 2: return
-            held = {k: getattr(self.learn, k) for k in ('epoch', 'n_iter', 'dl', 'iter', 'pct_train')}
-            self.learn.validate(dl=six())
-            for k, v in held.items(): setattr(self.learn, k, v)
-            self.learn.model.train()
-            self.learn.training = True
+class EvaluateInEpoch(Callback):
+    "Calls `learn.validate` in the middle of an epoch, which sends `before_fit` and `after_fit`, too."
+    order, run_valid = 2000, False
+    def after_batch(self):
+        if self.iter != 2: return
+        names = 'epoch', 'n_iter', 'dl', 'iter', 'pct_train', 'train_iter'
+        held = {k: getattr(self.learn, k) for k in names}
+        self.learn.validate(dl=six())
+        for k, v in held.items(): setattr(self.learn, k, v)
+        self.learn.model.train()
+        self.learn.training = True
+
+
+def test_an_evaluation_in_mid_epoch_ends_neither_method():
+    learn, steps, _ = averaged(WeightAverage(start=0), cnn(bn=False), cbs=[EvaluateInEpoch()])
+    torch.testing.assert_close(flat(learn.model), mean_of(steps), rtol=1e-12, atol=1e-12)
     net = cnn(bn=False)
-    fit([MSAM(RHO), Evaluate()], net)
+    fit([MSAM(RHO), EvaluateInEpoch()], net)
     torch.testing.assert_close(flat(net), by_hand(SGDRule, cnn(bn=False)), rtol=1e-12, atol=1e-12)
 
 
@@ -482,15 +488,16 @@ def statistics(net, data):
 
 
 def test_batchnorm_has_the_statistics_of_the_averaged_weights():
-    "The input of BatchNorm is the first convolution's output, here computed by numpy."
-    learn, steps, _ = averaged(WeightAverage())
+    "The input of BatchNorm is the first convolution's output, here computed by numpy, of all twelve batches."
+    data = conv(n=96)
+    learn, steps, _ = averaged(WeightAverage(), data=data)
     norm = learn.model[1]
-    expected = statistics(learn.model, six())
+    expected = statistics(learn.model, data)
     torch.testing.assert_close((norm.running_mean, norm.running_var), expected, rtol=1e-12, atol=1e-12)
-    assert int(norm.num_batches_tracked) == 6
+    assert int(norm.num_batches_tracked) == 12
     assert norm.momentum == .1
     n = len(flat(learn.model))
-    torch.testing.assert_close(flat(learn.model), mean_of(steps[8:, :n]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(flat(learn.model), mean_of(steps[17:, :n]), rtol=1e-12, atol=1e-12)
     net = cnn()
     net.load_state_dict(learn.weight_average.trained)
     assert torch.equal(flat(net, True), steps[-1]), 'buffers, too'

@@ -8,13 +8,14 @@ BIN     = $(VENV)/bin
 LIBRARY = $(VENV)/.demo
 READY   = $(VENV)/.ready
 NEWEST  = .venv-newest
+LOWEST  = .venv-lowest
 QUIET   = PYTHONWARNINGS=ignore::FutureWarning
 # Notebooks and tests run two at a time with one thread each: on few cores faster than one with two threads
 ONE     = OMP_NUM_THREADS=1
 TWO     = -n 2 --dist worksteal --durations=15
 
-.PHONY: demo test lint sync notebooks-test pytest test-all test-moved docs test-site dist test-newest notebooks \
-        readme bench clean
+.PHONY: demo test lint sync notebooks-test pytest test-all test-moved docs test-site dist test-newest test-lowest \
+        notebooks readme bench clean
 
 # torch and torchvision must come from one place, or torchvision does not import. Without --no-compile, pip
 # would compile every module of PyTorch, of which few are used.
@@ -33,10 +34,10 @@ $(LIBRARY): settings.ini setup.py | $(BIN)/python
 	@$(INSTALL) -e .
 	@touch $@
 
-# The development environment: notebooks, tests, website
-$(READY): settings.ini setup.py | $(BIN)/python
+# The development environment: notebooks, tests, website, in the versions of constraints.txt
+$(READY): settings.ini setup.py constraints.txt | $(BIN)/python
 	@echo 'installing the development environment into $(VENV): a few minutes, 7 GB of disk'
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # SAM, SADT and their controls on scanned digits: a table and a figure, in about a minute.
@@ -112,6 +113,14 @@ test-newest: dist
 	cd $(NEWEST)/run && $(ONE) $(QUIET) ../bin/python -m pytest -q $(TWO) -p no:cacheprovider .
 	cd $(NEWEST) && bin/sadt_train --epochs 1 --n_train 200 --bs 50 --root smoke 2>&1 | tail -2
 
+# The same pytest suite on the wheel, with the lowest versions that settings.ini allows
+BOUNDS = sed -n 's/^requirements = //p' settings.ini | sed 's/>=/==/g'
+test-lowest: dist
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/pip install -q --disable-pip-version-check dist/*.whl $$($(BOUNDS)) pytest pytest-xdist
+	rm -rf $(LOWEST)/run && cp -r tests $(LOWEST)/run
+	cd $(LOWEST)/run && $(ONE) $(QUIET) ../bin/python -m pytest -q $(TWO) -p no:cacheprovider .
+
 # Run notebooks and keep their outputs: make notebooks NB=nbs/methods/20_sam.ipynb
 NB ?= $(shell git ls-files 'nbs/*.ipynb')
 notebooks: $(READY)
@@ -129,4 +138,4 @@ bench: $(READY)
 	$(QUIET) $(BIN)/python -m benchmarks.landscape
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist _proc _build *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) build dist _proc _build *.egg-info

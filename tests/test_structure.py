@@ -2,11 +2,15 @@
 import ast
 import inspect
 import re
+from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import sadt_nb
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 LIB = Path(sadt_nb.__file__).parent
 # what a folder may import, besides itself where `SIBLINGS` allows it
@@ -101,3 +105,51 @@ def test_version_and_typing_marker():
     assert re.fullmatch(r'\d+\.\d+\.\d+', sadt_nb.__version__)
     assert sadt_nb.__version__ == version('sadt_nb')
     assert (LIB / 'py.typed').exists()
+
+
+# Requirements and workflows of the checkout; an installed wheel has neither
+
+ROOT = LIB.parent
+in_checkout = pytest.mark.skipif(not (ROOT / 'settings.ini').is_file(), reason='only in the checkout')
+
+
+def requirements(name):
+    "Return the requirements of settings.ini under `name`."
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    return [Requirement(r) for r in ini['DEFAULT'][name].split()]
+
+
+@in_checkout
+def test_every_requirement_has_a_lower_bound():
+    "`make test-lowest` installs them. PyTorch before 2.10 runs code from files with `weights_only=True`."
+    lower = {}
+    for r in requirements('requirements'):
+        bounds = [s.version for s in r.specifier if s.operator == '>=']
+        assert len(bounds) == 1, r
+        lower[r.name] = Version(bounds[0])
+    assert lower['torch'] >= Version('2.10'), 'CVE-2026-24747'
+
+
+@in_checkout
+def test_the_constraints_satisfy_the_requirements():
+    lines = (ROOT / 'constraints.txt').read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith('#')]
+    versions = {}
+    for r in pinned:
+        spec, = r.specifier
+        assert spec.operator == '==', r
+        versions[canonicalize_name(r.name)] = spec
+    for r in requirements('requirements') + requirements('dev_requirements'):
+        spec = versions[canonicalize_name(r.name)]
+        assert r.specifier.contains(spec.version), r
+    assert versions['torch'].contains(versions['torch'].version + '+cpu'), 'the wheels for CPUs alone'
+
+
+@in_checkout
+def test_workflows_use_actions_of_one_commit():
+    found = []
+    for file in (ROOT / '.github' / 'workflows').glob('*.yaml'):
+        found += re.findall(r'uses: *(\S+)', file.read_text())
+    assert found
+    for action in found: assert re.fullmatch(r'[\w/-]+@[0-9a-f]{40}', action), action

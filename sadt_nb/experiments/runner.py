@@ -260,10 +260,18 @@ def _factor(cfg):
     known = dict(triangle=triangle, thirds=thirds, step=thirty_epochs, cosine=cosine)
     return known.get(cfg.sched, constant)
 
+def _with_warmup(cfg, rate):
+    "Return the schedule with a linear rise of the rate in the first epochs; the schedule is not shifted."
+    def warmed(done):
+        risen = done * cfg.epochs / cfg.warmup # share of the warm-up
+        return cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * risen if risen < 1 else rate(done)
+    return warmed
+
 def _schedule(cfg):
     "Return the callbacks that apply a run's schedule."
     factor = _factor(cfg)
     def rate(done): return cfg.lr * factor(done)
+    if cfg.warmup: return [ParamScheduler({'lr': _with_warmup(cfg, rate)})]
     if cfg.opt == 'decoupled_sgd' or cfg.sched == 'triangle': return [RateSchedule(factor)]
     if cfg.sched == 'cosine': return [ParamScheduler({'lr': SchedCos(cfg.lr, 0.)})]
     if cfg.sched in ('thirds', 'step'): return [ParamScheduler({'lr': rate})]
@@ -369,6 +377,8 @@ class RunRecorder(ShowsArguments, Callback):
         self._row.update(valid_loss=loss, valid_accuracy=accuracy)
 
     def after_epoch(self):
+        selection = getattr(self.learn, 'keep_best', None)
+        if selection and selection.select == 'test': self._row['test_accuracy'] = selection.last
         self.rows.append(self._row)
         self.kept = max(self.kept, _kept_bytes(self.learn))
         if self.on_epoch: self.on_epoch(self.rows)

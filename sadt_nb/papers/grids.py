@@ -34,7 +34,8 @@ def scaled(
     teachers = tuple(scaled(t, factor) for t in run.teachers)
     sched = run.sched
     if sched == 'step' and run.epochs == 90: sched = 'thirds' # 'step' falls every 30 epochs: a third of 90
-    return run.but(epochs=epochs, sched=sched, teachers=teachers)
+    warmup = run.warmup * epochs / run.epochs if run.warmup else 0.
+    return run.but(epochs=epochs, sched=sched, warmup=warmup, teachers=teachers)
 
 def in_precision(
     run:Run,  # The run to change

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL_DIGITS', 'SMALL_CIFAR', 'EpochLog', 'PaperRun', 'PaperEnsemble', 'distilled', 'rounds', 'independent',
-           'noisy_digits', 'figure_rows', 'preset_costs']
+           'same_share', 'noisy_digits', 'figure_rows', 'preset_costs']
 
 # %% ../../nbs/papers/100_base.ipynb #725b3897
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..experiments.config import Run
 from ..experiments.cost import run_cost
+from ..methods.registry import method_options
 
 # %% ../../nbs/papers/100_base.ipynb #37dde68f
 class EpochLog(NamedTuple):
@@ -71,6 +72,26 @@ def independent(
 ) -> list[Run]: # Their seeds are 100 apart, so that the seeds of rounds fit between
     "Return runs that differ in their seed only; the first is `base`."
     return [base.but(seed=base.seed + 100 * i) for i in range(n)]
+
+# %% ../../nbs/papers/100_base.ipynb #89a7f2e2
+_TRAJECTORY = ('saf', 'mesa')
+
+def same_share(
+    method:str,   # A name in `METHODS`; methods other than SAF and MESA keep their options
+    options:dict, # Options of the method
+    factor,       # Length of the training, as a share of the length that the options are for, > 0
+    steps=None,   # The same share in optimizer steps, if batches or images differ as well; `None`: `factor`
+) -> dict: # The options, with `start_epoch` and `beta` for the other length
+    "Return the options of SAF and MESA for training of another length."
+    options = dict(options)
+    if method not in _TRAJECTORY: return options
+    defaults = method_options(method)
+    start = options.get('start_epoch', defaults['start_epoch'].default)
+    options['start_epoch'] = round(start * factor)
+    if method == 'mesa':
+        beta = options.get('beta', defaults['beta'].default)
+        options['beta'] = round(beta**(1 / (steps or factor)), 6)
+    return options
 
 # %% ../../nbs/papers/100_base.ipynb #60417613
 SMALL_DIGITS = Run(data='noisy_digits', model_args=dict(dropout=0.), epochs=15, bs=64, valid=.2, split=0,

@@ -27,7 +27,7 @@ _CIFAR, _NOTEBOOK, _ALL = 'CIFAR-10', 'CIFAR-10, released notebook', 'CIFAR-10, 
 _CONSTANT, _BARE = 'CIFAR-10, constant rate', 'CIFAR-10, no BatchNorm'
 _FULL = 'CIFAR-10, full length'
 _FLAT = ('digits, flatness measured', 'Simple CNN on CIFAR-10', 'ResNet-20 on CIFAR-10')
-_STEP = 'a step of ResNet-18'
+_STEP = 'a step of ResNet-18 on a CPU'
 _LOGS = 'ResNet-18 on CIFAR-10'
 
 PLACES = [

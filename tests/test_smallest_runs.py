@@ -10,17 +10,19 @@ from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid
 PIXELS = dict(tiny_imagenet=64, imagenet=224)
 QUICK = ('sadt/notebook20', 'sam_study/c_small', 'saf/cifar_small', 'distill/digits', 'compare/digits')
 CLASSES = 2
-N = 12 # training images
+
+
+def n_images(pixels): return 12 if pixels <= 64 else 4 # training images
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    "Return a function from a number of pixels to a folder of `N` training and two test images."
+    "Return a function from a number of pixels to a folder of training images and two test images."
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
     def made(pixels):
-        folder = tmp_path / f'images{pixels}'
-        for i in range(N + 2):
-            place = folder / ('train' if i < N else 'test') / 'ab'[i % CLASSES]
+        folder, n = tmp_path / f'images{pixels}', n_images(pixels)
+        for i in range(n + 2):
+            place = folder / ('train' if i < n else 'test') / 'ab'[i % CLASSES]
             place.mkdir(parents=True, exist_ok=True)
             noise = torch.randint(256, (pixels, pixels, 3), generator=torch.Generator().manual_seed(i))
             Image.fromarray(noise.byte().numpy()).save(place / f'{i:02}.png')
@@ -35,7 +37,7 @@ def tiny(cfg, folder):
     method = dict(cfg.method_args)
     if cfg.method in ('saf', 'mesa'): method['start_epoch'] = 0 # so that the term is computed
     teachers = tuple(tiny(t, folder) for t in cfg.teachers[:1])
-    bs = round(N * (1 - held_out))
+    bs = round(n_images(PIXELS.get(cfg.data, 32)) * (1 - held_out))
     return cfg.but(data=folder, data_args={}, n_train=None, epochs=1, bs=bs, valid=held_out, amp='', warmup=0,
                    warmup_lr=0, model_args=options, method_args=method, teachers=teachers, split=0, track=0)
 

@@ -12,15 +12,22 @@ QUICK = ('sadt/notebook20', 'sam_study/c_small', 'saf/cifar_small', 'distill/dig
 CLASSES = 2
 
 
-def n_images(pixels): return 12 if pixels <= 64 else 4 # training images
+def pixels_of(cfg): return PIXELS.get(cfg.data, 32)
+
+
+def n_images(cfg):
+    "Return the number of training images; `fast_cnn` takes its first filters from at least 32."
+    if cfg.model == 'fast_cnn': return 40
+    return 12 if pixels_of(cfg) <= 64 else 4
 
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    "Return a function from a number of pixels to a folder of training images and two test images."
+    "Return a function from a run to a folder of images of its size, two of them for the test."
     monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
-    def made(pixels):
-        folder, n = tmp_path / f'images{pixels}', n_images(pixels)
+    def made(cfg):
+        pixels, n = pixels_of(cfg), n_images(cfg)
+        folder = tmp_path / f'images{pixels}x{n}'
         for i in range(n + 2):
             place = folder / ('train' if i < n else 'test') / 'ab'[i % CLASSES]
             place.mkdir(parents=True, exist_ok=True)
@@ -31,15 +38,16 @@ def folders(tmp_path, monkeypatch):
 
 
 def tiny(cfg, folder):
-    "Return the run with one epoch of one batch of the folder's images, in float32; its method is unchanged."
+    "Return the run with one epoch of one batch of the folder's images, in float32, without lookahead."
     held_out = .25 if cfg.select == 'valid' else 0.
     options = {k: v for k, v in cfg.model_args if k not in ('pretrained', 'zero_shot')}
     method = dict(cfg.method_args)
     if cfg.method in ('saf', 'mesa'): method['start_epoch'] = 0 # so that the term is computed
     teachers = tuple(tiny(t, folder) for t in cfg.teachers[:1])
-    bs = round(n_images(PIXELS.get(cfg.data, 32)) * (1 - held_out))
+    bs = round(n_images(cfg) * (1 - held_out))
     return cfg.but(data=folder, data_args={}, n_train=None, epochs=1, bs=bs, valid=held_out, amp='', warmup=0,
-                   warmup_lr=0, model_args=options, method_args=method, teachers=teachers, split=0, track=0)
+                   warmup_lr=0, lookahead=0, model_args=options, method_args=method, teachers=teachers,
+                   split=0, track=0)
 
 
 def smallest(name):
@@ -61,7 +69,7 @@ def test_the_smallest_run_of_each_method_trains(name, folders, tmp_path):
     found = smallest(name)
     if not found: pytest.skip('a package that its networks need is not installed')
     for method, cfg in found.items():
-        small = tiny(cfg, folders(PIXELS.get(cfg.data, 32)))
+        small = tiny(cfg, folders(cfg))
         for t in small.teachers: run(t, tmp_path, progress=False)
         recorder = RunRecorder()
         learn = make_learner(small, 'cpu', [recorder], root=tmp_path)
@@ -74,7 +82,8 @@ def test_the_smallest_run_of_each_method_trains(name, folders, tmp_path):
 
 
 def test_a_network_that_does_not_train_is_found(folders, tmp_path, monkeypatch):
-    cfg = tiny(Run(model='resnet20'), folders(32))
+    cfg = Run(model='resnet20')
+    cfg = tiny(cfg, folders(cfg))
     monkeypatch.setattr('torch.optim.Adam.step', lambda self, *a, **k: None)
     learn = make_learner(cfg, 'cpu', [RunRecorder()], root=tmp_path)
     before = [p.detach().clone() for p in learn.model.parameters()]

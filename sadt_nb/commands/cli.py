@@ -355,6 +355,8 @@ def sadt_train(
     label_smoothing:float=0., # Share of a label that is spread over all classes
     drop_last:bool=False,  # Leave out the last batch of an epoch if it is smaller
     lookahead:int=0,       # Number of batches between pulls of the weights to a slow average, 0 for never
+    warmup:float=0.,       # Number of epochs in which the learning rate rises from --warmup_lr to --lr
+    warmup_lr:float=0.,    # Learning rate at the start of the warm-up
     views:Literal[0, 1, 2]=0, # Also test averages over views of an image: 1: mirrored; 2: also shifted
     valid:float=.1,        # Share of the training images held out for validation
     n_train:int=None,      # Number of training images; by default all
@@ -380,6 +382,7 @@ def sadt_train(
         data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched,
         cutmix=cutmix, crop=crop, flip=flip, pad_mode=pad_mode, rotate=rotate, autoaugment=autoaugment,
         cutout=cutout, normalize=normalize, label_smoothing=label_smoothing, drop_last=drop_last,
+        warmup=warmup, warmup_lr=warmup_lr,
         lookahead=lookahead, views=views,
         valid=valid, n_train=n_train, amp=amp, compile=compile, tf32=tf32, clip=clip, select=select,
         method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),

@@ -30,6 +30,7 @@ class LossTerm(ShowsArguments, Callback):
 
     `learn.loss`, which recorders show, stays the plain loss."""
     order, run_valid = ORDERS['loss_term'], False
+    on_term = None # function of the loss without the term, and of the term; called in every pass
 
     def term(self,
         logits:Tensor,    # Prediction of the current pass, with its graph
@@ -41,7 +42,9 @@ class LossTerm(ShowsArguments, Callback):
     def after_loss(self):
         if replays_other_loss(self.learn): return
         extra = self.term(self.learn.pred, replayed_rows(self.learn))
-        if extra is not None: self.learn.loss_grad = self.learn.loss_grad + extra
+        if extra is None: return
+        if self.on_term is not None: self.on_term(self.learn.loss_grad, extra)
+        self.learn.loss_grad = self.learn.loss_grad + extra
 
     def after_batch(self): weights_moved()
 
@@ -56,12 +59,18 @@ class TrajectoryLoss(LossTerm):
         tau:float,                      # Temperature that softens both predictions, > 0
         start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
         divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        tau_squared:bool=False,         # Multiply the term by `tau**2` as well?
     ):
         check_not_negative(lam=lam)
         if not 0 < tau < math.inf: raise ValueError(f'`tau` must be positive, got {tau}')
         check_not_negative(start_epoch=start_epoch)
-        self.lam, self.tau, self.divergence = lam, tau, divergence
+        self.lam, self.tau, self.divergence, self.tau_squared = lam, tau, divergence, tau_squared
         self.start_epoch, self.done = start_epoch, 0
+
+    @property
+    def factor(self) -> float:
+        "Return the number that multiplies the divergence."
+        return self.lam * self.tau**2 if self.tau_squared else self.lam
 
     @property
     def active(self) -> bool:

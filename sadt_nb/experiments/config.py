@@ -68,6 +68,8 @@ _CHECKS = (
     _Check('label_smoothing', _below_one, 'lie in [0, 1)'),
     _Check('lookahead', _whole, 'be a whole number of batches, 0 for never'),
     _Check('views', _level, 'be 0, 1 or 2'),
+    _Check('warmup', _not_negative, 'not be negative'),
+    _Check('warmup_lr', _not_negative, 'not be negative'),
 )
 _CHOICES = dict(model=MODELS, method=METHODS, opt=OPTIMIZERS, sched=SCHEDULES, select=SELECT)
 
@@ -200,11 +202,24 @@ def _check_images(run):
         raise ValueError(f'`normalize` must be {allowed}, got {run.normalize!r}')
 
 # %% ../../nbs/experiments/80_config.ipynb #b802159e
+def _check_warmup(run):
+    "Raise `ValueError` for a warm-up that the schedule cannot have."
+    if run.warmup_lr and not run.warmup:
+        raise ValueError('`warmup_lr` is the rate at the start of a warm-up; set `warmup` above 0')
+    if not run.warmup: return
+    if run.sched in ('triangle', 'restart') or run.opt == 'decoupled_sgd':
+        raise ValueError(f'`warmup` must be 0 with sched={run.sched!r} and opt={run.opt!r}; it goes with '
+                         'cosine, constant, step and thirds, and with any other optimizer')
+    if run.warmup > run.epochs:
+        raise ValueError(f'`warmup` must not be longer than training, got {run.warmup:g} epochs '
+                         f'of {run.epochs:g}')
+
 def _check_training(run):
     "Raise `ValueError` for an impossible optimizer, schedule, or choice of the epoch to keep."
     if run.sched == 'restart' and (run.opt == 'decoupled_sgd' or run.epochs != int(run.epochs)):
         raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; "
                          'take another `opt`, `epochs` or `sched`')
+    _check_warmup(run)
     if run.select != 'last' and not run.epochs:
         raise ValueError(f"select={run.select!r} needs epochs to choose from, got none; use 'last'")
     if run.select == 'valid' and not run.valid:
@@ -359,6 +374,9 @@ class Run(_Configuration):
     drop_last: bool = False      # Leave out a smaller last training batch
     lookahead: int = 0           # Number of batches between pulls of the weights to a slow average; 0: never
     views: int = 0               # Also test averages over views of an image: 1: mirrored; 2: also shifted
+    # Number of epochs in which the rate rises linearly from `warmup_lr` to `lr`; then the schedule takes over
+    warmup: float = 0.
+    warmup_lr: float = 0.        # Learning rate at the start of a warm-up
     teachers: tuple = ()         # One teacher's `Run`, or several; the logits of several are averaged
 
     def __post_init__(self): _check(self)

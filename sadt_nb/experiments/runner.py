@@ -38,6 +38,8 @@ from ..core.arguments import ShowsArguments
 from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, remove_abandoned
 from ..core.checkpoint import saved, write_whole
 from ..core.optim import keras_adam
+from ..core.loss_terms import LossTerm
+from ..core.passes import replaying
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
 from ..core.ranks import distributed_context, join_ranks, n_ranks, on_rank_zero, over_ranks, this_rank
@@ -319,10 +321,18 @@ def _factor(cfg):
     known = dict(triangle=triangle, thirds=thirds, step=thirty_epochs, cosine=cosine)
     return known.get(cfg.sched, constant)
 
+def _with_warmup(cfg, rate):
+    "Return the schedule with a linear rise of the rate in the first epochs; the schedule is not shifted."
+    def warmed(done):
+        risen = done * cfg.epochs / cfg.warmup # share of the warm-up
+        return cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * risen if risen < 1 else rate(done)
+    return warmed
+
 def _schedule(cfg):
     "Return the callbacks that apply a run's schedule."
     factor = _factor(cfg)
     def rate(done): return cfg.lr * factor(done)
+    if cfg.warmup: return [ParamScheduler({'lr': _with_warmup(cfg, rate)})]
     if cfg.opt == 'decoupled_sgd' or cfg.sched == 'triangle': return [RateSchedule(factor)]
     if cfg.sched == 'cosine': return [ParamScheduler({'lr': SchedCos(cfg.lr, 0.)})]
     if cfg.sched in ('thirds', 'step'): return [ParamScheduler({'lr': rate})]
@@ -380,6 +390,36 @@ class _Sums:
         return loss / max(1, n), right / max(1, n)
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
+class _TermRatio:
+    """How strong an added loss term is: the norm of its gradient divided by that of the loss without it.
+
+    The gradients are those with respect to the network's output, in a few batches spread over an epoch. They
+    need no pass through the network, and leave the training's bits as they are."""
+    batches = 4
+    def __init__(self, learn):
+        self.learn, self.ratios = learn, []
+        self.terms = [cb for cb in learn.cbs if isinstance(cb, LossTerm)]
+
+    def start(self):
+        for cb in self.terms: cb.on_term = self.measure
+    def stop(self):
+        for cb in self.terms: vars(cb).pop('on_term', None)
+
+    def measure(self, loss, term):
+        learn = self.learn
+        every = max(1, getattr(learn, 'n_iter', 1) // self.batches)
+        due = learn.iter % every == 0 and learn.iter // every < self.batches
+        if not due or replaying(learn) or not getattr(learn.pred, 'requires_grad', False): return
+        def norm(value): return torch.autograd.grad(value, learn.pred, retain_graph=True)[0].detach().norm()
+        if loss.requires_grad: self.ratios.append((norm(term) / norm(loss)).float())
+
+    def mean(self):
+        "Return the mean over the batches since the last call; `None` if it is not a number, or without any."
+        ratios, self.ratios = self.ratios, []
+        if not ratios: return None
+        total, n = over_ranks(torch.stack([sum(ratios), torch.full_like(ratios[0], len(ratios))])).tolist()
+        return total / n if math.isfinite(total) else None
+
 class RunRecorder(ShowsArguments, Callback):
     "Records a row per epoch, counts steps and passes, and stops at a loss that is NaN or infinite."
     order = Recorder.order + 1
@@ -391,6 +431,8 @@ class RunRecorder(ShowsArguments, Callback):
         self.rows, self.failed, self.kept = [], None, 0
         self.counts = dict(steps=0, forwards=0, backwards=0)
         _start_counting(self)
+        self._term = _TermRatio(self.learn)
+        self._term.start()
 
     def _start(self):
         self._sums = _Sums(next(self.model.parameters()).device)
@@ -421,6 +463,8 @@ class RunRecorder(ShowsArguments, Callback):
         loss, accuracy = self._sums.means()
         self._row.update(train_loss=loss, train_accuracy=accuracy, seconds=time.perf_counter() - self._t,
                          lr=float(self.opt.hypers[-1]['lr']), **self.counts)
+        ratio = self._term.mean()
+        if ratio is not None: self._row['term_ratio'] = ratio
 
     def after_validate(self):
         if not self._sums.n: return
@@ -428,6 +472,8 @@ class RunRecorder(ShowsArguments, Callback):
         self._row.update(valid_loss=loss, valid_accuracy=accuracy)
 
     def after_epoch(self):
+        selection = getattr(self.learn, 'keep_best', None)
+        if selection and selection.select == 'test': self._row['test_accuracy'] = selection.last
         self.rows.append(self._row)
         self.kept = max(self.kept, _kept_bytes(self.learn))
         if self.on_epoch: self.on_epoch(self.rows)
@@ -436,7 +482,9 @@ class RunRecorder(ShowsArguments, Callback):
     def load_state_dict(self, state):
         self.rows, self.counts, self.kept = list(state['rows']), dict(state['counts']), state['kept']
 
-    def unhook(self): _stop_counting(self)
+    def unhook(self):
+        _stop_counting(self)
+        if hasattr(self, '_term'): self._term.stop()
 
 # %% ../../nbs/experiments/81_runner.ipynb #95b6af2e
 class _ForgetSteps(Callback):

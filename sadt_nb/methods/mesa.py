@@ -43,13 +43,14 @@ class MESA(TrajectoryLoss):
 
     def __init__(self,
         lam:float=.8,      # Factor of the divergence, >= 0; read at every batch
-        tau:float=5.,      # Temperature that softens both predictions, > 0; there is no factor `tau**2`
+        tau:float=5.,      # Temperature that softens both predictions, > 0
         beta:float=.9995,  # Factor of the old average in the new average, in (0, 1); read at every batch
         start_epoch:int=5, # Number of first epochs without the term, >= 0; they are averaged, too
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        tau_squared:bool=False, # Also multiply by `tau**2`, as the authors' code does but not their paper?
     ):
         if not 0 < beta < 1: raise ValueError(f'`beta` must lie between 0 and 1, got {beta}')
-        super().__init__(lam, tau, start_epoch, divergence)
+        super().__init__(lam, tau, start_epoch, divergence, tau_squared)
         self.beta, self._loaded = beta, None
         self._init_state()
 
@@ -78,7 +79,7 @@ class MESA(TrajectoryLoss):
     def term(self, logits, rows):
         if not self.active: return None
         target = self._target if rows is None else self._target[rows]
-        return self.lam * self.compare(target.to(logits.dtype), logits, self.tau)
+        return self.factor * self.compare(target.to(logits.dtype), logits, self.tau)
 
     def after_cancel_step(self): self._refused = True
     def after_step(self): self._stepped, self._refused = not self._refused, False

@@ -115,13 +115,14 @@ class SAF(TrajectoryLoss):
 
     def __init__(self,
         lam:float=.3,      # Factor of the divergence, >= 0; read at every batch
-        tau:float=5.,      # Temperature that softens both predictions, > 0; there is no factor `tau**2`
+        tau:float=5.,      # Temperature that softens both predictions, > 0
         lag:int=3,         # Age of the records in epochs, >= 1
         start_epoch:int=5, # Number of epochs without the term at the start of training, >= 0
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        tau_squared:bool=False, # Also multiply by `tau**2`, as the authors' code does but not their paper?
     ):
         check_count(lag=lag)
-        super().__init__(lam, tau, start_epoch, divergence)
+        super().__init__(lam, tau, start_epoch, divergence, tau_squared)
         self.lag = lag
         self._init_state()
 
@@ -153,7 +154,7 @@ class SAF(TrajectoryLoss):
         if not replaying(self.learn): self._past = self._exchange(logits.detach())
         if not self.active: return None
         past = self._past if rows is None else self._past[rows]
-        return self.lam * self.compare(past, logits, self.tau)
+        return self.factor * self.compare(past, logits, self.tau)
 
     def after_train(self):
         if self.run and self.records is not None: self.records.merge(self.done)

@@ -67,31 +67,41 @@ def resnet20(
     return kaiming_init_(nn.Sequential(layers))
 
 # %% ../../nbs/models/63_resnet.ipynb #3047242f
-def _small_images(block, blocks, classes, norm):
-    model = ResNet(block, blocks, num_classes=classes, norm_layer=nn.BatchNorm2d if norm else nn.Identity)
-    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
+def _resnet(block, blocks, outputs, norm, stem):
+    "Return torchvision's ResNet with a first layer for images of 32 or of 224 pixels."
+    if stem not in ('cifar', 'imagenet'):
+        raise ValueError(f"`stem` must be 'cifar' or 'imagenet', got {stem!r}")
+    model = ResNet(block, blocks, num_classes=outputs, norm_layer=nn.BatchNorm2d if norm else nn.Identity)
+    if stem == 'cifar':
+        model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
     return kaiming_init_(model)
 
 def resnet18(
     classes:int=10, # Number of outputs
     skip=True,      # With shortcuts around the blocks? `False` also removes their three 1x1 convolutions
     norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
-) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
+    stem:str='cifar',      # 'imagenet': as in torchvision, a 7x7 convolution of stride 2 and a max pool
+    outputs:int|None=None, # Number of outputs if it is not `classes`, such as torchvision's 1000
+) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, outputs)` logits; made for 32 x 32
     """Return torchvision's ResNet-18 for small images; 11,173,962 parameters with 10 classes.
 
-    The first convolution is 3x3 with stride 1, and there is no max pool."""
-    return _small_images(BasicBlock if skip else PlainBlock, [2, 2, 2, 2], classes, norm)
+    With the stem for CIFAR, the first convolution is 3x3 with stride 1, and there is no max pool. Raises
+    `ValueError` for an unknown `stem`."""
+    return _resnet(BasicBlock if skip else PlainBlock, [2, 2, 2, 2], outputs or classes, norm, stem)
 
 def resnet101(
     classes:int=10, # Number of outputs
     skip=True,      # With shortcuts around the blocks? `False` also removes their four 1x1 convolutions
     norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
-) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
+    stem:str='cifar',      # 'imagenet': as in torchvision, a 7x7 convolution of stride 2 and a max pool
+    outputs:int|None=None, # Number of outputs if it is not `classes`, such as torchvision's 1000
+) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, outputs)` logits; made for 32 x 32
     """Return torchvision's ResNet-101 for small images; 42,512,970 parameters with 10 classes.
 
-    The first convolution is 3x3 with stride 1, and there is no max pool."""
-    return _small_images(Bottleneck if skip else PlainBottleneck, [3, 4, 23, 3], classes, norm)
+    With the stem for CIFAR, the first convolution is 3x3 with stride 1, and there is no max pool. Raises
+    `ValueError` for an unknown `stem`."""
+    return _resnet(Bottleneck if skip else PlainBottleneck, [3, 4, 23, 3], outputs or classes, norm, stem)
 
 # %% ../../nbs/models/63_resnet.ipynb #a40da03d
 def resnet50(

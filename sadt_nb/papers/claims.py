@@ -82,6 +82,16 @@ VERDICTS = { # verdict: its colour in figures
     'not reproduced, open': 'moccasin',
     'not reproduced, contradicted': 'tab:orange',
     'not decidable here': 'lightgray',
+    "shown by the authors' logs": 'tab:green',
+    "shown in part by the authors' logs": 'lightgreen',
+    "open in the authors' logs": 'palegoldenrod',
+    "contradicted by the authors' logs": 'indianred',
+}
+_BY_LOGS = { # verdict of the rule on evidence from logs: how it is called
+    'reproduced': "shown by the authors' logs",
+    'reproduced in part': "shown in part by the authors' logs",
+    'not reproduced, open': "open in the authors' logs",
+    'not reproduced, contradicted': "contradicted by the authors' logs",
 }
 
 class Claim(NamedTuple):
@@ -91,10 +101,12 @@ class Claim(NamedTuple):
     ours: list = []    # Evidence from the comparison that the paper makes
     control: list = [] # Evidence from the comparison with a fair control
     need: str = ''     # What a test of the claim needs, if we have no runs
+    logs: list = []    # Evidence from the authors' own logs; if there is any, it alone decides
 
     @property
     def verdict(self):
         "Return the verdict; at best 'reproduced in part' if the claim does not hold against the control."
+        if self.logs: return _BY_LOGS[decide(self.logs)]
         stated, against = decide(self.ours), decide(self.control)
         if stated == 'reproduced' and self.control and against != 'reproduced': return 'reproduced in part'
         return stated
@@ -192,7 +204,7 @@ def kurtosis(
 def _late_sharpness(tracked):
     "Return the geometric mean of SAM's sharpness after epoch 5, when SAF's and MESA's terms are active."
     late = [row['sharpness'] for row in tracked if row['epoch'] > 5]
-    return np.exp(np.log(late).mean())
+    return np.exp(np.log(late).mean()) if late else np.nan
 
 def network_numbers(
     r,         # A row of `load_results`
@@ -304,9 +316,11 @@ def claims_table(
     rows = []
     for c in claims:
         ours = _lines(c.ours, studies)
+        if c.logs: ours = ["**The authors' logs.** " + '; '.join(_lines(c.logs, studies)), *ours]
         if c.control: ours.append('**Control.** ' + '; '.join(_lines(c.control, studies)))
         if c.need and not counted(c.ours): ours.append(c.need)
         verdict = f'**{c.verdict}**'
+        if c.logs: verdict += f'<br>in our runs: {_short(c.ours)}'
         if c.control and counted(c.ours):
             verdict += f'<br>as stated: {_short(c.ours)}<br>against the control: {_short(c.control)}'
         rows.append([f'{c.says}<br>*{c.where}*', verdict, '<br>'.join(ours)])

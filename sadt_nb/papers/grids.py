@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..experiments.config import Run
 from . import compare, distill, fast, sadt, saf, sam_study
-from .base import PaperEnsemble, PaperRun
+from .base import PaperEnsemble, PaperRun, same_share
 
 # %% ../../nbs/papers/107_grids.ipynb #86538e43
 PAPER_GRIDS = {} # name of each preset: function that returns its rows
@@ -27,6 +27,8 @@ def scaled(
 ) -> Run:
     """Return the run with a share of its epochs, at least one; its teachers are shortened as well.
 
+    A warm-up, the start of SAF's and MESA's terms, and MESA's average keep their share of the training.
+
     Raises `ValueError` for a factor outside (0, 1]."""
     if not 0 < factor <= 1: raise ValueError(f'the scale must lie in (0, 1], got {factor}')
     if factor == 1: return run
@@ -34,7 +36,10 @@ def scaled(
     teachers = tuple(scaled(t, factor) for t in run.teachers)
     sched = run.sched
     if sched == 'step' and run.epochs == 90: sched = 'thirds' # 'step' falls every 30 epochs: a third of 90
-    return run.but(epochs=epochs, sched=sched, teachers=teachers)
+    warmup = run.warmup * epochs / run.epochs if run.warmup else 0.
+    options = same_share(run.method, dict(run.method_args), epochs / run.epochs) if run.epochs else {}
+    return run.but(epochs=epochs, sched=sched, warmup=warmup, method_args=options or run.method_args,
+                   teachers=teachers)
 
 def in_precision(
     run:Run,  # The run to change

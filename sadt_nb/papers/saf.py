@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..experiments.config import Run
-from .base import PaperRun, figure_rows
+from .base import SMALL_CIFAR, PaperRun, figure_rows, same_share
 
 # %% ../../nbs/papers/103_saf.ipynb #4b2bce97
 _METHODS = ('baseline', 'sam', 'saf', 'mesa')
@@ -32,13 +32,19 @@ _ACCURACY = { # mean and standard deviation in percent, one pair per method
 }
 _CIFAR = Run(opt='sgd', lr=.05, bs=128, epochs=200, crop=4, flip=True, valid=0., select='test')
 
-def _table3():
+_CODE_RECIPE = dict(warmup=3, warmup_lr=1e-4, label_smoothing=.1)
+_CODE_TERM = dict(saf=dict(tau_squared=True, lag=2, start_epoch=6),
+                  mesa=dict(tau_squared=True, start_epoch=6))
+
+def _table3(spec='paper'):
     "Yield the runs of Table 3, three seeds per cell."
+    recipe, term = (_CODE_RECIPE, _CODE_TERM) if spec == 'code' else ({}, {})
     for (model, data), row in _ACCURACY.items():
         decay, rho = _TABLE3[model]
-        base = _CIFAR.but(data=data, model=model, opt_args=dict(momentum=.9, weight_decay=decay))
+        base = _CIFAR.but(data=data, model=model, opt_args=dict(momentum=.9, weight_decay=decay), **recipe)
         for method, (mean, spread) in zip(_METHODS, row):
-            run = base.but(method=method, method_args=dict(rho=rho) if method == 'sam' else {})
+            options = dict(rho=rho) if method == 'sam' else term.get(method, {})
+            run = base.but(method=method, method_args=options)
             for seed in range(3):
                 label = f'{method} · {data} · {model} · seed {seed}'
                 yield PaperRun(label, run.but(seed=seed), round(mean / 100, 4), spread=round(spread / 100, 4))
@@ -67,10 +73,25 @@ def _table1():
                           mesa=dict(lam=.3, tau=5., beta=.9998, start_epoch=start))
         for method, published in row.items():
             weight_decay = trajectory_decay if method in trajectory else decay
-            run = _IMAGENET.but(model=model, method=method, method_args=trajectory.get(method, {}),
+            stem = dict(stem='imagenet') if model == 'resnet101' else {} # else it is the network for CIFAR
+            run = _IMAGENET.but(model=model, model_args=stem, method=method,
+                                method_args=trajectory.get(method, {}),
                                 opt_args=dict(weight_decay=weight_decay, **momentum), **recipe)
             note = _imagenet_note(method, published)
             yield PaperRun(f'{method} · imagenet · {model}', run, published, note)
+
+# %% ../../nbs/papers/103_saf.ipynb #97b50703
+def _table1_code():
+    "Yield the ResNets of Table 1 with the settings of the released command."
+    base = _IMAGENET.but(bs=1024, lr=.4, epochs=90, opt='sgd', opt_args=dict(momentum=.9, weight_decay=1e-4),
+                         **_CODE_RECIPE)
+    options = dict(sam=dict(rho=.05), saf=dict(_CODE_TERM['saf'], lam=.3, tau=5.),
+                   mesa=dict(_CODE_TERM['mesa'], lam=.8, tau=5., beta=.9998))
+    for c in _table1():
+        if c.run.model == 'vit_s32' or c.run.method not in _METHODS: continue
+        run = base.but(model=c.run.model, model_args=c.run.model_args, method=c.run.method,
+                       method_args=options.get(c.run.method, {}))
+        yield replace(c, run=run)
 
 # %% ../../nbs/papers/103_saf.ipynb #e13fff99
 def extra_memory(
@@ -116,6 +137,22 @@ def _table2():
     yield from _memory_rows(_table1, 'imagenet', 'resnet50', published, 1_281_167, 1000, 25_557_032)
     yield from _memory_rows(_table3, 'cifar100', 'resnet18', dict(saf=57), 50_000, 100, 0)
 
+# %% ../../nbs/papers/103_saf.ipynb #07b25473
+_SHARE = SMALL_CIFAR.epochs / _CIFAR.epochs                  # of the epochs of Table 3
+_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # of its optimizer steps; batches have one size
+
+def _small():
+    "Yield plain training, SAM, and both readings of SAF and of MESA."
+    changes = {'baseline': {}, 'sam': dict(method='sam')}
+    for method in ('saf', 'mesa'):
+        for spec, term in (('paper', {}), ('code', _CODE_TERM[method])):
+            options = same_share(method, term, _SHARE, _STEPS)
+            changes[f'{method}, {spec}'] = dict(method=method, method_args=options)
+    for seed in range(3):
+        for label, change in changes.items():
+            run = SMALL_CIFAR.but(seed=seed, split=seed, **change)
+            yield PaperRun(f'{label} · seed {seed}', run, note='a small version of Table 3')
+
 # %% ../../nbs/papers/103_saf.ipynb #4a17ba3a
 def _figure4():
     "Return the runs of ResNet-18 on CIFAR-10 that record the sharpness after every epoch."
@@ -127,8 +164,11 @@ def _surfaces(model):
 
 GRIDS = {
     'saf/table1': _table1,
+    'saf/table1_code': _table1_code,
     'saf/table2': _table2,
     'saf/table3': _table3,
+    'saf/table3_code': partial(_table3, 'code'),
+    'saf/cifar_small': _small,
     'saf/figure1': partial(figure_rows, _table1),
     'saf/figure2': _surfaces('pyramidnet_110'),
     'saf/figure4': _figure4,

@@ -236,7 +236,8 @@ def _acquired(folder):
         try: return FileLock(folder / '.lock').acquire(timeout=0).lock
         except OSError as e: # some network disks refuse only now
             if e.errno not in _NO_LOCKS: raise
-    return soft.acquire(timeout=0).lock
+    # a second try, because older versions of filelock delete a dead process' file in the first
+    return soft.acquire(timeout=.1, poll_interval=.05).lock
 
 def _age(seconds):
     "Return a time as text, in minutes, hours or days."

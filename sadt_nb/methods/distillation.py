@@ -28,7 +28,7 @@ class Distillation(LossTerm):
     _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher:nn.Module|Sequence[nn.Module]|None, # Of several: the mean of their logits; `None`: set later
+        teacher:nn.Module|Sequence[nn.Module]|None, # Several: uses their mean logits; `None`: set later
         alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
         temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss

@@ -190,7 +190,7 @@ _INCOMPLETE = re.compile(r'\.(?P<file>.+)\.(?P<host>[\w-]+)\.(?P<pid>\d+)') # na
 _DAY = 24 * 3600
 
 def _lives(pid):
-    "Return whether a process of this machine lives; systems other than Linux and macOS always say yes."
+    "Return whether a process of this machine lives; `True` on systems other than Linux and macOS."
     if os.name != 'posix': return True
     try: os.kill(pid, 0) # sends no signal
     except (ProcessLookupError, OverflowError): return False

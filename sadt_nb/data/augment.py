@@ -251,7 +251,7 @@ def _colour(fill):
 class BatchedOps:
     """Applies torchvision's AutoAugment operations to a batch in which every image has its own operation.
 
-    The results are those of torchvision on single images, bit for bit.
+    The results equal torchvision's results on single images, bit for bit.
 
     Raises `ValueError` for images with a side below 3 pixels and for a `fill` that is no colour."""
     def __init__(self,

@@ -197,7 +197,7 @@ def _replace(cfg, root):
 _ANEW = 'take another root, or train it anew with force=True (--force)'
 
 def _check_data(cfg, result, checksums):
-    "Raise `RunError` if a result was made with other images than those with these checksums."
+    "Raise `RunError` if a result was made with images that have other checksums."
     facts = result.get('data_facts', {})
     if 'train_crc32' not in facts: return # a result of an earlier version
     for part, key in (('training', 'train_crc32'), ('test', 'test_crc32')):
@@ -266,7 +266,7 @@ def _held(cfg, file):
 def _lock(cfg, root):
     """Hold the lock of a run's folder.
 
-    Raises `RunBusy` if another process holds it, and `RunError` if that seems to have died elsewhere."""
+    Raises `RunBusy` if another process holds it, and `RunError` if this process seems to have died."""
     folder = Path(root) / cfg.name
     with _disk_errors(root): folder.mkdir(parents=True, exist_ok=True)
     try: lock = _acquired(folder)
@@ -391,9 +391,9 @@ class _Sums:
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
 class _TermRatio:
-    """How strong an added loss term is: the norm of its gradient divided by that of the loss without it.
+    """The strength of an added loss term: its gradient's norm, divided by the norm without the term.
 
-    The gradients are those with respect to the network's output, in a few batches spread over an epoch. They
+    Both gradients are with respect to the network's output, in a few batches spread over an epoch. They
     need no pass through the network, and leave the training's bits as they are."""
     batches = 4
     def __init__(self, learn):
@@ -414,7 +414,7 @@ class _TermRatio:
         if loss.requires_grad: self.ratios.append((norm(term) / norm(loss)).float())
 
     def mean(self):
-        "Return the mean over the batches since the last call; `None` if it is not a number, or without any."
+        "Return the mean over the batches since the last call; `None` if it is NaN, or without batches."
         ratios, self.ratios = self.ratios, []
         if not ratios: return None
         total, n = over_ranks(torch.stack([sum(ratios), torch.full_like(ratios[0], len(ratios))])).tolist()

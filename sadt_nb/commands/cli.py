@@ -81,7 +81,7 @@ grids, pages, saf = Late('sadt_nb.papers.grids'), Late('sadt_nb.papers.pages'), 
 _PLAIN = {'±': '+-', '→': '->', '—': '-', '…': '...'}
 
 def _substitute(error):
-    "Return plain characters for those that the terminal's encoding lacks."
+    "Return plain characters in place of characters that the terminal's encoding lacks."
     missing = error.object[error.start:error.end]
     return ''.join(_PLAIN.get(c, '?') for c in missing), error.end
 
@@ -350,7 +350,7 @@ def sadt_train(
     autoaugment:Literal['', 'cifar10', 'svhn', 'imagenet']='', # Policy of AutoAugment
     cutout:int=0,          # Side of the square that Cutout hides, in pixels
     flip:bool=False,       # Mirror a random half of the training images
-    alternate:bool=False,  # Mirror a fixed half of the images and the other half in turn, epoch by epoch
+    alternate:bool=False,  # Mirror one fixed half of the images in an epoch, the other half in the next epoch
     normalize:Literal['', 'data']='', # data: subtract the mean of each channel and divide by its deviation
     label_smoothing:float=0., # Share of a label that is spread over all classes
     drop_last:bool=False,  # Leave out the last batch of an epoch if it is smaller

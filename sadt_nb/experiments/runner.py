@@ -609,7 +609,7 @@ def _refuses(model, x):
     return False
 
 def _check_images(cfg, model, dl):
-    "Raise `ValueError` if the network takes no images of this size, or no last batch of a single image."
+    "Raise `ValueError` if the network cannot run images of this size, or a last batch of a single image."
     if not hasattr(dl, 'batch'): return
     n = len(dl.dataset)
     x = _in_order(dl).batch(torch.arange(min(2, n)))[0]
@@ -723,7 +723,7 @@ def evaluate(
     views:int=0,
     right=False,     # Also return which images were classified correctly, as text from `packed`
 ) -> dict: # `loss` (nats) and `accuracy`
-    "Return mean cross-entropy and accuracy over a loader. The views are those of airbench."
+    "Return mean cross-entropy and accuracy over a loader. The views are the same as in airbench."
     model.eval()
     loss = n = 0
     hits = []
@@ -782,7 +782,7 @@ def _data_facts(dls):
     return facts | getattr(dls, 'checksums', {})
 
 def _selected(learn):
-    "Return the epoch whose weights were kept, the accuracy of this epoch, and that of the last epoch."
+    "Return the epoch whose weights were kept, and the accuracies of this epoch and of the last epoch."
     if not hasattr(learn, 'keep_best'): return {}
     keep = learn.keep_best
     return dict(epoch_kept=keep.epoch_kept + 1, accuracy_kept=keep.best, accuracy_last=keep.last)
@@ -934,7 +934,7 @@ def _began_with(cfg, root):
 
 @contextmanager
 def _same_threads(cfg, root):
-    "Compute with the number of threads with which an interrupted run began; warn if that is another number."
+    "Compute with the number of threads with which an interrupted run began; warn if it has changed."
     mine = torch.get_num_threads()
     began = on_rank_zero(partial(_began_with, cfg, root)) or mine
     if began != mine:

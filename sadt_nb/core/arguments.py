@@ -28,7 +28,7 @@ def _comment(lines, arg, last):
 
 def parameter_comments(
     f:Callable, # Function or class with Python source
-) -> dict[str, str]: # From parameter to comment; empty for a parameter without one
+) -> dict[str, str]: # From parameter to comment; empty for a parameter without a comment
     "Return the comments beside or above the parameters. Raises `OSError` or `TypeError` without source."
     source = inspect.getsource(inspect.unwrap(f.__init__ if inspect.isclass(f) else f))
     lines = textwrap.dedent(source).splitlines()

@@ -72,7 +72,7 @@ def _check_scale(loop):
 class _Gradients:
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def set_aside(self):
-        "Take all gradients out of `.grad`; return those that the last step has not used."
+        "Take all gradients out of `.grad`; return the gradients that the last step has not used."
         used, self._used = self._used, {}
         taken = take_gradients(stepped_params(self))
         return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), version_of(g))}
@@ -205,7 +205,7 @@ class PlainLoop(_Gradients):
                 self.run(rows, loss_func)
         finally:
             self.pred, self._replaying = shown, False
-            weights_moved(self.model) # a pass without a graph leaves casts without one in autocast's cache
+            weights_moved(self.model) # the casts of a pass without a graph stay in autocast's cache
             add_gradients(taken)
 
     def radius_scales(self,

@@ -119,7 +119,7 @@ def _refuse_skips(do_item, i):
     return item
 
 class _FastaiOrder:
-    "The positions that a fastai loader gives out, without those that its data set skips."
+    "The positions that a fastai loader gives out, without the positions that its data set skips."
     def __init__(self, dl):
         self.loaders = dl, bare_loader(dl)
         self.bs, self.order, self.kept, self.skipped = dl.bs, [], [], 0

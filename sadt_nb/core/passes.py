@@ -226,7 +226,7 @@ def evaluating(
 def stepped_params(
     learn:Learner, # A Learner with an optimizer
 ) -> list[nn.Parameter]: # Each parameter once
-    "Return the network's parameters and all others that the optimizer steps, such as those of the loss."
+    "Return the network's parameters and all others that the optimizer steps, such as a loss's parameters."
     params = {id(p): p for p in learn.model.parameters()}
     for group in learn.opt.param_lists:
         for p in group: params.setdefault(id(p), p)
@@ -744,7 +744,7 @@ class SummedPass(PerturbedPass):
         tensors:dict[str, Tensor], # By name; the sum may take over their memory
         weight:float=1.,           # Added to the sum of the weights
     ):
-        "Add tensors of a micro-batch to those of the earlier micro-batches of the same step."
+        "Add tensors of a micro-batch to the sums over the earlier micro-batches of the same step."
         if not (self._stash or getattr(self.learn, 'kept', None)): self.total, self.weight = {}, 0.
         both = [n for n in tensors if n in self.total] # a micro-batch may not use all layers
         sums, added = (local_parts(d[n] for n in both) for d in (self.total, tensors))

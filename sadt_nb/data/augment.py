@@ -48,7 +48,7 @@ def crop_windows(
 PAD_MODES = ('zeros', 'reflect')
 
 class CropFlip:
-    """Crops each padded image at a random place of its own, and mirrors each image with probability 1/2.
+    """Crops each padded image at another random place, and mirrors each image with probability 1/2.
 
     Raises `ValueError` for a negative `pad`, an unknown `mode`, and a reflected border that is too wide."""
     def __init__(self,

@@ -337,7 +337,7 @@ def _from_path(source, size=None): return _cached(source, size, lambda: _read(so
 def data_options(
     name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
 ) -> dict: # Name of an option: its `inspect.Parameter`
-    "Return the options of a data set. Those of a folder or archive do not depend on whether it exists."
+    "Return the options of a data set. The options of a folder do not depend on whether it exists."
     parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
     return {k: p for k, p in parameters.items() if k != 'source'}
 

@@ -21,7 +21,7 @@ from ..core.teachers import Ensemble
 class Distillation(LossTerm):
     """Replaces each training loss by `alpha` loss + (1 - `alpha`) `temperature`² KL(teacher || student).
 
-    The loss is that of Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
+    The loss is from Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
     and is not pickled with the Learner. Raises `ValueError` for values out of range, before training starts
     if there is no teacher, and at the first batch if the teacher has another number of classes."""
     order = ORDERS['loss_term'] - 1 # so `alpha` multiplies the labels' loss, not other methods' terms

@@ -102,7 +102,7 @@ class Methods(UserDict):
         return self.own
 
     def _points(self):
-        "Return the entry points; without those of installed packages, and with a warning, if one is damaged."
+        "Return the entry points. If an installed package is damaged, warn and return an empty list."
         if self.points is not None: return self.points
         try: return [*entry_points(group='sadt_nb.methods')]
         except Exception as e:

@@ -186,7 +186,7 @@ def from_hidden_states(
     rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
-    "Inside, a pass starts from earlier hidden states; at the end, the present states are put back."
+    "Inside, a pass starts from earlier hidden states; at the end, the newer states are put back."
     present = [(module, _states_of(module), copies) for module, _, _, copies in changed_states(states)]
     try:
         for module, _, copies in present:

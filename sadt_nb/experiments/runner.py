@@ -1013,15 +1013,15 @@ def run(
     """Train one configuration and store everything, or read what is stored.
 
     Missing teachers are trained first. An interrupted run, even after `kill -9`, continues from its last
-    checkpoint; on a CPU it ends with the same bits as a run without interruption, for which it keeps the
-    number of threads with which it began. With `force`, a stored result stands until the new one is whole.
+    checkpoint. On a CPU it keeps the number of threads with which it began, and ends with the same bits as a
+    run without interruption. With `force`, a stored result stands until the new one is whole.
     If `accelerate launch` has started several processes, they share every batch, and the first process
     writes the files.
 
-    Raises `RunDiverged` if the loss becomes NaN or infinite; `RunBusy` if another process trains this run;
-    `RunError` if the folder cannot be written or holds another configuration, if data or teachers have
-    changed since the result or the checkpoint was written, or if another version of the code wrote the
-    checkpoint; `ValueError` for data that do not fit."""
+    Raises `RunDiverged` if the loss becomes NaN or infinite, and `RunBusy` if another process trains this
+    run. Raises `RunError` if the folder cannot be written or holds another configuration, if data or teachers
+    have changed since the result or the checkpoint was written, or if another version of the code wrote the
+    checkpoint. Raises `ValueError` for data that do not fit."""
     join_ranks(device)
     stored = partial(_stored, cfg, root, force, weights)
     on_rank_zero(partial(_tidy, cfg, root))

@@ -258,7 +258,7 @@ def _is_whole(file):
     except Exception: return False # a damaged archive can raise any exception
     try: torch.load(file, map_location='meta', weights_only=True)
     except RuntimeError: return False
-    except Exception: pass # not damaged; `_read` raises an error if it is no checkpoint
+    except Exception: pass # the file is whole; `_read` raises an error if it is no checkpoint
     return True
 
 def _newest(file):
@@ -345,7 +345,7 @@ class CheckpointFile:
         for file in (self.file, _previous(self.file)):
             if not file.exists() or not _is_whole(file): continue
             try: return torch.load(file, map_location='meta', weights_only=True)['tag']
-            except Exception: return None # no checkpoint; `_read` says what it is
+            except Exception: return None # the file is no checkpoint; `_read` raises the error
         return None
 
     def remove(self):

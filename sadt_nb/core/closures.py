@@ -279,7 +279,7 @@ def _loop_backward(loop, closure):
         if method.needs_logits: loop('before_backward')
     try:
         loop('before_batch')
-        if not method.needs_logits: loop('before_backward') # a closure may make its backward itself
+        if not method.needs_logits: loop('before_backward') # a closure may call backward itself
         inputs = method.first_inputs() if isinstance(method, PerturbedPass) else None
         with _noticed_zeroing(loop.optimizer, loop.model) as zeroed:
             loss = loop.run(between=between, inputs=inputs)

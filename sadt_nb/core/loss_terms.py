@@ -81,7 +81,7 @@ class TrajectoryLoss(LossTerm):
         check_single(self, type(self), 'adds this term to the loss')
         self.run = not hasattr(self.learn, 'lr_finder')
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
-        last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # predicting fires this event, too
+        last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # `get_preds` sends this event, too
         if self.run and self.start_epoch >= last:
             name = type(self).__name__
             warnings.warn(f'{name} sets in after {self.start_epoch} epochs, and training ends after {last}: '

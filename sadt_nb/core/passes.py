@@ -219,7 +219,7 @@ def evaluating(
     learn:Learner, # A Learner, in any event
 ) -> bool: # `True` inside `get_preds` and `validate`
     "Return whether an evaluation sends the event: evaluations send `before_fit` and `after_fit`, too."
-    lock = getattr(learn, 'lock', None) # fastai holds it while it evaluates outside of the epochs of a fit
+    lock = getattr(learn, 'lock', None) # fastai holds this lock while it evaluates outside of a fit's epochs
     return lock is not None and lock.locked()
 
 # %% ../../nbs/core/01_passes.ipynb #d71ea4bd
@@ -324,7 +324,7 @@ def replay(
         n = 0 if rows is None else batch_size(learn.xb)
         starts = rng_policy(rng, rng_state, device), from_hidden_states(states, rows, n)
         with bn_policy(learn.model, bn), starts[0], starts[1], torch.set_grad_enabled(backward):
-            if amp: amp.autocast.__enter__() # MixedPrecision left it in the first pass's after_loss
+            if amp: amp.autocast.__enter__() # MixedPrecision left autocast in the first pass's after_loss
             learn.pred = (forward or learn.model)(*xb)
             learn('after_pred')
             pred = learn.pred
@@ -333,7 +333,7 @@ def replay(
             learn.loss = learn.loss_grad.clone()
             learn('after_loss') # MixedPrecision leaves autocast here
             learn('before_backward')
-            take_gradients(params) # drops gradients of callbacks: the first pass has them
+            take_gradients(params) # drops gradients that callbacks made: the first pass has them already
             learn._backward()
             settle_gradients(params)
             _gradient_callbacks(learn, until)
@@ -656,7 +656,7 @@ class PerturbedPass(_Chunks):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
         elif self.makes_pass() and self.has_gradients():
-            # `extra_pass` yields where it needs a gradient, or makes its passes by itself
+            # a generator yields where it needs a gradient; any other `extra_pass` makes its passes itself
             for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
@@ -680,7 +680,7 @@ class PerturbedPass(_Chunks):
         chosen.clear()
         if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}
         with perturbed(params, deltas, self.scratch):
-            deltas.clear() # they are in the weights now; free them before the pass needs memory
+            deltas.clear() # the weights contain the deltas now; free their memory before the pass
             yield          # `second_pass` runs here
 
     def radius_scales(self,
@@ -702,7 +702,7 @@ def loss_scale(
     learn:Learner, # In a training batch
 ) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
     "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
-    scaler = getattr(learn, 'loss_scaler', None) # of a plain loop
+    scaler = getattr(learn, 'loss_scaler', None) # a plain loop may have one
     if scaler is None: scaler = getattr(learn, 'scaler', None)
     if scaler is None or not scaler.is_enabled(): return None
     return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU

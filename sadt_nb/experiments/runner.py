@@ -209,7 +209,7 @@ def _check_identity(cfg, root, result):
     "Raise `RunError` if the data or the teachers of a stored result have changed."
     if 'train_crc32' in result.get('data_facts', {}):
         try: checksums = data_checksums(cfg.data, **dict(cfg.data_args))
-        except FileNotFoundError: checksums = result['data_facts'] # not on this machine
+        except FileNotFoundError: checksums = result['data_facts'] # the data are not on this machine
         _check_data(cfg, result, checksums)
     for teacher, crc in zip(cfg.teachers, result.get('teachers_crc32', ())):
         now = (read_result(teacher, root) or {}).get('weights_crc32', crc)

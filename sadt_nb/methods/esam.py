@@ -40,7 +40,7 @@ def _takes_reduction(loss_func):
     if hasattr(loss_func, 'reduction'): return True
     f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
     try: parameters = inspect.signature(f).parameters
-    except (TypeError, ValueError): return True # cannot be read; calling it will tell
+    except (TypeError, ValueError): return True # the signature cannot be read; a call will tell
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return takes_all or 'reduction' in parameters
 

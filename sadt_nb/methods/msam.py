@@ -53,7 +53,7 @@ def _decays(opt):
     for group in opt.param_groups:
         decoupled = isinstance(opt, (_TORCH.AdamW, KerasAdam)) or group.get('decoupled_weight_decay')
         if decoupled: continue
-        sign = -1 if group.get('maximize') else 1 # torch turns the gradient before it adds the decay
+        sign = -1 if group.get('maximize') else 1 # torch changes the gradient's sign before it adds the decay
         decays |= {p: sign * group.get('weight_decay', 0.) for p in group['params']}
     return decays
 

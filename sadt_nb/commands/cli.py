@@ -12,17 +12,17 @@ import os, signal, sys, threading, warnings
 
 # %% ../../nbs/commands/110_cli.ipynb #fa51760a
 _STOPPED = 'stopped; run the command again to continue'
-_script = os.path.basename(sys.argv[0] if sys.argv else '') # of a command, its name
+_script = os.path.basename(sys.argv[0] if sys.argv else '') # in a command's process: the command's name
 
 def _stop(number, frame):
     "End the process with one line: the handler of Ctrl-C while a command imports."
     try: sys.stdout.flush()
-    except RuntimeError: pass # it was being flushed
+    except RuntimeError: pass # Ctrl-C came in the middle of a flush
     os.write(2, f'\n{_script}: {_STOPPED}\n'.encode())
     os._exit(130)
 
 def _stops_at_interrupt(on):
-    "Let Ctrl-C end the process at once, or raise `KeyboardInterrupt` as usual. Return whether this changes."
+    "Let Ctrl-C end the process at once, or raise an exception as usual. Return whether the rule changed."
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not (_script.startswith('sadt_') and in_main_thread): return False
     before = signal.default_int_handler if on else _stop
@@ -60,7 +60,7 @@ class Late:
     ): self._module = module
 
     def __getattr__(self, name):
-        if name.startswith('__'): raise AttributeError(name) # inspection of this page imports nothing
+        if name.startswith('__'): raise AttributeError(name) # tools that inspect the page import nothing
         if self._module not in sys.modules:
             changed = _stops_at_interrupt(True)
             try: import_module(self._module)
@@ -81,7 +81,7 @@ grids, pages, saf = Late('sadt_nb.papers.grids'), Late('sadt_nb.papers.pages'), 
 _PLAIN = {'±': '+-', '→': '->', '—': '-', '…': '...'}
 
 def _substitute(error):
-    "Return plain characters for those that the terminal's encoding lacks."
+    "Return plain characters in place of characters that the terminal's encoding lacks."
     missing = error.object[error.start:error.end]
     return ''.join(_PLAIN.get(c, '?') for c in missing), error.end
 
@@ -103,7 +103,7 @@ def _one_line_errors(command):
         print(f'\n{command}: {_STOPPED}', file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
-        # a RuntimeError of PyTorch is not the user's mistake; only this check imports the runner
+        # a RuntimeError of PyTorch is not a user's mistake; the runner is imported only for this check
         if isinstance(e, RuntimeError) and not isinstance(e, runner.RunError): raise
         _fail(command, str(e).strip().splitlines()[-1].strip())
 
@@ -267,7 +267,7 @@ def _parser(func, example):
 def command(
     example:str, # A call of the command in a shell; the help shows it
 ):
-    "Return a decorator for a command: a function that, called without arguments, reads them from the shell."
+    "Return a decorator that makes a command: called without arguments, it reads arguments from the shell."
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
@@ -350,7 +350,7 @@ def sadt_train(
     autoaugment:Literal['', 'cifar10', 'svhn', 'imagenet']='', # Policy of AutoAugment
     cutout:int=0,          # Side of the square that Cutout hides, in pixels
     flip:bool=False,       # Mirror a random half of the training images
-    alternate:bool=False,  # Mirror a fixed half of the images and the other half in turn, epoch by epoch
+    alternate:bool=False,  # Mirror one fixed half of the images in an epoch, the other half in the next epoch
     normalize:Literal['', 'data']='', # data: subtract the mean of each channel and divide by its deviation
     label_smoothing:float=0., # Share of a label that is spread over all classes
     drop_last:bool=False,  # Leave out the last batch of an epoch if it is smaller
@@ -621,7 +621,7 @@ def sadt_measure(
 
 # %% ../../nbs/commands/110_cli.ipynb #9c263ad0
 def _demo_runs(seeds, epochs):
-    "Return the runs of the demonstration: label: one run per seed."
+    "Return the runs of the demonstration, as a dictionary from label to one run per seed."
     plain = config.Run(data='noisy_digits', bs=40, epochs=epochs, lr=3e-3, n_train=320)
     first = {
         'plain training': plain,
@@ -633,7 +633,7 @@ def _demo_runs(seeds, epochs):
     return {label: [run.but(seed=seed) for seed in range(seeds)] for label, run in first.items()}
 
 def _demo_accuracies(runs, results):
-    "Return label: test accuracies in percent, one per seed, with re-estimated BatchNorm statistics."
+    "Return, by label, one test accuracy per seed, in percent, with re-estimated BatchNorm statistics."
     found = {}
     for label, group in runs.items():
         found[label] = pd.Series([100 * results[r]['accuracy_bn'] for r in group])

@@ -28,7 +28,7 @@ def _comment(lines, arg, last):
 
 def parameter_comments(
     f:Callable, # Function or class with Python source
-) -> dict[str, str]: # From parameter to comment; empty for a parameter without one
+) -> dict[str, str]: # From parameter to comment; empty for a parameter without a comment
     "Return the comments beside or above the parameters. Raises `OSError` or `TypeError` without source."
     source = inspect.getsource(inspect.unwrap(f.__init__ if inspect.isclass(f) else f))
     lines = textwrap.dedent(source).splitlines()
@@ -62,7 +62,7 @@ def explain(
     "Add the comments beside the parameters to a docstring, so that `help` shows them."
     doc = inspect.cleandoc(vars(obj).get('__doc__') or '') if inspect.isclass(obj) else obj.__doc__ or ''
     try: comments = parameter_comments(obj)
-    except (OSError, TypeError, SyntaxError, AttributeError): return obj # no source: C code, or a string
+    except (OSError, TypeError, SyntaxError, AttributeError): return obj # no source, as for C code
     parameters = inspect.signature(obj).parameters.items()
     texts = [_parameter_text(p, comments[n]) for n, p in parameters if comments.get(n)]
     if doc and texts and f'\n{HEADING}\n' not in doc:

@@ -190,7 +190,7 @@ _INCOMPLETE = re.compile(r'\.(?P<file>.+)\.(?P<host>[\w-]+)\.(?P<pid>\d+)') # na
 _DAY = 24 * 3600
 
 def _lives(pid):
-    "Return whether a process of this machine lives; systems other than Linux and macOS always say yes."
+    "Return whether a process of this machine lives; `True` on systems other than Linux and macOS."
     if os.name != 'posix': return True
     try: os.kill(pid, 0) # sends no signal
     except (ProcessLookupError, OverflowError): return False
@@ -258,7 +258,7 @@ def _is_whole(file):
     except Exception: return False # a damaged archive can raise any exception
     try: torch.load(file, map_location='meta', weights_only=True)
     except RuntimeError: return False
-    except Exception: pass # not damaged; `_read` raises an error if it is no checkpoint
+    except Exception: pass # the file is whole; `_read` raises an error if it is no checkpoint
     return True
 
 def _newest(file):
@@ -345,7 +345,7 @@ class CheckpointFile:
         for file in (self.file, _previous(self.file)):
             if not file.exists() or not _is_whole(file): continue
             try: return torch.load(file, map_location='meta', weights_only=True)['tag']
-            except Exception: return None # no checkpoint; `_read` says what it is
+            except Exception: return None # the file is no checkpoint; `_read` raises the error
         return None
 
     def remove(self):

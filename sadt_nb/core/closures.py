@@ -43,14 +43,14 @@ def _takes_rows(method, closure):
     return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
 
 def _check_loss(loss):
-    "Raise `ValueError` if a closure returned no loss to differentiate, and has made no gradient itself."
+    "Raise `ValueError` if a closure returned no loss with a graph, and no parameter has a gradient."
     if isinstance(loss, Tensor) and loss.requires_grad: return
     found = 'a tensor without a graph' if isinstance(loss, Tensor) else repr(type(loss).__name__)
     raise ValueError('the closure must return the loss with its graph, or call backward itself; '
                      f'it returned {found}, and no parameter has a gradient')
 
 def _check_logits(logits, has_gradients):
-    "Raise `ValueError` if a closure that must return logits did not, or made the backward itself."
+    "Raise `ValueError` if a closure that must return logits did not, or called `backward` itself."
     if logits is None or has_gradients:
         raise ValueError('this method compares predictions: the closure must return (logits, loss) and leave '
                          'the backward to the step')
@@ -72,7 +72,7 @@ def _check_scale(loop):
 class _Gradients:
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def set_aside(self):
-        "Take all gradients out of `.grad`; return those that the last step has not used."
+        "Take all gradients out of `.grad`; return the gradients that the last step has not used."
         used, self._used = self._used, {}
         taken = take_gradients(stepped_params(self))
         return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), version_of(g))}
@@ -108,7 +108,7 @@ def _check_chunks(method):
 
 # %% ../../nbs/core/13_closures.ipynb #998dcd97
 class PlainLoop(_Gradients):
-    "What a method needs of a Learner in a loop without one: network, optimizer, and passes over a batch."
+    "Replaces a Learner for a method: has the network and the optimizer, and makes passes over a batch."
     loss_func, training, n_epoch = None, True, float('inf')
 
     def __init__(self,
@@ -127,7 +127,7 @@ class PlainLoop(_Gradients):
         self.cbs, self.xb, self.yb, self.pred = L(), None, (), None
         self._replaying, self._used, self.per_sample = False, {}, False
         self.loss_scaler = scaler
-        if scaler is None: self.loss_scaler = getattr(optimizer, 'scaler', None) # of accelerate
+        if scaler is None: self.loss_scaler = getattr(optimizer, 'scaler', None) # set by accelerate
         self.kept = {} # gradients of earlier micro-batches while a batch runs
         self.batches = 0 # since the last step
         self.add_cb(method)
@@ -205,14 +205,14 @@ class PlainLoop(_Gradients):
                 self.run(rows, loss_func)
         finally:
             self.pred, self._replaying = shown, False
-            weights_moved(self.model) # autocast keeps casts of a pass without a graph; they have no gradient
+            weights_moved(self.model) # the casts of a pass without a graph stay in autocast's cache
             add_gradients(taken)
 
     def radius_scales(self,
         method:ExtraPass,         # Its `rho` is used for groups without a `rho`
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; empty: 1 for all
-        "Return factors by name where parameter groups have a `rho` of their own."
+        "Return each parameter's `rho` divided by the method's, where a parameter group has a `rho`."
         own = {id(p): g['rho'] for g in self.optimizer.param_groups if 'rho' in g for p in g['params']}
         if not own: return {}
         return {n: own.get(id(p), method.rho) / method.rho for n, p in params.items()}
@@ -258,7 +258,7 @@ def _check_gradients(model):
     raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
 
 def _inside_lightning(closure):
-    """Return the user's closure, also if Lightning has wrapped it in a closure of its own.
+    """Return the user's closure, also if Lightning has wrapped it in another closure.
 
     Raises `ValueError` in automatic optimization, where every pass would be clipped separately."""
     module = getattr(getattr(closure, 'func', None), '__module__', None) or ''
@@ -279,7 +279,7 @@ def _loop_backward(loop, closure):
         if method.needs_logits: loop('before_backward')
     try:
         loop('before_batch')
-        if not method.needs_logits: loop('before_backward') # a closure may make its backward itself
+        if not method.needs_logits: loop('before_backward') # a closure may call backward itself
         inputs = method.first_inputs() if isinstance(method, PerturbedPass) else None
         with _noticed_zeroing(loop.optimizer, loop.model) as zeroed:
             loss = loop.run(between=between, inputs=inputs)
@@ -328,12 +328,12 @@ def _check_method(method):
                     'which needs a fastai Learner')
 
 def closure_step(
-    method:ExtraPass, # Such as `SAM(rho=.05)`; made for this step, or kept for a state such as LookSAM's
-    model:nn.Module,  # Its parameters are those that `optimizer` steps
+    method:ExtraPass, # Such as `SAM(rho=.05)`; to keep a state, as for LookSAM, pass the same object again
+    model:nn.Module,  # The network whose parameters `optimizer` steps
     closure:Callable, # Runs the batch; returns the loss, or (logits, loss) for SADT
     optimizer:torch.optim.Optimizer, # Any base optimizer
 ) -> Tensor: # The loss at the unperturbed weights, detached
-    """Make one step of a method in plain PyTorch; gradients from before are dropped.
+    """Make one step of a method in plain PyTorch; earlier gradients are dropped.
 
     With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual.
     Raises `ValueError` for a closure or a gradient that the method cannot use."""
@@ -344,7 +344,7 @@ def closure_step(
     try:
         loss = _loop_backward(loop, closure)
         if accelerated is None or accelerated.sync_gradients: _loop_step(loop)
-        if accelerated is not None: optimizer.zero_grad() # which accelerate does once per optimizer step
+        if accelerated is not None: optimizer.zero_grad() # accelerate does this once per optimizer step
     finally: loop.close()
     return loss
 
@@ -406,7 +406,7 @@ class _Wrapped(torch.optim.Optimizer):
     "An optimizer that shares groups and state with the optimizer inside it, and stores a method's state."
     def __init__(self, method, optimizer):
         self.method, self.base = method, optimizer
-        self._ready = False # the groups are those of the base already
+        self._ready = False # the groups already are the base's groups
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
 
@@ -427,7 +427,7 @@ class _Wrapped(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        "Return the base optimizer's state, the method's under 'method', the number of steps if it matters."
+        "Return the base's state, with the method's state under 'method', and the number of steps if needed."
         state = self.base.state_dict() | dict(method=self.method.state_dict())
         if self._loop.total_steps is not None: state['steps_done'] = self._loop.steps_done
         return state
@@ -440,7 +440,7 @@ class _Wrapped(torch.optim.Optimizer):
         self.base.load_state_dict(state)
         if method is not None: self.method.load_state_dict(method)
 
-    # fastai leaves the large state of a callback out when it copies it; the method's state is copied here
+    # fastai's copy of a callback leaves large state out, so the method's state is copied here
     def __getstate__(self): return self.__dict__ | dict(_copied=self.method.state_dict())
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -450,8 +450,8 @@ class _Wrapped(torch.optim.Optimizer):
 class MethodOptimizer(_Wrapped):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
 
-    Raises `TypeError` for a method that needs a fastai Learner, and `ValueError` for a base optimizer that
-    steps nothing of the network, or that evaluates the loss itself, for `start` or `stop` without
+    Raises `TypeError` for a method that needs a fastai Learner. Raises `ValueError` for a base optimizer
+    that steps no parameter of the network or evaluates the loss itself, for `start` or `stop` without
     `total_steps`, and for `m`."""
     def __init__(self,
         method:ExtraPass,         # Such as `SAM(rho=.05)`
@@ -517,7 +517,7 @@ class MethodOptimizer(_Wrapped):
         second, self._second = self._second, None
         if second is not None: second.finish()
         _loop_step(self._loop)
-        self._opt_called = True # as `step` notes it for PyTorch's schedulers, which warn otherwise
+        self._opt_called = True # PyTorch's schedulers warn if this is not set
         self._remember_states()
 
     def _abandon(self):

@@ -81,7 +81,7 @@ class TrajectoryLoss(LossTerm):
         check_single(self, type(self), 'adds this term to the loss')
         self.run = not hasattr(self.learn, 'lr_finder')
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
-        last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # predicting fires this event, too
+        last = self.done + getattr(self.learn, 'n_epoch', float('inf')) # `get_preds` sends this event, too
         if self.run and self.start_epoch >= last:
             name = type(self).__name__
             warnings.warn(f'{name} sets in after {self.start_epoch} epochs, and training ends after {last}: '
@@ -119,7 +119,7 @@ def _refuse_skips(do_item, i):
     return item
 
 class _FastaiOrder:
-    "The positions that a fastai loader gives out, without those that its data set skips."
+    "The positions that a fastai loader gives out, without the positions that its data set skips."
     def __init__(self, dl):
         self.loaders = dl, bare_loader(dl)
         self.bs, self.order, self.kept, self.skipped = dl.bs, [], [], 0

@@ -102,7 +102,7 @@ def divergence_of(
     "Return the divergence between predictions that fits a loss function."
     loss = loss_func
     while isinstance(loss, partial): loss = loss.func
-    axis = getattr(loss, 'axis', None) # of fastai's losses
+    axis = getattr(loss, 'axis', None) # set in fastai's losses
     inner = getattr(loss, 'func', None)
     for kind, known in _LOSSES.items():
         if not (_is_one_of(loss, known) or _is_one_of(inner, known)): continue

@@ -148,7 +148,7 @@ def _is_own(module):
 
 def hidden_states(
     model:nn.Module, # A network, before a pass
-) -> list: # For `from_hidden_states`; empty if no module of the user's keeps simple attributes
+) -> list: # For `from_hidden_states`; empty if only modules of PyTorch keep such tensors
     "Return copies of the tensors that the network's modules keep in plain attributes."
     found = []
     for module in filter(_is_own, model.modules()):
@@ -159,7 +159,7 @@ def hidden_states(
 
 def changed_states(
     states:list|None, # Result of `hidden_states`; `None`: nothing has changed
-) -> list: # The entries of modules whose tensors have changed since then
+) -> list: # The entries of modules whose tensors have changed since `hidden_states` ran
     "Return what the passes since `hidden_states` have changed."
     changed = []
     for entry in states or ():
@@ -186,7 +186,7 @@ def from_hidden_states(
     rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
-    "Inside, a pass starts from earlier hidden states; at the end, the states from before are put back."
+    "Inside, a pass starts from earlier hidden states; at the end, the newer states are put back."
     present = [(module, _states_of(module), copies) for module, _, _, copies in changed_states(states)]
     try:
         for module, _, copies in present:
@@ -218,15 +218,15 @@ def replays_other_loss(
 def evaluating(
     learn:Learner, # A Learner, in any event
 ) -> bool: # `True` inside `get_preds` and `validate`
-    "Return whether the event is of an evaluation, for `before_fit` and `after_fit`, which it sends, too."
-    lock = getattr(learn, 'lock', None) # fastai holds it while it evaluates outside of the epochs of a fit
+    "Return whether an evaluation sends the event: evaluations send `before_fit` and `after_fit`, too."
+    lock = getattr(learn, 'lock', None) # fastai holds this lock while it evaluates outside of a fit's epochs
     return lock is not None and lock.locked()
 
 # %% ../../nbs/core/01_passes.ipynb #d71ea4bd
 def stepped_params(
     learn:Learner, # A Learner with an optimizer
 ) -> list[nn.Parameter]: # Each parameter once
-    "Return the network's parameters and all others that the optimizer steps, such as those of the loss."
+    "Return the network's parameters and all others that the optimizer steps, such as a loss's parameters."
     params = {id(p): p for p in learn.model.parameters()}
     for group in learn.opt.param_lists:
         for p in group: params.setdefault(id(p), p)
@@ -309,7 +309,7 @@ def replay(
 
     `learn.pred`, `learn.loss` and `learn.loss_grad` are restored at the end, also after an exception."""
     _check_policy(bn, rng)
-    own = getattr(learn, 'own_replay', None) # of a plain loop, which has no Learner
+    own = getattr(learn, 'own_replay', None) # a plain loop has no Learner, and brings its own `replay`
     if own: return own(bn, rng, rng_state, loss_func, backward, rows, states)
     device = device_of(learn.model)
     amp = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
@@ -324,7 +324,7 @@ def replay(
         n = 0 if rows is None else batch_size(learn.xb)
         starts = rng_policy(rng, rng_state, device), from_hidden_states(states, rows, n)
         with bn_policy(learn.model, bn), starts[0], starts[1], torch.set_grad_enabled(backward):
-            if amp: amp.autocast.__enter__() # MixedPrecision left it in the first pass's after_loss
+            if amp: amp.autocast.__enter__() # MixedPrecision left autocast in the first pass's after_loss
             learn.pred = (forward or learn.model)(*xb)
             learn('after_pred')
             pred = learn.pred
@@ -333,13 +333,13 @@ def replay(
             learn.loss = learn.loss_grad.clone()
             learn('after_loss') # MixedPrecision leaves autocast here
             learn('before_backward')
-            take_gradients(params) # drops gradients of callbacks: the first pass has them
+            take_gradients(params) # drops gradients that callbacks made: the first pass has them already
             learn._backward()
             settle_gradients(params)
             _gradient_callbacks(learn, until)
             return tree_map_only(Tensor, Tensor.detach, pred)
     finally:
-        weights_moved(learn.model) # a pass without a graph leaves weights that later passes cannot use
+        weights_moved(learn.model) # a pass without a graph leaves cast weights that have no graph
         add_gradients(taken)
         if amp and torch.is_autocast_enabled(amp.autocast.device): amp.autocast.__exit__(None, None, None)
         learn._replaying, learn._replayed_rows, learn._other_loss = False, None, False
@@ -509,7 +509,7 @@ class _LossOf:
 
 def _limit_backward(learn, inputs):
     "Let the next backward of a Learner compute the gradients of `inputs` only."
-    own = vars(learn).get('_backward') # of a callback that counts backwards, for example
+    own = vars(learn).get('_backward') # set by another callback, such as one that counts backward passes
     whole = learn._backward
     def limited():
         if own is None: del learn._backward
@@ -540,7 +540,7 @@ class _ChosenParams(_OwnGradients):
 
     def chosen(self,
         grads:dict[str, Tensor], # Gradients by name
-    ) -> dict[str, Tensor]: # A dict of its own
+    ) -> dict[str, Tensor]: # A new dict
         "Return the gradients of the parameters that are perturbed."
         return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
 
@@ -552,7 +552,7 @@ class _ChosenParams(_OwnGradients):
     def limit_backward(self):
         "Let the next backward compute the gradients that the first pass needs."
         inputs = self.first_inputs()
-        plain_loop = hasattr(self.learn, 'own_replay') # it asks for `first_inputs` itself
+        plain_loop = hasattr(self.learn, 'own_replay') # a plain loop asks for `first_inputs` itself
         if inputs and not plain_loop: _limit_backward(self.learn, inputs)
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
@@ -562,7 +562,7 @@ class _ChosenParams(_OwnGradients):
         super().after_batch()
         _unlimit_backward(self.learn)
 
-    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no way up
+    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no ascent
         "Return whether the batch gave, or may have given, a trainable parameter of the network a gradient."
         if self.first_inputs(): return True # the other gradients were not computed
         return any(p.grad is not None for p in trainable_params(self.model).values())
@@ -570,7 +570,7 @@ class _ChosenParams(_OwnGradients):
 # %% ../../nbs/core/01_passes.ipynb #4b0c4ba9
 def check_rows(
     learn:Learner, # A Learner, before training
-    option:str,    # Option for which passes over some samples are made, such as '`m`'
+    option:str,    # Option that makes passes over only some samples, such as '`m`'
     instead:str,   # The value with which no such passes are made, such as 'm=None'
 ):
     "Raise `ValueError` if a callback of fastai mixes the labels of the whole batch in the loss."
@@ -656,13 +656,13 @@ class PerturbedPass(_Chunks):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
         elif self.makes_pass() and self.has_gradients():
-            # `extra_pass` yields where it needs a gradient, or makes its passes by itself
+            # a generator yields where it needs a gradient; any other `extra_pass` makes its passes itself
             for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
 
     def first_gradients(self) -> tuple: # Parameters and gradients, each by name
-        "Return the gradients of the first pass, and leave none: the extra pass allocates its own."
+        "Return the gradients of the first pass, and set `.grad` to `None`, so the extra pass starts anew."
         params = {n: p for n, p in trainable_params(self.model).items() if p.grad is not None}
         grads = {n: p.grad for n, p in params.items()}
         _check_dense(grads)
@@ -673,14 +673,14 @@ class PerturbedPass(_Chunks):
         params:dict[str, Tensor], # Parameters that have a gradient
         grads:dict[str, Tensor],  # Gradients of the first pass; emptied
     ):
-        "Perturb the weights, and yield once for the pass that leaves their gradient in `.grad`."
+        "Perturb the weights, and yield once; the caller then runs the pass that fills `.grad`."
         chosen = self.chosen(grads)
         deltas = dict(self.perturbation(params, chosen)) if chosen else {} # a new dict: it may be `chosen`
         grads.clear()
         chosen.clear()
         if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}
         with perturbed(params, deltas, self.scratch):
-            deltas.clear() # they are in the weights now; free them before the pass needs memory
+            deltas.clear() # the weights contain the deltas now; free their memory before the pass
             yield          # `second_pass` runs here
 
     def radius_scales(self,
@@ -702,7 +702,7 @@ def loss_scale(
     learn:Learner, # In a training batch
 ) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
     "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
-    scaler = getattr(learn, 'loss_scaler', None) # of a plain loop
+    scaler = getattr(learn, 'loss_scaler', None) # a plain loop may have one
     if scaler is None: scaler = getattr(learn, 'scaler', None)
     if scaler is None or not scaler.is_enabled(): return None
     return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
@@ -744,7 +744,7 @@ class SummedPass(PerturbedPass):
         tensors:dict[str, Tensor], # By name; the sum may take over their memory
         weight:float=1.,           # Added to the sum of the weights
     ):
-        "Add tensors of a micro-batch to those of the earlier micro-batches of the same step."
+        "Add tensors of a micro-batch to the sums over the earlier micro-batches of the same step."
         if not (self._stash or getattr(self.learn, 'kept', None)): self.total, self.weight = {}, 0.
         both = [n for n in tensors if n in self.total] # a micro-batch may not use all layers
         sums, added = (local_parts(d[n] for n in both) for d in (self.total, tensors))

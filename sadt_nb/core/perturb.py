@@ -128,7 +128,7 @@ def is_norm_layer(
 ) -> bool: # `False` for a block that contains normalisation layers among others
     """Return whether a module is a normalisation layer: batch, instance, layer, group or RMS normalisation.
 
-    A class that has none of PyTorch's as its base, such as `LlamaRMSNorm`, is recognised by its name."""
+    A class that does not derive from PyTorch's, such as `LlamaRMSNorm`, is recognised by its name."""
     if isinstance(module, _NORMS): return True
     has_parts = any(True for _ in module.children())
     return not has_parts and bool(_NORM_NAMES.search(type(module).__name__))
@@ -156,7 +156,7 @@ def chosen_params(
 ) -> set[str]: # Names of trainable parameters
     """Return the names of the parameters that `only` chooses.
 
-    Raises `ValueError` for another kind of `only`, and if it chooses no trainable parameter."""
+    Raises `ValueError` for any other value of `only`, and if `only` chooses no trainable parameter."""
     check_only(only)
     params = trainable_params(model)
     if only is None: return set(params)
@@ -230,7 +230,7 @@ def clip_gradients_(
 def check_finite(
     **values:float, # Numbers by the names of their options
 ):
-    "Raise `ValueError` for a number that is infinite or not a number."
+    "Raise `ValueError` for an infinite value or NaN."
     for name, value in values.items():
         if not math.isfinite(value): raise ValueError(f'`{name}` must be a finite number, got {value}')
 

@@ -41,7 +41,7 @@ def _end_when_orphaned(parent, seconds):
     os._exit(1) # the other processes end, too, so this one would wait for them in vain
 
 def end_with_launcher(
-    seconds:float=1., # Time between two looks
+    seconds:float=1., # Time between two checks
 ):
     """Watch, in a thread, the launcher that has started this process; if it dies, end this process.
 

@@ -48,7 +48,7 @@ def crop_windows(
 PAD_MODES = ('zeros', 'reflect')
 
 class CropFlip:
-    """Crops each padded image at a random place of its own, and mirrors each image with probability 1/2.
+    """Crops each padded image at another random place, and mirrors each image with probability 1/2.
 
     Raises `ValueError` for a negative `pad`, an unknown `mode`, and a reflected border that is too wide."""
     def __init__(self,
@@ -251,7 +251,7 @@ def _colour(fill):
 class BatchedOps:
     """Applies torchvision's AutoAugment operations to a batch in which every image has its own operation.
 
-    The results are those of torchvision on single images, bit for bit.
+    The results equal torchvision's results on single images, bit for bit.
 
     Raises `ValueError` for images with a side below 3 pixels and for a `fill` that is no colour."""
     def __init__(self,

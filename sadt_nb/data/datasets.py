@@ -78,7 +78,7 @@ def noisy_digits(
     return wrong_labels(train, noise, seed), test
 
 # %% ../../nbs/data/72_datasets.ipynb #25ccc592
-MOST_ALL_PIXELS = 20_000_000_000 # of all images that are held in memory, 60 GB; CIFAR has 60 million
+MOST_ALL_PIXELS = 20_000_000_000 # of all images that are held in memory, 60 GB; CIFAR has 60 million pixels
 
 def _decode(stream, name, size):
     "Return one image as `(h, w, 3)` bytes."
@@ -235,7 +235,7 @@ def _find_cifar(name, path, download=True):
 # %% ../../nbs/data/72_datasets.ipynb #fe25e172
 def _read(source, size=None, name=None):
     "Decode a folder or an archive; with `name` ('cifar10' or 'cifar100'), also the official batches."
-    innermost = name == 'cifar100' # fastai's has folders of superclasses around the classes
+    innermost = name == 'cifar100' # fastai's CIFAR-100 has folders of superclasses around the classes
     if source.is_file():
         if name and source.name == _OFFICIAL[name].filename: return _official_tar(name, source)
         return _from_files(archive_images(source, innermost=innermost), source, size)
@@ -337,7 +337,7 @@ def _from_path(source, size=None): return _cached(source, size, lambda: _read(so
 def data_options(
     name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
 ) -> dict: # Name of an option: its `inspect.Parameter`
-    "Return the options of a data set. Those of a folder or archive do not depend on whether it exists."
+    "Return the options of a data set. The options of a folder do not depend on whether it exists."
     parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
     return {k: p for k, p in parameters.items() if k != 'source'}
 

@@ -29,7 +29,7 @@ def _eight_bits(image):
         raise ValueError(f'its pixels are numbers of mode {image.mode}, not 8 or 16 bits')
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
-MOST_PIXELS = 50_000_000 # of one image; the largest of ImageNet has 16 million
+MOST_PIXELS = 50_000_000 # of one image; ImageNet's largest image has 16 million
 MOST_FILE_BYTES = 200_000_000 # of one image file
 
 def _check_pixels(image):

@@ -197,7 +197,7 @@ def _replace(cfg, root):
 _ANEW = 'take another root, or train it anew with force=True (--force)'
 
 def _check_data(cfg, result, checksums):
-    "Raise `RunError` if a result was made with other images than those with these checksums."
+    "Raise `RunError` if a result was made with images that have other checksums."
     facts = result.get('data_facts', {})
     if 'train_crc32' not in facts: return # a result of an earlier version
     for part, key in (('training', 'train_crc32'), ('test', 'test_crc32')):
@@ -209,7 +209,7 @@ def _check_identity(cfg, root, result):
     "Raise `RunError` if the data or the teachers of a stored result have changed."
     if 'train_crc32' in result.get('data_facts', {}):
         try: checksums = data_checksums(cfg.data, **dict(cfg.data_args))
-        except FileNotFoundError: checksums = result['data_facts'] # not on this machine
+        except FileNotFoundError: checksums = result['data_facts'] # the data are not on this machine
         _check_data(cfg, result, checksums)
     for teacher, crc in zip(cfg.teachers, result.get('teachers_crc32', ())):
         now = (read_result(teacher, root) or {}).get('weights_crc32', crc)
@@ -267,7 +267,7 @@ def _held(cfg, file):
 def _lock(cfg, root):
     """Hold the lock of a run's folder.
 
-    Raises `RunBusy` if another process holds it, and `RunError` if that seems to have died elsewhere."""
+    Raises `RunBusy` if another process holds it, and `RunError` if this process seems to have died."""
     folder = Path(root) / cfg.name
     with _disk_errors(root): folder.mkdir(parents=True, exist_ok=True)
     try: lock = _acquired(folder)
@@ -392,9 +392,9 @@ class _Sums:
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
 class _TermRatio:
-    """How strong an added loss term is: the norm of its gradient divided by that of the loss without it.
+    """The strength of an added loss term: its gradient's norm, divided by the norm without the term.
 
-    The gradients are those with respect to the network's output, in a few batches spread over an epoch. They
+    Both gradients are with respect to the network's output, in a few batches spread over an epoch. They
     need no pass through the network, and leave the training's bits as they are."""
     batches = 4
     def __init__(self, learn):
@@ -415,7 +415,7 @@ class _TermRatio:
         if loss.requires_grad: self.ratios.append((norm(term) / norm(loss)).float())
 
     def mean(self):
-        "Return the mean over the batches since the last call; `None` if it is not a number, or without any."
+        "Return the mean over the batches since the last call; `None` if it is NaN, or without batches."
         ratios, self.ratios = self.ratios, []
         if not ratios: return None
         total, n = over_ranks(torch.stack([sum(ratios), torch.full_like(ratios[0], len(ratios))])).tolist()
@@ -610,7 +610,7 @@ def _refuses(model, x):
     return False
 
 def _check_images(cfg, model, dl):
-    "Raise `ValueError` if the network takes no images of this size, or no last batch of a single image."
+    "Raise `ValueError` if the network cannot run images of this size, or a last batch of a single image."
     if not hasattr(dl, 'batch'): return
     n = len(dl.dataset)
     x = _in_order(dl).batch(torch.arange(min(2, n)))[0]
@@ -724,7 +724,7 @@ def evaluate(
     views:int=0,
     right=False,     # Also return which images were classified correctly, as text from `packed`
 ) -> dict: # `loss` (nats) and `accuracy`
-    "Return mean cross-entropy and accuracy over a loader. The views are those of airbench."
+    "Return mean cross-entropy and accuracy over a loader. The views are the same as in airbench."
     model.eval()
     loss = n = 0
     hits = []
@@ -783,7 +783,7 @@ def _data_facts(dls):
     return facts | getattr(dls, 'checksums', {})
 
 def _selected(learn):
-    "Return the epoch whose weights were kept, the accuracy of this epoch, and that of the last epoch."
+    "Return the epoch whose weights were kept, and the accuracies of this epoch and of the last epoch."
     if not hasattr(learn, 'keep_best'): return {}
     keep = learn.keep_best
     return dict(epoch_kept=keep.epoch_kept + 1, accuracy_kept=keep.best, accuracy_last=keep.last)
@@ -935,7 +935,7 @@ def _began_with(cfg, root):
 
 @contextmanager
 def _same_threads(cfg, root):
-    "Compute with the number of threads with which an interrupted run began; warn if that is another number."
+    "Compute with the number of threads with which an interrupted run began; warn if it has changed."
     mine = torch.get_num_threads()
     began = on_rank_zero(partial(_began_with, cfg, root)) or mine
     if began != mine:
@@ -1014,15 +1014,15 @@ def run(
     """Train one configuration and store everything, or read what is stored.
 
     Missing teachers are trained first. An interrupted run, even after `kill -9`, continues from its last
-    checkpoint; on a CPU it ends with the same bits as a run without interruption, for which it keeps the
-    number of threads with which it began. With `force`, a stored result stands until the new one is whole.
+    checkpoint. On a CPU it keeps the number of threads with which it began, and ends with the same bits as a
+    run without interruption. With `force`, a stored result stands until the new one is whole.
     If `accelerate launch` has started several processes, they share every batch, and the first process
     writes the files.
 
-    Raises `RunDiverged` if the loss becomes NaN or infinite; `RunBusy` if another process trains this run;
-    `RunError` if the folder cannot be written or holds another configuration, if data or teachers have
-    changed since the result or the checkpoint was written, or if another version of the code wrote the
-    checkpoint; `ValueError` for data that do not fit."""
+    Raises `RunDiverged` if the loss becomes NaN or infinite, and `RunBusy` if another process trains this
+    run. Raises `RunError` if the folder cannot be written or holds another configuration, if data or teachers
+    have changed since the result or the checkpoint was written, or if another version of the code wrote the
+    checkpoint. Raises `ValueError` for data that do not fit."""
     join_ranks(device)
     stored = partial(_stored, cfg, root, force, weights)
     on_rank_zero(partial(_tidy, cfg, root))

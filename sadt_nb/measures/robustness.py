@@ -228,7 +228,7 @@ def shifted_accuracy(
     data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
     bs:int=256,                           # Images per batch
     mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the validation loader's
-    std:float|Sequence[float]|None=None,  # Standard deviation of it; `None`: the validation loader's
+    std:float|Sequence[float]|None=None,  # Its standard deviation; `None`: the validation loader's
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
 

@@ -33,8 +33,8 @@ class ASAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho T² g / ||T g||` (Kwon et al. 2021).
 
     `T = |w| + eta` for weights, and 1 for biases. Under gradient accumulation the weights are perturbed
-    for each micro-batch, along its gradient. Raises `ValueError` for a radius that is not
-    positive, a negative `eta`, or an unknown choice or policy."""
+    for each micro-batch, along its gradient. Raises `ValueError` for a radius that is not positive, for a
+    negative `eta`, and for an unknown value of another option."""
     def __init__(self,
         rho:float=.5,                           # Radius relative to the weights, > 0; read at every batch
         eta:float=.01,                          # Added to the size of each weight, >= 0
@@ -60,7 +60,7 @@ class ASAM(PerturbedPass):
 
 # %% ../../nbs/methods/21_asam.ipynb #63b2ca42
 def asam_step(
-    model:torch.nn.Module,                  # Its parameters are those that `optimizer` steps
+    model:torch.nn.Module,                  # The network whose parameters `optimizer` steps
     loss_fn:Callable[[], Tensor],           # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer,        # Any base optimizer
     rho:float=.5,                           # Radius relative to the weights, > 0

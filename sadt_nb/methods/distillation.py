@@ -21,14 +21,14 @@ from ..core.teachers import Ensemble
 class Distillation(LossTerm):
     """Replaces each training loss by `alpha` loss + (1 - `alpha`) `temperature`² KL(teacher || student).
 
-    The loss is that of Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
+    The loss is from Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
     and is not pickled with the Learner. Raises `ValueError` for values out of range, before training starts
     if there is no teacher, and at the first batch if the teacher has another number of classes."""
     order = ORDERS['loss_term'] - 1 # so `alpha` multiplies the labels' loss, not other methods' terms
     _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher:nn.Module|Sequence[nn.Module]|None, # Of several: the mean of their logits; `None`: set later
+        teacher:nn.Module|Sequence[nn.Module]|None, # Several: uses their mean logits; `None`: set later
         alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; 0: no labels; read at every batch
         temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss

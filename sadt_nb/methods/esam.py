@@ -40,7 +40,7 @@ def _takes_reduction(loss_func):
     if hasattr(loss_func, 'reduction'): return True
     f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
     try: parameters = inspect.signature(f).parameters
-    except (TypeError, ValueError): return True # cannot be read; calling it will tell
+    except (TypeError, ValueError): return True # the signature cannot be read; a call will tell
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return takes_all or 'reduction' in parameters
 
@@ -57,9 +57,9 @@ class ESAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient of its sharpest samples uphill (Du et al. 2022).
 
     The gradient is taken at `w + (rho / beta) m g / ||g||`; for each tensor, `m` is 1 with probability
-    `beta`, else 0. Raises `ValueError` for values out of range, and, before training starts, if `gamma` is
-    below 1 and a callback of fastai mixes labels of the whole batch, or the loss function has no
-    `reduction`. The loader's `CutMix` can be used. A network with BatchNorm gets at least two samples."""
+    `beta`, else 0. Raises `ValueError` for values out of range. Before training starts, a `gamma` below 1
+    raises `ValueError` if a callback of fastai mixes labels of the whole batch, or if the loss function has
+    no `reduction`. The loader's `CutMix` can be used. A network with BatchNorm gets at least two samples."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
@@ -126,7 +126,7 @@ class ESAM(PerturbedPass):
 
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(
-    model:torch.nn.Module,                  # Its parameters are those that `optimizer` steps
+    model:torch.nn.Module,                  # The network whose parameters `optimizer` steps
     losses:Callable[[Tensor|None], Tensor], # From positions of samples (`None`: all) to their losses
     optimizer:torch.optim.Optimizer,        # Any base optimizer
     rho:float=.05,                          # Radius in weight space, > 0

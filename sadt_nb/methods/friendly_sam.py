@@ -82,6 +82,6 @@ class FriendlySAM(SummedPass):
 
     def __getstate__(self):
         state = super().__getstate__()
-        learn = state.get('learn') # `Learner.export` takes the optimizer away; then nothing is trained
+        learn = state.get('learn') # `Learner.export` removes the optimizer: no training follows
         if learn is not None and learn.opt is None: state |= dict(mean={}, total={})
         return state

@@ -23,7 +23,7 @@ from ..core.ranks import average_over_ranks
 def _decompose_(params, g, alpha):
     """Replace the gradients g_p of `params` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and overwrite `g`.
 
-    If only one of the passes gives a parameter a gradient, it counts as zero in the other pass."""
+    A parameter that gets a gradient in only one of the passes has the gradient zero in the other pass."""
     final, plain = [], []
     for n, p in params.items():
         if p.grad is None and n not in g: continue
@@ -113,7 +113,7 @@ class GSAM(PerturbedPass):
 
 # %% ../../nbs/methods/24_gsam.ipynb #2e9d1e38
 def gsam_step(
-    model:torch.nn.Module,        # Its parameters are those that `optimizer` steps
+    model:torch.nn.Module,        # The network whose parameters `optimizer` steps
     loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0

@@ -18,7 +18,7 @@ from ..core.perturb import fitted, global_dot, global_norm, local_parts, trainab
 def _perpendicular_(g, params):
     """Return `g_v = g_s - (g_s.g / ||g||²) g` in the memory of `g`; g_s are the gradients of `params`.
 
-    If only one of the passes gives a parameter a gradient, it counts as zero in the other pass."""
+    A parameter that gets a gradient in only one of the passes has the gradient zero in the other pass."""
     g_v, g_s = {}, []
     for n, p in params.items():
         if p.grad is None and n not in g: continue

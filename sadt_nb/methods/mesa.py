@@ -37,15 +37,16 @@ def _check_same_shapes(teacher, model):
 class MESA(TrajectoryLoss):
     """Adds `lam` KL(teacher's prediction || prediction), softened by `tau` (Du et al. 2022, eqs. 10, 13).
 
-    The teacher has the moving average of the weights. Raises `ValueError` for values out of range, and,
-    before training starts, for sharded weights, and if a loaded teacher does not fit the model."""
+    The teacher has the moving average of the weights. Raises `ValueError` for values out of range. Before
+    training starts, it also raises `ValueError` for sharded weights and for a loaded teacher that does not
+    fit the model."""
     _stateattrs = ('teacher',) # not in pickled Learners
 
     def __init__(self,
         lam:float=.8,      # Factor of the divergence, >= 0; read at every batch
         tau:float=5.,      # Temperature that softens both predictions, > 0
         beta:float=.9995,  # Factor of the old average in the new average, in (0, 1); read at every batch
-        start_epoch:int=5, # Number of first epochs without the term, >= 0; they are averaged, too
+        start_epoch:int=5, # First epochs without the term, >= 0; averaging begins in the first epoch
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
         tau_squared:bool=False, # Also multiply by `tau**2`, as the authors' code does but not their paper?
     ):

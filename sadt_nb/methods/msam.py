@@ -53,7 +53,7 @@ def _decays(opt):
     for group in opt.param_groups:
         decoupled = isinstance(opt, (_TORCH.AdamW, KerasAdam)) or group.get('decoupled_weight_decay')
         if decoupled: continue
-        sign = -1 if group.get('maximize') else 1 # torch turns the gradient before it adds the decay
+        sign = -1 if group.get('maximize') else 1 # torch changes the gradient's sign before it adds the decay
         decays |= {p: sign * group.get('weight_decay', 0.) for p in group['params']}
     return decays
 
@@ -66,7 +66,7 @@ def _add_scaled_(targets, sources, factor):
 
 # %% ../../nbs/methods/29_msam.ipynb #2a7c56ba
 class _MovedBatch:
-    "Takes the place of a Learner's `_do_one_batch`: the weights are back when it ends, however it ends."
+    "Replaces a Learner's `_do_one_batch`; puts the weights back at its end, also after an exception."
     def __init__(self, msam, learn):
         self.msam, self.learn, self.replaced = msam, learn, vars(learn).get('_do_one_batch')
 
@@ -88,11 +88,12 @@ class _MovedBatch:
 
 # %% ../../nbs/methods/29_msam.ipynb #488a2fb0
 class MSAM(ShowsArguments, Callback):
-    """Takes each batch's gradient at `w - rho v / ||v||`, v the optimizer's momentum (Becker et al. 2024).
+    """Takes each batch's gradient at `w - rho v / ||v||`, where v is the momentum (Becker et al. 2024).
 
     Before the first step v is zero, and the gradient is the plain one. With gradient accumulation, v is the
-    same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive, and, before
-    training starts, for an optimizer without momentum or together with another method that moves weights."""
+    same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive. Before
+    training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
+    that moves weights."""
     order, run_valid = ORDERS['step_grads'] - 1, False # in `before_step`, after unscaling and clipping
     _stateattrs = ('scratch', '_moved', '_factor')     # not in pickled Learners
 
@@ -127,7 +128,7 @@ class MSAM(ShowsArguments, Callback):
 
     @contextmanager
     def moved_weights(self):
-        "Move the weights; they are back after the backward of the batch, and at the latest after the block."
+        "Move the weights; they are put back after the batch's backward, or else at the end of the block."
         try:
             self._move()
             yield

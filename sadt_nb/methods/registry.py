@@ -81,7 +81,7 @@ def _check_method(method, where):
         if f.name != 'factory': _check_fact(f.name, f.type.__name__, getattr(method, f.name))
 
 def _reason(error):
-    "Return the type and the text of any error, also of one whose text cannot be made."
+    "Return the type and the text of any error, also of an error whose text cannot be made."
     name = type(error).__name__
     try: return f'{name}: {error}'
     except Exception: return name
@@ -91,7 +91,7 @@ class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
     def __init__(self,
         own:dict[str, Method],     # The library's methods by name
-        points:Iterable[EntryPoint]|None=None, # `None`: all of the installed packages
+        points:Iterable[EntryPoint]|None=None, # `None`: all entry points of installed packages
     ): self.own, self.points, self.loaded = own, points, False
 
     @property
@@ -102,7 +102,7 @@ class Methods(UserDict):
         return self.own
 
     def _points(self):
-        "Return the entry points; without those of installed packages, and with a warning, if one is damaged."
+        "Return the entry points. If an installed package is damaged, warn and return an empty list."
         if self.points is not None: return self.points
         try: return [*entry_points(group='sadt_nb.methods')]
         except Exception as e:
@@ -300,7 +300,7 @@ def method_options(
     "Return the options of a method's callback. Raises `ValueError` for an unknown name."
     _check_name(name)
     parameters = inspect.signature(METHODS[name].factory).parameters
-    events = inspect.signature(Callback).parameters # every callback takes a function for each event
+    events = inspect.signature(Callback).parameters # every callback takes these; they are not options
     return {k: p for k, p in parameters.items() if k not in events}
 
 def make_method(
@@ -326,7 +326,7 @@ def passes_of(
 ) -> float: # At least 1; a forward pass alone counts as 1/3
     """Return the full passes per batch of a method with these options, on average over training.
 
-    MESA counts as if it set in at once. Raises `ValueError` for an unknown name or option."""
+    MESA counts as if its term began in the first epoch. Raises `ValueError` for an unknown name or option."""
     parameters = method_options(name)
     check_options(f'method {name}', options, parameters)
     method = METHODS[name]
@@ -347,7 +347,7 @@ def _costs():
     return costs
 
 def methods_table() -> pd.DataFrame: # One row per name in `METHODS`
-    "Return what all methods do and cost; `time` is a ResNet-18 step's time in plain steps."
+    "Return what all methods do and cost; `time` is the time of a ResNet-18 step, in plain steps."
     measured = _costs()['resnet18']['rows']
     rows = {}
     for n, m in METHODS.items():

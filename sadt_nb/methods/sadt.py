@@ -241,7 +241,7 @@ class _TwoSteps(ExtraPass):
     def before_fit(self):
         super().before_fit()
         self.teachers() # a missing layer raises an error here, before the first batch
-        loss_func = self.learn.loss_func or F.cross_entropy # a closure's loss is not known
+        loss_func = self.learn.loss_func or F.cross_entropy # the loss of a plain loop's closure is unknown
         self.compare = as_divergence(self.divergence, loss_func)
         self._micro = []
         StepGrads.install(self.learn)
@@ -347,7 +347,7 @@ class SADT(_SeededNoise, _TwoSteps):
         groups = [[fn] for fn in fns]
         if _can_share(self, fns): groups = [fns]
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # also if unused: keeps later draws equal
+            deltas = [fn(params, g_up, generator) for fn in group] # even if unused, so later draws are equal
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 
@@ -355,7 +355,7 @@ class SADT(_SeededNoise, _TwoSteps):
 _VARIANT_1 = (weight_noise(1e-4),) # one teacher with noise on every parameter
 
 def sadt_step(
-    model:nn.Module,                       # Its parameters are those that `optimizer` steps
+    model:nn.Module,                       # The network whose parameters `optimizer` steps
     closure:Callable[[], tuple[Tensor, Tensor]], # Runs the model on the batch, returns `(logits, loss)`
     optimizer:torch.optim.Optimizer,       # Steps twice
     perturb:Iterable[Callable]=_VARIANT_1, # One function `(params, grads, generator) -> deltas` per teacher

@@ -19,8 +19,8 @@ from ..core.perturb import Only, check_count, check_only, check_radius, sam_asce
 class SAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
-    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient; a batch
-    in chunks of `m` is as many micro-batches. `interval` counts from `start` on. Raises `ValueError` for an
+    Under gradient accumulation the weights are perturbed for each micro-batch, along its gradient; a chunk
+    of `m` samples counts as a micro-batch. `interval` counts from `start` on. Raises `ValueError` for an
     option out of range, and, before training starts, if `only` chooses no parameter of the network, and for
     `m` with MixUp or CutMix of fastai."""
     def __init__(self,
@@ -56,7 +56,7 @@ class SAM(PerturbedPass):
 
 # %% ../../nbs/methods/20_sam.ipynb #4d75cbba
 def sam_step(
-    model:torch.nn.Module,        # Its parameters are those that `optimizer` steps
+    model:torch.nn.Module,        # The network whose parameters `optimizer` steps
     loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0

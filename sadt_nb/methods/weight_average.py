@@ -42,7 +42,7 @@ def _exchange_(a, b):
 
 # %% ../../nbs/methods/91_weight_average.ipynb #0ac9a64a
 def _average_over_ranks_(norms):
-    "Set running statistics to their means over processes, so that all processes have the same."
+    "Set running statistics to their means over processes, so that they are equal in all processes."
     for m in norms:
         for stat in (m.running_mean, m.running_var): over_ranks(stat).div_(n_ranks())
 
@@ -103,7 +103,7 @@ class _Average(ShowsArguments, Callback):
         self._recent = deque(maxlen=_RECENT)
 
     def _average_(self, averages, values, n):
-        "Move the averages, which are of one type, towards the values; `AveragedModel` calls this."
+        "Move the averages, which have one dtype, towards the values; `AveragedModel` calls this."
         if not (averages[0].is_floating_point() or averages[0].is_complex()):
             torch._foreach_copy_(averages, values) # such as BatchNorm's count of batches
         elif self.kind == 'ema': get_ema_multi_avg_fn(self.decay)(averages, values, n)
@@ -162,9 +162,10 @@ class WeightAverage(_Average):
     """Averages the weights from a share of training on; after `fit` the Learner has the average.
 
     BatchNorm statistics are then estimated anew, and `trained` has the weights of the last step. If `fit`
-    ends before `start`, the trained weights stay. Raises `ValueError` for values out of range, and, before
-    training starts, for sharded weights, and if a loaded average does not fit the model."""
-    # after the share of finished training is counted; at the end, before callbacks that save or load
+    ends before `start`, the trained weights stay. Raises `ValueError` for values out of range. Before
+    training starts, it also raises `ValueError` for sharded weights and for a loaded average that does not
+    fit."""
+    # after fastai counts the finished share of training, and before callbacks that save or load at the end
     order, run_valid = TrainEvalCallback.order + 2, False
 
     def __init__(self,
@@ -228,7 +229,7 @@ class WeightAverage(_Average):
     def after_fit(self):
         if not self._active(): return
         self._on = False
-        if self._loaded is not None: self._load() # of a fit that had ended already
+        if self._loaded is not None: self._load() # the state of a fit that had ended already
         if self.averaged is None: return
         if not self.swapped: self._exchange()
         self._reestimate(_inputs(self.learn))

@@ -100,7 +100,7 @@ class _Row:
 
 # %% ../../nbs/papers/108_pages.ipynb #f3c5a3e8
 def _logged(result):
-    "Return the numbers of our run that a log has, in the order of `EpochLog`; NaN for those it lacks."
+    "Return the numbers of our run that a log has, in the order of `EpochLog`; NaN for missing numbers."
     history = result['history']
     tested = len(history) >= 50 and 'test_accuracy' in history[49]
     return EpochLog(result.get('accuracy_kept', np.nan), result.get('accuracy_last', np.nan),

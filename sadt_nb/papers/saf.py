@@ -138,8 +138,8 @@ def _table2():
     yield from _memory_rows(_table3, 'cifar100', 'resnet18', dict(saf=57), 50_000, 100, 0)
 
 # %% ../../nbs/papers/103_saf.ipynb #07b25473
-_SHARE = SMALL_CIFAR.epochs / _CIFAR.epochs                  # of the epochs of Table 3
-_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # of its optimizer steps; batches have one size
+_SHARE = SMALL_CIFAR.epochs / _CIFAR.epochs                  # share of the epochs of Table 3
+_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of its optimizer steps
 
 def _small():
     "Yield plain training, SAM, and both readings of SAF and of MESA."

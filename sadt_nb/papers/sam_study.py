@@ -43,7 +43,7 @@ _WHOLE = _FULL.but(valid=.0, select='test', model_args=dict(stem='imagenet', out
                    opt_args=dict(weight_decay=5e-4), normalize=(.5, .5))
 _BASES = dict(paper=_FULL.but(select='test'), code=_WHOLE, small=_SMALL)
 
-# Tables I and II as printed, but for the seeds 20 and 30 of Table I, which the report has exchanged
+# Tables I and II as printed, except that the seeds 20 and 30, exchanged in Table I, are put right
 _TABLE_I = {'SGD': (.6403, .6515, .6417), 'SAM': (.7077, .7122, .7098)}
 _TABLE_II = {'SAM': (.7006, .6544, .6549), 'ASAM': (.6865, .6577, .6623)}
 
@@ -56,7 +56,7 @@ def _repeated(label, run, seeds=_SEEDS, published=None, log=None, **facts):
 
 # %% ../../nbs/papers/102_sam_study.ipynb #646db764
 def _study_a(spec='paper'):
-    "Yield SGD, SAM of the same number of passes, and SAM of the same number of epochs."
+    "Yield SGD, SAM with the same number of passes, and SAM with the same number of epochs."
     sgd, published = _BASES[spec], {} if spec == 'small' else _TABLE_I
     sam = sgd.but(method='sam')
     logs = {name: LOGS[name, 128] if spec == 'code' else None for name in published}

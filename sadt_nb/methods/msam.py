@@ -94,6 +94,7 @@ class MSAM(ShowsArguments, Callback):
     same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive, and, before
     training starts, for an optimizer without momentum or together with another method that moves weights."""
     order, run_valid = ORDERS['step_grads'] - 1, False # in `before_step`, after unscaling and clipping
+    needs_momentum = True # tests of all methods read this
     _stateattrs = ('scratch', '_moved', '_factor')     # not in pickled Learners
 
     def __init__(self,

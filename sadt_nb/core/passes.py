@@ -446,7 +446,7 @@ class ExtraPass(_Window, ShowsArguments, Callback):
     def state_dict(self) -> dict: # Tensors, numbers and strings only
         """Return the state that a resumed run needs to continue exactly.
 
-        It is the state of every `torch.Generator` in an attribute; a method with more state overrides this."""
+        It is the state of each `torch.Generator` in an attribute; a method with more state overrides this."""
         drawn_from = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
         return {k: g.get_state() for k, g in drawn_from.items()}
 

@@ -590,7 +590,7 @@ def sadt_compare(
         print(_to_json(dict(sentence=found.sentence, rows=_as_json(found.table),
                             files=[str(f) for f in found.files])))
         return
-    print(visible(f'\n{any_data.shown(found.table).to_string()}\n\n{found.sentence}'))
+    print(visible(f'\n{any_data.as_text(found.table).to_string()}\n\n{found.sentence}'))
     print('page: ' + str(found.files[0]))
 
 # %% ../../nbs/commands/110_cli.ipynb #5f17eae0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'AVERAGE', 'MOST_SEEDS', 'comparison_runs', 'Plan', 'seconds_per_run', 'make_plan', 'seeded',
-           'comparison_table', 'shown', 'sentence', 'plot_points', 'Comparison', 'compare']
+           'comparison_table', 'as_text', 'sentence', 'plot_points', 'Comparison', 'compare']
 
 # %% ../../nbs/papers/112_any_data.ipynb #d461b7d6
 import hashlib, json, math, time
@@ -124,7 +124,7 @@ def comparison_table(
         rows[method] = row | dict(zip(names, differences))
     return pd.DataFrame(rows).T.rename_axis('method').astype(dict(n=int))
 
-def shown(
+def as_text(
     table:pd.DataFrame, # From `comparison_table`
 ) -> pd.DataFrame: # Texts
     "Return the table as it is printed."
@@ -215,7 +215,7 @@ def compare(
     to.mkdir(parents=True, exist_ok=True)
     stem = f'comparison-{_key({m: group[0] for m, group in runs.items()})}'
     files = [to / f'{stem}.{end}' for end in ('html', 'md', 'png')]
-    tables = [shown(table).reset_index()]
+    tables = [as_text(table).reset_index()]
     page = _html_page(title, counted, tables, picture, facts, _ALT)
     text = _markdown_page(title, counted, tables, files[2].name, facts, _ALT)
     for file, content in zip(files, (page.encode(), text.encode(), picture)): write_whole(file, content)

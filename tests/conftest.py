@@ -13,8 +13,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from sadt_nb.methods.msam import MSAM
-from sadt_nb.methods.registry import METHODS
+from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.methods.registry import METHODS, make_method
 from torch import nn
 
 
@@ -85,9 +85,12 @@ def as_loader(data, **kw):
     return DataLoader(items, bs=len(data[0][0]), **kw)
 
 
-def sgd_for(cbs): # MSAM moves the weights along the momentum
+def needs_momentum(cbs): return any(getattr(cb, 'needs_momentum', False) for cb in cbs)
+
+
+def sgd_for(cbs):
     "Return the optimizer with which the callbacks are tested: plain SGD, with momentum where they need it."
-    return partial(SGD, mom=.9) if any(isinstance(cb, MSAM) for cb in cbs) else SGD
+    return partial(SGD, mom=.9) if needs_momentum(cbs) else SGD
 
 
 def learner(net, cbs=(), data=None, opt_func=None, lr=.1, **kw):
@@ -97,6 +100,29 @@ def learner(net, cbs=(), data=None, opt_func=None, lr=.1, **kw):
     kw.setdefault('loss_func', nn.CrossEntropyLoss())
     return Learner(DataLoaders(data, data), net, opt_func=opt_func, lr=lr, default_cbs=False,
                    cbs=[TrainEvalCallback(), *cbs], **kw)
+
+
+def follows_gradient(name):
+    """Return whether the gradient of the first pass has an effect, in a method with an extra pass or without.
+
+    The perturbation of a `PerturbedPass` may be drawn without it: then other labels leave it as it is."""
+    seen = []
+    def record(cb):
+        perturbation = cb.perturbation
+        def recorded(params, grads):
+            deltas = dict(perturbation(params, grads))
+            seen[-1].append(torch.cat([d.flatten() for d in deltas.values()]))
+            return deltas
+        cb.perturbation = recorded
+    (x, y), = batches(n=8, conv=True)
+    for labels in (y, 2 - y):
+        seen.append([])
+        cbs = make_method(name, **needed(name))
+        for cb in cbs:
+            if isinstance(cb, PerturbedPass): record(cb)
+        learner(cnn(bn=False), cbs, as_loader([(x, labels)])).fit(1)
+    first, second = seen
+    return not first or not all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 def flat(net, buffers=False):

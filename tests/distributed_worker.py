@@ -11,22 +11,30 @@ warnings.filterwarnings('ignore')
 
 import torch
 from conftest import batches, cnn, flat, learner, needed
+from documented_methods import registered
 from fastai.callback.core import Callback
 from fastai.data.load import DataLoader
 from fastai.distributed import DistributedDL, rank_distrib
 from fastai.optimizer import SGD
 from fastai.torch_core import defaults
 from sadt_nb.data.datasets import get_dls
-from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.methods.registry import METHODS, make_method, method_options
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 BS = 4 # per process
 EPOCHS = 3
-OPTIONS = {'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
-           'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0),
-           'looksam': dict(k=2),
-           'sadt2': dict(share_trunk=False)}
+
+
+def options(name):
+    """Return options with which the few steps here show an effect.
+
+    A method that skips batches makes its extra pass in every second one, and teachers share no trunk."""
+    known = method_options(name)
+    found = dict(METHODS[name].few_steps)
+    for k, v in METHODS[name].every_batch.items(): found[k] = 2 * v
+    if 'share_trunk' in known: found['share_trunk'] = False
+    return found
 
 
 def momentum_sgd(params, lr): return SGD(params, lr=lr, mom=.9)
@@ -93,7 +101,7 @@ def train(name, direct):
     "Train with one method and return what rank 0 stores of it."
     net = cnn(bn=False)
     count = CountMessages()
-    cbs = [*make_method(name, **needed(name), **OPTIONS.get(name, {})), count]
+    cbs = [*make_method(name, **needed(name), **options(name)), count]
     learn = learner(net, cbs, None, opt_func=momentum_sgd)
     learn.dls.loaders = [Ordered(samples(), bs=BS), Ordered(samples(), bs=BS)]
     direct[0] = 0
@@ -123,7 +131,7 @@ def main(out):
     defaults.use_cuda = False
     DistributedDL._broadcast = broadcast_on_cpu
     direct = count_all_reduce()
-    results = {name: train(name, direct) for name in METHODS}
+    with registered(): results = {name: train(name, direct) for name in METHODS}
     results['TensorDL'] = load_images()
     if rank_distrib() == 0: torch.save(results, out)
 

@@ -38,7 +38,8 @@ def shell(*args, cwd=None):
 def read_json(file): return json.loads(file.read_text())
 
 
-COMMANDS = ['sadt_demo', 'sadt_train', 'sadt_grid', 'sadt_report', 'sadt_sweep', 'sadt_measure']
+COMMANDS = ['sadt_demo', 'sadt_train', 'sadt_compare', 'sadt_grid', 'sadt_report', 'sadt_sweep',
+            'sadt_measure']
 HEAVY = ('torch', 'fastai', 'fastcore', 'numpy', 'pandas', 'matplotlib', 'sklearn', 'scipy')
 
 

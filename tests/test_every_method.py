@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Net, as_loader, batches, cnn, flat, learner, needed, sgd_for
+from conftest import Net, as_loader, batches, cnn, flat, follows_gradient, learner
+from conftest import needed, needs_momentum, sgd_for
+from documented_methods import DOCUMENTED, registered
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -15,30 +17,40 @@ from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
 from sadt_nb.core.loss_terms import LossTerm
-from sadt_nb.core.passes import ExtraPass
+from sadt_nb.core.passes import ExtraPass, PerturbedPass
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.methods.looksam import LookSAM
-from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.methods.registry import METHODS, make_method, method_options
 from sadt_nb.models.simple_cnn import simple_cnn
 
-# the published values need more steps than a test has
-FAST = {'agc': dict(clip=.2),
-        'wsam': dict(gamma=.7),
-        'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
-        'mesa': dict(lam=2., tau=1., beta=.8, start_epoch=0),
-        'weight_average': dict(kind='ema', decay=.5),
-        'distillation': dict(alpha=.7)}
-# these perturb each micro-batch along its own gradient; their notebooks compare that with an oracle
-PER_MICRO_BATCH = {'sam', 'asam', 'esam', 'looksam', 'gsam', 'friendly_sam', 'wsam'}
-ALL = pytest.mark.parametrize('name', METHODS)
+NAMES = [*METHODS, *DOCUMENTED]
+ALL = pytest.mark.parametrize('name', NAMES)
+
+
+@pytest.fixture(autouse=True)
+def documented_methods():
+    "The methods of README and tutorial 9 take every test, too, as they stand there."
+    with registered(): yield
 
 
 def has_extra_pass(name):
     return any(isinstance(c, ExtraPass) for c in make_method(name, **needed(name)))
 
 
-WITH_EXTRA_PASS = pytest.mark.parametrize('name', [n for n in METHODS if has_extra_pass(n)])
+def has_policies(name): return {'bn', 'rng'} <= set(method_options(name))
+
+
+with registered():
+    WITH_EXTRA_PASS = pytest.mark.parametrize('name', [n for n in NAMES if has_extra_pass(n)])
+    WITH_POLICIES = pytest.mark.parametrize('name', [n for n in NAMES if has_policies(n)])
+
+
+def per_micro_batch(name):
+    """Return whether the method perturbs each micro-batch on its own.
+
+    The notebooks of such methods compare this with an oracle."""
+    return any(isinstance(c, PerturbedPass) for c in make_method(name, **needed(name)))
 
 
 def conv(**kw): return batches(conv=True, **kw)
@@ -79,7 +91,7 @@ class Tally(Callback):
 
 def methods(name, **opts):
     "Return the method's callbacks, with options that show an effect after a few steps."
-    return make_method(name, **{**needed(name), **FAST.get(name, {}), **opts})
+    return make_method(name, **{**needed(name), **METHODS[name].few_steps, **opts})
 
 
 def fit(name, net=None, data=None, epochs=2, cbs=(), opts=None, **kw):
@@ -100,8 +112,8 @@ def replaying(learn): return getattr(learn, '_replaying', False)
 
 
 def no_shared_trunk(name):
-    "Return the options with which SADT-2 runs the whole network for each teacher."
-    return dict(share_trunk=False) if name == 'sadt2' else {}
+    "Return the option with which a method runs the whole network for each teacher, if it has the option."
+    return dict(share_trunk=False) if 'share_trunk' in method_options(name) else {}
 
 
 @ALL
@@ -110,7 +122,7 @@ def test_trains_and_costs_what_the_registry_says(name):
     learn = fit(name, cbs=[tally], epochs=12, lr=.1)
     n = len(tally.losses)
     assert tally.steps == n * METHODS[name].steps
-    tolerance = 1 / n if name == 'looksam' else 1e-9
+    tolerance = 1 / n if METHODS[name].every_batch else 1e-9 # the rest of a period
     assert abs(tally.passes - METHODS[name].passes) <= tolerance, f'{tally.passes} passes per batch'
     assert sum(tally.losses[-3:]) < .8 * sum(tally.losses[:3])
     plain = flat(fit('baseline', epochs=12, lr=.1).model)
@@ -151,7 +163,7 @@ def test_an_exception_in_the_extra_pass_restores_the_weights(name):
         run_valid, order = False, 8
         def after_backward(self): self.weights = flat(self.model)
         def after_step(self): self.weights = flat(self.model)
-    cbs = methods(name, **({'k': 1} if name == 'looksam' else {}))
+    cbs = methods(name, **METHODS[name].every_batch)
     net, unperturbed, fail = cnn(bn=False), Unperturbed(), Fail()
     learn = learner(net, [*cbs, unperturbed, fail], as_loader(conv()))
     with pytest.raises(RuntimeError, match='on purpose'): learn.fit(1)
@@ -166,7 +178,7 @@ def test_composes_with_gradient_accumulation(name):
     whole = flat(fit(name, cnn(bn=False), conv(bs=8)).model)
     parts = flat(fit(name, cnn(bn=False), conv(bs=4), cbs=[GradientAccumulation(8), tally]).model)
     assert tally.steps == 6 * METHODS[name].steps, 'six steps of two micro-batches in two epochs'
-    if name in PER_MICRO_BATCH: assert not torch.allclose(parts, whole, rtol=1e-9, atol=1e-11)
+    if per_micro_batch(name): assert not torch.allclose(parts, whole, rtol=1e-9, atol=1e-11)
     else: torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-11)
 
 
@@ -196,18 +208,18 @@ def test_composes_with_mixed_precision(name, mode):
     fit(name, net, conv(dtype=torch.float32), cbs=[DeviceMixedPrecision(mode), Dtypes()])
     assert dtypes == {torch.bfloat16 if mode == 'bf16' else torch.float16}
     exact = flat(fit(name, cnn(dtype=torch.float32), conv(dtype=torch.float32)).model)
-    # LookSAM scales up the small difference of two gradients, rounding errors included
-    near = .1 if name == 'looksam' else .05
     assert torch.isfinite(flat(net)).all()
-    assert 0 < (flat(net) - exact).norm() < near * exact.norm()
+    assert 0 < (flat(net) - exact).norm() < METHODS[name].half_precision * exact.norm()
 
 
 @ALL
 def test_an_overflow_skips_every_step_of_the_batch(name):
+    uses_first_gradient = follows_gradient(name)
     class Overflow(Callback):
         run_valid, order = False, 9.5
         def before_backward(self):
-            if self.iter == 1 and not replaying(self.learn): overflow(self.learn)
+            if self.iter != 1: return
+            if not (uses_first_gradient and replaying(self.learn)): overflow(self.learn)
     steps = []
     class Step(Callback):
         order, run_valid = -50, False
@@ -249,7 +261,7 @@ def test_a_frozen_body_does_not_move(name):
 
 @ALL
 def test_a_native_torch_optimizer(name):
-    momentum = .9 if name == 'msam' else 0.
+    momentum = .9 if needs_momentum(methods(name)) else 0.
     def sgd(params, lr): return OptimWrapper(params, torch.optim.SGD, lr=lr, momentum=momentum)
     native, fastai = fit(name, opt_func=sgd), fit(name)
     torch.testing.assert_close(flat(native.model), flat(fastai.model), rtol=1e-10, atol=1e-12)
@@ -312,10 +324,6 @@ def test_one_cycle_and_cosine_schedules(name):
         assert not torch.equal(flat(learn.model), constant)
 
 
-# SAF follows single samples, ESAM chooses among them
-REFUSES_MIXING = {'saf', 'esam'}
-
-
 @ALL
 @pytest.mark.parametrize('mix', [MixUp, CutMix], ids=['mixup', 'cutmix'])
 def test_composes_with_mixing(name, mix):
@@ -335,7 +343,7 @@ def test_composes_with_mixing(name, mix):
     def trained(*cbs):
         return fit(name, cnn(dtype=torch.float32), single, cbs=cbs, loss_func=CrossEntropyLossFlat())
     torch.manual_seed(0)
-    if name in REFUSES_MIXING:
+    if METHODS[name].follows_samples or METHODS[name].chooses_samples:
         with pytest.raises(ValueError, match='(?i)mix'): trained(mix(1.))
         return
     learn = trained(mix(1.), Watch())
@@ -348,7 +356,7 @@ def test_composes_with_mixing(name, mix):
 @ALL
 def test_soft_labels_of_a_mixing_loader(name):
     soft = [(x, torch.nn.functional.one_hot(y, 3).double() * .7 + .1) for x, y in conv()]
-    if name == 'saf':
+    if METHODS[name].follows_samples:
         with pytest.raises(ValueError, match='mixed'): fit(name, data=soft)
         return
     from_hard, from_soft = flat(fit(name).model), flat(fit(name, data=soft).model)
@@ -416,13 +424,14 @@ def test_a_network_that_overwrites_its_last_predictions_and_gradients(name):
     torch.testing.assert_close(flat(compiled.model), flat(eager.model), rtol=1e-9, atol=1e-11)
 
 
-@WITH_EXTRA_PASS
+@WITH_POLICIES
 def test_policies_for_batchnorm_and_dropout(name):
     def updates(bn): return int(fit(name, opts=dict(bn=bn)).model[1].num_batches_tracked)
     kept, updated = updates('keep'), updates('update')
     assert kept == 6, 'two epochs of three batches'
     assert updated > 6
-    if name in ('sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'esam'): assert updated == 12
+    extra = METHODS[name].passes - 1
+    if per_micro_batch(name) and extra >= .5: assert updated == 6 + 6 * round(extra)
     masks = []
     class Mask(Callback):
         run_valid = False
@@ -431,12 +440,14 @@ def test_policies_for_batchnorm_and_dropout(name):
             if module.training: masks[-1].append(out == 0)
         def before_batch(self): masks.append([])
         def after_fit(self): self.hook.remove()
-    extra = dict(gamma=1) if name == 'esam' else no_shared_trunk(name)
     def trained(rng):
         masks.clear()
         torch.manual_seed(3)
-        return flat(fit(name, cnn(dropout=.5), cbs=[Mask()], opts=dict(rng=rng, **extra)).model)
-    def repeated(): return [torch.equal(a, b) for passes in masks for a, b in zip(passes, passes[1:])]
+        opts = dict(rng=rng, **no_shared_trunk(name))
+        return flat(fit(name, cnn(dropout=.5), cbs=[Mask()], opts=opts).model)
+    def repeated():
+        pairs = [pair for passes in masks for pair in zip(passes, passes[1:])]
+        return [torch.equal(a, b) for a, b in pairs if a.shape == b.shape] # the pass may have fewer samples
     replayed = trained('replay')
     assert repeated()
     assert all(repeated())
@@ -449,7 +460,7 @@ def test_policies_for_batchnorm_and_dropout(name):
 @ALL
 def test_a_plain_list_of_batches_is_a_loader(name):
     learn = learner(cnn(), methods(name), conv())
-    if name == 'saf':
+    if METHODS[name].follows_samples:
         with pytest.raises(ValueError, match='sample ids'): learn.fit(1)
         return
     learn.fit(2)
@@ -459,15 +470,17 @@ def test_a_plain_list_of_batches_is_a_loader(name):
 @ALL
 def test_loss_terms_of_others_take_part_in_passes_of_the_same_loss(name):
     "SADT's extra passes have another loss, so a term of another callback is not part of them."
-    calls = []
+    calls, tally = [], Tally()
     class Count(LossTerm):
         def term(self, logits, rows):
             calls.append(len(logits))
             return .1 * logits.square().mean()
-    fit(name, epochs=1, cbs=[Count()], opts=dict(k=1) if name == 'looksam' else {})
-    per_batch = [8, 8] if name in PER_MICRO_BATCH else [8]
-    if name == 'esam': per_batch = [8, 4]
-    assert calls == per_batch * 3
+    fit(name, epochs=1, cbs=[Count(), tally], opts=METHODS[name].every_batch)
+    if per_micro_batch(name): # every backward has the loss of the batch
+        assert sum(calls) == tally.backwards
+        assert len(calls) >= 6, 'three batches have an extra pass each'
+    else:
+        assert calls == [8] * 3
 
 
 def test_looksam_drops_a_direction_that_overflowed():

@@ -28,7 +28,6 @@ from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.methods.sam import SAM
 from sadt_nb.models.simple_cnn import simple_cnn
-from test_every_method import FAST
 from test_resume import interrupted, of, outcome, same
 from torch import nn
 
@@ -47,7 +46,7 @@ def on_gpu(on_cpu, monkeypatch):
 def fit(name, device, net=None, epochs=3, cbs=(), opts=None, dtype=torch.float64, **kw):
     "Train by the method on the device; `opts` are options of the method. Return the Learner."
     net = (cnn(dtype=dtype) if net is None else net).to(device)
-    options = {**needed(name), **FAST.get(name, {}), **(opts or {})}
+    options = {**needed(name), **METHODS[name].few_steps, **(opts or {})}
     if 'teacher' in options: options['teacher'] = options['teacher'].to(device)
     learn = learner(net, [*make_method(name, **options), *cbs], **kw)
     learn.dls = DataLoaders(as_dl(dtype, device), as_dl(dtype, device))

@@ -117,6 +117,9 @@ MISTAKES = {
     'print, "", 1, 0': '`steps` must be positive',
     'print, "", memory=None': '`memory` must be of type str',
     'print, "", seeded=1': '`seeded` must be',
+    'print, "", few_steps=3': '`few_steps` must be of type dict',
+    'print, "", half_precision=0.': '`half_precision` must be positive',
+    'print, "", extra_passes=2': '`extra_passes` must be a function or None',
 }
 BROKEN += [(f'plugin_k{i}', f'{IMPORT}METHOD = Method({arguments})', reason)
            for i, (arguments, reason) in enumerate(MISTAKES.items())]

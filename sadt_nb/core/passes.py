@@ -444,13 +444,18 @@ class ExtraPass(_Window, ShowsArguments, Callback):
         return replay(self.learn, **{**own, **kwargs})
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
-        "Return the state that a resumed run needs to continue exactly."
-        return {}
+        """Return the state that a resumed run needs to continue exactly.
+
+        It is the state of each `torch.Generator` in an attribute; a method with more state overrides this."""
+        drawn_from = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
+        return {k: g.get_state() for k, g in drawn_from.items()}
 
     def load_state_dict(self,
         state:dict, # What `state_dict` returned
     ):
         "Restore the state that `state_dict` returned."
+        for k, g in vars(self).items():
+            if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
 
 # %% ../../nbs/core/01_passes.ipynb #d433d3b4
 def _check_dense(grads):

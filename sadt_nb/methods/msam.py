@@ -95,6 +95,7 @@ class MSAM(ShowsArguments, Callback):
     training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
     that moves weights."""
     order, run_valid = ORDERS['step_grads'] - 1, False # in `before_step`, after unscaling and clipping
+    needs_momentum = True # tests of all methods read this
     _stateattrs = ('scratch', '_moved', '_factor')     # not in pickled Learners
 
     def __init__(self,

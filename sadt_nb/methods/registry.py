@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'Method', 'Methods', 'method_options', 'make_method', 'pas
 # %% ../../nbs/methods/99_registry.ipynb #76d670b3
 import inspect, json, math, warnings
 from collections import UserDict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib.metadata import entry_points, EntryPoint
 from pathlib import Path
@@ -56,13 +56,21 @@ class Method:
     # Function from the options, as attributes, to the extra passes per batch between `start` and `stop`;
     # `None`: `passes - 1` with any options
     extra_passes: Callable|None = None
+    # The next fields are for tests of all methods, which train for a few steps
+    few_steps: dict = field(default_factory=dict, hash=False) # Options that show an effect in a few steps
+    every_batch: dict = field(default_factory=dict, hash=False) # Options with an extra pass in every batch
+    follows_samples: bool = False # `True` if samples need ids; their labels cannot be mixed
+    chooses_samples: bool = False # `True` if the method cannot follow fastai's MixUp and CutMix callbacks
+    # Largest relative distance of the weights from those in single precision, after six steps in half
+    half_precision: float = .05
 
     def __call__(self,
         **options:object, # Options of the callback
     ): return self.factory(**options)
 
 # %% ../../nbs/methods/99_registry.ipynb #a2bcd35a
-_KINDS = dict(float=(int, float), int=int, str=str, bool=bool) # by the annotation of a field
+# by the annotation of a field
+_KINDS = dict(float=(int, float), int=int, str=str, bool=bool, dict=dict)
 
 def _check_fact(name, kind, value):
     "Raise `TypeError` or `ValueError` if a fact about a method is not of its kind."
@@ -77,8 +85,12 @@ def _check_method(method, where):
     if not callable(method.factory): raise TypeError(f'its factory {method.factory!r} cannot be called')
     try: inspect.signature(method.factory)
     except Exception as e: raise TypeError(f'the options of its factory cannot be read ({e})') from None
+    extra = method.extra_passes
+    if extra is not None and not callable(extra):
+        raise TypeError(f'`extra_passes` must be a function or None, got {extra!r}')
     for f in fields(Method):
-        if f.name != 'factory': _check_fact(f.name, f.type.__name__, getattr(method, f.name))
+        if f.name not in ('factory', 'extra_passes'):
+            _check_fact(f.name, f.type.__name__, getattr(method, f.name))
 
 def _reason(error):
     "Return the type and the text of any error, also of an error whose text cannot be made."
@@ -135,6 +147,7 @@ _GRADIENTS = dict(
               'for example embeddings'),
     agc=Method(
         AGC, 'clips the gradient of each unit to a share of the norm of its weights',
+        few_steps=dict(clip=.2),
         paper='[Brock et al. 2021](https://arxiv.org/abs/2102.06171), ICML',
         key='`clip` = 0.01, the value of the paper for large batches and of the SADT code',
         avoid='on layers whose weights start at zero and must grow quickly'),
@@ -169,6 +182,7 @@ _SHARPNESS = dict(
     esam=Method(
         ESAM, 'SAM on a random part of the weights and the sharpest half of the batch',
         passes=5.5 / 3, extra_passes=_esam_passes, memory='1 x weights', seeded=True,
+        chooses_samples=True,
         paper='Efficient Sharpness-Aware Minimization, '
               '[Du et al. 2022](https://arxiv.org/abs/2110.03141), ICLR',
         extra='a forward pass that chooses a share `gamma` of the samples, '
@@ -178,7 +192,8 @@ _SHARPNESS = dict(
               'for networks whose BatchNorm needs the whole batch'),
     looksam=Method(
         LookSAM, 'SAM at every fifth step; the steps in between use SAM\'s last direction again',
-        passes=1.2, extra_passes=_looksam_passes, memory='2 x weights',
+        passes=1.2, extra_passes=_looksam_passes, memory='2 x weights', every_batch=dict(k=1),
+        half_precision=.1, # it scales up the small difference of two gradients, rounding errors included
         paper='[Liu et al. 2022](https://arxiv.org/abs/2203.02714), '
               '"Towards efficient and scalable sharpness-aware minimization", CVPR',
         extra='1/`k` on average',
@@ -208,7 +223,7 @@ _SHARPNESS = dict(
               'where the memory for three copies of the weights is missing'),
     wsam=Method(
         WSAM, 'adds sharpness to the loss with a weight of its own, apart from the optimizer', passes=2,
-        memory='2 x weights',
+        memory='2 x weights', few_steps=dict(gamma=.7),
         paper='Weighted Sharpness-Aware Minimization, '
               '[Yue et al. 2023](https://arxiv.org/abs/2305.15817), KDD',
         key='`gamma` = 0.9: sharpness counts `gamma / (1 - gamma)` = 9 times; `rho` as for SAM',
@@ -223,6 +238,7 @@ _TEACHERS = dict(
     saf=Method(
         SAF, 'adds the divergence from each sample\'s prediction some epochs ago',
         memory='logits of 3 epochs, in half precision: 29 MB for CIFAR-100, 7.2 GB for ImageNet',
+        few_steps=dict(lam=2., tau=1., lag=1, start_epoch=1), follows_samples=True,
         paper=_DU,
         key='`lam` = 0.3, `tau` = 5, `lag` = 3 epochs; `start_epoch` = 5 '
             '(10 for ResNets on ImageNet, 150 for ViT)',
@@ -230,14 +246,14 @@ _TEACHERS = dict(
               'on data sets whose records do not fit in memory (see `mesa`)'),
     mesa=Method(
         MESA, 'adds the divergence from the prediction of averaged weights',
-        passes=4 / 3, memory='1 x weights',
+        passes=4 / 3, memory='1 x weights', few_steps=dict(lam=2., tau=1., beta=.8, start_epoch=0),
         paper='Memory-Efficient Sharpness-Aware Training, section 3.3 of ' + _DU,
         extra='a forward pass without gradients, from epoch `start_epoch` on',
         key='`beta` = 0.9995 on CIFAR, 0.9998 on ImageNet; `lam` = 0.8 on CIFAR, 0.3 on ImageNet; `tau` = 5',
         avoid='when the records of SAF fit in memory: SAF makes no extra pass'),
     distillation=Method(
         Distillation, 'trains on labels and on the softened predictions of a trained teacher',
-        passes=4 / 3, memory='the teacher', needs_teacher=True,
+        passes=4 / 3, memory='the teacher', needs_teacher=True, few_steps=dict(alpha=.7),
         paper='[Hinton et al. 2015](https://arxiv.org/abs/1503.02531), '
               '"Distilling the Knowledge in a Neural Network"; '
               'the loss as in [Pham et al. 2022](https://arxiv.org/abs/2206.08491), '
@@ -277,7 +293,7 @@ _TWO_STEPS = dict(
         key='the learning rate of the step uphill, 1e-3, and the standard deviation of its noise, 1e-4'),
     weight_average=Method(
         WeightAverage, 'control: trains as usual, and ends with the average of the weights',
-        memory='1 x weights',
+        memory='1 x weights', few_steps=dict(kind='ema', decay=.5),
         paper='Stochastic Weight Averaging, [Izmailov et al. 2018](https://arxiv.org/abs/1803.05407), UAI',
         extra='after training, one forward pass over the training data if there is BatchNorm',
         key='`start` = 0.75, the share of training at which averaging begins',

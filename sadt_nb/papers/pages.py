@@ -24,12 +24,13 @@ from .saf import memory_columns
 # %% ../../nbs/papers/108_pages.ipynb #b2fe4f2c
 def interval(
     v, # Differences, one for each repetition
+    level=.95, # Probability that the interval covers the true mean, in (0, 1)
 ) -> tuple: # Mean, lower end, upper end; the ends are NaN for fewer than two differences
-    "Return the mean of differences and its 95% interval, as in a t-test."
+    "Return the mean of differences and its interval, as in a t-test."
     v = np.asarray(v, float)
     if len(v) < 2: return v.mean(), np.nan, np.nan
     if not v.std(): return v.mean(), v.mean(), v.mean()
-    return v.mean(), *stats.t.interval(.95, len(v) - 1, v.mean(), stats.sem(v))
+    return v.mean(), *stats.t.interval(level, len(v) - 1, v.mean(), stats.sem(v))
 
 def verdict(
     published, # Published difference from the plain row; `None` if not published
@@ -256,12 +257,12 @@ def _markdown_table(df):
     rows = (texts[0], rule, *texts[1:])
     return '\n'.join(_markdown_line(r) for r in rows)
 
-def _html_page(title, counted, tables, picture, facts):
+def _html_page(title, counted, tables, picture, facts, alt=_ALT):
     "Return an HTML page with `picture` (bytes of a PNG, or `None`) inside it; it needs no other file."
     image = ''
     if picture:
         data = base64.b64encode(picture).decode()
-        image = f'<p><img alt="{_ALT}" src="data:image/png;base64,{data}"></p>'
+        image = f'<p><img alt="{alt}" src="data:image/png;base64,{data}"></p>'
     items = ''.join(f'<dt><b>{k}</b></dt><dd>{html.escape(v)}</dd>' for k, v in facts.items())
     head = ('<!doctype html><html lang="en"><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width">'
@@ -270,15 +271,14 @@ def _html_page(title, counted, tables, picture, facts):
     body = f'<h1>{html.escape(title)}</h1><p>{counted}</p>{shown}{image}'
     return f'{head}{body}<dl>{items}</dl></html>'
 
-def _markdown_page(title, counted, tables, picture_name, facts):
-    image = f'![{_ALT}]({picture_name})\n\n' if picture_name else ''
+def _markdown_page(title, counted, tables, picture_name, facts, alt=_ALT):
+    image = f'![{alt}]({picture_name})\n\n' if picture_name else ''
     items = ''.join(f'- **{k}**: {markdown_text(v)}\n' for k, v in facts.items())
     shown = '\n\n'.join(map(_markdown_table, tables))
     return f'# {markdown_text(title)}\n\n{counted}\n\n{shown}\n\n{image}{items}'
 
-def _picture(name, results, scale, amp):
-    "Return the plot of the curves as bytes of a PNG; `None` if no run has a curve."
-    fig = plot_comparison(name, results, scale, amp)
+def _png(fig):
+    "Return a figure as bytes of a PNG, and close it; `None` for `None`."
     if fig is None: return None
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=110)
@@ -309,7 +309,7 @@ def write_pages(
     finished = f'{len(runs)} of {len(cells)} runs are finished.'
     counted = f'{finished} Accuracies are on the test set, in percent; differences in points.'
     facts = dict(rule=_RULE, **_origin(runs))
-    picture = _picture(name, results, scale, amp)
+    picture = _png(plot_comparison(name, results, scale, amp))
     to = Path(root if to is None else to)
     to.mkdir(parents=True, exist_ok=True)
     files = [to / f'{stem}.html', to / f'{stem}.md']

@@ -513,7 +513,7 @@ def test_every_process_has_the_same_order_and_other_augmentation(monkeypatch):
     data = ImageData(torch.zeros(40, 4, 4, 3, dtype=torch.uint8), torch.zeros(40), 'a')
     orders, draws = [], []
     for rank in range(3):
-        monkeypatch.setattr(loader, 'rank_distrib', lambda: rank)
+        monkeypatch.setattr(loader, 'rank_distrib', lambda rank=rank: rank)
         dl = TensorDL(data, 8, shuffle=True, seed=1, device='cpu')
         orders.append([dl.get_idxs().tolist() for _ in range(3)])
         draws.append(dl.tfm_rng.random())

@@ -501,3 +501,68 @@ def test_every_corruption_changes_with_its_severity_and_most_get_stronger():
         for a, b in zip(levels, levels[1:]): assert not torch.equal(a, b), kind
         if kind in ('saturate', 'pixelate'): continue
         assert (levels[4] - x).square().mean() > (levels[0] - x).square().mean(), kind
+
+
+def test_a_measure_uses_the_samples_that_training_leaves_out():
+    dls = get_dls('digits', bs=64, device='cpu', valid=0., n_train=100, drop_last=True)
+    assert sum(len(y) for _, y in dls.train) == 64
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)).eval()
+    learn = Learner(dls, net, loss_func=nn.CrossEntropyLoss())
+    for samples, n in ((None, 100), (90, 90)):
+        assert sum(len(y) for _, y in FixedLoss(learn, samples=samples).batches) == n
+
+
+def linear_learner(weights, classes=3):
+    "Return a Learner with a linear network of this many weights, a multiple of the number of classes."
+    g = torch.Generator().manual_seed(2)
+    inputs = weights // classes
+    x = torch.randn(30, inputs, generator=g, dtype=torch.float64)
+    y = torch.randint(0, classes, (30,), generator=g)
+    torch.manual_seed(0)
+    return cross_entropy_learner([(x, y)], nn.Linear(inputs, classes, bias=False).double().eval())
+
+
+def test_the_exact_trace_and_its_rounding_error():
+    "With as many probes as weights the trace is exact, with one fewer it is estimated."
+    learn = linear_learner(24)
+    H = exact(learn)
+    found = hessian_trace(learn, max_probes=24, **quiet)
+    assert (found.n, found.converged) == (24, True)
+    assert found.value == pytest.approx(H.trace().item(), rel=1e-12)
+    rounding = torch.finfo(torch.float64).eps * H.norm(dim=0).sum().item()
+    assert found.error / rounding == pytest.approx(1, rel=1e-6)
+    estimated = hessian_trace(learn, max_probes=23, tol=1e-9, **quiet)
+    assert (estimated.n, estimated.converged) == (2 * 10 + 23, False)
+
+
+@pytest.mark.parametrize('sketch', [0, 3])
+def test_the_trace_looks_at_its_error_after_every_tenth_probe_only(sketch):
+    "A stop at the first probe that brings the error below the tolerance would favour lucky probes."
+    learn = linear_learner(300)
+    ends = {hessian_trace(learn, tol=tol, sketch=sketch, **quiet).n - 2 * sketch
+            for tol in (1e9, .045, .04, .035, .03, .025)}
+    assert min(ends) == 20
+    assert len(ends) > 2, 'tolerances that end at different probes'
+    assert all(n % 10 == 0 for n in ends), ends
+
+
+def test_the_directions_of_a_surface_are_two(learn):
+    s = loss_surface(learn, span=1., points=3, seed=2, **quiet)
+    two = [random_direction(learn.model, seed) for seed in (4, 5)]
+    given = loss_surface(learn, two, span=1., points=3, **quiet)
+    assert (s.loss == given.loss).all()
+    assert abs(s.loss - s.loss.T).max() > 1e-3, 'twice the same direction would be symmetric'
+
+
+def test_the_largest_number_of_products_grows_with_the_number_of_eigenvalues(monkeypatch):
+    "Both functions stop after 200 + 5 k products, and their bars say so."
+    limits, real = [], hessian._Products.__init__
+    def watched(self, learn, dl, samples, progress, name, total):
+        limits.append(total)
+        real(self, learn, dl, samples, progress, name, total)
+    monkeypatch.setattr(hessian._Products, '__init__', watched)
+    learn = linear_learner(30)
+    for find in (top_eigenvalues, top_eigenvectors):
+        find(learn, 2, **quiet)
+        find(learn, 2, max_products=25, **quiet)
+    assert limits == [210, 25] * 2

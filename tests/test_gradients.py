@@ -14,7 +14,7 @@ from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
 
-from sadt_nb.core.passes import kept_buffers, replaying, rng_policy, rng_states, set_rng_states
+from sadt_nb.core.passes import _OwnGradients, kept_buffers, replaying, rng_policy, rng_states, set_rng_states
 from sadt_nb.core.perturb import chosen_params, trainable_params, unwrapped
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.measures.landscape import loss_line, random_direction
@@ -436,3 +436,19 @@ def test_wrappers_do_not_change_the_names_of_parameters():
         assert params.keys() == plain.keys()
         assert all(params[n] is p for n, p in plain.items())
         assert chosen_params(wrapped, 'norm') == {'1.weight', '1.bias'}
+
+
+PERTURBED = [name for name in METHODS if any(isinstance(cb, _OwnGradients) for cb in method(name))]
+
+
+@pytest.mark.parametrize('name', PERTURBED)
+def test_gradients_that_fastai_has_zeroed_are_not_set_aside(name):
+    "They would be added to every batch's gradients again, as zeros, at the cost of one more copy."
+    cb, = [cb for cb in method(name) if isinstance(cb, _OwnGradients)]
+    seen = []
+    class Look(Callback):
+        order, run_valid = cb.order + .1, False
+        def before_backward(self):
+            if not replaying(self.learn): seen.append(len(cb._stash))
+    learner(cnn(), [cb, Look()], as_loader(conv())).fit(2)
+    assert seen == [0] * 6

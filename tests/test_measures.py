@@ -566,3 +566,12 @@ def test_the_largest_number_of_products_grows_with_the_number_of_eigenvalues(mon
         find(learn, 2, **quiet)
         find(learn, 2, max_products=25, **quiet)
     assert limits == [210, 25] * 2
+
+
+def test_the_bar_of_the_density_counts_every_product(monkeypatch):
+    ends = []
+    monkeypatch.setattr(hessian._Products, '__exit__', lambda self, *_: ends.append((self.bar.total, self.n)))
+    for steps in (5, 60): # at most as many steps as weights
+        found = spectral_density(linear_learner(12), steps=steps, vectors=3, **quiet)
+        assert ends.pop() == (3 * min(steps, 12), found.n)
+        assert found.n == 3 * min(steps, 12)

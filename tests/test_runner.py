@@ -330,3 +330,17 @@ def test_a_run_without_stored_epochs_has_trained_none(tmp_path):
     work.begins(SMALL)
     assert work.under_way(SMALL) == 0
     assert work.time_left() == ''
+
+
+def test_processes_share_a_batch(monkeypatch):
+    "One process keeps its loaders; two get half a batch each, and no other number of images fits."
+    dls = runner.run_loaders(SMALL.but(n_train=60, bs=30, valid=.1), 'cpu')
+    before = list(dls.loaders)
+    runner._share_among_ranks(dls, SMALL.but(bs=30))
+    assert all(a is b for a, b in zip(dls.loaders, before, strict=True))
+    monkeypatch.setattr(runner, 'n_ranks', lambda: 2)
+    with pytest.raises(ValueError, match='2 processes cannot share batches of 25'):
+        runner._share_among_ranks(dls, SMALL.but(bs=25))
+    runner._share_among_ranks(dls, SMALL.but(bs=30))
+    assert dls.train.bs == 15
+    assert dls[1] is before[1]

@@ -17,7 +17,7 @@ from fastai.optimizer import SGD
 from PIL import Image
 from sadt_nb.core.fixed_loss import FixedLoss
 from sadt_nb.data.datasets import get_dls
-from sadt_nb.measures import hessian, robustness
+from sadt_nb.measures import hessian, landscape, robustness
 from sadt_nb.measures.hessian import (hessian_trace, smoothed_density, spectral_density, top_eigenvalues,
                                       top_eigenvectors)
 from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
@@ -575,3 +575,18 @@ def test_the_bar_of_the_density_counts_every_product(monkeypatch):
         found = spectral_density(linear_learner(12), steps=steps, vectors=3, **quiet)
         assert ends.pop() == (3 * min(steps, 12), found.n)
         assert found.n == 3 * min(steps, 12)
+
+
+def test_a_landscape_of_images_and_of_videos():
+    "Images are held with the channels last, which is faster; inputs with another number of axes as they are."
+    for axes, conv in ((2, nn.Conv2d), (3, nn.Conv3d)):
+        torch.manual_seed(0)
+        net = nn.Sequential(conv(2, 3, 2), nn.Flatten(), nn.Linear(3 * 3**axes, 4)).double().eval()
+        x, y = torch.randn(6, 2, *[4] * axes, dtype=torch.float64), torch.arange(6) % 4
+        learn = cross_entropy_learner([(x, y)], net)
+        direction = random_direction(net)
+        line = loss_line(learn, direction, span=1., points=3, **quiet)
+        assert line.loss[1] == pytest.approx(learn.loss_func(net(x), y).item(), rel=1e-12)
+        (xb,), _ = landscape._Slice(learn, [direction], None, None).loss.batches[0]
+        assert torch.equal(xb, x)
+        if axes == 2: assert xb.is_contiguous(memory_format=torch.channels_last)

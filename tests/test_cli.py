@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
+import pandas as pd
 import pytest
 import sadt_nb
 from sadt_nb.commands import cli
@@ -347,3 +348,17 @@ def test_make_demo_installs_the_library_alone_and_make_test_the_rest(tmp_path):
     (tmp_path / 'bin').mkdir()
     (tmp_path / 'bin' / 'python').touch()
     assert ' -e .' not in dry_run('demo'), 'the development environment holds the library'
+
+
+def test_a_grid_without_a_name_lists_the_tables(monkeypatch):
+    monkeypatch.setattr(cli, '_list_tables', lambda: 'all tables')
+    assert cli.sadt_grid() == cli.sadt_grid(list=True) == 'all tables'
+
+
+def test_the_message_of_the_demonstration():
+    def message(plain, longer, sam):
+        means = {'plain training': plain, 'plain training, twice the epochs': longer, 'SAM': sam}
+        return cli._demo_message({label: pd.Series([m - 1, m + 1]) for label, m in means.items()})
+    compared = 'plain training 60%, and 70% in twice the epochs'
+    assert message(60, 70, 80) == f'With 40% wrong labels, SAM reaches 80%, {compared}'
+    assert message(60, 70, 65) == f'With 40% wrong labels, no method is better than {compared}'

@@ -11,7 +11,7 @@ from sadt_nb.data import datasets
 from sadt_nb.data.augment import CropFlip, CutMix
 from sadt_nb.data.datasets import DATASETS, channel_statistics, get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
-from sadt_nb.experiments import grid, runner, sweep as sweeps
+from sadt_nb.experiments import config, grid, runner, sweep as sweeps
 from sadt_nb.experiments.archive import stored_runs
 from sadt_nb.experiments.config import OPTIMIZERS, Run
 from sadt_nb.experiments.report import published
@@ -205,3 +205,13 @@ def test_commands_name_a_wrong_option_before_they_work(command, options, tmp_pat
     assert stopped.value.code == 2
     assert f'--{[*options][0]}' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_values_of_options_without_a_type():
+    "A whole float and the equal integer are one option; other floats keep their fraction."
+    cases = [(2., 2), (2, 2), (.5, .5), (-3., -3), ((1., .5), (1, .5)), (True, True), (None, None)]
+    for given, stored in cases:
+        found = config._typed('x', given, None)
+        assert found == stored
+        assert type(found) is type(stored)
+        if isinstance(stored, tuple): assert [*map(type, found)] == [*map(type, stored)]

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sadt_nb.data import datasets
+from sadt_nb.data import datasets, loader
 from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix
-from sadt_nb.data.datasets import get_dls, load_data
+from sadt_nb.data.datasets import digits, get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import run
 from scipy.io import savemat
 from scipy.stats import chisquare
+from sklearn.datasets import load_digits
 from torchvision.transforms import InterpolationMode, autoaugment
 
 needs_cifar = pytest.mark.skipif(not os.environ.get('SADT_DATA'), reason='SADT_DATA does not name CIFAR-10')
@@ -440,3 +441,86 @@ def test_imagenet_is_read_from_disk_and_runs(tmp_path, monkeypatch):
     assert result['status'] == 'finished'
     assert result['steps'] == 3
     with pytest.raises(FileNotFoundError, match='val'): load_data('imagenet', path=root / 'train')
+
+
+def test_every_offset_of_a_crop_is_drawn_equally_often():
+    "A single bright pixel shows the offset: 0, 1 and 2 along each axis for a border of 1."
+    n = 1800
+    x = torch.zeros(n, 3, 3, 3, dtype=torch.uint8)
+    x[:, 1, 1] = 255
+    cropped, _ = CropFlip(1, flip=False)(x, torch.zeros(n), np.random.default_rng(0))
+    places = Counter(map(tuple, cropped[..., 0].nonzero()[:, 1:].tolist()))
+    assert set(places) == set(product(range(3), repeat=2))
+    assert sum(places.values()) == n
+    assert chisquare([*places.values()]).pvalue > 1e-3
+
+
+def test_digits_are_the_scans_of_scikit_learn():
+    "White ink on black, 0 to 16 as 0 to 255, each pixel as 4 x 4; no scan is lost and each keeps its class."
+    parts = digits()
+    assert [len(p) for p in parts] == [1437, 360]
+    found = Counter()
+    for p in parts:
+        x = p.x.numpy()
+        assert (x == x[:, ::4, ::4, :1].repeat(4, 1).repeat(4, 2)).all()
+        small = np.round(x[:, ::4, ::4, 0] / 255 * 16).astype(int)
+        found.update((scan.tobytes(), label) for scan, label in zip(small, p.y.tolist()))
+    raw = load_digits()
+    assert found == Counter((s.astype(int).tobytes(), int(t)) for s, t in zip(raw.images, raw.target))
+    assert {p.x.max().item() for p in parts} == {255}
+
+
+@pytest.mark.parametrize('changed', ['size', 'date'])
+def test_the_cache_notices_other_sizes_and_other_dates(changed, tmp_path, monkeypatch):
+    "A file of the same name is decoded anew if only its date, or only its size, has changed."
+    monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
+    root = tmp_path / 'd'
+    def write(value, extra=b'', date=1000):
+        for part in ('train', 'test'):
+            file = root / part / 'a' / 'x.bmp' # all of them have the same size
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(file)
+            file.write_bytes(file.read_bytes() + extra)
+            os.utime(file, (date, date))
+    write(1)
+    assert load_data(root)[0].x.max() == 1
+    write(2)
+    assert load_data(root)[0].x.max() == 1, 'the same size and date: not opened'
+    write(3, **dict(size=dict(extra=b'0'), date=dict(date=2000))[changed])
+    assert load_data(root)[0].x.max() == 3
+
+
+class Planted:
+    "Something that writes a file when it is unpickled."
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return open, (str(self.file), 'w')
+
+
+def test_a_cache_with_a_pickle_is_not_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
+    root = tmp_path / 'd'
+    for part in ('train', 'test'): write_image(root / part / 'a' / 'x.png', grey(7, 4))
+    load_data(root)
+    cache, = (tmp_path / 'cache').iterdir()
+    arrays = dict(np.load(cache))
+    arrays['vocab'] = np.array([Planted(tmp_path / 'opened')], dtype=object)
+    np.savez(cache, **arrays)
+    assert load_data(root)[0].x.max() == 7
+    assert not (tmp_path / 'opened').exists()
+
+
+def test_every_process_has_the_same_order_and_other_augmentation(monkeypatch):
+    data = ImageData(torch.zeros(40, 4, 4, 3, dtype=torch.uint8), torch.zeros(40), 'a')
+    orders, draws = [], []
+    for rank in range(3):
+        monkeypatch.setattr(loader, 'rank_distrib', lambda rank=rank: rank)
+        dl = TensorDL(data, 8, shuffle=True, seed=1, device='cpu')
+        orders.append([dl.get_idxs().tolist() for _ in range(3)])
+        draws.append(dl.tfm_rng.random())
+    assert orders[0] == orders[1] == orders[2]
+    assert len(set(draws)) == 3
+    for order in orders[0]: assert sorted(order) == [*range(40)]
+    first, second, third = orders[0]
+    assert first != second != third != first, 'each epoch has an order of its own'
+    plain = TensorDL(data, 8, seed=1, device='cpu')
+    assert [plain.get_idxs().tolist() for _ in range(2)] == [[*range(40)]] * 2

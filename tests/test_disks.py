@@ -361,3 +361,20 @@ def test_a_full_disk_is_named(photos, tmp_path, monkeypatch, capsys):
         Disk(tmp_path / 'cache', 1, MANY).install(m.setattr)
         assert len(load(photos)[0]) == 8
     assert 'No space left on device' in capsys.readouterr().err
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    "After a power cut, a file that has been renamed but not flushed may be empty."
+    events, data = [], bytes(range(100)) # less than Python's own buffer
+    fsync, replace = os.fsync, os.replace
+    def watched_fsync(fd):
+        events.append(('on disk', os.fstat(fd).st_size))
+        fsync(fd)
+    def watched_replace(old, new):
+        events.append(('moved', Path(new).name))
+        replace(old, new)
+    monkeypatch.setattr(os, 'fsync', watched_fsync)
+    monkeypatch.setattr(os, 'replace', watched_replace)
+    write_whole(tmp_path / 'a', data)
+    assert events == [('on disk', len(data)), ('moved', 'a')]
+    assert (tmp_path / 'a').read_bytes() == data

@@ -5,20 +5,25 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import as_loader, batches, cnn, flat, learner, needed, sgd_for
+from conftest import as_loader, batches, cnn, flat, learner, mlp, needed, sgd_for
 from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
 
-from sadt_nb.core.passes import kept_buffers, replaying
+from sadt_nb.core.passes import _OwnGradients, kept_buffers, replaying, rng_policy, rng_states, set_rng_states
+from sadt_nb.core.perturb import chosen_params, trainable_params, unwrapped
+from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.measures.landscape import loss_line, random_direction
 from sadt_nb.measures.sharpness import average_sharpness, sam_sharpness
+from sadt_nb.methods.agc import AGC
 from sadt_nb.methods.asam import _is_weight, asam_step
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.esam import ESAM, esam_step
+from sadt_nb.methods.gradient_centralization import GradientCentralization
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM, sam_step
@@ -341,3 +346,109 @@ def test_a_copied_learner_trains_again(name, how, trained):
     assert torch.isfinite(flat(other.model)).all() and not torch.equal(flat(other.model), flat(cnn()))
     if name not in ('saf', 'mesa', 'looksam') or not trained: # these leave large state out of copies
         assert torch.equal(flat(other.model), flat(learn.model))
+
+
+# Where a callback that transforms gradients acts
+
+class Gradients(Callback):
+    "Keeps the gradients with which each step is made."
+    order, run_valid = 2000, False
+    def __init__(self): self.seen = []
+    def before_step(self): self.seen.append([p.grad.clone() for p in self.model.parameters()])
+
+
+def first_gradients(*cbs, dtype=torch.float64):
+    watch = Gradients()
+    learner(mlp(dtype=dtype), [*cbs, watch], batches(dtype=dtype)).fit(1)
+    return watch.seen[0]
+
+
+def test_a_transform_acts_before_the_gradients_are_clipped():
+    "After the clipping the norm is the limit; a transform that came later would have shortened the gradient."
+    limit = 1e-3
+    clipped = first_gradients(GradientCentralization(), GradientClip(limit))
+    total = torch.cat([g.flatten() for g in clipped]).norm()
+    assert total.item() == pytest.approx(limit, rel=1e-3)
+    for g in clipped:
+        if g.ndim == 2: assert g.mean(1).abs().max() < 1e-15, 'each row has the mean zero'
+    plain = first_gradients(GradientClip(limit))
+    assert max(g.mean(1).abs().max() for g in plain if g.ndim == 2) > 1e-6
+
+
+def test_a_transform_acts_on_unscaled_gradients():
+    "The limit of AGC is a share of the weights: on gradients times 65,536 it would clip all, to nearly zero."
+    def gradients(*cbs): return first_gradients(AGC(), *cbs, dtype=torch.float32)
+    for half, full in zip(gradients(DeviceMixedPrecision('fp16')), gradients(), strict=True):
+        torch.testing.assert_close(half, full, rtol=.02, atol=1e-4)
+        assert full.norm() > 1e-3
+
+
+@pytest.mark.parametrize('mode, scales', [('fp16', True), ('bf16', False)])
+def test_only_float16_scales_the_loss(mode, scales):
+    seen = []
+    class Look(Callback):
+        order, run_valid = 2000, False
+        def after_backward(self):
+            scaler = self.learn.scaler
+            seen.append((scaler.is_enabled(), scaler.get_scale()))
+    data = batches(dtype=torch.float32)
+    learner(mlp(dtype=torch.float32), [DeviceMixedPrecision(mode), Look()], data).fit(1)
+    assert seen == [(True, 65536.) if scales else (False, 1.)] * 3
+
+
+# The random numbers of an extra pass
+
+def test_the_policies_of_random_numbers():
+    "An extra pass draws the numbers of the first pass or new ones; the numbers after the pass are the same."
+    cpu = torch.device('cpu')
+    def draw(): return torch.rand(3).tolist()
+    torch.manual_seed(3)
+    start = rng_states(cpu)
+    first, second, third = draw(), draw(), draw()
+    set_rng_states(start, cpu)
+    assert [draw(), draw()] == [first, second]
+    with rng_policy('replay', start, cpu): assert draw() == first
+    assert draw() == third, 'the replayed pass has used up no numbers'
+    for policy, state in (('fresh', start), ('replay', None)):
+        set_rng_states(start, cpu)
+        draw()
+        with rng_policy(policy, state, cpu): assert draw() == second
+        assert draw() == third
+
+
+# Wrappers
+
+def distributed_shell(net):
+    "Return a `DistributedDataParallel` around a network; it has no process group, so it cannot run."
+    shell = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(shell)
+    shell.module = net
+    return shell
+
+
+def test_wrappers_do_not_change_the_names_of_parameters():
+    net = cnn()
+    plain = dict(net.named_parameters())
+    for wrap in (nn.DataParallel, distributed_shell, lambda net: distributed_shell(nn.DataParallel(net))):
+        wrapped = wrap(net)
+        assert unwrapped(wrapped) is net
+        params = trainable_params(wrapped)
+        assert params.keys() == plain.keys()
+        assert all(params[n] is p for n, p in plain.items())
+        assert chosen_params(wrapped, 'norm') == {'1.weight', '1.bias'}
+
+
+PERTURBED = [name for name in METHODS if any(isinstance(cb, _OwnGradients) for cb in method(name))]
+
+
+@pytest.mark.parametrize('name', PERTURBED)
+def test_gradients_that_fastai_has_zeroed_are_not_set_aside(name):
+    "They would be added to every batch's gradients again, as zeros, at the cost of one more copy."
+    cb, = [cb for cb in method(name) if isinstance(cb, _OwnGradients)]
+    seen = []
+    class Look(Callback):
+        order, run_valid = cb.order + .1, False
+        def before_backward(self):
+            if not replaying(self.learn): seen.append(len(cb._stash))
+    learner(cnn(), [cb, Look()], as_loader(conv())).fit(2)
+    assert seen == [0] * 6

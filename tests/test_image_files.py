@@ -177,16 +177,24 @@ def test_archives_hold_the_same_images(name, tmp_path):
     assert listed == {(part, label, file) for part, label, file, _ in folder_images(root)}
 
 
-@pytest.mark.parametrize('member', ['../train/cat/1.png', '/train/cat/1.png', 'C:/train/cat/1.png',
-                                    'photos/../../train/cat/1.png'])
-def test_zip_members_that_lead_outside_are_refused(member, tmp_path):
-    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z: z.writestr(member, b'')
-    with pytest.raises(ValueError, match='leads outside'): list(archive_images(tmp_path / 'a.zip'))
+OUTSIDE = ['../train/cat/1.png', '/train/cat/1.png', 'C:/train/cat/1.png', 'photos/../../train/cat/1.png',
+           'train/cat/../../../1.png']
 
 
-def test_links_in_archives_are_refused(tmp_path):
+@pytest.mark.parametrize('name', ['a.zip', 'a.tar'])
+@pytest.mark.parametrize('member', OUTSIDE)
+def test_members_that_lead_outside_are_refused(member, name, tmp_path):
+    if name == 'a.zip':
+        with zipfile.ZipFile(tmp_path / name, 'w') as z: z.writestr(member, b'')
+    else:
+        with tarfile.open(tmp_path / name, 'w') as tar: tar.addfile(tarfile.TarInfo(member))
+    with pytest.raises(ValueError, match='leads outside'): list(archive_images(tmp_path / name))
+
+
+@pytest.mark.parametrize('kind', [tarfile.SYMTYPE, tarfile.LNKTYPE], ids=['symbolic', 'hard'])
+def test_links_in_archives_are_refused(kind, tmp_path):
     link = tarfile.TarInfo('train/cat/1.png')
-    link.type, link.linkname = tarfile.SYMTYPE, '/etc/passwd'
+    link.type, link.linkname = kind, '/etc/passwd'
     with tarfile.open(tmp_path / 'a.tar', 'w') as tar: tar.addfile(link)
     with pytest.raises(ValueError, match='is a link'): list(archive_images(tmp_path / 'a.tar'))
 

@@ -17,7 +17,7 @@ from fastai.optimizer import SGD
 from PIL import Image
 from sadt_nb.core.fixed_loss import FixedLoss
 from sadt_nb.data.datasets import get_dls
-from sadt_nb.measures import hessian, robustness
+from sadt_nb.measures import hessian, landscape, robustness
 from sadt_nb.measures.hessian import (hessian_trace, smoothed_density, spectral_density, top_eigenvalues,
                                       top_eigenvectors)
 from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
@@ -501,3 +501,92 @@ def test_every_corruption_changes_with_its_severity_and_most_get_stronger():
         for a, b in zip(levels, levels[1:]): assert not torch.equal(a, b), kind
         if kind in ('saturate', 'pixelate'): continue
         assert (levels[4] - x).square().mean() > (levels[0] - x).square().mean(), kind
+
+
+def test_a_measure_uses_the_samples_that_training_leaves_out():
+    dls = get_dls('digits', bs=64, device='cpu', valid=0., n_train=100, drop_last=True)
+    assert sum(len(y) for _, y in dls.train) == 64
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10)).eval()
+    learn = Learner(dls, net, loss_func=nn.CrossEntropyLoss())
+    for samples, n in ((None, 100), (90, 90)):
+        assert sum(len(y) for _, y in FixedLoss(learn, samples=samples).batches) == n
+
+
+def linear_learner(weights, classes=3):
+    "Return a Learner with a linear network of this many weights, a multiple of the number of classes."
+    g = torch.Generator().manual_seed(2)
+    inputs = weights // classes
+    x = torch.randn(30, inputs, generator=g, dtype=torch.float64)
+    y = torch.randint(0, classes, (30,), generator=g)
+    torch.manual_seed(0)
+    return cross_entropy_learner([(x, y)], nn.Linear(inputs, classes, bias=False).double().eval())
+
+
+def test_the_exact_trace_and_its_rounding_error():
+    "With as many probes as weights the trace is exact, with one fewer it is estimated."
+    learn = linear_learner(24)
+    H = exact(learn)
+    found = hessian_trace(learn, max_probes=24, **quiet)
+    assert (found.n, found.converged) == (24, True)
+    assert found.value == pytest.approx(H.trace().item(), rel=1e-12)
+    rounding = torch.finfo(torch.float64).eps * H.norm(dim=0).sum().item()
+    assert found.error / rounding == pytest.approx(1, rel=1e-6)
+    estimated = hessian_trace(learn, max_probes=23, tol=1e-9, **quiet)
+    assert (estimated.n, estimated.converged) == (2 * 10 + 23, False)
+
+
+@pytest.mark.parametrize('sketch', [0, 3])
+def test_the_trace_looks_at_its_error_after_every_tenth_probe_only(sketch):
+    "A stop at the first probe that brings the error below the tolerance would favour lucky probes."
+    learn = linear_learner(300)
+    ends = {hessian_trace(learn, tol=tol, sketch=sketch, **quiet).n - 2 * sketch
+            for tol in (1e9, .045, .04, .035, .03, .025)}
+    assert min(ends) == 20
+    assert len(ends) > 2, 'tolerances that end at different probes'
+    assert all(n % 10 == 0 for n in ends), ends
+
+
+def test_the_directions_of_a_surface_are_two(learn):
+    s = loss_surface(learn, span=1., points=3, seed=2, **quiet)
+    two = [random_direction(learn.model, seed) for seed in (4, 5)]
+    given = loss_surface(learn, two, span=1., points=3, **quiet)
+    assert (s.loss == given.loss).all()
+    assert abs(s.loss - s.loss.T).max() > 1e-3, 'twice the same direction would be symmetric'
+
+
+def test_the_largest_number_of_products_grows_with_the_number_of_eigenvalues(monkeypatch):
+    "Both functions stop after 200 + 5 k products, and their bars say so."
+    limits, real = [], hessian._Products.__init__
+    def watched(self, learn, dl, samples, progress, name, total):
+        limits.append(total)
+        real(self, learn, dl, samples, progress, name, total)
+    monkeypatch.setattr(hessian._Products, '__init__', watched)
+    learn = linear_learner(30)
+    for find in (top_eigenvalues, top_eigenvectors):
+        find(learn, 2, **quiet)
+        find(learn, 2, max_products=25, **quiet)
+    assert limits == [210, 25] * 2
+
+
+def test_the_bar_of_the_density_counts_every_product(monkeypatch):
+    ends = []
+    monkeypatch.setattr(hessian._Products, '__exit__', lambda self, *_: ends.append((self.bar.total, self.n)))
+    for steps in (5, 60): # at most as many steps as weights
+        found = spectral_density(linear_learner(12), steps=steps, vectors=3, **quiet)
+        assert ends.pop() == (3 * min(steps, 12), found.n)
+        assert found.n == 3 * min(steps, 12)
+
+
+def test_a_landscape_of_images_and_of_videos():
+    "Images are held with the channels last, which is faster; inputs with another number of axes as they are."
+    for axes, conv in ((2, nn.Conv2d), (3, nn.Conv3d)):
+        torch.manual_seed(0)
+        net = nn.Sequential(conv(2, 3, 2), nn.Flatten(), nn.Linear(3 * 3**axes, 4)).double().eval()
+        x, y = torch.randn(6, 2, *[4] * axes, dtype=torch.float64), torch.arange(6) % 4
+        learn = cross_entropy_learner([(x, y)], net)
+        direction = random_direction(net)
+        line = loss_line(learn, direction, span=1., points=3, **quiet)
+        assert line.loss[1] == pytest.approx(learn.loss_func(net(x), y).item(), rel=1e-12)
+        (xb,), _ = landscape._Slice(learn, [direction], None, None).loss.batches[0]
+        assert torch.equal(xb, x)
+        if axes == 2: assert xb.is_contiguous(memory_format=torch.channels_last)

@@ -146,3 +146,14 @@ def test_vit_weights_are_checked_with_the_configuration(tmp_path, recwarn):
     Run(model='vit_s32', model_args=options)
     assert not [w for w in recwarn if 'meta' in str(w.message)]
     with pytest.raises(ValueError, match='does not fit'): Run(model='vit_b32', model_args=options)
+
+
+@pytest.mark.parametrize('name', ['simple_cnn', 'vgg16_slim', 'inception_resnet_slim'])
+def test_the_starting_weights_of_keras_and_of_pytorch(name):
+    "Keras starts with zero biases; PyTorch draws them from a range that the number of inputs gives."
+    def biases(init):
+        modules = make_model(name, 10, init=init).modules()
+        layers = [m for m in modules if isinstance(m, (nn.Conv2d, nn.Linear))]
+        return [(m.bias.abs().max().item(), m.weight[0].numel()**-.5) for m in layers if m.bias is not None]
+    assert {largest for largest, _ in biases('keras')} == {0.}
+    for largest, limit in biases('torch'): assert 0 < largest <= limit

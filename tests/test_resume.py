@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import conftest
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -721,3 +722,17 @@ def test_several_processes_stop_together(tmp_path):
         assert 'the loss became NaN or infinite in epoch 1' in error
     result = json.loads((tmp_path / diverging.name / 'result.json').read_text())
     assert result['status'] == 'diverged'
+
+
+def test_the_states_of_all_random_generators_are_put_back():
+    "PyTorch's, NumPy's and Python's, each with numbers of its own."
+    learn = conftest.learner(conftest.mlp(), data=conftest.as_loader(conftest.batches(), shuffle=True))
+    learn.fit(1)
+    draws = dict(torch=lambda: torch.rand(()).item(), numpy=np.random.rand, python=random.random,
+                 order=lambda: [int(i) for i in learn.dls.train.get_idxs()])
+    state = checkpoint.training_state(learn)
+    first = {name: draw() for name, draw in draws.items()}
+    second = {name: draw() for name, draw in draws.items()}
+    checkpoint.load_training_state(learn, state)
+    assert {name: draw() for name, draw in draws.items()} == first
+    assert all(first[name] != second[name] for name in draws)

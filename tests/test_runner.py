@@ -1,12 +1,16 @@
 "Stored runs: written whole or not at all, skipped when finished, and equal in any number of processes."
 import json
+import math
 import time
 import warnings
+from concurrent.futures import Future
+from fractions import Fraction
 
 import pytest
 import torch
-from fastai.callback.core import CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException
 from sadt_nb.data.datasets import digits
+from sadt_nb.experiments import grid as grid_module
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
@@ -220,3 +224,123 @@ def test_digits_are_read_once_and_may_be_changed():
     a.y.zero_()
     assert int(b.x.max()) == int(digits()[0].x.max()) == 255
     assert int(digits()[0].y.max()) == 9
+
+
+def all_rates(cfg):
+    "Return the learning rate of every training batch, without training."
+    seen = []
+    class Seen(Callback):
+        order = 70 # after the scheduler
+        def before_batch(self):
+            if self.training: seen.append(self.opt.hypers[-1]['lr'])
+            raise CancelBatchException()
+    make_learner(cfg, 'cpu').fit(cfg.epochs, cbs=Seen())
+    return seen
+
+
+@pytest.mark.parametrize('warmup', [0., 1.])
+def test_the_cosine_goes_from_the_rate_to_zero(warmup):
+    "Its values at all steps, and at the end, which is one step after the last."
+    cfg = SMALL.but(n_train=100, bs=25, valid=0., epochs=5, lr=.2, warmup=warmup, sched='cosine')
+    rates = all_rates(cfg)
+    expected = [.2 * (1 + math.cos(math.pi * i / 20)) / 2 for i in range(20)]
+    risen = 4 * int(warmup)
+    assert rates[risen:] == pytest.approx(expected[risen:], rel=1e-9)
+    schedule = runner._schedule(cfg)[0].scheds['lr']
+    assert schedule(1.) == pytest.approx(0., abs=1e-15)
+
+
+@pytest.mark.parametrize('sched, span', [('thirds', None), ('step', 30)])
+def test_the_rate_falls_at_the_right_step(sched, span):
+    "fastai adds up the share of training in floating point; fractions say where the falls are."
+    for epochs in (*range(1, 19), 44, 52, 90, 103): # with 44 epochs, 30 / 44 * 44 is a little below 30
+        for batches in (1, 2, 3, 7, 30):
+            factor, done = runner._factor(SMALL.but(sched=sched, epochs=epochs)), 0.
+            for step in range(epochs * batches):
+                if step % batches == 0: done = (step // batches) / epochs
+                share = Fraction(step, epochs * batches)
+                falls = int(share * 3) if span is None else int(share * epochs / span)
+                assert factor(done) == .1**falls, (epochs, batches, step)
+                done += 1. / (batches * epochs)
+
+
+def test_means_over_an_epoch_weigh_batches_by_their_size():
+    sums = runner._Sums('cpu')
+    sums.add(torch.tensor(2.), torch.eye(3), torch.tensor([0, 1, 0])) # two of three are right
+    sums.add(torch.tensor(6.), torch.eye(3)[:1], torch.tensor([0]))
+    assert sums.means() == (pytest.approx((3 * 2 + 6) / 4), pytest.approx(3 / 4))
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
+def test_the_first_loss_that_is_not_finite_is_found(bad):
+    sums = runner._Sums('cpu')
+    for batch, loss in enumerate((1., 2., bad, 3., bad)): sums.check(torch.tensor(loss), batch)
+    assert int(sums.first_bad) == 2
+    fine = runner._Sums('cpu')
+    fine.check(torch.tensor(1e30), 0)
+    assert int(fine.first_bad) == -1
+
+
+# Grids
+
+def test_a_run_whose_process_dies_gets_the_stated_number_of_attempts(tmp_path, monkeypatch):
+    class Dies:
+        submitted = 0
+        def submit(self, *args, **kwargs):
+            Dies.submitted += 1
+            return raising(grid_module._WorkerDied('out of memory'))
+        def interrupt(self): pass
+        def stop(self): pass
+    monkeypatch.setattr(grid_module, '_make_workers', lambda n, ray: [Dies()])
+    for attempts in (1, 3):
+        Dies.submitted = 0
+        error, = run_grid([SMALL], tmp_path, attempts=attempts, **quiet)
+        assert Dies.submitted == attempts
+        assert f'its process was killed {attempts} times; out of memory' in str(error)
+
+
+def raising(error):
+    job = Future()
+    job.set_exception(error)
+    return job
+
+
+def test_a_grid_plans_teachers_without_weights(tmp_path):
+    "A teacher with a result but without weights is trained again, before its student and with weights."
+    teacher = SMALL.but(n_train=60, bs=30, epochs=1, split=0)
+    student = teacher.but(method='distillation', teachers=teacher, seed=1)
+    run(teacher, tmp_path, **quiet)
+    assert grid_module._plan([student], tmp_path, False) == {student: dict(force=False, weights=False)}
+    (tmp_path / teacher.name / 'weights.pt').unlink()
+    plan = grid_module._plan([student], tmp_path, False)
+    assert plan == {student: dict(force=False, weights=False), teacher: dict(force=False, weights=True)}
+    assert grid_module._unfinished(plan, tmp_path).keys() == {student, teacher}
+
+
+def test_the_time_left_counts_epochs_images_and_passes():
+    base = grid_module._work(SMALL)
+    longer = SMALL.but(epochs=3 * SMALL.epochs)
+    assert grid_module._work(longer) == 3 * base
+    assert grid_module._work(SMALL.but(method='sam')) == 2 * base
+    assert grid_module._work(SMALL.but(n_train=2 * SMALL.n_train)) == 2 * base
+
+
+def test_a_run_without_stored_epochs_has_trained_none(tmp_path):
+    work = grid_module._Work({SMALL: dict(force=False, weights=False)}, tmp_path)
+    work.begins(SMALL)
+    assert work.under_way(SMALL) == 0
+    assert work.time_left() == ''
+
+
+def test_processes_share_a_batch(monkeypatch):
+    "One process keeps its loaders; two get half a batch each, and no other number of images fits."
+    dls = runner.run_loaders(SMALL.but(n_train=60, bs=30, valid=.1), 'cpu')
+    before = list(dls.loaders)
+    runner._share_among_ranks(dls, SMALL.but(bs=30))
+    assert all(a is b for a, b in zip(dls.loaders, before, strict=True))
+    monkeypatch.setattr(runner, 'n_ranks', lambda: 2)
+    with pytest.raises(ValueError, match='2 processes cannot share batches of 25'):
+        runner._share_among_ranks(dls, SMALL.but(bs=25))
+    runner._share_among_ranks(dls, SMALL.but(bs=30))
+    assert dls.train.bs == 15
+    assert dls[1] is before[1]

@@ -115,3 +115,21 @@ def test_autocast_is_left_after_a_pass_without_backward_and_after_an_error():
     with pytest.raises(RuntimeError, match='on purpose'):
         fit(SADT(), DeviceMixedPrecision('bf16'), Fail(), net=mlp(dtype=torch.float32), data=data)
     assert not torch.is_autocast_enabled('cpu')
+
+
+CALLS = [(2, {}, 2), (2, dict(share_trunk=False), 3), (2, dict(grad_at='up'), 5), (1, {}, 2)]
+
+
+@pytest.mark.parametrize('variant, options, calls', CALLS)
+def test_how_often_the_first_layer_runs_per_batch(variant, options, calls):
+    """Once for the batch, and once for all teachers that share the trunk, else once per teacher.
+
+    With the gradient at the updated weights each teacher needs two passes: one there, one of its own."""
+    net, seen = cnn(), []
+    convolve = net[0]._conv_forward # a hook would also count the calls that are answered from memory
+    def counted(*args):
+        if net.training: seen.append(1)
+        return convolve(*args)
+    net[0]._conv_forward = counted
+    fit(SADT(variant, noise_scale=1e3, **options), net=net, data=batches(conv=True), epochs=1)
+    assert len(seen) == 3 * calls, 'three batches'

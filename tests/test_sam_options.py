@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import batches, cnn, flat, learner, needed
+from conftest import batches, cnn, flat, learner, mlp, needed
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
@@ -28,6 +28,7 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.sweep import at_equal_passes
 from sadt_nb.methods.asam import ASAM
+from sadt_nb.methods.gsam import GSAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options, passes_of
 from sadt_nb.methods.sadt import SADT
@@ -813,3 +814,36 @@ def test_a_network_that_keeps_a_state_of_every_sample_can_be_cut():
     weights, state = cut(4)
     torch.testing.assert_close(weights, flat(model), **CLOSE)
     torch.testing.assert_close(state, model.state, **CLOSE)
+
+
+# The radius of GSAM
+
+def radii(cb, *more, fit=None, lrs=None):
+    "Return GSAM's radius in every training batch, while the learning rate goes through `lrs`."
+    seen = []
+    class Look(Callback):
+        order, run_valid = 70, False
+        def before_batch(self):
+            if lrs: self.opt.set_hyper('lr', lrs[self.iter])
+            seen.append(self.gsam.rho)
+    learn = learner(mlp(dtype=torch.float32), [cb, Look(), *more], batches(dtype=torch.float32))
+    if fit: fit(learn)
+    else: learn.fit(1)
+    return seen
+
+
+def test_the_radius_of_gsam_stays_between_its_two_limits():
+    "It is linear in the rate between `lr_min` and `lr_max`, and constant outside."
+    gsam = GSAM(rho_max=.3, rho_min=.1, lr_max=.2, lr_min=.1)
+    assert radii(gsam, lrs=[.05, .15, .4]) == pytest.approx([.1, .2, .3], rel=1e-9)
+
+
+def test_a_search_for_the_learning_rate_leaves_the_radius_alone():
+    "Its rate rises a millionfold; the loss is that of the largest radius at all rates."
+    gsam = GSAM(rho_max=.3, rho_min=.1)
+    def search(learn): learn.lr_find(num_it=12, show_plot=False, stop_div=False)
+    found = radii(gsam, Recorder(), fit=search)
+    assert len(found) == 12
+    assert set(found) == {.3}
+    scheduled = radii(GSAM(rho_max=.3, rho_min=.1), Recorder(), fit=lambda learn: learn.fit_one_cycle(2))
+    assert max(scheduled) > min(scheduled)

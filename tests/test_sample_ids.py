@@ -1,6 +1,7 @@
 """Which samples a batch holds: with fastai's and PyTorch's loaders, workers, skipped samples, and in SAF."""
 import pytest
 import torch
+from conftest import as_loader, batches, learner, mlp
 from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
@@ -12,7 +13,8 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
 from torch.utils.data import DataLoader as TorchLoader
 
 from sadt_nb.core.loss_terms import SampleIds
-from sadt_nb.methods.saf import SAF
+from sadt_nb.methods.saf import SAF, Records
+from sadt_nb.methods.sam import SAM
 
 N = 22
 
@@ -138,3 +140,28 @@ def test_batches_may_be_cancelled(make):
     check = Check()
     fit(make(), check, SkipBatches(), epochs=1)
     assert 0 < len(check.seen) < N - 6
+
+
+# What SAF records
+
+def test_records_of_large_logits_stay_finite():
+    records = Records.empty(1, 3, 2)
+    ids = torch.arange(3)
+    logits = torch.tensor([[1e6, -1e6], [65504., -65504.], [.1, 2.]])
+    assert torch.equal(records.exchange(ids, logits, 0), logits)
+    past = records.exchange(ids, torch.zeros(3, 2), 1)
+    expected = torch.tensor([[65504., -65504.], [65504., -65504.], [.1, 2.]])
+    torch.testing.assert_close(past, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize('extra', [[], ['sam']])
+def test_records_are_of_the_weights_and_not_of_a_perturbed_point(extra):
+    net = mlp()
+    x, y = batches(n=8)[0]
+    with torch.no_grad(): expected = net(x)
+    saf = SAF(lag=1, start_epoch=0)
+    cbs = [saf, *([SAM(5.)] if extra else [])]
+    learn = learner(net, cbs, as_loader([(x, y)]))
+    learn.fit(1)
+    assert torch.equal(saf.records.logits[0], expected.half())
+    with torch.no_grad(): assert not torch.equal(net(x), expected), 'the fit has moved the weights'

@@ -195,3 +195,53 @@ def test_a_users_subclass_is_explained():
     assert 'Radius' in Steep.__doc__
     class Plain(Callback): run_valid = False
     assert repr(Plain()) == 'Plain'
+
+
+# The values that a paper gives for its method, each with its source
+PUBLISHED_DEFAULTS = {
+    'SAM': dict(rho=.05), # Foret et al. 2021, appendix C.1
+    'ASAM': dict(rho=.5, eta=.01), # Kwon et al. 2021, section 5.1
+    'ESAM': dict(beta=.6, gamma=.5), # Du et al. 2022, table 5
+    'LookSAM': dict(k=5, alpha=.7), # Liu et al. 2022, section 5
+    'GSAM': dict(alpha=.4), # Zhuang et al. 2022, appendix, ViT-B/32
+    'FriendlySAM': dict(sigma=1., decay=.9), # Li et al. 2024, section 5.1
+    'WSAM': dict(gamma=.9), # Yue et al. 2023, section 5
+    'SAF': dict(lam=.3, tau=5., lag=3, start_epoch=5), # Du et al. 2022, section 4.1
+    'MESA': dict(lam=.8, tau=5., beta=.9995, start_epoch=5), # the same, and table 4
+    'AGC': dict(clip=.01, eps=1e-3), # Brock et al. 2021, section 4.1
+    'Distillation': dict(alpha=.5, temperature=4.), # the middle alpha of Pham et al. 2022; Zhang et al. 2019
+    'SADT': dict(variant=1, kl_weight=1., noise_scale=1.), # Fahim and Boutellier 2022, section 3.1
+    'CutMix': dict(alpha=.25), # the SADT code
+    'ResizedCrop': dict(smallest=.08), # Szegedy et al. 2015, section 6
+    'Cutout': dict(size=16), # DeVries and Taylor 2017, CIFAR-10
+    'CropFlip': dict(pad=4), # He et al. 2016, section 4.2
+    'KerasAdam': dict(lr=1e-3, betas=(.9, .999), eps=1e-7), # Keras
+    'Lookahead': dict(every=5, decay=.95), # Jordan 2024
+    'calibration_error': dict(bins=15), # Guo et al. 2017, section 5
+}
+
+
+def defaults(f):
+    return {n: p.default for n, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
+
+
+@pytest.mark.parametrize('name', PUBLISHED_DEFAULTS)
+def test_published_values_are_the_defaults(name):
+    f, = [obj for full, obj in PUBLIC.items() if full.rpartition('.')[2] == name]
+    assert defaults(f).items() >= PUBLISHED_DEFAULTS[name].items()
+
+
+def test_functions_of_a_step_have_the_defaults_of_the_callback():
+    "Options of other names: GSAM has two radii, and `sadt_step` reads the paper without a `spec`."
+    classes = {name.lower(): obj for name, obj in CLASSES.items()}
+    compared = 0
+    for full, f in PUBLIC.items():
+        name = full.rpartition('.')[2]
+        if not name.endswith('_step') or name.removesuffix('_step') not in classes: continue
+        of_callback = defaults(classes[name.removesuffix('_step')])
+        if name == 'gsam_step': of_callback['rho'] = of_callback['rho_max']
+        for option, value in defaults(f).items():
+            if option not in of_callback or name == 'sadt_step': continue
+            assert value == of_callback[option], f'{name}: {option}'
+            compared += 1
+    assert compared > 15

@@ -159,7 +159,7 @@ def test_texts_from_files_in_pages(tmp_path):
     "Markdown shows them as they are, in one line; a parser of Markdown is the oracle."
     markdown_it = pytest.importorskip('markdown_it', reason='markdown-it-py is not installed')
     table = pd.DataFrame({'row': [ODD], 'n': ['1 of 1']})
-    page = pages._markdown_page(ODD, 'counted', table, '', dict(hardware=ODD))
+    page = pages._markdown_page(ODD, 'counted', [table], '', dict(hardware=ODD))
     assert '\x1b' not in page
     html = markdown_it.MarkdownIt('commonmark', {'html': True}).enable('table').render(page)
     shown = r'[link](http://a.b) &lt;img src=x&gt; | `code` \ $x$ \x1b[2J next'

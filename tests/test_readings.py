@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.data.datasets import channel_statistics, get_dls
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.report import load_results
+from sadt_nb.experiments.report import about_images, load_results
 from sadt_nb.experiments.runner import KeepReleased, evaluate, make_learner, run
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.models.inception_resnet import inception_resnet_slim
@@ -260,3 +260,20 @@ def test_results_of_the_release_are_read_again(tmp_path):
     run(SMALL.but(epochs=4), tmp_path, **quiet)
     row = load_results(tmp_path).iloc[0]
     assert 0 <= row['accuracy_others'] <= 1
+
+
+def test_the_text_on_images_is_that_of_the_stored_checksums():
+    "All published runs on CIFAR-10 have one copy, or are older than checksums."
+    stored = load_results('published')
+    on_cifar = stored[[r.data == 'cifar10' for r in stored['run']]]
+    found = {(f or {}).get('test_crc32') if isinstance(f, dict) else None for f in on_cifar['data_facts']}
+    assert found == {'e9248f55', None}
+    assert about_images(stored).count('checksum') == 1
+    digits = stored[['digits' in r.data for r in stored['run']]]
+    assert about_images(digits) == ''
+    other = pd.DataFrame([dict(run=Run(data='cifar10'), data_facts=dict(test_crc32='00000000'))])
+    assert 'nothing else is known' in about_images(other)
+    assert 'JPEG' not in about_images(other)
+    both = about_images(pd.concat([on_cifar.head(3), other]))
+    assert 'The images of 3 runs are a copy of CIFAR-10 whose' in both
+    assert 'The images of 1 run are' in both

@@ -133,9 +133,9 @@ def about_images(
     kinds = []
     for checksum, n in counts.items():
         copy = _COPIES.get(checksum, 'a copy of CIFAR of which nothing else is known here')
-        those = f'{n:,} runs' if len(counts) > 1 else 'All runs on CIFAR here'
-        kinds.append(f'{those} have {copy} (checksum of the test images: {checksum}).')
-    return Sentence(f'*The images:* {" ".join(kinds)}' if kinds else '')
+        those = 'all runs on CIFAR here' if len(counts) == 1 else f'{n:,} run' + 's' * (n > 1)
+        kinds.append(f'The images of {those} are {copy} (checksum of the test images: {checksum}).')
+    return Sentence(' '.join(kinds))
 
 # %% ../../nbs/experiments/82_report.ipynb #91a9fa38
 def _publish_weights(cfg, root, to):

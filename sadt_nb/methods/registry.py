@@ -333,6 +333,7 @@ def passes_of(
     defaults = {k: p.default for k, p in parameters.items()}
     o = SimpleNamespace(**{**defaults, **options})
     extra = method.passes - 1 if method.extra_passes is None else method.extra_passes(o)
+    if not extra: return 1. # there is nothing that `start` could put off
     return 1 + (getattr(o, 'stop', 1.) - getattr(o, 'start', 0.)) * extra
 
 # %% ../../nbs/methods/99_registry.ipynb #0b56f864

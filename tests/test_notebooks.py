@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from sadt_nb.experiments.report import about_images, load_results
 from sadt_nb.methods.registry import method_card
 
 NBS = Path(__file__).parents[1] / 'nbs'
@@ -61,6 +62,27 @@ def test_method_notebooks_show_their_current_card(path):
     args = map(ast.literal_eval, call.args)
     kwargs = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
     assert stored == method_card(*args, **kwargs)._repr_markdown_(), 'run the notebook again'
+
+
+ON_CIFAR = ('all_methods_on_cifar', 'distill_cifar', 'flatness', 'sadt_notebook20', 'sadt_table1',
+            'sam_study')
+
+
+@pytest.mark.parametrize('page', ON_CIFAR)
+def test_pages_with_accuracies_on_cifar_say_once_which_images_these_are(page):
+    "The text has one source, `about_images`, and no page says it in words of its own."
+    path = NBS / 'studies' / f'{page}.ipynb'
+    shown = [c for c in code_cells(path) if 'about_images(' in source(c) and 'import' not in source(c)]
+    assert len(shown) == 1
+    stored = ''.join(shown[0]['outputs'][0]['data']['text/markdown'])
+    assert stored == about_images(load_results('published/cifar_small')), 'run the notebook again'
+    assert 'JPEG' in stored
+    assert 'JPEG' not in prose(path)
+
+
+def test_all_studies_with_accuracies_on_cifar_are_in_the_list():
+    found = {p.stem for p in in_folder('studies') if 'about_images(' in '\n'.join(map(source, code_cells(p)))}
+    assert found - {'verdicts'} == set(ON_CIFAR)
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))

@@ -21,7 +21,7 @@ FOLDERS = ('core', 'methods', 'measures')
 GIVEN = {
     'Checkpoint': ('x.pt',), 'Distillation': (None,), 'PartialEpochs': (1.5,), 'TrajectoryLoss': (1., 1., 0),
     'RestartEveryEpoch': (.1,), 'weight_noise': (.1,), 'layer_noise': ('a', .1), 'gradient_ascent': (.1, .1),
-    'normalized_ascent': (.1,)}
+    'normalized_ascent': (.1,), 'KeepReleased': (32,)}
 
 
 def public():

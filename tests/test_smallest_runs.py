@@ -8,7 +8,8 @@ from sadt_nb.experiments.runner import RunRecorder, make_learner, run
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid
 
 PIXELS = dict(tiny_imagenet=64, imagenet=224)
-QUICK = ('sadt/notebook20', 'sam_study/c_small', 'saf/cifar_small', 'distill/digits', 'compare/digits')
+QUICK = ('sadt/notebook20', 'sadt/table1_code', 'sam_study/c_small', 'saf/cifar_small',
+         'distill/digits', 'compare/digits')
 CLASSES = 2
 
 

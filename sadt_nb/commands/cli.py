@@ -376,7 +376,7 @@ def sadt_train(
     tf32:bool=False,       # Use TF32 in matrix products, on GPUs that have it
     clip:float=0.,         # Largest norm of a step's gradient, 0 for no clipping
     # Epoch whose weights are kept: the last one, or the best on valid or test data
-    select:Literal['last', 'valid', 'test']='last',
+    select:Literal['last', 'valid', 'test', 'release']='last',
     teacher:Path=None,     # For distillation: the folder of the teacher, a finished run below --root
     minutes:float=1.,      # Least minutes between two checkpoints, which are stored after epochs
     force:bool=False,      # Train again even if a result is stored; ignore a checkpoint that does not fit

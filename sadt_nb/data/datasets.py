@@ -404,7 +404,7 @@ def channel_statistics(
 
 # %% ../../nbs/data/72_datasets.ipynb #fdb726c4
 def _training_transforms(vocab, mean, seed, crop, pad_mode, flip, resized_crop, rotate,
-                         autoaugment, cutout, cutout_inside, cutmix, cutmix_per):
+                         autoaugment, cutout, cutout_fill, cutout_inside, cutmix, cutmix_per):
     "Return the batch transforms for the options of `get_dls`, in order."
     at_random = flip is True
     tfms = []
@@ -414,7 +414,8 @@ def _training_transforms(vocab, mean, seed, crop, pad_mode, flip, resized_crop, 
     if rotate: tfms.append(Rotate(rotate))
     if autoaugment: tfms.append(AutoAugment(autoaugment))
     if cutout:
-        fill = np.clip(np.round(255 * np.asarray(mean, dtype=float)), 0, 255) # the mean becomes zero
+        colour = cutout_fill if cutout_fill is not None else mean # the loader's mean becomes zero
+        fill = np.clip(np.round(255 * np.asarray(colour, dtype=float)), 0, 255)
         tfms.append(Cutout(cutout, fill, cutout_inside))
     if cutmix: tfms.append(CutMix(len(vocab), cutmix, cutmix_per))
     return tfms
@@ -471,6 +472,7 @@ def get_dls(
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
     cutout:int=0,          # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
     cutout_inside:bool=False, # Draw only squares that lie wholly inside the image?
+    cutout_fill:Literal['', 'mean']='', # Colour of the square: `mean`, or the mean of the training images
     cutmix:float=0.,       # Alpha of CutMix; 0 for none
     cutmix_per:Literal['sample', 'batch']='sample', # One CutMix rectangle per 'sample' or per 'batch'
     mean:float|Sequence[float]|Literal['data']=0., # For values in [0, 1]; 'data': computed from the images
@@ -484,7 +486,10 @@ def get_dls(
 ) -> DataLoaders: # `train`, `valid` (the test set if `valid` is 0) and, as `dls[2]`, the test set
     """Return loaders for training, validation and test. Raises `ValueError` for values out of range.
 
-    Only training images are augmented. The colour of Cutout is `mean`, which is zero after normalisation."""
+    Only training images are augmented. Cutout's square has the colour `mean`, which is black without
+    normalisation, or, with `cutout_fill='mean'`, the mean colour of the training images."""
+    if cutout_fill not in ('', 'mean'):
+        raise ValueError(f"`cutout_fill` must be 'mean' or empty, got {cutout_fill!r}")
     _check_options(valid, cutmix, flip, pad_mode)
     train, test = load_data(name_or_path, **kwargs)
     checksums = dict(train_crc32=train.checksum(), test_crc32=test.checksum())
@@ -495,8 +500,9 @@ def get_dls(
         data_mean, data_std = channel_statistics(train)
         if isinstance(mean, str): mean = data_mean
         if isinstance(std, str): std = data_std
+    fill = channel_statistics(train)[0] if cutout and cutout_fill else None
     tfms = _training_transforms(train.vocab, mean, seed, crop, pad_mode, flip, resized_crop, rotate,
-                                autoaugment, cutout, cutout_inside, cutmix, cutmix_per)
+                                autoaugment, cutout, fill, cutout_inside, cutmix, cutmix_per)
     common = dict(seed=seed, mean=mean, std=std, channels_last=channels_last, device=device)
     loaders = [TensorDL(train, bs, shuffle=True, drop_last=drop_last, tfms=tfms, **common)]
     for data in (held_out, test):

@@ -26,7 +26,7 @@ from ..models.registry import MODELS, make_model, model_options
 # %% ../../nbs/experiments/80_config.ipynb #6c751346
 OPTIMIZERS = ('keras_adam', 'adam', 'adamw', 'sgd', 'decoupled_sgd')
 SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart', 'triangle')
-SELECT = ('last', 'valid', 'test')
+SELECT = ('last', 'valid', 'test', 'release')
 COMPILE = ('', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 def _whole(v): return isinstance(v, int) and not isinstance(v, bool) and v >= 0
@@ -70,6 +70,7 @@ _CHECKS = (
     _Check('views', _level, 'be 0, 1 or 2'),
     _Check('warmup', _not_negative, 'not be negative'),
     _Check('warmup_lr', _not_negative, 'not be negative'),
+    _Check('cutout_fill', ('', 'mean'), "be 'mean' or empty"),
 )
 _CHOICES = dict(model=MODELS, method=METHODS, opt=OPTIMIZERS, sched=SCHEDULES, select=SELECT)
 
@@ -195,6 +196,8 @@ def _check_images(run):
     if run.pad_mode != 'zeros' and not run.crop:
         advice = f'set `crop` above 0, or leave {run.pad_mode!r} out'
         raise ValueError(f'`pad_mode` is the border of a random crop; {advice}')
+    if run.cutout_fill and not run.cutout:
+        raise ValueError('`cutout_fill` colours a square that has no size; set `cutout` above 0')
     if run.cutout_inside and not run.cutout:
         raise ValueError('`cutout_inside` places a square that has no size; set `cutout` above 0')
     if run.normalize not in ('', 'data') and not _is_mean_and_std(run.normalize):
@@ -352,7 +355,8 @@ class Run(_Configuration):
     flip: bool | str = False
     channels_last: bool = True   # Memory format of torch: faster, with other rounding errors
     clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
-    # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data
+    # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data;
+    # 'release': by the loss of a part of the test data, as in the SADT notebook (see `KeepReleased`)
     select: str = 'last'
     split: int | None = None     # Seed of the split into training and validation images; `None`: `seed`
     rotate: float = 0.           # Largest angle in degrees by which training images are turned
@@ -377,6 +381,8 @@ class Run(_Configuration):
     # Number of epochs in which the rate rises linearly from `warmup_lr` to `lr`; then the schedule takes over
     warmup: float = 0.
     warmup_lr: float = 0.        # Learning rate at the start of a warm-up
+    # Colour of Cutout's square: 'mean' of the training images; '': what `normalize` turns into 0, else black
+    cutout_fill: str = ''
     teachers: tuple = ()         # One teacher's `Run`, or several; the logits of several are averaged
 
     def __post_init__(self): _check(self)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['VIEWS', 'code_version', 'provenance', 'RunError', 'RunDiverged', 'RunBusy', 'write_json', 'read_result',
            'work_folder', 'RestartEveryEpoch', 'RunRecorder', 'weights_file', 'is_trained', 'load_model', 'run_loaders',
-           'make_learner', 'stored_learner', 'evaluate', 'reestimated', 'packed', 'unpacked', 'first_layer_histogram',
-           'keep_pages', 'run']
+           'KeepReleased', 'make_learner', 'stored_learner', 'evaluate', 'reestimated', 'packed', 'unpacked',
+           'first_layer_histogram', 'keep_pages', 'run']
 
 # %% ../../nbs/experiments/81_runner.ipynb #fcd1d9bf
 import base64, ctypes, errno, hashlib, importlib.metadata, json, math, os, platform, re, shutil, sys, time
@@ -42,7 +42,8 @@ from ..core.loss_terms import LossTerm
 from ..core.passes import replaying
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
-from ..core.ranks import distributed_context, join_ranks, n_ranks, on_rank_zero, over_ranks, this_rank
+from ..core.ranks import bare_loader, distributed_context, join_ranks, n_ranks, on_rank_zero
+from ..core.ranks import over_ranks, this_rank
 from ..core.recipe import FreezeAfter, Lookahead, PartialEpochs, RateSchedule
 from ..core.recipe import decoupled_sgd, norm_bias_split, triangle
 from ..data.datasets import data_checksums, get_dls
@@ -569,7 +570,8 @@ def run_loaders(
             drop_last=cfg.drop_last, mean=mean, std=std, channels_last=cfg.channels_last, device=device,
             crop=cfg.crop, pad_mode=cfg.pad_mode, flip=cfg.flip, rotate=cfg.rotate,
             resized_crop=cfg.resized_crop, autoaugment=cfg.autoaugment or None, cutout=cfg.cutout,
-            cutout_inside=cfg.cutout_inside, cutmix=cfg.cutmix, **dict(cfg.data_args))
+            cutout_inside=cfg.cutout_inside, cutout_fill=cfg.cutout_fill,
+            cutmix=cfg.cutmix, **dict(cfg.data_args))
     except TypeError as e: raise ValueError(f'data set {cfg.data}: {e}') from None
 
 def _share_among_ranks(dls, cfg):
@@ -643,6 +645,50 @@ def _warn_emulated(device):
     warnings.warn('this processor emulates half precision, which can take ten times as long as float32; '
                   'leave `amp` empty here', stacklevel=3)
 
+# %% ../../nbs/experiments/81_runner.ipynb #9fc1d919
+_CHOOSING = .3   # share of the test images by which the weights are chosen: 3,000 of 10,000
+_FIRST_EPOCH = 3 # counted from 0
+
+class KeepReleased(KeepBest):
+    "After training, loads the weights that the notebook released with SADT would keep."
+    def __init__(self,
+        bs:int, # Images per batch, >= 1; the last batch of the choosing images is what remains
+    ):
+        super().__init__('test')
+        self.bs = bs
+
+    def before_fit(self):
+        super().before_fit()
+        self.best = math.inf
+        self.loader = bare_loader(self.learn.dls.loaders[2])
+        n = len(self.loader.dataset)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        choosing = max(1, round(_CHOOSING * n))
+        self.last_batch = order[(choosing - 1) // self.bs * self.bs:choosing]
+        self.others = order[choosing + 1:] # the notebook leaves one image out
+
+    @torch.no_grad()
+    def after_epoch(self):
+        model = unwrapped(self.learn.model.eval()) # the next epoch sets training mode
+        x, y = self.loader.batch(self.last_batch)
+        loss = nn.functional.cross_entropy(model(x), y).double()
+        loss = float(over_ranks(loss, 'first')) # the first process's loss, so that all agree
+        lowest = loss < self.best
+        self.best = min(loss, self.best)
+        if not lowest or self.epoch < _FIRST_EPOCH: return
+        self.epoch_kept = self.epoch
+        self._weights = {k: v.clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def facts(self) -> dict: # `epoch_kept`, from 1 on, and `accuracy_others`
+        "Return the kept epoch, and the accuracy on the test images that had no part in the choice."
+        model, right = unwrapped(self.learn.model).eval(), 0
+        for ids in self.others.split(500):
+            x, y = self.loader.batch(ids)
+            right += (model(x).argmax(1) == y).sum().item()
+        kept = self.learn.n_epoch if self.epoch_kept is None else self.epoch_kept + 1
+        return dict(epoch_kept=kept, accuracy_others=right / len(self.others))
+
 # %% ../../nbs/experiments/81_runner.ipynb #d87a4a78
 def _recipe(cfg, model):
     "Return the callbacks of `core.recipe` that a run needs."
@@ -657,7 +703,8 @@ def _features(cfg, dls):
     cbs = []
     if cfg.amp: cbs.append(DeviceMixedPrecision(cfg.amp))
     if cfg.clip: cbs.append(GradientClip(cfg.clip))
-    if cfg.select != 'last': cbs.append(KeepBest(cfg.select))
+    if cfg.select == 'release': cbs.append(KeepReleased(cfg.bs))
+    elif cfg.select != 'last': cbs.append(KeepBest(cfg.select))
     if cfg.track: cbs.append(FlatnessRecorder(every=cfg.track, dl=_in_order(dls.train), samples=1000))
     return cbs
 
@@ -783,7 +830,8 @@ def _data_facts(dls):
     return facts | getattr(dls, 'checksums', {})
 
 def _selected(learn):
-    "Return the epoch whose weights were kept, and the accuracies of this epoch and of the last epoch."
+    "Return the epoch whose weights were kept, and accuracies that belong to the rule that kept them."
+    if hasattr(learn, 'keep_released'): return learn.keep_released.facts()
     if not hasattr(learn, 'keep_best'): return {}
     keep = learn.keep_best
     return dict(epoch_kept=keep.epoch_kept + 1, accuracy_kept=keep.best, accuracy_last=keep.last)

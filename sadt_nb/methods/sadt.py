@@ -284,12 +284,15 @@ def _check_choice(name, value, choices):
     *first, last = map(repr, choices)
     raise ValueError(f"`{name}` must be {', '.join(first)} or {last}, got {value!r}")
 
-def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho):
+def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, sigma, rho):
     "Raise `ValueError` for options out of range, and if both `rho` and `perturb` are given."
     _check_choice('variant', variant, (1, 2, 3))
     _check_choice('spec', spec, ('paper', 'code'))
     if kl is not None: _check_choice('kl', kl, ('clean_to_aux', 'aux_to_clean'))
     _check_choice('grad_at', grad_at, ('aux', 'up'))
+    _check_choice('sigma', sigma, ('fixed', 'rate'))
+    if sigma == 'rate' and (spec == 'code' or perturb is not None or rho is not None):
+        raise ValueError("sigma='rate' sets the noise of spec='paper'; leave `perturb` and `rho` out")
     if rho is not None: check_not_negative(rho=rho)
     if rho is not None and perturb is not None:
         raise ValueError('`rho` takes the place of `perturb`; give one of the two')
@@ -302,6 +305,7 @@ class SADT(_SeededNoise, _TwoSteps):
     The method is from Fahim & Boutellier 2022, section 3.1. Callbacks that change gradients in `before_step`,
     such as clipping, change `g_up` only. Raises `ValueError` for arguments out of range, and, before training
     starts, if variant 2 finds no convolution or no dense layer."""
+    _loaded_rate = None
     def __init__(self,
         variant:Literal[1, 2, 3]=1, # 1: noise on all; 2: on last convolution and last dense layer; 3: ascent
         spec:Literal['paper', 'code']='paper', # Presets of the variant: of the paper, or of the released code
@@ -312,6 +316,8 @@ class SADT(_SeededNoise, _TwoSteps):
         kl_weight:float=1., # Factor of the divergence, >= 0; 0: no extra pass, second step with `g_up` only
         grad_at:Literal['aux', 'up']='aux', # Gradient of the divergence: at `w_aux`, or at `w_up` (Figure 1)
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
+        # Standard deviation of the presets: 'fixed': 0.0001; 'rate': the rate at which training starts
+        sigma:Literal['fixed', 'rate']='fixed',
         rho:float|None=None, # Use one teacher, at this distance uphill as in SAM; `None`: no such teacher
         first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
@@ -322,12 +328,13 @@ class SADT(_SeededNoise, _TwoSteps):
         start:float=0., # Share of training at which SADT sets in, in [0, 1]; before: one plain step per batch
         stop:float=1.,  # Share of training at which SADT ends, in [0, 1]; after: one plain step per batch
     ):
-        _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, rho)
+        _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, sigma, rho)
         if perturb is not None: perturb = list(perturb)
         if perturb == []: raise ValueError('`perturb` must hold at least one function')
         super().__init__(bn, rng, start, stop)
         self.variant, self.spec, self.noise_scale = variant, spec, noise_scale
-        self.perturb, self.rho, self.seed = perturb, rho, seed
+        self.perturb, self.sigma, self.rho, self.seed = perturb, sigma, rho, seed
+        self.rate = None # learning rate at the start of training, for `sigma='rate'`
         self.kl, self.kl_weight, self.grad_at = kl, kl_weight, grad_at
         self.first_step, self.share_trunk, self.divergence = first_step, share_trunk, divergence
 
@@ -337,8 +344,25 @@ class SADT(_SeededNoise, _TwoSteps):
         kl = 'clean_to_aux'
         if self.rho is not None: fns = [normalized_ascent(self.rho)]
         elif self.perturb is not None: fns = self.perturb
-        else: fns, kl = presets(unwrapped(self.model), self.variant, self.noise_scale)
+        else: fns, kl = presets(unwrapped(self.model), self.variant, self._scale())
         return fns, self.kl or kl
+
+    def _scale(self):
+        "Return the factor of the presets' standard deviations, which are for a rate of 0.0001."
+        return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
+
+    def before_fit(self):
+        if self._loaded_rate is not None: self.rate, self._loaded_rate = self._loaded_rate, None
+        else: self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers)
+        super().before_fit()
+
+    def state_dict(self):
+        state = super().state_dict()
+        return dict(state, rate=self.rate) if self.sigma == 'rate' else state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if 'rate' in state: self.rate = self._loaded_rate = state['rate']
 
     def _add_teachers(self, params, g_up, micro_batches):
         "Leave the sum of the teachers' gradients in `.grad`."

@@ -35,6 +35,7 @@ class PaperRun:
     measures: tuple = ()    # Measures to compute on the trained network: names in `MEASURES`
     memory: float | None = None # Published bytes that the method keeps from step to step
     formula: float | None = None # Number of these bytes by our formula
+    measured: tuple = ()    # Pairs of a name in `MEASURES` and the value that the paper gives for it
     # Number of a run's result that is compared with `published`: 'accuracy', of the kept weights, or
     # 'accuracy_last', of the weights after the last epoch (in runs that keep the best epoch)
     result: str = 'accuracy'
@@ -50,20 +51,25 @@ def distilled(
     teachers,    # One `Run`, or a tuple of `Run`s
     seed:int,    # Seed of the student
     alpha=.5,    # Share of the labels in the loss, in [0, 1]
+    temperature=None, # Temperature of both predictions, > 0; `None`: the default of `Distillation`
 ) -> Run:
     "Return the run of a student: a copy of the first teacher's run with another seed and all teachers."
     first = teachers if isinstance(teachers, Run) else teachers[0]
-    return first.but(method='distillation', method_args=dict(alpha=alpha), teachers=teachers, seed=seed)
+    options = dict(alpha=alpha)
+    default = method_options('distillation')['temperature'].default
+    if temperature not in (None, default): options['temperature'] = temperature # the default is left out
+    return first.but(method='distillation', method_args=options, teachers=teachers, seed=seed)
 
 def rounds(
     teacher:Run, # The run of round 0
     alpha,       # Share of the labels in the loss, in [0, 1]
     n:int=3,     # Number of rounds after the teacher
+    temperature=None, # Temperature of all rounds, > 0; `None`: the default of `Distillation`
 ) -> list[Run]: # The runs of rounds 1 to `n`, each with another seed
     "Return a chain of self-distillation: each round is the student of the round before."
     chain = [teacher]
     for r in range(1, n + 1):
-        chain.append(distilled(chain[-1], teacher.seed + r, alpha))
+        chain.append(distilled(chain[-1], teacher.seed + r, alpha, temperature))
     return chain[1:]
 
 def independent(

@@ -75,9 +75,29 @@ def _all_methods(base, seeds):
                 run = run.but(epochs=max(1, round(base.epochs / cost(method))))
                 yield PaperRun(f'{name} · {where} · seed {seed}', run, note='no paper compares all of them')
 
+_DIGITS = SMALL_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last')
+
 def _compare_digits():
-    base = SMALL_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last')
-    return _all_methods(base, range(0, 50, 10))
+    return _all_methods(_DIGITS, range(0, 50, 10))
+
+_NO_READINGS = 'the paper does not compare readings'
+_READINGS = { # reading: options of SADT
+    'gradient at w_aux': {},
+    'gradient at w_up': dict(grad_at='up'),
+    'sigma from the rate': dict(sigma='rate'),
+    'released code': dict(spec='code'),
+}
+
+def _sadt_readings(base, seeds):
+    "Yield plain training, two steps on one gradient, and SADT in four readings, at equal epochs."
+    for seed in seeds:
+        plain = base.but(seed=seed)
+        yield PaperRun(f'baseline · seed {seed}', plain)
+        yield PaperRun(f'repeat_step · seed {seed}', plain.but(method='repeat_step'), note='control')
+        for name in ('sadt1', 'sadt2', 'sadt3'):
+            for reading, options in _READINGS.items():
+                run = plain.but(method=name, method_args=options)
+                yield PaperRun(f'{name}, {reading} · seed {seed}', run, note=_NO_READINGS)
 
 def _compare_digits_short():
     for c in _compare_digits():
@@ -93,4 +113,6 @@ GRIDS = {
     'compare/digits': _compare_digits,
     'compare/digits_short': _compare_digits_short,
     'compare/cifar_small': partial(_all_methods, _CIFAR_CNN, _SEEDS),
+    'compare/digits_sadt': partial(_sadt_readings, _DIGITS, range(0, 50, 10)),
+    'compare/cifar_small_sadt': partial(_sadt_readings, _CIFAR_CNN, _SEEDS),
 }

@@ -68,20 +68,20 @@ def _row(label, run, value, note=''):
     published = None if mean is None else round(mean / 100, 4)
     return PaperRun(label, run, published, note, None if spread is None else round(spread / 100, 4))
 
-def _rows(where, base, line, seeds=3, notes=None, with_sam=True):
-    "Yield teacher, rounds and SAM of one line of a table; `notes` has their five notes in this order."
-    notes = notes or [''] * 5
+def _rows(where, base, line, seeds=3, with_sam=True):
+    "Yield teacher, rounds and SAM of one line of a table."
+    note = ''
     if base.model.startswith('vit'):
         base = base.but(model_args=dict(pretrained=True))
-        notes = [_PRETRAINED] * 5
+        note = _PRETRAINED
     for seed in range(0, 10 * seeds, 10):
         teacher = base.but(seed=seed, split=0)
-        yield _row(f'teacher · {where} · seed {seed}', teacher, line.teacher, notes[0])
+        yield _row(f'teacher · {where} · seed {seed}', teacher, line.teacher, note)
         for alpha, values in line.rounds.items():
             for r, (run, value) in enumerate(zip(rounds(teacher, alpha), values), start=1):
-                yield _row(f'alpha {alpha}, round {r} · {where} · seed {seed}', run, value, notes[r])
+                yield _row(f'alpha {alpha}, round {r} · {where} · seed {seed}', run, value, note)
         if with_sam:
-            yield _row(f'SAM · {where} · seed {seed}', teacher.but(method='sam'), line.sam, notes[4])
+            yield _row(f'SAM · {where} · seed {seed}', teacher.but(method='sam'), line.sam, note)
 
 def _augmented(run, strong): return run.but(**_STRONG) if strong else run
 def _strength(strong): return 'AutoAugment, Cutout' if strong else 'crop and mirror'
@@ -112,6 +112,7 @@ _TABLE1 = [ # network, data, strong augmentation, accuracies: teacher, student, 
     ('vit_b32', 'cifar10', True, 98.96, 98.98, 99.02),
     ('vit_b32', 'cifar100', True, 92.96, 93.02, None),
 ]
+_OTHER_ALPHA = {('vit_b32', 'cifar10'): .2} # Table 2 has this line's student with alpha 0.2, not 0.5
 _MISPRINT = 'printed as CIFAR-10, but 8 points below the row above, so taken as CIFAR-100'
 
 def _table1():
@@ -128,27 +129,31 @@ def _table1():
         sam_note = 'from Table 2' if sam else 'not in the paper'
         if note: sam_note += f'; {note}'
         yield _row(f'teacher · {where}', teacher, accuracy, note)
-        yield _row(f'student · {where}', rounds(teacher, .5, 1)[0], student, note)
+        alpha = _OTHER_ALPHA.get((model, data), .5)
+        student_note = f'{note}; alpha {alpha}, as in Table 2' if alpha != .5 else note
+        yield _row(f'student · {where}', rounds(teacher, alpha, 1)[0], student, student_note)
         yield _row(f'SAM · {where}', teacher.but(method='sam'), sam, sam_note)
 
-def _curvature_notes(*pairs):
-    text = 'the paper measures a Hessian trace of {} and a largest eigenvalue of {}'
-    return [text.format(*pair) for pair in pairs]
+_CURVATURE = ('trace', 'eigenvalue')
+
+def _measured(rows, *published):
+    "Yield rows with the trace and the largest eigenvalue that the paper gives for each of them."
+    for c, (trace, eigenvalue) in zip(rows, published, strict=True):
+        yield replace(c, measures=_CURVATURE, measured=(('trace', trace), ('eigenvalue', eigenvalue)))
 
 def _table4():
     "Return a teacher and three rounds on SVHN."
-    notes = _curvature_notes((197.53, 9.24), (205.79, 11.2), (98.62, 8.3), (271.71, 12.873)) + ['']
     line = _Line(95.23, None, {.5: (95.94, 95.67, 95.17)})
     base = _DISTILL.but(data='svhn', flip=False)
-    return _rows('resnet18 · svhn', base, line, seeds=1, notes=notes, with_sam=False)
+    rows = _rows('resnet18 · svhn', base, line, seeds=1, with_sam=False)
+    return _measured(rows, (197.53, 9.24), (205.79, 11.2), (98.62, 8.3), (271.71, 12.873))
 
 def _table5():
     "Return a teacher, three rounds and SAM on Tiny ImageNet."
-    notes = _curvature_notes((415.64, 13.52), (352.12, 12.1), (361.34, 14.23), (332.67, 13.45),
-                             (310.87, 8.04))
     line = _Line(62.49, 63.26, {.2: (65.45, 66.26, 65.99)})
     base = _DISTILL.but(data='tiny_imagenet', flip=False, crop=8, rotate=15.)
-    return _rows('resnet18 · tiny_imagenet', base, line, seeds=1, notes=notes)
+    rows = _rows('resnet18 · tiny_imagenet', base, line, seeds=1)
+    return _measured(rows, (415.64, 13.52), (352.12, 12.1), (361.34, 14.23), (332.67, 13.45), (310.87, 8.04))
 
 # %% ../../nbs/papers/104_distill.ipynb #e7444e63
 _CURVE_ENSEMBLES = 'published as a curve: more teachers, better student'
@@ -209,6 +214,7 @@ def _robust_teacher():
 
 # %% ../../nbs/papers/104_distill.ipynb #42822098
 _NOISE = (0., .2, .4, .6)
+_NO_TEMPERATURE = 'the paper does not state its temperature'
 _DIGIT_SEEDS = range(0, 50, 10)
 
 def _digits():
@@ -224,6 +230,28 @@ def _digits():
             for alpha in _ALPHAS:
                 for r, run in enumerate(rounds(teacher, alpha), start=1):
                     yield PaperRun(f'alpha {alpha}, round {r} · {where}', run)
+
+_TEMPERATURES = (1., 2., 4., 8., 16.)
+
+def _digits_temperature():
+    "Yield teachers and three rounds at five temperatures, with right labels and with 40% wrong labels."
+    for noise in (0., .4):
+        for seed in _DIGIT_SEEDS:
+            teacher = noisy_digits(noise, seed)
+            where = f'noise {noise:.0%} · seed {seed}'
+            yield PaperRun(f'teacher · {where}', teacher)
+            for t in _TEMPERATURES:
+                for r, run in enumerate(rounds(teacher, .5, temperature=t), start=1):
+                    yield PaperRun(f'temperature {t:g}, round {r} · {where}', run, note=_NO_TEMPERATURE)
+
+def _digits_sam():
+    "Yield plain training, and SAM with its default radius and with the radius of `distill/digits`."
+    for noise in _NOISE:
+        for seed in _DIGIT_SEEDS:
+            plain, where = noisy_digits(noise, seed), f'noise {noise:.0%} · seed {seed}'
+            yield PaperRun(f'teacher · {where}', plain)
+            yield PaperRun(f'SAM, rho 0.05 · {where}', plain.but(method='sam'))
+            yield PaperRun(f'SAM, rho 0.2 · {where}', plain.but(method='sam', method_args=dict(rho=.2)))
 
 def _digits_ensembles():
     "Yield nine teachers with 40% wrong labels, and students of the first one to nine teachers."
@@ -274,14 +302,16 @@ def _cifar_small_members():
         yield from _growing(f'seed {seed}', SMALL_CIFAR.but(seed=seed), (.5,), n=2)
 
 # %% ../../nbs/papers/104_distill.ipynb #3283d9ad
-_CURVATURE = ('trace', 'eigenvalue')
-
 def _chain(model, data='cifar10', measures=_CURVATURE):
     "Yield one network's teacher, three rounds and SAM, with strong augmentation and one seed."
     base = _augmented(_DISTILL.but(model=model, data=data), strong=True)
     nothing = _Line(None, None, {.5: (None, None, None)})
     for c in _rows(f'{model} · {data}', base, nothing, seeds=1):
         yield replace(c, measures=measures)
+
+def _figure4():
+    "Return the rows of ResNet-18 in Table 2: with crop and mirror only, and with strong augmentation."
+    return figure_rows(_table2, 'resnet18', measures=_CURVATURE)
 
 def _figure5():
     "Yield the rows of VGG16 and ViT-S in Table 2, measured by trace and largest eigenvalue."
@@ -306,12 +336,14 @@ GRIDS = {
     'distill/robust_teacher': _robust_teacher,
     'distill/digits': _digits,
     'distill/digits_ensembles': _digits_ensembles,
+    'distill/digits_sam': _digits_sam,
     'distill/digits_select': _digits_select,
+    'distill/digits_temperature': _digits_temperature,
     'distill/digits_robust': _digits_robust,
     'distill/cifar_small': _cifar_small,
     'distill/figure2': _ban,
     'distill/figure3': _ensembles,
-    'distill/figure4': partial(figure_rows, _table2, 'resnet18', _strength(True), measures=_CURVATURE),
+    'distill/figure4': _figure4,
     'distill/figure5': _figure5,
     'distill/figure6': _ban,
     'distill/figure7': partial(_chain, 'resnet18', measures=('spectrum',)),

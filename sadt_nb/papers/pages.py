@@ -62,6 +62,15 @@ def _mean_of(values, spread=None):
     if not values: return ''
     return f'{np.mean(values):.2f}' + ('' if spread is None else f' ± {spread:.2f}')
 
+def _beside_measured(cell, result):
+    "Return the measures that the paper gives, beside ours; '-' for what is not measured yet."
+    columns = {}
+    for name, value in cell.measured:
+        found = (result.get('measures') or {}).get(name)
+        columns[f'published {name}'] = f'{value:g}'
+        columns[f'our {name}'] = '-' if found is None else f"{found['value']:.4g}"
+    return columns
+
 class _Row:
     "The repetitions of one row of a table; accuracies in percent."
     def __init__(self, what, cells):
@@ -86,6 +95,7 @@ class _Row:
             'n': f'{len(ours)} of {self.planned}',
             'ours minus published': off,
             **memory_columns(self.first, self.result),
+            **_beside_measured(self.first, self.result),
         }
 
     def against(self, plain):

@@ -6,6 +6,7 @@
 __all__ = ['GRIDS']
 
 # %% ../../nbs/papers/101_sadt.ipynb #7d02b73d
+from dataclasses import replace
 from functools import partial
 
 from ..experiments.config import Run
@@ -57,6 +58,7 @@ _ACCURACY = { # one row per method, one column per network and batch size
         (.413, .395, .560, .572, .566, .529)],
 }
 _EPOCHS = {512: 200, 2048: 370}
+_BY_RELEASE = 'weights chosen and tested as in the released notebook'
 
 def _plain(data, model, bs):
     return Run(data=data, model=model, bs=bs, epochs=_EPOCHS[bs], lr=1e-4, opt='keras_adam', sched='cosine',
@@ -69,6 +71,36 @@ def _table1():
             for (model, bs), published in zip(_COLUMNS, row):
                 run = _plain(data, model, bs).but(method=method)
                 yield PaperRun(f'{method} · {data} · {model} · {bs}', run, published)
+
+def _as_released(run):
+    "Return a run of Table 1 with the network, schedule, selection and SADT of the released notebook."
+    options = _CODE if run.method.startswith('sadt') else {}
+    return run.but(sched='restart', valid=0., select='release', method_args=options,
+                   model_args=dict(run.model_args, bottleneck=True))
+
+def _table1_code():
+    "Yield one run for every cell of Table 1, trained and tested as the released notebook does."
+    for c in _table1():
+        yield replace(c, run=_as_released(c.run), note=_BY_RELEASE, result='accuracy_others')
+
+def _notebook20_factors():
+    "Yield plain training and SADT-1 of the notebook, each with one factor changed."
+    changes = {
+        'as in sadt/notebook20': {},
+        'all training images': dict(valid=0.),
+        'weights by test images': dict(valid=0., select='release'),
+        'cosine to 0': dict(sched='cosine'),
+        "PyTorch's starting weights": dict(model_args=dict(bottleneck=True)),
+        'no bottleneck': dict(model_args=dict(init='keras')),
+    }
+    for label, change in changes.items():
+        for what, method in (('baseline', {}), ('SADT-1', dict(method='sadt1', method_args=_CODE))):
+            published = .558 if method else .457
+            result = 'accuracy_others' if change.get('select') else 'accuracy'
+            for seed in range(3):
+                run = _NOTEBOOK.but(seed=seed, **method, **change)
+                where = f'{label} · seed {seed}'
+                yield PaperRun(f'{what} · {where}', run, published, result=result)
 
 def _table1_controls():
     "Yield three controls per column of Table 1: two steps per batch, twice the rate, twice the epochs."
@@ -83,7 +115,9 @@ def _table1_controls():
 # %% ../../nbs/papers/101_sadt.ipynb #80e75ec4
 GRIDS = {
     'sadt/notebook20': _notebook20,
+    'sadt/notebook20_factors': _notebook20_factors,
     'sadt/table1': _table1,
+    'sadt/table1_code': _table1_code,
     'sadt/table1_controls': _table1_controls,
     'sadt/figure2': partial(figure_rows, _table1, 'cifar10 · simple_cnn · 2048'),
 }

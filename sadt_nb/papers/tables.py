@@ -8,7 +8,9 @@ __all__ = ['TABLES']
 # %% ../../nbs/papers/111_tables.ipynb #c56f52b3
 TABLES = {
     'sadt/notebook20': "the released notebook's methods, and three controls",
+    'sadt/notebook20_factors': 'the notebook with one factor changed at a time',
     'sadt/table1': 'three networks, two data sets, two batch sizes',
+    'sadt/table1_code': 'the same as the released code trains and selects',
     'sadt/table1_controls': 'three controls without a teacher per column',
     'sadt/figure2': 'the runs of Table 1 whose curves are published',
     'sam_study/a': 'SGD and SAM, at equal passes and at equal epochs',
@@ -40,7 +42,9 @@ TABLES = {
     'distill/robust_teacher': 'students of zero-shot CLIP on ImageNet',
     'distill/digits': 'rounds, SAM and ensembles on digits, four noise levels',
     'distill/digits_ensembles': 'students of one to nine teachers on noisy digits',
+    'distill/digits_sam': 'SAM with two radii on digits, four noise levels',
     'distill/digits_select': 'the last epoch or the best, on noisy digits',
+    'distill/digits_temperature': 'rounds at five temperatures on digits',
     'distill/digits_robust': 'students with wrong labels of a clean teacher',
     'distill/cifar_small': 'two rounds with ResNet-20 on 10,000 images',
     'distill/figure2': 'ensembles of rounds and of independent networks',
@@ -64,6 +68,8 @@ TABLES = {
     'compare/digits': 'all methods on noisy digits at three equal costs',
     'compare/digits_short': 'plain training on noisy digits for fewer epochs',
     'compare/cifar_small': 'all methods on 10,000 images at three equal costs',
+    'compare/digits_sadt': 'four readings of SADT on digits',
+    'compare/cifar_small_sadt': 'four readings of SADT on 10,000 images',
     'fast/94': 'all methods on the recipe for 94% on CIFAR-10',
     'fast/94_noise20': 'the same with 20% wrong labels',
     'fast/94_noise40': 'the same with 40% wrong labels',

@@ -362,3 +362,23 @@ def test_the_message_of_the_demonstration():
     compared = 'plain training 60%, and 70% in twice the epochs'
     assert message(60, 70, 80) == f'With 40% wrong labels, SAM reaches 80%, {compared}'
     assert message(60, 70, 65) == f'With 40% wrong labels, no method is better than {compared}'
+
+
+def test_a_result_as_json_and_nothing_else(tmp_path, capsys):
+    cli.sadt_train(method='baseline', n_train=60, bs=30, epochs=1, root=tmp_path, json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found == {'folder': found['folder'], **read_json(Path(found['folder']) / 'result.json')}
+
+
+@pytest.mark.parametrize('no_measures, expected', [(False, ('trace',)), (True, ())])
+def test_a_grid_without_measures(tmp_path, monkeypatch, no_measures, expected):
+    row = PaperRun('row', Run(n_train=60, epochs=1), measures=('trace',))
+    asked = {}
+    def run_grid(runs, root, workers, force, measures, **kwargs):
+        asked.update(measures)
+        return [{} for _ in runs]
+    monkeypatch.setattr('sadt_nb.experiments.grid.run_grid', run_grid)
+    monkeypatch.setattr(grids, 'paper_grid', lambda *args: [row])
+    monkeypatch.setattr(grids, 'paper_ensembles', lambda *args: [])
+    cli.sadt_grid('sadt/notebook20', root=tmp_path, no_measures=no_measures)
+    assert asked == {row.run: expected}

@@ -380,6 +380,7 @@ def sadt_train(
     teacher:Path=None,     # For distillation: the folder of the teacher, a finished run below --root
     minutes:float=1.,      # Least minutes between two checkpoints, which are stored after epochs
     force:bool=False,      # Train again even if a result is stored; ignore a checkpoint that does not fit
+    json:bool=False,       # Print the whole result as JSON
 ):
     "Train one network with one method, print its test accuracy, and store everything."
     if flip and alternate: raise ValueError('--flip and --alternate are two ways to mirror; use one of them')
@@ -393,8 +394,10 @@ def sadt_train(
         valid=valid, n_train=n_train, amp=amp, compile=compile, tf32=tf32, clip=clip, select=select,
         method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
         opt_args=_options(opt_args), **_teacher_fields(teacher, root))
-    r = runner.run(cfg, root, force=force, minutes=minutes)
-    if not ranks.this_rank(): _print_result(cfg, r, root) # of several processes, only the first prints
+    r = runner.run(cfg, root, force=force, progress=not json, minutes=minutes)
+    if ranks.this_rank(): return # of several processes, only the first prints
+    if json: print(_to_json({'folder': Path(root) / cfg.name, **r}))
+    else: _print_result(cfg, r, root)
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _list_tables(device=None):
@@ -456,6 +459,7 @@ def sadt_grid(
     # Address of a Ray cluster whose machines train; 'auto' for the cluster of this machine;
     # all machines must share the folder --root
     ray:str='',
+    no_measures:bool=False, # Train only, without the measures that a figure needs; these can take hours
     # Train nothing; print the rows of the table or, without a name, all tables with their passes and time
     list:bool=False,
 ):
@@ -464,7 +468,8 @@ def sadt_grid(
     if list: return _list_rows(name, scale, amp, only)
     measures = {}
     for c in grids.paper_grid(name, scale, amp, only):
-        measures[c.run] = (*measures.get(c.run, ()), *c.measures)
+        wanted = () if no_measures else c.measures
+        measures[c.run] = (*measures.get(c.run, ()), *wanted)
     results = grid.run_grid([*measures], root, workers, force, minutes=minutes, measures=measures,
                             samples=samples, ray=ray or None)
     failed = [r for r in results if isinstance(r, Exception)]

@@ -524,3 +524,9 @@ def test_every_process_has_the_same_order_and_other_augmentation(monkeypatch):
     assert first != second != third != first, 'each epoch has an order of its own'
     plain = TensorDL(data, 8, seed=1, device='cpu')
     assert [plain.get_idxs().tolist() for _ in range(2)] == [[*range(40)]] * 2
+
+
+def test_titles_of_images():
+    "A class by its name; a mixture by the shares of its classes, largest first, without the tiny ones."
+    assert loader._class_title(torch.tensor(1), ['cat', 'dog']) == 'dog'
+    assert loader._class_title(torch.tensor([.299, .7, .001]), ['cat', 'dog', 'cow']) == '70% dog\n30% cat'

@@ -9,7 +9,8 @@ from published_tables import SAM_STUDY_LOGS, SAM_STUDY_TABLE1, SAM_STUDY_TABLE2,
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid
 
 STRENGTH = dict(no='crop and mirror', yes='AutoAugment, Cutout')
-CHECKED = ['sadt/notebook20', 'sadt/table1', 'saf/table1', 'saf/table1_code', 'saf/table2', 'saf/table3',
+CHECKED = ['sadt/notebook20', 'sadt/notebook20_factors', 'sadt/table1', 'sadt/table1_code',
+           'saf/table1', 'saf/table1_code', 'saf/table2', 'saf/table3',
            'saf/table3_code', 'distill/table1', 'distill/table2', 'distill/table3', 'distill/table4',
            'distill/table5', 'sam_study/a', 'sam_study/b', 'sam_study/c', 'sam_study/a_code',
            'sam_study/b_code', 'sam_study/c_code']
@@ -31,6 +32,11 @@ def test_the_notebook_of_sadt():
     assert in_preset('sadt/notebook20') == expected
 
 
+def test_the_factors_of_the_notebook_have_the_notebooks_numbers():
+    for label, pair in in_preset('sadt/notebook20_factors').items():
+        assert pair == (round(SADT_NOTEBOOK[label.split(' · ')[0]], 3), None), label
+
+
 def test_table_1_of_sadt():
     columns = [f'{net} · {bs}' for net in ('simple_cnn', 'vgg16_slim', 'inception_resnet_slim')
                for bs in (512, 2048)]
@@ -40,6 +46,7 @@ def test_table_1_of_sadt():
             for column, accuracy in zip(columns, accuracies, strict=True):
                 expected[f'{method} · {data} · {column}'] = (float(accuracy), None)
     assert len(expected) == 84
+    assert in_preset('sadt/table1_code') == expected
     assert in_preset('sadt/table1') == expected
     for c in paper_grid('sadt/table1'):
         method, data, net, bs = c.label.split(' · ')
@@ -114,8 +121,8 @@ def test_tables_4_and_5_of_self_distillation(preset, table, alpha, where):
         curvatures[f'{label} · {where}'] = [float(trace), float(eigenvalue)]
     assert in_preset(preset) == expected
     for c in paper_grid(preset):
-        numbers = [word for word in c.note.split() if word[0].isdigit()]
-        assert list(map(float, numbers)) == curvatures[c.label], c.note
+        measured = dict(c.measured)
+        assert [measured['trace'], measured['eigenvalue']] == curvatures[c.label], c.label
 
 
 LOGS = {(name, batch, int(seed)): list(map(float, numbers)) for name, batch, seed, *numbers in SAM_STUDY_LOGS}

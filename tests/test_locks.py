@@ -145,6 +145,11 @@ sadt_train()
 '''
 
 
+def receive_ctrl_c():
+    "Undo that this process ignores Ctrl-C, as a job in the background does."
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(seconds, cwd):
     """Start a command, press Ctrl-C, and return its exit status and all output.
 
@@ -152,7 +157,7 @@ def interrupted(seconds, cwd):
     (cwd / 'sadt_train').write_text(SCRIPT)
     command = [sys.executable, 'sadt_train', '--epochs', '300', '--n_train', '40', '--bs', '20']
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    p = subprocess.Popen(command, cwd=cwd, **pipe)
+    p = subprocess.Popen(command, cwd=cwd, preexec_fn=receive_ctrl_c, **pipe)
     assert p.stdout.readline() == 'ready\n'
     time.sleep(seconds)
     p.send_signal(signal.SIGINT)

@@ -30,7 +30,7 @@ def _stops_at_interrupt(on):
     signal.signal(signal.SIGINT, _stop if on else signal.default_int_handler)
     return True
 
-_stops_at_interrupt(True) # until a command begins
+_ = _stops_at_interrupt(True) # until a command begins
 
 # %% ../../nbs/commands/110_cli.ipynb #651cfc56
 # a user of a command can change nothing about warnings that are raised inside other packages

@@ -1,4 +1,5 @@
 "Small data, small networks, teachers, and a Learner without progress bars, for all tests."
+import math
 import os
 import warnings
 from functools import partial
@@ -138,3 +139,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+class Overflow(nn.Module):
+    "A network whose loss is infinite in one of its passes."
+    def __init__(self, net, bad):
+        super().__init__()
+        self.net, self.bad, self.calls = net, bad, 0
+    def forward(self, x):
+        self.calls += 1
+        return self.net(x) * (math.inf if self.calls == self.bad else 1.)

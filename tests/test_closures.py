@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import Overflow
 from torch import nn
 from torch.nn import functional as F
 from fastai.callback.core import TrainEvalCallback
@@ -290,16 +291,6 @@ def test_a_group_has_a_radius_of_its_own():
             p += rho * g / norm
     expected = torch.autograd.grad(F.cross_entropy(oracle(x), y), list(oracle.parameters()))
     for n, g in zip(got, expected): torch.testing.assert_close(got[n], g, rtol=1e-10, atol=1e-12)
-
-
-class Overflow(nn.Module):
-    "A network whose loss is infinite in one of its passes."
-    def __init__(self, net, bad):
-        super().__init__()
-        self.net, self.bad, self.calls = net, bad, 0
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (math.inf if self.calls == self.bad else 1.)
 
 
 @pytest.mark.parametrize('bad', [1, 2])

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import as_loader, flat, learner
+from conftest import Overflow, as_loader, flat, learner
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import SGD, OptimWrapper
@@ -262,16 +262,6 @@ def test_a_changing_loss_scale_changes_nothing(case, micro):
     steps = [batches()[i:i + micro] for i in range(0, 6, micro)]
     # the 1e-12 in the divisor counts for less under a scale
     torch.testing.assert_close(got, expected(case, network('no norm'), steps), rtol=1e-8, atol=1e-10)
-
-
-class Overflow(nn.Module):
-    "A network whose loss is infinite in one of its passes."
-    def __init__(self, net, bad):
-        super().__init__()
-        self.net, self.bad, self.calls = net, bad, 0
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x) * (math.inf if self.calls == self.bad else 1.)
 
 
 @EACH

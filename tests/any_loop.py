@@ -18,7 +18,7 @@ from torch import nn
 
 from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.losses import divergence_of
-from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.core.passes import LoopMethod
 from sadt_nb.experiments.report import published
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM
@@ -262,7 +262,7 @@ def plain(name):
 
 def expected_of(method, name):
     "Return the weights after a PyTorch loop, or `None` for a method that only a Learner serves."
-    served = isinstance(Case(method, name).make(), PerturbedPass) or method.startswith('sadt')
+    served = isinstance(Case(method, name).make(), LoopMethod)
     return pytorch(Case(method, name)) if served else None
 
 

@@ -17,8 +17,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Recorder, load_learner
 from fastai.optimizer import SGD, OptimWrapper, RMSProp
 from sadt_nb.core.checkpoint import Checkpoint
-from sadt_nb.core.closures import MethodOptimizer
-from sadt_nb.core.optim import keras_adam
+from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.optim import KerasAdam, keras_adam
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.config import Run
@@ -225,11 +225,109 @@ def test_a_second_method_that_moves_the_weights_is_refused(other):
     with pytest.raises(ValueError, match='chooses the weights'): fit([MSAM(), other()])
 
 
-def test_closures_refuse_both_methods():
+def test_a_closure_cannot_serve_a_weight_average():
     net = mlp()
-    for method in (MSAM(), WeightAverage()):
-        with pytest.raises(TypeError, match='needs a fastai Learner'):
-            MethodOptimizer(method, torch.optim.SGD(net.parameters(), lr=.1, momentum=.9), net)
+    with pytest.raises(TypeError, match='needs a fastai Learner'):
+        MethodOptimizer(WeightAverage(), torch_sgd_of(net), net)
+
+
+# MSAM in a loop without a Learner
+
+CLOSURES = {
+    'torch SGD': (lambda params: torch.optim.SGD(params, lr=LR, momentum=MOM, weight_decay=WD), SGDRule),
+    'torch AdamW': (lambda params: torch.optim.AdamW(params, lr=LR, weight_decay=WD), decoupled),
+    'torch Adam': (lambda params: torch.optim.Adam(params, lr=LR, weight_decay=WD), AdamRule),
+    'KerasAdam': (lambda params: KerasAdam(params, lr=LR, weight_decay=WD),
+                  partial(KerasRule, decoupled=True)),
+}
+def torch_sgd_of(net): return CLOSURES['torch SGD'][0](net.parameters())
+
+
+def loss_of(net, x, y): return F.cross_entropy(net(x), y)
+def share_of(net, x, y, n): return F.cross_entropy(net(x), y, reduction='sum') / n
+
+
+def in_loop(net, step, data=None):
+    "Call `step` with a closure for every batch; return the weights."
+    net.train()
+    for x, y in six() if data is None else data: step(partial(loss_of, net, x, y))
+    return flat(net, True)
+
+
+@pytest.mark.parametrize('name', CLOSURES)
+def test_a_plain_loop_equals_the_definition(name):
+    make, rule = CLOSURES[name]
+    net = network(True)
+    method_opt = MethodOptimizer(MSAM(RHO), make(net.parameters()), net)
+    expected = by_hand(rule, network(True))
+    torch.testing.assert_close(in_loop(net, method_opt.step), expected, rtol=1e-12, atol=1e-12)
+
+    net, method = network(True), MSAM(RHO)
+    opt = make(net.parameters())
+    got = in_loop(net, lambda closure: closure_step(method, net, closure, opt))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_clipping_and_micro_batches_in_a_plain_loop():
+    net = cnn(bn=False)
+    opt = MethodOptimizer(MSAM(RHO), torch_sgd_of(net), net, max_norm=.05)
+    got = in_loop(net, opt.step)
+    torch.testing.assert_close(got, by_hand(SGDRule, cnn(bn=False), max_norm=.05), rtol=1e-12, atol=1e-12)
+
+    net = cnn(bn=False).train()
+    opt = MethodOptimizer(MSAM(RHO), torch_sgd_of(net), net)
+    for x, y in six():
+        for rows in (slice(0, 3), slice(3, None)):
+            opt.backward(partial(share_of, net, x[rows], y[rows], len(y)))
+        opt.step()
+        opt.zero_grad()
+    torch.testing.assert_close(flat(net, True), by_hand(SGDRule, cnn(bn=False)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_plain_loop_sees_the_weights_outside_of_the_closure():
+    "After `backward`, after a step, and after an exception the network has the weights, not the moved ones."
+    net = cnn(bn=False).train()
+    opt = MethodOptimizer(MSAM(RHO), torch_sgd_of(net), net)
+    seen = []
+    def closure(fails=False):
+        seen.append(flat(net))
+        if fails: raise RuntimeError('on purpose')
+        return F.cross_entropy(net(x), y)
+    for i, (x, y) in enumerate(six()):
+        before = flat(net)
+        if i == 3:
+            with pytest.raises(RuntimeError, match='on purpose'): opt.step(lambda: closure(fails=True))
+            assert torch.equal(flat(net), before)
+        opt.backward(closure)
+        assert torch.equal(flat(net), before)
+        assert torch.equal(seen[-1], before) == (i == 0), 'the closure ran at moved weights'
+        opt.step()
+    torch.testing.assert_close(flat(net, True), by_hand(SGDRule, cnn(bn=False)), rtol=1e-12, atol=1e-12)
+
+
+def test_the_state_of_a_plain_loop_is_the_state_of_its_optimizer():
+    "A loop that stops after three batches, and goes on in new objects, ends with the same bits."
+    def fresh():
+        net = cnn(bn=False).train()
+        return net, MethodOptimizer(MSAM(RHO), torch_sgd_of(net), net)
+    whole, opt = fresh()
+    in_loop(whole, opt.step)
+    half, opt = fresh()
+    in_loop(half, opt.step, six()[:3])
+    rest, new = fresh()
+    rest.load_state_dict(half.state_dict())
+    new.load_state_dict(opt.state_dict())
+    in_loop(rest, new.step, six()[3:])
+    assert torch.equal(flat(rest), flat(whole))
+
+
+def test_what_a_plain_loop_refuses():
+    net = cnn(bn=False)
+    without = torch.optim.SGD(net.parameters(), lr=.1)
+    with pytest.raises(ValueError, match='this SGD has none'): MethodOptimizer(MSAM(), without, net)
+    opt = MethodOptimizer(MSAM(), torch_sgd_of(net), net)
+    with pytest.raises(ValueError, match='exactly one pass at perturbed weights; give `step` a closure'):
+        opt.first_step()
 
 
 def test_two_steps_per_batch():

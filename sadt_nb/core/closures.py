@@ -16,7 +16,7 @@ from torch import nn, Tensor
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
-from .passes import BatchNormPolicy, ExtraPass, PerturbedPass, RandomPolicy, add_gradients
+from .passes import BatchNormPolicy, LoopMethod, PerturbedPass, RandomPolicy, add_gradients
 from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
 from .passes import rng_policy, step_unscaled, stepped_params, take_gradients
 from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params, version_of
@@ -112,7 +112,7 @@ class PlainLoop(_Gradients):
     loss_func, training, n_epoch = None, True, float('inf')
 
     def __init__(self,
-        method:ExtraPass,                # Such as `SAM(rho=.05)`
+        method:LoopMethod,               # Such as `SAM(rho=.05)`
         model:nn.Module,                 # The network
         optimizer:torch.optim.Optimizer, # Steps the network's parameters
         scaler:torch.amp.GradScaler|None=None, # Unscales before the step
@@ -176,6 +176,20 @@ class PlainLoop(_Gradients):
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
 
+    def _do_one_batch(self): # MSAM replaces it, as it replaces a Learner's
+        "Run the closure and the method's own passes; return the loss."
+        method = self.method
+        def between():
+            if method.needs_logits: self('before_backward')
+        inputs = method.first_inputs()
+        with _noticed_zeroing(self.optimizer, self.model) as zeroed:
+            loss = self.run(between=between, inputs=inputs)
+        if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
+        if not inputs: _check_gradients(self.model)
+        self('after_backward')
+        if inputs: _check_gradients(self.model) # the first pass may have reached none of `inputs`
+        return loss
+
     def forward(self):
         "Run the closure without a graph; return its logits, or its losses."
         with torch.no_grad(): out = self.xb(None) if self.per_sample else self.xb()
@@ -209,7 +223,7 @@ class PlainLoop(_Gradients):
             add_gradients(taken)
 
     def radius_scales(self,
-        method:ExtraPass,         # Its `rho` is used for groups without a `rho`
+        method:LoopMethod,        # Its `rho` is used for groups without a `rho`
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; empty: 1 for all
         "Return each parameter's `rho` divided by the method's, where a parameter group has a `rho`."
@@ -274,24 +288,15 @@ def _loop_backward(loop, closure):
     method, closure = loop.method, _inside_lightning(closure)
     _check_closure(method, closure)
     loop.xb, loop.per_sample = closure, _takes_rows(method, closure)
-    kept = loop.set_aside()
-    def between():
-        if method.needs_logits: loop('before_backward')
+    loop.kept = loop.set_aside()
     try:
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may call backward itself
-        inputs = method.first_inputs() if isinstance(method, PerturbedPass) else None
-        with _noticed_zeroing(loop.optimizer, loop.model) as zeroed:
-            loss = loop.run(between=between, inputs=inputs)
-        if zeroed: kept = {} # the closure begins a new batch, as PyTorch's closures do
-        if not inputs: _check_gradients(loop.model)
-        loop.kept = kept
-        loop('after_backward')
-        if inputs: _check_gradients(loop.model) # the first pass may have reached none of `inputs`
+        loss = loop._do_one_batch()
     finally:
-        loop.kept = {}
         sync_gradients(loop.model, True)
-        add_gradients(kept)
+        add_gradients(loop.kept)
+        loop.kept = {}
     loop.batches += 1
     return loss
 
@@ -319,16 +324,16 @@ def _loop_step(loop):
     loop.remember_used()
 
 # %% ../../nbs/core/13_closures.ipynb #e12c3c65
-_SERVED = 'SAM, ASAM, ESAM, GSAM, LookSAM, FriendlySAM, WSAM and SADT'
+_SERVED = 'SAM, ASAM, ESAM, GSAM, LookSAM, FriendlySAM, WSAM, MSAM and SADT'
 
 def _check_method(method):
     "Raise `TypeError` for an object that is no method, and for a method that needs a fastai Learner."
-    if isinstance(method, ExtraPass): return
+    if isinstance(method, LoopMethod): return
     raise TypeError(f'a closure can serve {_SERVED}, as instances such as SAM(rho=.05); got {method!r}, '
                     'which needs a fastai Learner')
 
 def closure_step(
-    method:ExtraPass, # Such as `SAM(rho=.05)`; to keep a state, as for LookSAM, pass the same object again
+    method:LoopMethod, # Such as `SAM(rho=.05)`; to keep a state, as for LookSAM, pass the same object again
     model:nn.Module,  # The network whose parameters `optimizer` steps
     closure:Callable, # Runs the batch; returns the loss, or (logits, loss) for SADT
     optimizer:torch.optim.Optimizer, # Any base optimizer
@@ -350,7 +355,7 @@ def closure_step(
 
 # %% ../../nbs/core/13_closures.ipynb #208fb9fd
 def check_one_pass(
-    method:ExtraPass, # Such as `SAM(rho=.05)`
+    method:LoopMethod, # Such as `SAM(rho=.05)`
     advice:str,       # What to do instead, for the error's text
 ):
     "Raise `ValueError` for a method that does not make exactly one pass at perturbed weights."
@@ -454,7 +459,7 @@ class MethodOptimizer(_Wrapped):
     that steps no parameter of the network or evaluates the loss itself, for `start` or `stop` without
     `total_steps`, and for `m`."""
     def __init__(self,
-        method:ExtraPass,         # Such as `SAM(rho=.05)`
+        method:LoopMethod,        # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
         scaler:'torch.amp.GradScaler|None'=None, # `step` then unscales; call `scaler.update()` yourself

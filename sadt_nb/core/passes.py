@@ -6,9 +6,9 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
-           'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'ExtraPass', 'check_rows',
-           'check_chunk', 'PerturbedPass', 'loss_scale', 'unscale_', 'micro_batch_share', 'SummedPass', 'StepGrads',
-           'step_unscaled']
+           'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
+           'check_rows', 'check_chunk', 'PerturbedPass', 'loss_scale', 'unscale_', 'micro_batch_share', 'SummedPass',
+           'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import contextmanager
@@ -388,12 +388,36 @@ class _Window:
         done = self.learn.pct_train + _ROUNDING # the share before this batch
         return self.start <= done and (done < self.stop or self.stop == 1)
 
-# %% ../../nbs/core/01_passes.ipynb #7d0e0df5
-class ExtraPass(_Window, ShowsArguments, Callback):
-    "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
-    order, run_valid = ORDERS['extra_pass'], False
+# %% ../../nbs/core/01_passes.ipynb #b1694bf6
+class LoopMethod(_Window, ShowsArguments, Callback):
+    "Base class of the methods that serve any loop: all they need of a batch is a closure."
+    run_valid = False
     needs_logits = False # whether the predictions are needed, not the loss alone
     needs_loss_scale = False # whether the size of the gradients counts, not the direction alone
+
+    def first_inputs(self) -> list|None: # `None`: all parameters
+        "Return the parameters whose gradients the first pass of a batch needs."
+
+    def state_dict(self) -> dict: # Tensors, numbers and strings only
+        """Return the state that a resumed run needs to continue exactly.
+
+        It is the state of each `torch.Generator` in an attribute; a method with more state overrides this."""
+        drawn_from = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
+        return {k: g.get_state() for k, g in drawn_from.items()}
+
+    def load_state_dict(self,
+        state:dict, # What `state_dict` returned
+    ):
+        "Restore the state that `state_dict` returned."
+        for k, g in vars(self).items():
+            if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
+
+    def _unhook(self): pass
+
+# %% ../../nbs/core/01_passes.ipynb #7d0e0df5
+class ExtraPass(LoopMethod):
+    "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
+    order = ORDERS['extra_pass']
 
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -442,20 +466,6 @@ class ExtraPass(_Window, ShowsArguments, Callback):
         "Call `replay` with the callback's own `bn`, `rng` and starting states, unless `kwargs` has others."
         own = dict(bn=self.bn, rng=self.rng, rng_state=self.rng_state, states=self.states)
         return replay(self.learn, **{**own, **kwargs})
-
-    def state_dict(self) -> dict: # Tensors, numbers and strings only
-        """Return the state that a resumed run needs to continue exactly.
-
-        It is the state of each `torch.Generator` in an attribute; a method with more state overrides this."""
-        drawn_from = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
-        return {k: g.get_state() for k, g in drawn_from.items()}
-
-    def load_state_dict(self,
-        state:dict, # What `state_dict` returned
-    ):
-        "Restore the state that `state_dict` returned."
-        for k, g in vars(self).items():
-            if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
 
 # %% ../../nbs/core/01_passes.ipynb #d433d3b4
 def _check_dense(grads):

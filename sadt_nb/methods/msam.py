@@ -9,12 +9,10 @@ __all__ = ['MSAM']
 from contextlib import contextmanager
 
 import torch
-from fastai.callback.core import Callback
 from fastai.optimizer import Optimizer, average_grad, l2_reg
 
-from ..core.arguments import ShowsArguments
 from ..core.optim import KerasAdam
-from ..core.passes import ORDERS, PerturbedPass, check_single, evaluating
+from ..core.passes import ORDERS, LoopMethod, PerturbedPass, check_single, evaluating
 from ..core.perturb import check_radius, copied, global_norm, local_parts, trainable_params
 from ..core.perturb import weights_moved
 
@@ -24,8 +22,9 @@ _KEYS = {_TORCH.SGD: 'momentum_buffer', KerasAdam: 'm', _TORCH.Adam: 'exp_avg', 
          _TORCH.Adamax: 'exp_avg', _TORCH.NAdam: 'exp_avg', _TORCH.RAdam: 'exp_avg'}
 
 def _inner(opt):
-    "Return the optimizer inside fastai's `OptimWrapper`, which holds the state."
-    return getattr(opt, 'opt', opt)
+    "Return the optimizer that holds the state, out of the wrappers of fastai, plain loops and accelerate."
+    while (inner := getattr(opt, 'opt', getattr(opt, 'optimizer', None))) is not None: opt = inner
+    return opt
 
 def _rules(opt): return [getattr(rule, 'func', rule) for rule in opt.cbs] # without `partial`
 
@@ -84,17 +83,18 @@ class _MovedBatch:
         run = self.replaced or type(self.learn)._do_one_batch.__get__(self.learn)
         trains = self.learn.training and self.msam.learn is self.learn
         if not trains: return run()
-        with self.msam.moved_weights(): run()
+        with self.msam.moved_weights(): return run()
 
 # %% ../../nbs/methods/29_msam.ipynb #488a2fb0
-class MSAM(ShowsArguments, Callback):
+class MSAM(LoopMethod):
     """Takes each batch's gradient at `w - rho v / ||v||`, where v is the momentum (Becker et al. 2024).
 
     Before the first step v is zero, and the gradient is the plain one. With gradient accumulation, v is the
     same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive. Before
     training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
     that moves weights."""
-    order, run_valid = ORDERS['step_grads'] - 1, False # in `before_step`, after unscaling and clipping
+    order = ORDERS['step_grads'] - 1 # in `before_step`, after unscaling and clipping
+    needs_loss_scale = True # a decay is added to the gradients
     needs_momentum = True # tests of all methods read this
     _stateattrs = ('scratch', '_moved', '_factor')     # not in pickled Learners
 

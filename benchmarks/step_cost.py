@@ -9,11 +9,15 @@ for all; the first round is not counted. LookSAM's figure is the mean over the f
 are also a bare PyTorch loop with the same network, batch and optimizer, and, where it is installed, SAM of
 pytorch_optimizer in such a loop.
 
+With `--only`, a file that exists keeps its other rows; each new row then stores its own rounds, versions and
+hardware.
+
 Printed and stored are the median, smallest and largest ratio over the rounds, passes per step, and memory
 beyond the plain step, as multiples of the weights: what is kept from step to step, and the peak in a step
 (from the allocator on a GPU, from a count of living tensors on a CPU)."""
 import argparse
 import inspect
+import json
 import statistics
 import time
 import warnings
@@ -220,6 +224,19 @@ def summary(name, row):
     return line
 
 
+def store(a, rows, made_by):
+    "Write the rows; with `--only`, into the file that exists, for the same network and batch."
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    if not a.only or not a.out.exists():
+        return write_json(a.out, dict(model=a.model, bs=a.bs, repeats=a.repeats, rows=rows, **made_by))
+    stored = json.loads(a.out.read_text())
+    if (stored['model'], stored['bs']) != (a.model, a.bs):
+        raise SystemExit(f"{a.out} has {stored['model']} in batches of {stored['bs']}")
+    for name, row in rows.items():
+        if name != 'baseline': stored['rows'][name] = dict(row, repeats=a.repeats, **made_by)
+    write_json(a.out, stored)
+
+
 def main():
     others = [BARE, PEER]
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -252,9 +269,7 @@ def main():
         if name in peaks: row['peak_copies_of_weights'] = (peaks[name] - peaks['baseline']) / weights
         rows[name] = row
         print(summary(name, row), flush=True)
-    if a.out:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(a.out, dict(model=a.model, bs=a.bs, repeats=a.repeats, rows=rows, **provenance(device)))
+    if a.out: store(a, rows, provenance(device))
 
 
 if __name__ == '__main__': main()

@@ -68,8 +68,8 @@ def settle_gradients(
 ):
     """Make each gradient a tensor that can be changed in place, distributed like its parameter.
 
-    In tensor parallelism, a sum over processes may be pending: the sum is finished. A complex gradient may be
-    a view of another tensor, its conjugate: the gradient is copied."""
+    Finishes a sum over processes that tensor parallelism has left pending. Copies a complex gradient that is
+    only a view of another tensor (its conjugate)."""
     for p in params:
         if p.is_complex() and p.grad is not None and p.grad.is_conj(): p.grad = p.grad.resolve_conj()
         if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:

@@ -19,7 +19,7 @@ from .loader import ImageData
 
 # %% ../../nbs/data/73_mapped.ipynb #3e4005d8
 def _images_crc(x, file):
-    "Return a CRC-32 of mapped images; it is stored beside the array file and read as long as it is valid."
+    "Return a CRC-32 of mapped images; it is stored beside the array file and made anew if that changes."
     if file is None: return zlib.crc32(x.contiguous().numpy())
     kept, state = file.with_suffix('.crc32'), file.stat()
     stamp = [state.st_size, state.st_mtime_ns]
@@ -123,7 +123,7 @@ def mapped_folder(
     """Return images of a folder, resized to 8/7 of `size`, cut to the centre, and read from disk.
 
     The images are decoded only once. If the image files or `size` change, a new
-    array file is written; remove the old one to make room. Raises `ValueError` for an image that cannot
+    array file is written; remove the old file to make room. Raises `ValueError` for an image that cannot
     be read, for a class that has no images in one of the parts, and for a disk without room."""
     root, cache = Path(root), Path(cache)
     parts = ('train', 'val' if (root / 'val').is_dir() else 'test')

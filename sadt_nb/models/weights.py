@@ -21,7 +21,7 @@ def _read_safetensors(file):
     return load_file(file)
 
 def read_tensors(
-    file, # Written by `torch.save(model.state_dict(), file)`, fastai's `learn.save` or safetensors
+    file, # File from `torch.save(model.state_dict(), file)`, fastai's `learn.save` or safetensors
 ) -> dict: # Name of a tensor: the tensor, on the CPU
     "Return the tensors of a weights file by name. Raises `ValueError` if the file holds anything else."
     advice = 'write it with torch.save(model.state_dict(), file)'
@@ -61,7 +61,7 @@ def _keeping(state, kept):
 # %% ../../nbs/models/59_weights.ipynb #ca3fa173
 def load_weights(
     model:nn.Module, # The network; it gets either all weights or none
-    file,            # Written by `torch.save(model.state_dict(), file)`, fastai's `learn.save` or safetensors
+    file,            # File from `torch.save(model.state_dict(), file)`, fastai's `learn.save` or safetensors
     fresh:str='',    # Prefix such as 'head.': tensors with this prefix may be missing or differ in the file
 ) -> nn.Module: # The same network
     """Load a plain weights file into a network; on the meta device, only check the file.

@@ -35,7 +35,7 @@ from .ranks import bare_loader, n_ranks, this_rank
 
 # %% ../../nbs/core/08_checkpoint.ipynb #0b37c835
 def _plain(x, where):
-    "Return `x` as tensors, numbers, strings and containers of them. Raises `TypeError` if this cannot be."
+    "Return `x` as tensors, numbers, strings and containers. Raises `TypeError` if `x` holds anything else."
     if isinstance(x, Tensor): return x.detach().as_subclass(Tensor)
     if isinstance(x, np.generic): return x.item()
     if x is None or isinstance(x, (bool, int, float, str)): return x
@@ -57,7 +57,7 @@ _PER_STEP = ('lrs', 'losses') # lists of a `Recorder` that grow with every step
 def _packed(values):
     "Return a list of numbers, or of tensors of one shape, as one tensor; other lists as they are."
     try: return torch.stack(values)
-    except (TypeError, RuntimeError): pass # numbers, different shapes, or none
+    except (TypeError, RuntimeError): pass # not tensors, or tensors of different shapes, or an empty list
     try: return torch.tensor(values, dtype=torch.float64)
     except (TypeError, ValueError): return values
 
@@ -125,7 +125,7 @@ def _callback_states(learn):
 def training_state(
     learn:Learner, # A Learner between two epochs of a `fit`
 ) -> dict: # Tensors, numbers, strings and containers of them; complete in the first process only
-    """Return all that training needs to continue. In distributed training, every process must call this.
+    """Return all that training needs to continue. In distributed training, all processes must call it.
 
     Raises `TypeError` for a callback whose state holds other objects."""
     model, device = unwrapped(learn.model), next(learn.model.parameters()).device
@@ -179,7 +179,7 @@ def load_training_state(
     _load_random(mine['random'], device)
 
 def _continue(learn, state):
-    "Load a state of training. If there is a progress bar, update it to 0, because it must start with 0."
+    "Load a state of training. Set a progress bar to 0 first, because its first update must be 0."
     load_training_state(learn, state)
     bar = getattr(getattr(learn, 'progress', None), 'mbar', None)
     if bar is not None: bar.update(0)
@@ -199,7 +199,7 @@ def _lives(pid):
 
 def remove_abandoned(
     folder:Path,  # Folder to search; nothing happens if it does not exist
-    name:str='',  # Name of the file whose incomplete versions are removed; empty: of all files
+    name:str='',  # File whose incomplete versions are removed; empty: incomplete versions of all files
 ):
     "Remove incomplete files whose process has died, or which have not changed for a day."
     with suppress(OSError):
@@ -217,7 +217,7 @@ def whole_file(
 ):
     """Yield the path of a new file that takes the place of `file` when the block ends.
 
-    An error in the block, or when the file is moved, removes the new file, and nothing changes."""
+    After an error in the block or in the move, the new file is removed, and `file` has not changed."""
     remove_abandoned(file.parent, file.name)
     part = file.with_name(f'.{file.name}.{_HOST}.{os.getpid()}')
     try:
@@ -233,7 +233,7 @@ def write_whole(
     data:bytes,                  # Bytes to write
     previous:str|Path|None=None, # New name for a `file` that already exists; `None`: it is overwritten
 ):
-    "Write a file completely or not at all. Raises `OSError` if it cannot be written; nothing changes then."
+    "Write a file completely or not at all. Raises `OSError` if it fails; then `file` has not changed."
     with whole_file(file, previous) as part, open(part, 'wb') as f:
         f.write(data)
         f.flush()

@@ -21,7 +21,7 @@ COLORS = dict( # one colour per method in `METHODS`
 def _markdown_row(cells): return '| ' + ' | '.join(cells) + ' |'
 
 class Card:
-    "Rows with two or more columns; a notebook shows them as a table, and a terminal as lines of text."
+    "Rows with two or more columns; a notebook shows the rows as a table, and a terminal shows lines of text."
     def __init__(self,
         rows:list[list[str]], # Lists of strings, all of the same length; the first list holds the headings
     ): self.rows = rows
@@ -43,7 +43,7 @@ class Sentence(str):
 
 # %% ../../nbs/core/12_display.ipynb #2a925888
 def visible(
-    text:object, # Anything; lines and tabs are kept
+    text:object, # Anything; line breaks and tabs are kept
 ) -> str:
     "Return a text in which control characters are written as escapes."
     return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in str(text))

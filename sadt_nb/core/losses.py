@@ -28,7 +28,7 @@ def _check_shapes(teacher, student):
 
 def kl_div(
     teacher_logits:Tensor, # Logits of the reference distribution, `(n, classes)` or with more axes
-    student_logits:Tensor, # Logits of the distribution that is compared with it, in the same shape
+    student_logits:Tensor, # Logits of the distribution that is compared with the reference, same shape
     temperature:float=1.,  # Divides both logits, > 0; there is no factor `temperature**2`
     axis:int=-1,           # Axis of the classes; 1 for segmentation logits `(n, classes, height, width)`
 ) -> Tensor: # 0-d tensor, nats, >= 0
@@ -67,7 +67,7 @@ class Divergence:
 
     def __call__(self,
         teacher:Tensor,       # Outputs of the reference network
-        student:Tensor,       # Outputs of the network that is compared with it, in the same shape
+        student:Tensor,       # Outputs of the network that is compared with the reference, same shape
         temperature:float=1., # Divides both outputs, > 0
     ) -> Tensor: # 0-d tensor, >= 0
         "Return the mean divergence. Raises `ValueError` for shapes that differ or that have no classes."
@@ -97,8 +97,8 @@ def _is_one_of(loss, known):
 DivergenceLike = Divergence|Callable|str|None # what methods take as `divergence`, see `as_divergence`
 
 def divergence_of(
-    loss_func:Callable, # Of a Learner
-) -> Divergence|None: # `None` for a loss that says nothing about distributions
+    loss_func:Callable, # Loss function of a Learner
+) -> Divergence|None: # `None` for a loss function that is not known here
     "Return the divergence between predictions that fits a loss function."
     loss = loss_func
     while isinstance(loss, partial): loss = loss.func
@@ -112,7 +112,7 @@ def divergence_of(
 
 def as_divergence(
     given:DivergenceLike, # A kind's name, a function `(teacher, student, temperature)`, or `None`
-    loss_func:Callable,   # Of the Learner; says what `None` means, and where the classes are
+    loss_func:Callable,   # Of the Learner; determines the divergence for `None`, and the axis of the classes
 ): # A function `(teacher, student, temperature)`
     "Return the divergence that a method uses. Raises `ValueError` if neither argument determines it."
     own = divergence_of(loss_func)
@@ -131,7 +131,7 @@ def kd_loss(
     y:Tensor,              # `(n,)` class indices, or `(n, classes)` probabilities
     alpha:float,           # Factor of the labels' term, in [0, 1]; 0: no labels
     temperature:float,     # Temperature that softens both predictions in the second term, > 0
-    axis:int=-1,           # Axis of the classes, where logits have more axes
+    axis:int=-1,           # Axis of the classes, for logits with more than two axes
 ) -> Tensor: # 0-d tensor
     """Return `alpha` CE(labels) + (1 - `alpha`) `temperature`² KL(teacher || student).
 

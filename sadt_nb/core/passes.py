@@ -148,7 +148,7 @@ def _is_own(module):
 
 def hidden_states(
     model:nn.Module, # A network, before a pass
-) -> list: # For `from_hidden_states`; empty if only modules of PyTorch keep such tensors
+) -> list: # Argument of `from_hidden_states`; empty if no module outside PyTorch keeps such tensors
     "Return copies of the tensors that the network's modules keep in plain attributes."
     found = []
     for module in filter(_is_own, model.modules()):
@@ -299,13 +299,13 @@ def replay(
     loss_func:Callable|None=None, # Function of prediction and targets to call instead of `learn.loss_func`
     backward:bool=True,           # `False`: run only the forward, without a graph
     rows:Tensor|None=None,        # `(k,)` positions of the samples to run again; `None`: all samples
-    until:Callback|None=None, # Callback that calls this in its `after_backward`; later callbacks get no event
+    until:Callback|None=None, # Callback whose `after_backward` calls `replay`; later callbacks get no event
     states:list|None=None,       # Hidden states at the start of the first pass, see `hidden_states`
 ) -> Tensor: # The prediction of the extra pass, detached
     """Repeat forward, loss and backward of the current batch through the Learner's events.
 
-    The gradient is added to `.grad`. If a callback calls `backward` itself, its gradient counts only once,
-    from the first pass. `learn.xb` and `learn.yb` hold the whole batch, also in a pass over `rows`.
+    The gradient is added to `.grad`. A gradient from a callback's own `backward` counts only once, from the
+    first pass. `learn.xb` and `learn.yb` hold the whole batch, also in a pass over `rows`.
 
     `learn.pred`, `learn.loss` and `learn.loss_grad` are restored at the end, also after an exception."""
     _check_policy(bn, rng)
@@ -333,7 +333,7 @@ def replay(
             learn.loss = learn.loss_grad.clone()
             learn('after_loss') # MixedPrecision leaves autocast here
             learn('before_backward')
-            take_gradients(params) # drops gradients that callbacks made: the first pass has them already
+            take_gradients(params) # drops gradients of callbacks' own backward passes
             learn._backward()
             settle_gradients(params)
             _gradient_callbacks(learn, until)
@@ -349,7 +349,7 @@ def replay(
 def check_single(
     cb:Callback, # Callback of a Learner
     kind:type,   # Class of which a Learner can have one instance, `type(cb)` or a base class
-    why:str,     # For the message: what two of them would both do
+    why:str,     # What the callback does; the message says that a Learner can have one method that does so
 ):
     "Raise `ValueError` if the Learner has another callback of this kind."
     others = [other for other in cb.learn.cbs if other is not cb and isinstance(other, kind)]
@@ -374,7 +374,7 @@ def check_window(
 
 def is_whole_training(
     method:Callback, # A method with an extra pass
-) -> bool: # `False`: the method has to know how long training is
+) -> bool: # `False`: the length of training must be known
     "Return whether a method is at work from the start of training to its end."
     return method.start == 0 and method.stop == 1
 
@@ -422,7 +422,7 @@ class ExtraPass(LoopMethod):
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
-        start:float=0., # Share of training at which the method sets in, in [0, 1]; before: plain training
+        start:float=0., # Share of training at which the method starts, in [0, 1]; before: plain training
         stop:float=1.,  # Share of training at which the method ends, in [0, 1]; after: plain training
     ):
         _check_policy(bn, rng)
@@ -567,7 +567,7 @@ class _ChosenParams(_OwnGradients):
     def limit_backward(self):
         "Let the next backward compute the gradients that the first pass needs."
         inputs = self.first_inputs()
-        plain_loop = hasattr(self.learn, 'own_replay') # a plain loop asks for `first_inputs` itself
+        plain_loop = hasattr(self.learn, 'own_replay') # a plain loop calls `first_inputs` itself
         if inputs and not plain_loop: _limit_backward(self.learn, inputs)
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
@@ -701,7 +701,7 @@ class PerturbedPass(_Chunks):
     def radius_scales(self,
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; empty: 1 for all
-        "Return the factor of each parameter's perturbation; a plain loop's groups can have a `rho`."
+        "Return the factor of each parameter's perturbation; in a plain loop, a group can have its own `rho`."
         own = getattr(self.learn, 'radius_scales', None)
         return own(self, params) if own else {}
 
@@ -748,7 +748,7 @@ class SummedPass(PerturbedPass):
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
-        start:float=0., # Share of training at which the method sets in, in [0, 1]; before: plain training
+        start:float=0., # Share of training at which the method starts, in [0, 1]; before: plain training
         stop:float=1.,  # Share of training at which the method ends, in [0, 1]; after: plain training
     ):
         super().__init__(bn, rng, start, stop)
@@ -756,8 +756,8 @@ class SummedPass(PerturbedPass):
         self._stash = {} # gradients of earlier micro-batches; a loop's `first_step` has none
 
     def keep(self,
-        tensors:dict[str, Tensor], # By name; the sum may take over their memory
-        weight:float=1.,           # Added to the sum of the weights
+        tensors:dict[str, Tensor], # Tensors by name; the sum may take over their memory
+        weight:float=1.,           # Weight of this micro-batch, added to the sum of the weights
     ):
         "Add tensors of a micro-batch to the sums over the earlier micro-batches of the same step."
         if not (self._stash or getattr(self.learn, 'kept', None)): self.total, self.weight = {}, 0.
@@ -771,7 +771,7 @@ class SummedPass(PerturbedPass):
         total:dict[str, Tensor], # Sum of the tensors by name; the method may change and keep them
         weight:float,            # Sum of the weights
     ):
-        "Use the sum; called after a step that was made."
+        "Use the sum; called after every step that was not skipped."
         raise NotImplementedError
 
     def after_cancel_step(self): self._refused = True

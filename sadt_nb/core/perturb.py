@@ -24,7 +24,7 @@ except ImportError: DTensor = () # a torch without sharded tensors: no tensor is
 # %% ../../nbs/core/00_perturb.ipynb #ad33caac
 def is_sharded(
     t:Tensor, # Any tensor
-) -> bool: # `True` also if every process holds a copy of the `DTensor`
+) -> bool: # `True` also for a `DTensor` of which every process stores all elements
     "Return whether a tensor is distributed over processes, as a `DTensor`."
     return isinstance(t, DTensor)
 
@@ -54,7 +54,7 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # A tensor of the same shape as `like`; ordinary: the first process's values are used
+    t:Tensor,    # A tensor with the shape of `like`; of an ordinary `t`, the first process's values are used
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."
@@ -68,8 +68,8 @@ def settle_gradients(
 ):
     """Make each gradient a tensor that can be changed in place, distributed like its parameter.
 
-    In tensor parallelism, a sum over processes may be pending. A complex gradient may be the conjugate of
-    another tensor."""
+    Finishes a sum over processes that tensor parallelism has left pending. Copies a complex gradient that is
+    only a view of another tensor (its conjugate)."""
     for p in params:
         if p.is_complex() and p.grad is not None and p.grad.is_conj(): p.grad = p.grad.resolve_conj()
         if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:
@@ -77,8 +77,8 @@ def settle_gradients(
 
 def version_of(
     t:Tensor, # Any tensor
-) -> tuple: # Changes with every write
-    "Return the number of writes to a tensor; FSDP2 writes into the local part of a `DTensor`."
+) -> tuple: # Numbers that change with every write to `t`
+    "Return how often a tensor, and the local part of a `DTensor` (by FSDP2), has been written."
     return (t._version, t.to_local()._version) if is_sharded(t) else (t._version,)
 
 # %% ../../nbs/core/00_perturb.ipynb #61f4cba3
@@ -125,7 +125,7 @@ _NORM_NAMES = re.compile('(batch|instance|layer|group|rms)_?norm', re.I)
 
 def is_norm_layer(
     module:nn.Module, # Any module
-) -> bool: # `False` for a block that contains normalisation layers among others
+) -> bool: # `False` for a block that contains normalisation layers and other layers
     """Return whether a module is a normalisation layer: batch, instance, layer, group or RMS normalisation.
 
     A class that does not derive from PyTorch's, such as `LlamaRMSNorm`, is recognised by its name."""
@@ -176,11 +176,11 @@ def real_views(
 ) -> list[Tensor]: # They share the memory of `tensors`; a complex tensor gets a last axis of length 2
     """Return `local_parts` as real tensors; a complex tensor is split into real and imaginary parts.
 
-    Raises `ValueError` for the same reason as `local_parts`."""
+    Raises `ValueError` for a `DTensor` whose sum over processes is not finished."""
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
 
 def _over_parts(values, tensors):
-    "Add up `values`, one number per local part, over all tensors and all processes that share them."
+    "Return the sum of `values`, one number per local part, over all tensors and all their processes."
     totals, shared = [], {}
     for value, t in zip(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
@@ -261,7 +261,7 @@ def check_radius(
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
     rho:float,                          # Length of the step, in weight space if `scales` is `None`
-    scales:dict[str, Tensor]|None=None, # Diagonal of T by name, shapes and dtypes as `grads`; 1 if missing
+    scales:dict[str, Tensor]|None=None, # Name to diagonal of T, in the gradient's shape and dtype; default 1
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
@@ -277,7 +277,7 @@ def ascent(
 
 # %% ../../nbs/core/00_perturb.ipynb #0e1e1be4
 def _check_deltas(params, deltas):
-    "Raise `ValueError` for a name that is not in `params` or a shape that differs."
+    "Raise `ValueError` for a name that is not in `params`, or for a change of another shape."
     for n, d in deltas.items():
         if n not in params:
             example = next(iter(params), '(none)')
@@ -314,9 +314,9 @@ def copied(
 
 # %% ../../nbs/core/00_perturb.ipynb #b3a9f187
 def weights_moved(
-    model:nn.Module|None=None, # A network that has run, if FSDP2 may have gathered its weights
+    model:nn.Module|None=None, # A network whose weights FSDP2 may have gathered in a forward pass
 ):
-    """Drop the copies of weights that PyTorch keeps; call this whenever weights have changed.
+    """Drop the copies of weights that PyTorch keeps; must run after every change of the weights.
 
     `torch.autocast` keeps cast copies; FSDP2 keeps the whole weights of its outermost module."""
     torch.clear_autocast_cache()
@@ -327,7 +327,7 @@ def fitted(
     tensors:dict[str, Tensor], # From name to a loaded tensor
     params:dict[str, Tensor],  # From name to parameter
     what:str,                  # What the tensors are, for the error's text
-) -> dict[str, Tensor]: # The tensors of the names in `params`, on the parameters' devices
+) -> dict[str, Tensor]: # The tensors whose names are in `params`, on the parameters' devices
     "Return tensors by name, placed like parameters. Raises `ValueError` if a shape differs."
     found = {}
     for n, t in tensors.items():
@@ -370,7 +370,7 @@ def weight_sizes(
     names:Iterable[str],      # Names of the parameters whose sizes are returned
     eta:float=0.,             # Added to each size, >= 0
     scratch:dict|None=None,   # Memory for the sizes, see `scratch_like`; `perturbed` may overwrite it
-) -> dict[str, Tensor]: # From name to `|w| + eta`; a complex `w` has one size per part
+) -> dict[str, Tensor]: # From name to `|w| + eta`; of a complex `w`, one size for each of its two parts
     "Return the diagonal of the matrix T of the adaptive methods, for `ascent`."
     sizes = copied({n: params[n] for n in names}, scratch)
     if sizes:
@@ -386,6 +386,6 @@ def sam_ascent(
     adaptive:bool=False,      # `True`: `T = |w|` for every parameter; `False`: `T = 1`
     scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
-    "Return SAM's step uphill, as a dictionary by name; GSAM makes the same step."
+    "Return SAM's step uphill, as a dictionary by name; GSAM uses this step, too."
     sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None
     return ascent(grads, rho, sizes)

@@ -87,7 +87,7 @@ def sync_gradients(
     model:nn.Module, # The Learner's model; nothing happens unless it is a `DistributedDataParallel`
     on:bool,         # Average gradients over processes?
 ):
-    "Switch the averaging of gradients over processes on or off; call this before the forward of a pass."
+    "Switch the averaging of gradients over processes on or off, before the forward of a pass."
     ddp = _ddp(model)
     if ddp is not None: ddp.require_backward_grad_sync = on
 
@@ -124,7 +124,7 @@ def on_rank_zero(
 def bare_loader(
     dl:Iterable, # Any iterable of batches
 ): # The loader inside fastai's wrapper for distributed training; `dl` if there is no wrapper
-    "Return the loader without fastai's wrapper; it goes over all samples in every process."
+    "Return the loader without fastai's wrapper; this loader yields all samples in every process."
     return getattr(dl, '__dict__', {}).get('dl', dl)
 
 def _shared_loader_class():

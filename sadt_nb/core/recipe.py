@@ -52,10 +52,10 @@ def _check_decoupled(lr, bs, momentum, weight_decay, bias_scale):
 
 def decoupled_groups(
     params:nn.Module|Iterable, # A model, or the result of `norm_bias_split`
-    lr:float=11.5,             # Learning rate per 1,024 images, the formula's eta, > 0
+    lr:float=11.5,             # Learning rate for a batch of 1,024 images, the formula's eta, > 0
     bs:int=1024,               # Images per batch, >= 1
     momentum:float=.85,        # Nesterov momentum, in [0, 1)
-    weight_decay:float=.0153,  # Decay per 1,024 images, the formula's lambda, >= 0
+    weight_decay:float=.0153,  # Weight decay for a batch of 1,024 images, the formula's lambda, >= 0
     bias_scale:float=64.,      # Factor of the learning rate for biases of normalisation layers, > 0
 ) -> list[dict]: # Groups for `torch.optim.SGD`; `initial_lr` is the rate at the peak of the schedule
     """Return groups for SGD whose learning rate, momentum and decay hardly depend on each other.
@@ -79,7 +79,7 @@ def decoupled_groups(
 # %% ../../nbs/core/09_recipe.ipynb #1d2bd3d4
 def decoupled_sgd(
     params:Iterable, # The result of `norm_bias_split`
-    lr:float,        # Learning rate per 1,024 images, > 0
+    lr:float,        # Learning rate for a batch of 1,024 images, > 0
     **kwargs:float,  # Further arguments of `decoupled_groups`
 ) -> OptimWrapper: # For a Learner's `opt_func`
     """Return SGD with the groups of `decoupled_groups`, for a Learner.

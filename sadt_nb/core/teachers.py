@@ -23,7 +23,7 @@ class Ensemble(nn.Module):
         if not self.models: raise ValueError('an ensemble needs at least one network, got none')
 
     def forward(self,
-        *xb:Tensor, # Inputs, as each member takes them
+        *xb:Tensor, # Inputs, passed to each member
     ) -> Tensor: # `(n, classes)` logits
         "Return the mean logits. Members run in turn, so memory holds only the sum and one member's logits."
         total = self.models[0](*xb)

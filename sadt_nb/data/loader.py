@@ -88,9 +88,9 @@ def _normalised(x, mean, std, dtype, channels_last):
 
 # %% ../../nbs/data/70_loader.ipynb #00729d1e
 class _SeededLoader(DataLoader):
-    "A fastai loader whose order and augmentation have generators of their own."
+    "A fastai loader with one random generator for the order and one for the augmentation."
     def _seed(self, seed):
-        "Create the two generators from `seed`; `None`: from a random seed."
+        "Create the two generators from `seed`, or from a random seed if `seed` is `None`."
         self.seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
         self.epoch = -1 # number of the current pass, from 0
         self.order_rng = np.random.default_rng([self.seed, 0]) # the same in all processes
@@ -140,7 +140,7 @@ class _BatchLoader(_SeededLoader):
             self.ids = ids
             yield self.batch(ids)
 
-    def _rows(self, data, ids): # a large data set may stay on another device
+    def _rows(self, data, ids): # `data` may be on another device
         return data.index_select(0, ids.to(data.device)).to(self.device)
 
     def batch(self,
@@ -175,7 +175,7 @@ class TensorDL(_BatchLoader):
         drop_last:bool=False,              # Leave out a last batch that is smaller than `bs`?
         tfms:Iterable[Callable]=(),        # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes
         mean:float|Sequence[float]=0.,     # Subtracted from values in [0, 1]; a number or one per channel
-        std:float|Sequence[float]=1.,      # Divides the difference; a number or one per channel
+        std:float|Sequence[float]=1.,      # Divides the difference from the mean; a number or one per channel
         seed:int|None=None,                # Seed of order and augmentation; `None`: a random seed
         channels_last:bool=False,          # Give the batches the `channels_last` memory format
         dtype:torch.dtype=torch.float32,   # Type of the images that the model gets

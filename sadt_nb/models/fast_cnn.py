@@ -160,7 +160,7 @@ def fast_cnn(
 ) -> FastCNN: # Takes `(n, 3, height, width)`, at least 9x9 pixels, gives `(n, classes)` logits
     """Return the network of airbench; 1,971,352 trainable parameters with 10 classes.
 
-    Call the network's `init_from_images` before training; a `Run` calls it. Widths (128, 384, 384) make the
+    Call the network's `init_from_images` before training; a `Run` does so. Widths (128, 384, 384) make the
     network airbench95; widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make airbench96.
     Raises `ValueError` for options out of range."""
     wide = _three_widths(widths)

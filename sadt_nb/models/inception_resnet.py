@@ -60,5 +60,5 @@ def inception_resnet_slim(
     if bottleneck: layers.update(bottleneck=nn.Linear(128, classes), relu=nn.ReLU())
     layers['classifier'] = nn.Linear(classes if bottleneck else 128, classes)
     model = nn.Sequential(layers)
-    model.code_array = 'module2.b.bn2.bias' # what variant 2 of SADT's released code perturbs
+    model.code_array = 'module2.b.bn2.bias' # the parameter that variant 2 of SADT's released code perturbs
     return keras_init_(model) if init == 'keras' else model

@@ -16,7 +16,7 @@ from torch import nn
 # %% ../../nbs/models/60_simple_cnn.ipynb #b7f772b4
 def he_normal_(w:torch.Tensor) -> torch.Tensor:
     "Fill `w` like Keras' `he_normal`: a normal, truncated at two deviations, scaled to variance 2 / fan_in."
-    std = (2 / w[0].numel())**.5 / .87962566103423978 # the deviation of a standard normal truncated at 2
+    std = (2 / w[0].numel())**.5 / .87962566103423978 # the divisor corrects for the truncation at 2
     return nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std)
 
 def check_init(init):
@@ -32,7 +32,7 @@ def batch_norm(init, dim=2):
 @torch.no_grad()
 def keras_init_(
     model:nn.Module,  # Changed in place
-    he=(),            # Names of dense layers that start He-normal instead of Glorot-uniform
+    he=(),            # Names of dense layers that start with `he_normal` instead of Glorot's uniform
 ) -> nn.Module:
     "Give all convolutions and dense layers of `model` Keras' starting weights."
     for name, m in model.named_modules():

@@ -28,6 +28,7 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.sweep import at_equal_passes
 from sadt_nb.methods.asam import ASAM
+from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.gsam import GSAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options, passes_of
@@ -588,6 +589,62 @@ def test_a_shorter_first_backward_changes_no_bit(monkeypatch):
             assert torch.equal(train([SAM(.5, **options)]), short)
 
 
+ESAM_SHORT = dict(rho=.5, beta=.6, whole_norm=False)
+
+
+def drawn(steps, seed=0):
+    "Return the names of the parameters that ESAM perturbs in each step."
+    names, g = [n for n, _ in net().named_parameters()], torch.Generator().manual_seed(seed)
+    draws = [torch.rand(len(names), generator=g) for _ in range(steps)]
+    return [{n for n, u in zip(names, step) if u < .6} for step in draws]
+
+
+@pytest.mark.parametrize('gamma', [1., .5])
+def test_esam_s_first_backward_computes_the_drawn_gradients_only(gamma):
+    counts, everything = Counts(), {n for n, _ in net().named_parameters()}
+    train([ESAM(gamma=gamma, stop=.5, **ESAM_SHORT), counts])
+    expected = []
+    for names in drawn(3): expected += [names, everything]
+    assert counts.seen == expected + [everything] * 3
+    assert all(0 < len(names) < len(everything) for names in drawn(3))
+
+
+@pytest.mark.parametrize('gamma', [1., .5])
+def test_esam_s_shorter_first_backward_changes_no_bit(gamma, monkeypatch):
+    def trained(accumulate):
+        cbs = [GradientAccumulation(16)] if accumulate else []
+        return train([ESAM(gamma=gamma, **ESAM_SHORT), *cbs], epochs=2)
+    for accumulate in (False, True):
+        short = trained(accumulate)
+        with monkeypatch.context() as patch:
+            patch.setattr(ESAM, 'first_inputs', lambda self: None)
+            assert torch.equal(trained(accumulate), short)
+    assert not torch.allclose(train([ESAM(.5, .6, gamma)]), train([ESAM(gamma=gamma, **ESAM_SHORT)]))
+
+
+def test_esam_divides_by_the_norm_of_the_drawn_gradients():
+    "In each step, SAM with these parameters and the radius `rho / beta` makes the same gradient."
+    model, draws = net(), drawn(6)
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=.1, **HYPERS)
+    for (x, y), names in zip(SIX, draws):
+        g = sharp_gradient(model, x, y, .5 / .6, lambda n, p, names=names: n in names, sam_T)
+        for n, p in model.named_parameters(): p.grad = g[n]
+        optimizer.step()
+    expected = flat(model, buffers=True)
+    torch.testing.assert_close(train([ESAM(gamma=1., **ESAM_SHORT)]), expected, **CLOSE)
+    other, opt = wrapped(ESAM(gamma=1., **ESAM_SHORT))
+    for batch in SIX: opt.step(closure(other, batch))
+    torch.testing.assert_close(flat(other, buffers=True), expected, **CLOSE)
+
+
+def test_esam_s_wrapper_computes_the_drawn_gradients_only():
+    model, opt = wrapped(ESAM(gamma=1., **ESAM_SHORT))
+    seen = []
+    for p in model.parameters(): p.register_hook(lambda g: seen.append(1))
+    opt.step(closure(model, SIX[0]))
+    assert len(seen) == len(drawn(1)[0]) + 10
+
+
 def test_a_callback_that_replaces_the_backward_is_left_in_place():
     calls = []
     class Counted(Callback):
@@ -638,6 +695,7 @@ def test_the_wrapper_with_a_choice_that_the_batch_does_not_use():
 def test_the_cost_follows_the_options():
     expected = {('sam', 'start', .8): 1.2, ('sam', 'interval', 4): 1.25, ('looksam', 'k', 10): 1.1,
                 ('esam', 'gamma', 1.): 2, ('esam', 'gamma', .25): 1 + 1/3 + .25, ('sam', 'm', 32): 7/3,
+                ('esam', 'whole_norm', False): 1.7,
                 ('asam', 'only', 'norm'): 5/3, ('sam', 'only', 'not norm'): 2, ('gsam', 'stop', .25): 1.25,
                 ('sadt2', 'start', .5): 2, ('sadt2', 'rho', .1): 2, ('sadt1', 'kl_weight', 0): 1,
                 ('sadt1', 'perturb', (1, 2, 3)): 4, ('sadt3', 'grad_at', 'up'): 7/3, ('saf', 'lag', 2): 1}
@@ -676,6 +734,17 @@ def test_counted_operations_are_those_of_the_registry(name, options):
     data = [(torch.randn(8, 3, 32, 32, generator=g), torch.arange(8)) for _ in range(4)]
     ratio = operations(make_method(name, **options), data) / operations([], data)
     assert ratio == pytest.approx(passes_of(name, **options), rel=.02)
+
+
+def test_counted_operations_of_esam_s_shorter_backward():
+    "The registry has the mean over the draws, so the count needs many of them."
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(2, 3, 32, 32, generator=g), torch.arange(2)) for _ in range(12)]
+    plain = operations([], data)
+    options = dict(gamma=1., beta=.3, whole_norm=False)
+    ratio = operations(make_method('esam', **options), data) / plain
+    assert ratio == pytest.approx(passes_of('esam', **options), rel=.02)
+    assert ratio < 1.8, 'the whole first backward makes it 2'
 
 
 # two processes

@@ -18,7 +18,7 @@ from fastai.layers import NoneReduce
 from ..core.closures import closure_step
 from ..core.passes import batch_size, BatchNormPolicy, check_rows, device_of, PerturbedPass
 from ..core.passes import RandomPolicy
-from ..core.perturb import ascent, check_radius, is_sharded
+from ..core.perturb import ascent, check_radius, is_sharded, trainable_params
 from ..core.ranks import over_ranks, sync_gradients
 
 # %% ../../nbs/methods/22_esam.ipynb #ed9acbb5
@@ -57,9 +57,12 @@ class ESAM(PerturbedPass):
     """Replaces each batch's gradient by the gradient of its sharpest samples uphill (Du et al. 2022).
 
     The gradient is taken at `w + (rho / beta) m g / ||g||`; for each tensor, `m` is 1 with probability
-    `beta`, else 0. Raises `ValueError` for values out of range. Before training starts, a `gamma` below 1
-    raises `ValueError` if a callback of fastai mixes labels of the whole batch, or if the loss function has
-    no `reduction`. The loader's `CutMix` can be used. A network with BatchNorm gets at least two samples."""
+    `beta`, else 0. With `whole_norm=False`, as in the authors' code, the divisor is `||m g||`, and the first
+    backward computes only the gradients of the perturbed tensors.
+
+    Raises `ValueError` for values out of range. Before training starts, a `gamma` below 1 raises `ValueError`
+    if a callback of fastai mixes labels of the whole batch, or if the loss function has no `reduction`. The
+    loader's `CutMix` can be used. A network with BatchNorm gets at least two samples."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
@@ -69,12 +72,14 @@ class ESAM(PerturbedPass):
         seed:int=0,                  # Seed of the draws
         start:float=0., # Share of training at which ESAM sets in, in [0, 1]; before: plain training
         stop:float=1.,  # Share of training at which ESAM ends, in [0, 1]; after: plain training
+        whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of the perturbed tensors' only
     ):
         check_radius(rho)
         for name, value in (('beta', beta), ('gamma', gamma)):
             if not 0 < value <= 1: raise ValueError(f'`{name}` must lie in (0, 1], got {value}')
         super().__init__(bn, rng, start, stop)
         self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
+        self.whole_norm = whole_norm
         self.generator = torch.Generator().manual_seed(seed)
 
     selects_samples = True # without a Learner, the closure may return one loss per sample
@@ -90,13 +95,32 @@ class ESAM(PerturbedPass):
         normed = any(isinstance(m, _BatchNorm) for m in self.model.modules())
         self._least = 2 if normed else 1
 
-    def perturbation(self, params, grads):
+    def _draw(self, params):
+        "Draw for each of these parameters whether the present optimizer step perturbs it."
         new = [n for n in params if n not in self._mask] # an earlier micro-batch may not have used these
-        if new:
-            draws = torch.rand(len(new), generator=self.generator, dtype=torch.float32)
-            if any(map(is_sharded, params.values())): # all parts of a tensor need the same draw
-                draws = over_ranks(draws.to(device_of(self.model)), 'first')
-            self._mask.update(zip(new, (draws < self.beta).tolist()))
+        if not new: return
+        draws = torch.rand(len(new), generator=self.generator, dtype=torch.float32)
+        if any(map(is_sharded, params.values())): # all parts of a tensor need the same draw
+            draws = over_ranks(draws.to(device_of(self.model)), 'first')
+        self._mask.update(zip(new, (draws < self.beta).tolist()))
+
+    def _draw_before_backward(self):
+        "With `whole_norm=False`, let the first pass see only the parameters that it perturbs."
+        if self.whole_norm or not self.makes_pass(): return
+        params = trainable_params(self.model)
+        self._draw(params)
+        self._chosen = {n for n in params if self._mask[n]}
+
+    def first_inputs(self):
+        self._draw_before_backward()
+        return super().first_inputs()
+
+    def chosen(self, grads):
+        self._draw_before_backward()
+        return super().chosen(grads)
+
+    def perturbation(self, params, grads):
+        self._draw(params)
         return _chosen(ascent(grads, self.rho / self.beta), self._mask)
 
     def second_pass(self):
@@ -135,8 +159,9 @@ def esam_step(
     generator:torch.Generator|None=None,    # Source of the draws, on the CPU
     bn:BatchNormPolicy='update',            # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',               # Dropout masks in the second pass: 'fresh' or 'replay'
+    whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of the perturbed tensors' only
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
     "Make one ESAM step in plain PyTorch (Du et al. 2022)."
-    method = ESAM(rho, beta, gamma, bn, rng)
+    method = ESAM(rho, beta, gamma, bn, rng, whole_norm=whole_norm)
     method.generator = generator
     return closure_step(method, model, losses, optimizer)

@@ -159,7 +159,12 @@ def _sam_passes(o):
     whole = 0 if o.m is None else 1 / 3      # the forward over the whole batch, before its chunks
     return (first + whole) / getattr(o, 'interval', 1)
 
-def _esam_passes(o): return 1 if o.gamma == 1 else 1 / 3 + o.gamma
+def _esam_passes(o):
+    extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
+    # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
+    saved = 0 if o.whole_norm else (1 - o.beta) / 3
+    return extra - saved
+
 def _looksam_passes(o): return 1 / o.k
 
 _SHARPNESS = dict(
@@ -186,7 +191,7 @@ _SHARPNESS = dict(
         paper='Efficient Sharpness-Aware Minimization, '
               '[Du et al. 2022](https://arxiv.org/abs/2110.03141), ICLR',
         extra='a forward pass that chooses a share `gamma` of the samples, '
-              'and a full pass over the chosen samples',
+              'and a full pass over the chosen samples; with `whole_norm=False`, (1 - `beta`)/3 less',
         key='`beta` = 0.6 and `gamma` = 0.5; `rho` as for SAM',
         avoid='with small batches, because the gradient of half a batch is noisy; '
               'for networks whose BatchNorm needs the whole batch'),

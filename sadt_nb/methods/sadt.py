@@ -371,7 +371,7 @@ class SADT(_SeededNoise, _TwoSteps):
         groups = [[fn] for fn in fns]
         if _can_share(self, fns): groups = [fns]
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # also with `kl_weight=0`, to draw the noise
+            deltas = [fn(params, g_up, generator) for fn in group] # drawn also if `kl_weight` is 0
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 

@@ -47,6 +47,7 @@ CASES = {name: (name, READY.get(name, {})) for name in METHODS}
 CASES['sadt2 (code)'] = 'sadt2', dict(spec='code')
 CASES['sadt2, two full passes'] = 'sadt2', dict(share_trunk=False)
 CASES['sam, only the norms'] = 'sam', dict(only='norm')
+CASES['esam, whole_norm=False'] = 'esam', dict(whole_norm=False)
 CASES['sam, m=32'] = 'sam', dict(m=32)
 CASES['sam, m=8'] = 'sam', dict(m=8)
 BARE = 'bare loop'

@@ -41,7 +41,7 @@ def _double_backward(loss, v, check=False):
     for share in loss.shares():
         grads = torch.autograd.grad(share, ps, create_graph=True, materialize_grads=True)
         if check: _check_twice(grads)
-        curved = [(g, part) for g, part in zip(grads, parts) if g.requires_grad] # others are constant
+        curved = [(g, part) for g, part in zip(grads, parts) if g.requires_grad] # constant gradients add 0
         if not curved: continue
         gs, vs = zip(*curved)
         out += _joined(torch.autograd.grad(gs, ps, vs, materialize_grads=True))
@@ -169,7 +169,7 @@ def hessian_trace(
 class Eigenvalues(NamedTuple):
     "The largest eigenvalues."
     values: Tensor   # `(k,)` float64, the algebraically largest first
-    error: Tensor    # `(k,)` an eigenvalue of the Hessian lies within this distance of each value
+    error: Tensor    # `(k,)` an eigenvalue of the Hessian is at most this far from each value
     n: int           # Number of Hessian-vector products
     converged: bool  # Are all errors within the tolerance?
 
@@ -199,7 +199,7 @@ class _Basis:
 
 # %% ../../nbs/measures/50_hessian.ipynb #5bca8349
 class _Krylov:
-    "The Lanczos process: an orthonormal basis, and the tridiagonal matrix of `h` in it."
+    "The Lanczos process: an orthonormal basis, and the tridiagonal matrix of `h` in this basis."
     def __init__(self, h, start):
         self.h, self.basis, self.next = h, _Basis(), start / start.norm()
         self.alphas, self.betas = [], [] # diagonal; off-diagonal, then the norm of the last residual
@@ -304,8 +304,8 @@ class SpectralDensity(NamedTuple):
     n: int           # Number of Hessian-vector products
     converged: bool  # Is the error, integrated over the grid, within the tolerance?
     grid: Tensor     # `(points,)` eigenvalues at which `values` gives the density
-    nodes: list      # One `(steps,)` tensor of nodes per random vector
-    weights: list    # One `(steps,)` tensor of node weights per random vector, with the sum 1
+    nodes: list      # For each random vector, a `(steps,)` tensor of nodes
+    weights: list    # For each random vector, a `(steps,)` tensor of node weights with the sum 1
 
     def mass(self,
         edges:Sequence[float], # Ascending, at least two

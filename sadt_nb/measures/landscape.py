@@ -128,7 +128,7 @@ def _multiples(span, points):
     if points < 2: raise ValueError(f'a slice needs at least 2 points, got {points}')
     if not low < high: raise ValueError(f'`span` must be positive, or an ascending pair, got {span}')
     v = np.linspace(low, high, points)
-    v[np.abs(v) < 1e-12 * (high - low)] = 0. # rounding must not move the middle off zero
+    v[np.abs(v) < 1e-12 * (high - low)] = 0. # a multiple that is zero up to rounding becomes exactly zero
     return v
 
 def _filled(f, grid, shape, name, progress):
@@ -202,7 +202,7 @@ def plot_line(
     ax:plt.Axes|None=None,           # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None, # Dictionary from label to colour
 ): # The axes
-    "Draw the loss along one or several lines, with directions and samples as text below the axis."
+    "Draw the loss along one or several lines; the text below the axis names directions and samples."
     if not isinstance(lines, dict): lines = {'': lines}
     ax = _axes(ax)
     for label, line in lines.items():
@@ -278,7 +278,7 @@ def plot_ecdf(
     ax:plt.Axes|None=None,              # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,    # Dictionary from label to colour
 ): # The axes
-    "Draw the share of the given eigenvalues up to each value (Pham et al. 2022, Figure 16)."
+    "Draw, for each value, the share of the eigenvalues up to this value (Pham et al. 2022, Figure 16)."
     ax = _axes(ax)
     for label, v in spectra.items():
         ax.ecdf(np.asarray(v, dtype=float), label=label, color=(colors or {}).get(label))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from ..core.fixed_loss import FixedLoss
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec3eb93a
-# each function takes images in [0, 1], a setting for the severity, and a generator of random numbers
+# each function takes images `x` in [0, 1], the setting `c` of a severity, and a random generator `g`
 def _noise_like(x, g): return torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype)
 def _gaussian_noise(x, c, g): return x + _noise_like(x, g) * c
 def _speckle_noise(x, c, g): return x + x * (_noise_like(x, g) * c)
@@ -38,7 +38,7 @@ def _impulse_noise(x, c, g):
     u = torch.rand(x.shape, generator=g, device=x.device, dtype=torch.float32)
     return torch.where(u < c / 2, 1., torch.where(u < c, 0., x))
 
-def _gaussian_blur(x, c, g): # cut at four standard deviations, with the border repeated
+def _gaussian_blur(x, c, g): # the kernel ends at four standard deviations; border pixels are repeated
     r = int(4 * c + .5)
     padded = pad(x, (r, r, r, r), mode='replicate')
     return TF.gaussian_blur(padded, [2 * r + 1] * 2, [c] * 2)[..., r:-r, r:-r]
@@ -68,7 +68,7 @@ def _saturate(x, c, g):
     v, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     s = (v - low) / v.clamp(min=1e-12)
     new = (s * c[0] + c[1]).clamp(0, 1)
-    grey = torch.cat([v, v * (1 - new), v * (1 - new)], 1) # grey has no hue; HSV's convention is red
+    grey = torch.cat([v, v * (1 - new), v * (1 - new)], 1) # a grey pixel has no hue; HSV then takes red
     return torch.where(s > 0, v - (v - x) * new / s.clamp(min=1e-12), grey)
 
 # %% ../../nbs/measures/53_robustness.ipynb #b56b4f18
@@ -130,7 +130,7 @@ def corrupt(
     x = _in_256_levels(x.clamp(0, 1)) # without rounding, a grey pixel could have a hue
     g = torch.Generator(x.device).manual_seed(seed)
     out = f(x, settings[severity - 1], g).clamp(0, 1).mul(255)
-    # the authors round down to whole levels; the added thousandth keeps rounding errors from changing a level
+    # like the authors, round down to whole levels; the thousandth compensates for rounding errors
     return out.add(1e-3).floor().div(255)
 
 # %% ../../nbs/measures/53_robustness.ipynb #5f9b8bd2
@@ -249,7 +249,7 @@ def shifted_accuracy(
     data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
     bs:int=256,                           # Images per batch
     mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the validation loader's
-    std:float|Sequence[float]|None=None,  # Its standard deviation; `None`: the validation loader's
+    std:float|Sequence[float]|None=None,  # Standard deviation of the normalisation; `None`: as for `mean`
     size:int|None=None, # Side in pixels of a folder's images: the shorter side of each image is resized to
                         # 8/7 of it, as in `mapped_folder`, and the centre is cut out; `None`: as they are
     numbered:bool=False, # Are the folders named by the number of their class, from 0, as in ImageNetV2?

@@ -50,7 +50,7 @@ def gradient_norm(
     learn:Learner,         # A Learner whose network is in evaluation mode
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
-) -> float: # Rise of the loss per unit of length in weight space
+) -> float: # Norm of the gradient: the rise of the loss per unit of length, for a tiny step along it
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
     return float(global_norm(grads.values()))
@@ -107,13 +107,13 @@ def average_sharpness(
 class FlatnessRecorder(ShowsArguments, Callback):
     """Measures the network after each `every` epochs, and after the last epoch.
 
-    A measure returns a number, or a result with `value`. `rows` has one dictionary per measurement, and
-    `table()` returns all rows as a table. Under mixed precision, the measures use the precision of the
-    weights. Raises `ValueError` if `every` is below 1."""
+    A measure returns a number, or a result with the field `value`. `rows` has one dictionary per
+    measurement, and `table()` returns all rows as a table. Under mixed precision, the measures use the
+    precision of the weights. Raises `ValueError` if `every` is below 1."""
     order = 80 # runs after all other callbacks of the epoch
     def __init__(self,
         measures:dict[str, Callable]|None=None, # Functions `f(learn, dl=...)`; `None`: `sam_sharpness`
-        every:int=1,           # Epochs from one measurement to the next, >= 1
+        every:int=1,           # Number of epochs from one measurement to the next, >= 1
         dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order
         samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
     ):

@@ -19,8 +19,8 @@ class FriendlySAM(SummedPass):
     """Takes each batch's gradient at `w + rho d / ||d||` with `d = g - sigma m` (Li et al. 2024).
 
     m is the running mean of the gradients of past steps. In the first step, m is empty and d is g. A skipped
-    step does not change m. With several processes, g and m are means over all processes. Raises `ValueError` for
-    values out of range, and before training if a loaded mean does not fit the network."""
+    step does not change m. With several processes, g and m are means over all processes. Raises `ValueError`
+    for values out of range, and before training if a loaded mean does not fit the network."""
     per_rank = False # the mean must be equal in all processes
 
     def __init__(self,

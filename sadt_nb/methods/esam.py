@@ -25,7 +25,7 @@ from ..core.ranks import over_ranks, sync_gradients
 def sharpest(
     rise:Tensor, # `(n,)` rise of each sample's loss
     gamma:float, # Fraction of the samples to keep, in (0, 1]
-    least:int=1, # Keep at least this many samples, if there are as many
+    least:int=1, # Keep at least this many samples, if the batch has so many
 ) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
     "Return the positions of the samples whose loss rose most."
     k = max(least, ceil(gamma * len(rise) - 1e-9)) # 0.1 * 30 is a little more than 3 in floating point

@@ -41,7 +41,7 @@ class Perturbation(ShowsArguments):
     "Base class of functions for `SADT(perturb=...)`; a plain function with the same arguments works, too."
     def __call__(self,
         params:dict[str, Tensor], # Parameters by name
-        grads:dict[str, Tensor],  # Gradients of the batch's first step by name; do not change them
+        grads:dict[str, Tensor],  # Gradients of the first step by name; must not be changed
         generator:torch.Generator|None, # Source of random numbers; `None`: PyTorch's global generator
     ) -> dict[str, Tensor]: # From name to additive change; a parameter without an entry does not change
         "Return the difference between the teacher's weights and the network's."

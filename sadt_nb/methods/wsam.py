@@ -41,8 +41,7 @@ def _decouple_(g, g_p, scratch, scaled):
     falls, g_p = local_parts(g.values()), local_parts(g_p)
     torch._foreach_sub_(falls, g_p)
     torch._foreach_copy_(g_p, kept)
-    # after an overflow, 0 times infinity is NaN, and the step is skipped
-    if scaled: torch._foreach_add_(g_p, falls, alpha=0)
+    if scaled: torch._foreach_add_(g_p, falls, alpha=0) # 0 times infinity is NaN: the step will be skipped
 
 # %% ../../nbs/methods/28_wsam.ipynb #d7ea84bd
 class WSAM(SummedPass):

@@ -1,8 +1,10 @@
 "Small data, small networks, teachers, and a Learner without progress bars, for all tests."
+import gc
 import math
 import os
 import warnings
-from functools import partial
+from collections import OrderedDict
+from functools import lru_cache, partial
 
 warnings.filterwarnings('ignore', category=FutureWarning, message=r'.*torch\.jit\.script.*')
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -15,7 +17,10 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.experiments import cost
 from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.models.registry import MODELS
+from sadt_nb.models.simple_cnn import batch_norm, keras_init_
 from torch import nn
 
 
@@ -28,6 +33,15 @@ def pytest_collection_modifyitems(config, items):
     skip = pytest.mark.skip(reason='long; make test-all runs it')
     for item in items:
         if 'slow' in item.keywords: item.add_marker(skip)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_collection():
+    """Let the garbage collector pass over what is alive at the start of a file.
+
+    The imported packages have half a million objects, and a full collection of them takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +78,33 @@ def cnn(bn=True, dtype=torch.float64, dropout=0.):
     norm = nn.BatchNorm2d(4) if bn else nn.Identity()
     body = [nn.Conv2d(2, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten()]
     return Net(*body, nn.Linear(16, 3), nn.Dropout(dropout)).to(dtype)
+
+
+def narrow_cnn(classes=10, bottleneck=False, init='torch', dropout=.3):
+    "Return `simple_cnn` with the same layers and options, and a sixteenth of their width."
+    bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
+    layers = OrderedDict(
+        conv1=nn.Conv2d(3, 4, 3), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(), bn1=bn2(4),
+        conv2=nn.Conv2d(4, 4, 3), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(), bn2=bn2(4),
+        conv3=nn.Conv2d(4, 4, 3), relu3=nn.ReLU(), bn3=bn2(4),
+        flatten=nn.Flatten(), dropout=nn.Dropout(dropout),
+        dense1=nn.Linear(64, 32), relu4=nn.ReLU(), bn4=bn1(32),
+        dense2=nn.Linear(32, 16), relu5=nn.ReLU(), bn5=bn1(16))
+    if bottleneck: layers.update(bottleneck=nn.Linear(16, 10), relu6=nn.ReLU())
+    layers['classifier'] = nn.Linear(10 if bottleneck else 16, classes)
+    model = nn.Sequential(layers)
+    model.code_array = 'conv2.bias'
+    return keras_init_(model) if init == 'keras' else model
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Let runs with `simple_cnn` train `narrow_cnn`, where the width does not matter; this is faster.
+
+    Other processes train `simple_cnn`, unless they change `MODELS` as well."""
+    monkeypatch.setitem(MODELS, 'simple_cnn', narrow_cnn)
+    own_counts = lru_cache(None)(cost._forward_flops.__wrapped__) # the library remembers them by name
+    monkeypatch.setattr(cost, '_forward_flops', own_counts)
 
 
 class AnyDtypeTeacher(Net):

@@ -128,14 +128,16 @@ def _kind(parameter):
 _OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=torch.optim.AdamW,
                           sgd=torch.optim.SGD, decoupled_sgd=decoupled_groups)
 
+@lru_cache(None)
+def _optimizer_options(name): return inspect.signature(_OPTIMIZER_CLASSES[name]).parameters
+
 def _options_of(run):
     "Return, for each field with options, a text on what takes the options, and the parameters by name."
-    optimizer = inspect.signature(_OPTIMIZER_CLASSES[run.opt]).parameters
     return dict(
         data_args=(f'data set {run.data}', data_options(run.data)),
         model_args=(f'model {run.model}', model_options(run.model)),
         method_args=(f'method {run.method}', method_options(run.method)),
-        opt_args=(f'optimizer {run.opt}', optimizer))
+        opt_args=(f'optimizer {run.opt}', _optimizer_options(run.opt)))
 
 _FILLED_IN = dict(data_args=('seed',), model_args=(), method_args=('seed', 'teacher'),
                   opt_args=('params', 'lr', 'bs'))
@@ -188,9 +190,12 @@ def _is_mean_and_std(pair):
     whole = all(v.shape in ((), (3,)) for v in (mean, std))
     return whole and bool((std > 0).all())
 
+@lru_cache(None)
+def _check_policy(name): AutoAugment(name) # raises for an unknown policy
+
 def _check_images(run):
     "Raise `ValueError` for impossible augmentation or normalisation."
-    if run.autoaugment: AutoAugment(run.autoaugment)
+    if run.autoaugment: _check_policy(run.autoaugment)
     if run.resized_crop and run.crop:
         raise ValueError(f'`crop` must be 0 with `resized_crop`, got {run.crop} and {run.resized_crop}')
     if run.pad_mode != 'zeros' and not run.crop:

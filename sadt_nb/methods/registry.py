@@ -316,14 +316,15 @@ METHODS = Methods({**_GRADIENTS, **_SHARPNESS, **_TEACHERS, **_TWO_STEPS})
 def _check_name(name):
     if name not in METHODS: raise ValueError(unknown_name('method', name, METHODS))
 
+_EVENTS = inspect.signature(Callback).parameters # every callback takes these; they are not options
+
 def method_options(
     name:str, # A name in `METHODS`
 ) -> dict: # Name of an option: its `inspect.Parameter`
     "Return the options of a method's callback. Raises `ValueError` for an unknown name."
     _check_name(name)
     parameters = inspect.signature(METHODS[name].factory).parameters
-    events = inspect.signature(Callback).parameters # arguments of every callback, not options
-    return {k: p for k, p in parameters.items() if k not in events}
+    return {k: p for k, p in parameters.items() if k not in _EVENTS}
 
 def make_method(
     name:str,         # A name in `METHODS`

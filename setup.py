@@ -7,7 +7,8 @@ ini = ConfigParser(delimiters=['='])
 ini.read('settings.ini', encoding='utf-8')
 cfg = ini['DEFAULT']
 statuses = {1: '1 - Planning', 2: '2 - Pre-Alpha', 3: '3 - Alpha', 4: '4 - Beta', 5: '5 - Production/Stable'}
-extras = ('dev', 'distributed', 'integrations', 'bench', 'timm', 'clip', 'ray', 'weights', 'sweep')
+extras = ('dev', 'distributed', 'integrations', 'bench', 'timm', 'clip', 'ray', 'weights', 'sweep',
+          'completion')
 
 STORED = [f'published/**/*.{end}' for end in ('json', 'gz', 'safetensors', 'sha256')]
 

@@ -1,10 +1,12 @@
 "The commands in a user's shell: help, one run, wrong arguments, Ctrl-C."
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import get_args
@@ -383,3 +385,207 @@ def test_a_grid_without_measures(tmp_path, monkeypatch, no_measures, expected):
     monkeypatch.setattr(grids, 'paper_ensembles', lambda *args: [])
     cli.sadt_grid('sadt/notebook20', root=tmp_path, no_measures=no_measures)
     assert asked == {row.run: expected}
+
+
+EVERY_COMMAND = r"""
+import sys
+from pathlib import Path
+from sadt_nb.commands import cli
+from sadt_nb.experiments.config import Run
+from sadt_nb.papers import any_data, grids
+from sadt_nb.papers.base import PaperRun
+
+root, figure = Path(sys.argv[1]), Path(sys.argv[1]) / 'figure.png'
+small = Run(n_train=60, bs=30, epochs=1)
+trained = root / 'train' / small.but(method='sam').name
+row = PaperRun('a row', small, .5, measures=('gradient_norm',))
+grids.PAPER_GRIDS['tiny'] = lambda: [row]
+cli.TABLES = {'tiny': 'one row', 'distill/figure7': 'spectra'}
+any_data.make_plan = lambda *args: any_data.Plan(2, 1.)
+one_epoch = dict(n_train=60, bs=30, epochs=1)
+CALLS = [
+    ('train', cli.sadt_train, dict(method='sam', root=root / 'train', **one_epoch)),
+    ('demo', cli.sadt_demo, dict(root=root / 'demo', seeds=1, epochs=1, figure=figure)),
+    ('compare', cli.sadt_compare, dict(root=root / 'compare', n_train=60, bs=30, epochs=2)),
+    ('grid', cli.sadt_grid, dict(name='tiny', root=root / 'grid')),
+    ('tables', cli.sadt_grid, dict(list=True)),
+    ('rows', cli.sadt_grid, dict(name='tiny', list=True)),
+    ('folder', cli.sadt_report, dict(root=root / 'train', figure=figure)),
+    ('report', cli.sadt_report, dict(name='tiny', root=root / 'grid')),
+    ('sweep', cli.sadt_sweep, dict(methods='baseline', root=root / 'sweep', trials=2, seeds=1, **one_epoch)),
+    ('measure', cli.sadt_measure, dict(name=trained, measures='gradient_norm', samples=60)),
+]
+for json in (False, True):
+    for name, command, args in CALLS:
+        for stream in (sys.stdout, sys.stderr): print(f'<<{name}{" json" * json}>>', file=stream, flush=True)
+        command(json=json, **args)
+"""
+
+
+def parts(text):
+    "Return the output of each call by its mark."
+    found = re.split(r'<<(.+)>>\n', text)
+    return dict(zip(found[1::2], found[2::2]))
+
+
+@pytest.fixture(scope='module')
+def every_output(tmp_path_factory):
+    "Run every command without a terminal, first as text and then as JSON; return outputs and messages."
+    root = tmp_path_factory.mktemp('every')
+    command = [sys.executable, '-c', EVERY_COMMAND, root]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return root, parts(done.stdout), parts(done.stderr)
+
+
+def test_without_a_terminal_every_command_prints_plain_lines(every_output):
+    _, out, err = every_output
+    assert len(out) == len(err) == 20
+    for streams in (out, err):
+        for name, text in streams.items():
+            assert not re.search(r'[\r\b\x1b]', text), name
+            assert 'Warning' not in text, name
+    for name in [n for n in out if not n.endswith(' json')]: assert out[name].strip(), name
+
+
+def test_every_command_has_its_result_as_json_and_nothing_else(every_output):
+    root, out, _ = every_output
+    assert all('json' in cli.__dict__[c].__annotations__ for c in COMMANDS)
+    def refuse(name): raise AssertionError(f'{name} is no JSON')
+    found = {}
+    for name, text in out.items():
+        if name.endswith(' json'): found[name[:-5]] = json.loads(text, parse_constant=refuse)
+    row, = found['grid']['rows']
+    stored = read_json(Path(row['folder']) / 'result.json')
+    assert (row['run'], row['published'], row['result']) == ('a row', .5, stored)
+    assert found['report']['rows'] == found['grid']['rows']
+    assert found['report']['verdicts'][0]['row'] == 'a row'
+    assert all(Path(f).is_file() for f in found['report']['pages'])
+    listed, = found['rows']['rows']
+    assert Run.from_dict(listed['config']) == Run(n_train=60, bs=30, epochs=1)
+    shown, = found['folder']['runs']
+    trained = read_json(next((root / 'train').glob('*/result.json')))
+    assert (shown['label'], shown['method']) == ('sam', 'sam')
+    assert shown['accuracy'] == trained['accuracy']
+    measured = read_json(next((root / 'train').glob('*/measures.json')))['measures']
+    assert found['measure']['measures'] == measured
+    tested, = found['sweep']['rows']
+    assert tested['method'] == 'baseline'
+    assert len(tested['test']) == 1
+    assert all(0 <= share <= 1 for share in (tested['validation'], *tested['test']))
+    assert len(found['demo']['accuracies']) == 5
+    assert len(found['compare']['rows']) == 3
+    assert found['compare']['rows'][0]['difference'] is None, 'NaN in the table, which JSON lacks'
+
+
+def test_the_list_of_tables_counts_measures(every_output):
+    "`distill/figure7` computes spectra, whose time grows with the number of images."
+    _, out, _ = every_output
+    tiny, spectra = json.loads(out['tables json'])['tables']
+    assert tiny['runs'] == 1
+    assert spectra['measuring_seconds'] > tiny['measuring_seconds'] > 0
+    assert spectra['training_seconds'] > tiny['training_seconds'] > 0
+    assert 'of it measures' in out['tables']
+
+
+def test_a_bar_is_shown_in_terminals_only(monkeypatch):
+    from sadt_nb.core.display import bar
+    for in_terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, 'isatty', lambda answer=in_terminal: answer, raising=False)
+        assert bar(range(3)).disable is not in_terminal
+        assert bar(range(3), show=False).disable
+        assert list(bar(range(3))) == [0, 1, 2]
+
+
+def test_all_bars_are_of_one_function():
+    package = Path(sadt_nb.__file__).parent
+    users = [f for f in package.rglob('*.py') if 'import tqdm' in f.read_text()]
+    assert [f.relative_to(package).as_posix() for f in users] == ['core/display.py']
+
+
+def completions(line, extra=''):
+    "Return what a shell offers for a line, as argcomplete's shell function asks for it."
+    with tempfile.NamedTemporaryFile() as answer:
+        env = {**ENV, '_ARGCOMPLETE': '1', 'COMP_LINE': line, 'COMP_POINT': str(len(line)),
+               '_ARGCOMPLETE_IFS': '\n', '_ARGCOMPLETE_STDOUT_FILENAME': answer.name}
+        command = line.split()[0]
+        code = f"""
+import atexit, sys
+sys.argv = [{command!r}]
+{extra}
+atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules]))
+from sadt_nb.commands.cli import {command}
+{command}()
+"""
+        run = [sys.executable, '-c', code]
+        done = subprocess.run(run, capture_output=True, text=True, env=env, timeout=60)
+        return done, Path(answer.name).read_text().split('\n')
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_tab_completes_the_options_of_every_command(command):
+    pytest.importorskip('argcomplete')
+    options = {f'--{name}' for name in cli.__dict__[command].__annotations__ if name != 'name'}
+    _, found = completions(f'{command} --')
+    assert {f.strip() for f in found} == {*options, '--help', '--version'}
+
+
+COMPLETED = [
+    ('sadt_train --method es', ['esam']),
+    ('sadt_train --epo', ['--epochs']),
+    ('sadt_train --views ', ['0', '1', '2']),
+    ('sadt_train --model resnet1', [m for m in MODELS if m.startswith('resnet1')]),
+    ('sadt_train --data noisy_d', ['noisy_digits']),
+    ('sadt_grid sadt/table', [t for t in TABLES if t.startswith('sadt/table')]),
+    ('sadt_measure runs --measures gr', ['gradient_norm']),
+    ("sadt_sweep --methods 'sam es", ['sam esam']),
+]
+
+
+@pytest.mark.parametrize('line, expected', COMPLETED, ids=[line for line, _ in COMPLETED])
+def test_tab_completes_names(line, expected):
+    pytest.importorskip('argcomplete')
+    _, found = completions(line)
+    assert [f.strip(" '") for f in found] == expected
+
+
+def test_tab_completes_files(tmp_path, monkeypatch):
+    pytest.importorskip('argcomplete')
+    (tmp_path / 'a_run').mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert completions('sadt_measure a_')[1] == ['a_run/']
+
+
+def test_tab_starts_no_training_without_argcomplete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done, found = completions('sadt_train --epo', "sys.modules['argcomplete'] = None")
+    assert done.returncode == 1
+    assert done.stdout == '[]\n', 'nothing heavy was imported'
+    assert found == ['']
+
+
+def test_bash_completes_with_the_line_of_the_page():
+    pytest.importorskip('argcomplete')
+    script = """
+eval "$(python -m argcomplete.scripts.register_python_argcomplete sadt_train)"
+COMP_LINE='sadt_train --method look' COMP_POINT=24 COMP_TYPE=9 COMP_WORDBREAKS=$' \\t\\n'
+_python_argcomplete sadt_train
+echo "${COMPREPLY[@]}"
+"""
+    env = {**ENV, 'PATH': f'{BIN}:{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', '-c', script], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout.strip() == 'looksam', done.stderr
+
+
+@pytest.mark.parametrize('scale, samples, expected',
+                         [(1., None, 1000), (.3, None, 300), (.01, None, 100), (.01, 500, 500)])
+def test_measures_get_shorter_with_the_training(tmp_path, monkeypatch, scale, samples, expected):
+    asked = {}
+    def run_grid(runs, *args, **kwargs):
+        asked.update(kwargs)
+        return [{} for _ in runs]
+    monkeypatch.setattr('sadt_nb.experiments.grid.run_grid', run_grid)
+    monkeypatch.setattr(grids, 'paper_grid', lambda *args: [PaperRun('row', Run(n_train=60, epochs=1))])
+    monkeypatch.setattr(grids, 'paper_ensembles', lambda *args: [])
+    cli.sadt_grid('sadt/notebook20', root=tmp_path, scale=scale, samples=samples)
+    assert asked['samples'] == expected

@@ -13,7 +13,8 @@ from sadt_nb.data.datasets import digits
 from sadt_nb.experiments import grid as grid_module
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.grid import run_grid
+from sadt_nb.experiments.grid import duration, run_grid
+from sadt_nb.experiments.measure import measure_run
 from sadt_nb.experiments.report import load_results, results_table
 from sadt_nb.experiments.runner import RunRecorder, make_learner, read_result, run
 from sadt_nb.models.vit import vit
@@ -323,10 +324,37 @@ def test_the_time_left_counts_epochs_images_and_passes():
     assert grid_module._work(longer) == 3 * base
     assert grid_module._work(SMALL.but(method='sam')) == 2 * base
     assert grid_module._work(SMALL.but(n_train=2 * SMALL.n_train)) == 2 * base
+    assert grid_module._work(Run(data='digits', epochs=2, valid=0.)) == 2 * 1437
+    assert grid_module._work(Run(data='/a/folder', epochs=2, n_train=70)) == 140
+
+
+def test_the_time_left_counts_measures(tmp_path):
+    "A run that is trained already can wait for its measures; its work is theirs alone."
+    trained, fresh = SMALL.but(seed=1), SMALL.but(seed=2)
+    run(trained, tmp_path, **quiet)
+    plan = {cfg: dict(force=False, weights=True) for cfg in (trained, fresh)}
+    names = {trained: ['gradient_norm'], fresh: ['gradient_norm', 'average_sharpness']}
+    measuring = grid_module._left_to_measure(plan, tmp_path, names, 50)
+    assert measuring == {trained: 50 * 1, fresh: 50 * (1 + 12)}
+    measure_run(trained, tmp_path, names[trained], 50)
+    assert grid_module._left_to_measure(plan, tmp_path, names, 50).keys() == {fresh}
+    again = {trained: dict(force=True, weights=True)}
+    assert grid_module._left_to_measure(again, tmp_path, names, 50) == {trained: 50}
+    work = grid_module._Work(plan, tmp_path, measuring)
+    training = grid_module._work(fresh)
+    assert work.left == {fresh: training + 50 * 13, trained: 50}
+    work.begins(trained)
+    assert not work.ends(trained, failed=False), 'it was only measured'
+    assert work.done == 50
+    work.start -= 10
+    assert work.time_left() == duration(10 * (training + 650) / 50)
+    work.begins(fresh)
+    assert work.ends(fresh, failed=False)
+    assert work.done == 50 + training + 650
 
 
 def test_a_run_without_stored_epochs_has_trained_none(tmp_path):
-    work = grid_module._Work({SMALL: dict(force=False, weights=False)}, tmp_path)
+    work = grid_module._Work({SMALL: dict(force=False, weights=False)}, tmp_path, {})
     work.begins(SMALL)
     assert work.under_way(SMALL) == 0
     assert work.time_left() == ''

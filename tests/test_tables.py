@@ -8,9 +8,10 @@ import torch
 from fastai.callback.core import CancelBatchException
 from sadt_nb.commands import cli
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.cost import Machine, estimated_seconds, run_cost
+from sadt_nb.experiments.cost import Cost, Machine, estimated_seconds, measure_cost, measuring_seconds
+from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.grid import duration, run_grid
-from sadt_nb.experiments.measure import measure_run
+from sadt_nb.experiments.measure import MEASURES, PASSES, measure_run
 from sadt_nb.experiments.report import load_results
 from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
 from sadt_nb.measures.landscape import loss_surface
@@ -205,6 +206,38 @@ def test_costs_add_up():
     assert estimated_seconds([base, base], Machine(.1, 1e9)) == pytest.approx(expected)
     unknown = Run(data='some/folder')
     with pytest.raises(ValueError, match='number of images in some/folder is unknown'): run_cost(unknown)
+
+
+def test_the_time_of_measures_grows_with_images_and_network():
+    run = Run(data='cifar10', bs=100)
+    one = measure_cost(run, ['trace'], 250)
+    assert one.passes == 3 * PASSES['trace']
+    assert measure_cost(run, ['trace', 'surface'], 250).flops / one.flops == pytest.approx(320 / 160)
+    assert measure_cost(run, ['trace'], 1000).flops == 4 * one.flops
+    assert measure_cost(run.but(epochs=99), ['trace'], 250) == one
+    few = run.but(n_train=125)
+    assert measure_cost(few, ['trace'], 250).flops == one.flops / 2, 'no more samples than images'
+    plain = run_cost(run.but(n_train=250, epochs=1, valid=0.)).flops
+    assert one.flops == pytest.approx(160 * plain)
+    assert measure_cost(run, []) == Cost(0, 0)
+    seconds = 2 * (one.passes * .1 + one.flops / 1e9)
+    both = {run: ['trace'], run.but(seed=1): ['trace']}
+    assert measuring_seconds(both, Machine(.1, 1e9), 250) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize('study', ['flatness_digits', 'cifar_cnn'])
+def test_passes_of_measures_are_those_of_stored_runs(study):
+    "The seconds of a stored measure, in passes of the same training. Short times are rounded too coarsely."
+    found = {}
+    for _, r in load_results(f'published/{study}').iterrows():
+        if r['status'] != 'finished': continue
+        for name, m in r['measures'].items():
+            if m['seconds'] < 2 or name == 'calibration_error': continue
+            seconds_per_image = r['train_seconds'] / r['forwards'] / r['bs']
+            found.setdefault(name, []).append(m['seconds'] / m['samples'] / seconds_per_image)
+    assert found.keys() >= {'trace', 'eigenvalue', 'average_sharpness', 'spectrum', 'surface'}
+    for name, passes in found.items(): assert .6 < np.median(passes) / PASSES[name] < 1.6, name
+    assert PASSES.keys() == MEASURES.keys()
 
 
 def test_durations_are_written_in_two_units_at_most():

@@ -39,8 +39,8 @@ for _package in ('fastai', 'fastcore', 'fastprogress', 'matplotlib', 'numpy', 'p
     warnings.filterwarnings('ignore', module=rf'{_package}(\.|$)')
 
 # %% ../../nbs/commands/110_cli.ipynb #1b2a6da1
-import argparse, ast, codecs, difflib, json, re
-from functools import wraps
+import argparse, ast, codecs, difflib, json, math, re
+from functools import partial, wraps
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -265,6 +265,26 @@ def _parser(func, example):
     for k, anno in kinds.items(): _add_argument(parser, k, anno, defaults[k], comments[k])
     return parser
 
+def _offers(anno, files):
+    "Return a function that returns what can stand for the word `prefix`, for an argument of this type."
+    def offered(prefix, **_):
+        if anno is Path: return files(prefix)
+        several = getattr(anno, 'several', False)
+        before = re.match(r'(.*[\s,])?', prefix).group() if several else ''
+        names = [f'{before}{c}' for c in _choices(anno)]
+        return [*names, *files(prefix)] if anno is DataName else names
+    return offered
+
+def _complete(parser, kinds):
+    "If a shell asks how a line can go on, answer and end the process. Without argcomplete, only end it."
+    if '_ARGCOMPLETE' not in os.environ: return
+    try: from argcomplete import autocomplete
+    except ImportError: sys.exit(1) # without an answer, Tab must not start a training
+    from argcomplete.completers import FilesCompleter
+    for action in parser._actions:
+        if action.dest in kinds: action.completer = _offers(kinds[action.dest], FilesCompleter())
+    autocomplete(parser)
+
 def command(
     example:str, # A call of the command in a shell; the help shows it
 ):
@@ -276,7 +296,9 @@ def command(
             _show_any_text()
             with _one_line_errors(func.__name__):
                 if not (args or kwargs):
-                    kwargs = vars(_parser(func, example).parse_args())
+                    parser = _parser(func, example)
+                    _complete(parser, func.__annotations__)
+                    kwargs = vars(parser.parse_args())
                     for k, v in kwargs.items(): _check(f'--{k}', func.__annotations__[k], v)
                 return func(*args, **kwargs)
         return main
@@ -306,9 +328,18 @@ def _options(text):
     return out
 
 # %% ../../nbs/commands/110_cli.ipynb #619643a8
-def _to_json(value):
-    "Return a value as JSON, with indents; paths as text."
-    return json.dumps(value, indent=1, default=str)
+def _plain(value):
+    "Return a value in the types of JSON: a table as a list of rows, a number that is not finite as `None`."
+    if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, pd.DataFrame): return _plain(value.to_dict('records'))
+    if hasattr(value, 'item'): value = value.item() # a number of NumPy
+    if isinstance(value, float) and not math.isfinite(value): return None
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+def _print_json(**result):
+    "Print a result as one JSON object."
+    print(json.dumps(_plain(result), indent=1, allow_nan=False))
 
 # %% ../../nbs/commands/110_cli.ipynb #47146ec3
 def _stored_config(folder, advice):
@@ -396,27 +427,39 @@ def sadt_train(
         opt_args=_options(opt_args), **_teacher_fields(teacher, root))
     r = runner.run(cfg, root, force=force, progress=not json, minutes=minutes)
     if ranks.this_rank(): return # of several processes, only the first prints
-    if json: print(_to_json({'folder': Path(root) / cfg.name, **r}))
+    if json: _print_json(folder=Path(root) / cfg.name, **r)
     else: _print_result(cfg, r, root)
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
-def _list_tables(device=None):
-    "Print every table with its runs, its passes, and the time to train run after run on this machine."
+def _size(name, machine, samples):
+    "Return the number of runs of a table, and passes and seconds unless a package of a network is missing."
+    cells = grids.paper_grid(name)
+    runs = {c.run for c in cells} | {t for c in cells for t in c.run.teachers}
+    row = dict(table=name, runs=len(runs), about=TABLES[name])
+    try: passes = sum(cost.run_cost(r).passes for r in runs)
+    except ImportError as e: return dict(row, error=str(e))
+    measures = {c.run: c.measures for c in cells if c.measures}
+    return dict(row, passes=passes, training_seconds=cost.estimated_seconds(runs, machine),
+                measuring_seconds=cost.measuring_seconds(measures, machine, samples))
+
+def _list_tables(json=False, samples=1000, device=None):
+    "Print every table with its runs, its passes, and the time of run after run on this machine."
     print('measuring this machine for a few seconds', file=sys.stderr)
     machine = cost.probe_machine(device)
+    rows = [_size(name, machine, samples) for name in TABLES]
+    if json: return _print_json(tables=rows)
     kind = 'GPU' if torch.device(device or torch_core.default_device()).type == 'cuda' else 'CPU'
-    print(f'{"table":26} {"runs":>5} {"million passes":>15}   {"time on this " + kind:17}  what it trains')
-    for name, text in TABLES.items():
-        runs = set()
-        for c in grids.paper_grid(name):
-            runs |= {c.run, *c.run.teachers}
-        try:
-            passes = sum(cost.run_cost(r).passes for r in runs)
-            time = grid.duration(cost.estimated_seconds(runs, machine))
-        except ImportError as e:
-            print(f'{name:26} {len(runs):5} {"":15}   {"":17}  {text}; {e}')
-        else:
-            print(f'{name:26} {len(runs):5} {passes / 1e6:15.2f}   {time:17}  {text}')
+    heading = f'{"time on this " + kind:17}  {"of it measures":14}  what it trains'
+    print(f'{"table":26} {"runs":>5} {"million passes":>15}   {heading}')
+    for r in rows:
+        first = f'{r["table"]:26} {r["runs"]:5}'
+        if 'error' in r:
+            print(f'{first} {"":15}   {"":17}  {"":14}  {r["about"]}; {r["error"]}')
+            continue
+        measuring = r['measuring_seconds']
+        time = grid.duration(r['training_seconds'] + measuring)
+        part = grid.duration(measuring) if measuring else ''
+        print(f'{first} {r["passes"] / 1e6:15.2f}   {time:17}  {part:14}  {r["about"]}')
 
 def _percent(v, digits=1): return '-' if v is None else f'{100 * v:.{digits}f}'
 
@@ -425,13 +468,29 @@ def _published(cell):
     if cell.spread is None: return _percent(cell.published)
     return f'{_percent(cell.published, 2)} ± {_percent(cell.spread, 2)}'
 
-def _list_rows(name, scale, amp, only):
+def _list_rows(name, scale, amp, only, json):
     "Print the rows of a table: label, published value, epochs of the run, and the note."
+    cells = grids.paper_grid(name, scale, amp, only)
+    if json: return _print_json(table=name, rows=[_as_published(c) | _settings_of(c.run) for c in cells])
     rows = []
-    for c in grids.paper_grid(name, scale, amp, only):
+    for c in cells:
         rows.append({'run': c.label, 'published %': _published(c), 'epochs': c.run.epochs, 'note': c.note})
     print(f'{name}: {TABLES.get(name, "")}')
     print(pd.DataFrame(rows).set_index('run').to_string())
+
+def _settings_of(run): return dict(name=run.name, config=run.to_dict())
+
+def _as_published(cell):
+    "Return a row of a table: its label, and what is published about it; shares, not percent."
+    return dict(run=cell.label, published=cell.published, published_spread=cell.spread, note=cell.note)
+
+def _rows_and_results(name, root, scale, amp, only=''):
+    "Return the rows of a table with the whole results of our runs; `None` for a run that is not finished."
+    rows = []
+    for c in grids.paper_grid(name, scale, amp, only):
+        found = dict(folder=Path(root) / c.run.name, result=runner.read_result(c.run, root))
+        rows.append(_as_published(c) | found)
+    return rows
 
 def _published_table(name, root, scale, amp, only=''):
     "Return a table with our results beside the published values."
@@ -453,7 +512,9 @@ def sadt_grid(
     # Share of the published epochs, such as 0.1 for a quick look; the rows are marked as scaled
     scale:float=1.,
     amp:Literal['', 'bf16', 'fp16']='', # Mixed precision for all runs; the rows are marked with it
-    samples:int=1000,   # Number of training images for the measures that a figure needs
+    # Number of training images for the measures that a figure needs; by default 1,000 or, with --scale,
+    # that share of 1,000, but at least 100
+    samples:int=None,
     minutes:float=1.,   # Least minutes between two checkpoints, which are stored after epochs
     force:bool=False,   # Train finished runs again
     # Address of a Ray cluster whose machines train; 'auto' for the cluster of this machine;
@@ -462,33 +523,45 @@ def sadt_grid(
     no_measures:bool=False, # Train only, without the measures that a figure needs; these can take hours
     # Train nothing; print the rows of the table or, without a name, all tables with their passes and time
     list:bool=False,
+    json:bool=False,    # Print the result as JSON
 ):
     "Train the unfinished runs of a published table, then print the table beside the published values."
-    if not name: return _list_tables()
-    if list: return _list_rows(name, scale, amp, only)
+    samples = samples or max(100, round(1000 * min(1, scale)))
+    if not name: return _list_tables(json, samples)
+    if list: return _list_rows(name, scale, amp, only, json)
     measures = {}
     for c in grids.paper_grid(name, scale, amp, only):
         wanted = () if no_measures else c.measures
         measures[c.run] = (*measures.get(c.run, ()), *wanted)
-    results = grid.run_grid([*measures], root, workers, force, minutes=minutes, measures=measures,
-                            samples=samples, ray=ray or None)
+    results = grid.run_grid([*measures], root, workers, force, progress=not json, minutes=minutes,
+                            measures=measures, samples=samples, ray=ray or None)
     failed = [r for r in results if isinstance(r, Exception)]
     if len(failed) == len(measures):
         reason = str(failed[0]).splitlines()[-1]
         raise runner.RunError(f'no run could be made; the first failed with: {reason}')
-    print(_published_table(name, root, scale, amp, only).to_string())
+    ensembles = {}
     for e in grids.paper_ensembles(name, scale, amp):
         if not all(runner.is_trained(m, root) for m in e.members): continue
-        print(f'ensemble of {e.label}: accuracy {grid.run_ensemble(e.members, root)["accuracy"]:.3f}')
+        ensembles[e.label] = grid.run_ensemble(e.members, root)['accuracy']
+    if json:
+        _print_json(table=name, rows=_rows_and_results(name, root, scale, amp, only), ensembles=ensembles,
+                    failed=[str(e) for e in failed])
+    else:
+        print(_published_table(name, root, scale, amp, only).to_string())
+        for label, accuracy in ensembles.items(): print(f'ensemble of {label}: accuracy {accuracy:.3f}')
     if failed: print(f'{len(failed)} of {len(measures)} runs failed, see above', file=sys.stderr)
 
 # %% ../../nbs/commands/110_cli.ipynb #0d0ce019
 _VERDICT_COLUMNS = ('row', 'where', 'n', 'published difference', 'our difference', 'verdict')
 
-def _report_table(name, root, to, scale, amp):
+def _report_table(name, root, to, scale, amp, json):
     "Print a published table with our numbers and a verdict per row, and write its pages to a folder."
-    print(_published_table(name, root, scale, amp).to_string())
     table = pages.comparison(name, report.load_results(root), scale, amp)
+    if json:
+        written = pages.write_pages(name, root, to, scale, amp)
+        rows = _rows_and_results(name, root, scale, amp)
+        return _print_json(table=name, rows=rows, verdicts=table, pages=written)
+    print(_published_table(name, root, scale, amp).to_string())
     shown = [c for c in _VERDICT_COLUMNS if c in table and (table[c] != '').any()]
     print('\n' + table[shown].to_string(index=False))
     written = pages.write_pages(name, root, to, scale, amp)
@@ -514,7 +587,13 @@ def _save_curves(name, root, scale, amp, figure):
     else:
         by = report.labels(results)
     report.plot_runs(results, by)[0].figure.savefig(figure, dpi=120)
-    print(f'saved {figure}')
+
+def _report_folder(root, json):
+    "Print the results of a folder: a row per setting, or as JSON all that is stored of every run."
+    results = report.load_results(root)
+    if not json: return print(visible(report.results_table(results).to_string()))
+    stored = results.assign(label=report.labels(results), folder=[Path(root) / n for n in results['name']])
+    _print_json(runs=stored.drop(columns=['run', 'name', 'history']))
 
 @command('sadt_report sadt/notebook20 --root published/notebook20 --to .')
 def sadt_report(
@@ -526,6 +605,7 @@ def sadt_report(
     scale:float=1.,    # Share of the published epochs that was trained
     amp:Literal['', 'bf16', 'fp16']='', # Mixed precision in which all runs were trained
     figure:Path=None,  # Save the training curves to this file
+    json:bool=False,   # Print the result as JSON
 ):
     "Print the results of a folder; or print a published table with verdicts and write it to pages."
     _check_figure(figure)
@@ -533,16 +613,12 @@ def sadt_report(
     folder = report.results_folder(root)
     if name:
         packaged = folder != Path(root) # no pages are written into the package's own folder
-        _report_table(name, folder, to or ('.' if packaged else folder), scale, amp)
-    else:
-        print(visible(report.results_table(report.load_results(folder)).to_string()))
+        _report_table(name, folder, to or ('.' if packaged else folder), scale, amp, json)
+    else: _report_folder(folder, json)
     if figure: _save_curves(name, folder, scale, amp, figure)
+    if figure and not json: print(f'saved {figure}')
 
 # %% ../../nbs/commands/110_cli.ipynb #57e4972d
-def _as_json(table):
-    "Return a DataFrame as a list of dictionaries of plain values, `None` for NaN."
-    return json.loads(table.reset_index().to_json(orient='records'))
-
 def _announce(runs, plan, root, workers):
     "Print on standard error how many runs are left and how long they take."
     every = [r for group in runs.values() for r in group]
@@ -591,10 +667,7 @@ def sadt_compare(
         reason = str(failed[0]).splitlines()[-1]
         raise runner.RunError(f'no run could be made; the first failed with: {reason}')
     found = any_data.compare(runs, root, to)
-    if json:
-        print(_to_json(dict(sentence=found.sentence, rows=_as_json(found.table),
-                            files=[str(f) for f in found.files])))
-        return
+    if json: return _print_json(sentence=found.sentence, rows=found.table.reset_index(), files=found.files)
     print(visible(f'\n{any_data.as_text(found.table).to_string()}\n\n{found.sentence}'))
     print('page: ' + str(found.files[0]))
 
@@ -614,17 +687,24 @@ def _settings(run):
         parts.append(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}')
     return ' '.join(parts)
 
-def _sweep_row(found, runs, results):
-    "Return the best settings of a method, and the accuracy of their runs with other seeds."
-    tested = pd.Series([100 * r['accuracy'] for r in results if not isinstance(r, Exception)])
+def _sweep_row(label, found, runs, results):
+    "Return the best settings of a method, and the accuracy of their runs with other seeds; shares."
+    best = runs[0]
+    tested = [r['accuracy'] for r in results if not isinstance(r, Exception)]
+    return dict(method=label, lr=best.lr, method_args=dict(best.method_args), epochs=best.epochs,
+                validation=found.value, test=tested, passes_searched=found.passes)
+
+def _sweep_text(row, run):
+    "Return a row as it is printed."
+    tested = pd.Series([100 * a for a in row['test']], dtype=float)
     spread = f' ± {tested.std():.1f}' if len(tested) > 1 else ''
     return {
-        'best': _settings(runs[0]),
-        'validation %': f'{100 * found.value:.1f}',
+        'best': _settings(run),
+        'validation %': f'{100 * row["validation"]:.1f}',
         'test %': f'{tested.mean():.1f}{spread}',
         'n': len(tested),
-        'epochs': runs[0].epochs,
-        'passes searched': f'{found.passes:.0f}',
+        'epochs': run.epochs,
+        'passes searched': f'{row["passes_searched"]:.0f}',
     }
 
 # %% ../../nbs/commands/110_cli.ipynb #816784f9
@@ -648,6 +728,7 @@ def sadt_sweep(
     top:int=1,
     root:Path='runs',      # Folder for the results; finished runs are not repeated
     workers:int=1,         # Number of processes that train at the same time
+    json:bool=False,       # Print the result as JSON
 ):
     "Search each method's best learning rate and radius at equal passes; test them with other seeds."
     if name and name not in sweeps.SWEEPS:
@@ -658,13 +739,15 @@ def sadt_sweep(
     cases = sweeps.SWEEPS[name]() if name else _sweep_cases(methods, plain)
     runs = {label: run for label, (run, _) in cases.items()}
     spaces = {label: space for label, (_, space) in cases.items()}
-    found = sweeps.sweep(runs, root, trials, spaces, workers)
-    fresh = sweeps.confirmed(found, root, range(1, seeds + 1), top, workers)
-    rows = {}
+    found = sweeps.sweep(runs, root, trials, spaces, workers, progress=not json)
+    fresh = sweeps.confirmed(found, root, range(1, seeds + 1), top, workers, progress=not json)
+    rows = []
     for label, runs in fresh.items():
         results = grid.run_grid(runs, root, progress=False) # this only reads: `confirmed` has trained them
-        rows[label] = _sweep_row(found[label], runs, results)
-    print(pd.DataFrame(rows).T.rename_axis('method').to_string())
+        rows.append(_sweep_row(label, found[label], runs, results))
+    if json: return _print_json(rows=rows)
+    texts = {r['method']: _sweep_text(r, fresh[r['method']][0]) for r in rows}
+    print(pd.DataFrame(texts).T.rename_axis('method').to_string())
 
 # %% ../../nbs/commands/110_cli.ipynb #4c9955ee
 def _measure_line(name, m):
@@ -679,6 +762,7 @@ def sadt_measure(
     measures:MeasureNames='', # Names in quotes; by default all but the slow spectrum, top100 and surface
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
+    json:bool=False,     # Print the result as JSON
 ):
     "Measure the flatness, calibration and robustness of a stored run, and store the numbers beside the run."
     if not name: raise ValueError('say which run: the folder that sadt_train printed')
@@ -688,6 +772,7 @@ def sadt_measure(
         raise ValueError(f'{name} is not named after its run; rename it to {cfg.name}')
     chosen = measures.replace(',', ' ').split() or None
     measured = measure.measure_run(cfg, name.resolve().parent, chosen, samples, force)['measures']
+    if json: return _print_json(folder=name, measures=measured)
     for k, m in measured.items(): print(visible(_measure_line(k, m)))
 
 # %% ../../nbs/commands/110_cli.ipynb #9c263ad0
@@ -751,24 +836,29 @@ def sadt_demo(
     seeds:int=3,              # Number of runs per row, each with its own starting weights and data order
     epochs:int=8,             # Number of passes over the 320 training images
     figure:Path='sadt_demo.png', # Where to save the figure
+    json:bool=False,          # Print the result as JSON
 ):
     "Compare SAM, SADT and their controls on digits with wrong labels, in about a minute."
     if min(seeds, epochs) < 1:
         raise ValueError(f'--seeds and --epochs must be at least 1, got {seeds} and {epochs}')
     _check_figure(figure)
-    print('importing PyTorch', flush=True)
+    say = partial(print, file=sys.stderr if json else sys.stdout, flush=True)
+    say('importing PyTorch')
     # on batches this small, a second thread saves little time, and on a busy machine it costs time
     torch.set_num_threads(1)
     runs = _demo_runs(seeds, epochs)
     every = [(label, r) for label, group in runs.items() for r in group]
-    print(f'{len(every)} short runs on 320 digits, 40% of their labels wrong', flush=True)
+    say(f'{len(every)} short runs on 320 digits, 40% of their labels wrong')
     results = {}
     for i, (label, r) in enumerate(every, start=1):
         results[r] = runner.run(r, root, progress=False)
-        print(f'[{i}/{len(every)}] {label}, seed {r.seed}: {results[r]["accuracy_bn"]:.1%}', flush=True)
+        say(f'[{i}/{len(every)}] {label}, seed {r.seed}: {results[r]["accuracy_bn"]:.1%}')
     plt.switch_backend('agg')
     accuracies = _demo_accuracies(runs, results)
     _demo_figure(runs, accuracies, figure)
+    if json:
+        shares = {label: [results[r]['accuracy_bn'] for r in group] for label, group in runs.items()}
+        return _print_json(message=_demo_message(accuracies), figure=figure, root=root, accuracies=shares)
     print(f'\n{_demo_table(runs, results).to_string()}')
     print(f'\nfigure: {figure}, runs: {root}')
     print(f'{_demo_message(accuracies)}. Read on in nbs/tutorials/01_a_loss_you_can_see.ipynb.')

@@ -24,7 +24,8 @@ from ..core.display import visible
 from ..core.teachers import Ensemble
 from .archive import read_archive, read_part
 from .config import Run
-from .measure import measure_run, missing_measures
+from .cost import training_images
+from .measure import PASSES, measure_run, missing_measures
 from .runner import RunBusy, RunError, code_version, evaluate, is_trained, load_model
 from .runner import read_result, run, run_loaders, work_folder, write_json
 from ..measures.similarity import diversity
@@ -210,8 +211,14 @@ def _plan(runs, root, force, needs_weights=_no_weights):
     return plan
 
 def _work(cfg):
-    "Return a number that grows with the time of a training."
-    return max(1, cfg.epochs) * passes_of(cfg.method, **dict(cfg.method_args)) * (cfg.n_train or 1)
+    "Return the time of a training in passes over one image."
+    try: images = training_images(cfg)
+    except ValueError: images = cfg.n_train or 10_000 # a folder of images, which may be on another machine
+    return max(1, cfg.epochs) * passes_of(cfg.method, **dict(cfg.method_args)) * images
+
+def _measuring(names, samples):
+    "Return the time of measures in the unit of `_work`: passes over one image."
+    return samples * sum(PASSES[n] for n in names)
 
 def read_history(
     cfg:Run, # The configuration
@@ -245,6 +252,15 @@ def _unfinished(plan, root):
         if how['force'] or not done: left[cfg] = _work(cfg)
     return left
 
+def _left_to_measure(plan, root, measures, samples):
+    "Return the estimated work of every run that has to be measured."
+    left = {}
+    for cfg, how in plan.items():
+        names = list(measures.get(cfg, ()))
+        wanted = names if how['force'] else missing_measures(cfg, root, names, samples)
+        if wanted: left[cfg] = _measuring(wanted, samples)
+    return left
+
 def _outcome(r, trained):
     "Return a text on how a run ended."
     if isinstance(r, Exception): return f'{r}'
@@ -257,11 +273,14 @@ def _percent(row, key): return f'{100 * row[key]:.1f}' if key in row else ''
 # %% ../../nbs/experiments/85_grid.ipynb #1d1f368d
 class _Work:
     "Estimates how much of a grid's work is done, and how long the remaining work takes at the same speed."
-    def __init__(self, plan, root):
+    def __init__(self, plan, root, measuring):
         self.root, self.start = root, time.time()
         self.running = {} # configuration: time of its start
         self.before = {}  # configuration: number of epochs that were stored before this grid
-        self.left, self.done = _unfinished(plan, root), 0.
+        self.training, self.measuring = _unfinished(plan, root), measuring
+        both = dict.fromkeys([*self.training, *measuring])
+        self.left = {cfg: self.training.get(cfg, 0) + measuring.get(cfg, 0) for cfg in both}
+        self.done = 0.
 
     def begins(self, cfg):
         self.running[cfg] = time.time()
@@ -270,9 +289,11 @@ class _Work:
 
     def ends(self, cfg, failed):
         "Count a run as ended; return whether this grid trained the run and did not only read it."
-        trained = self.left.pop(cfg, None) and not failed
-        if trained: self.done += _work(cfg) * (1 - self.before.get(cfg, 0) / max(1, cfg.epochs))
-        return trained
+        self.left.pop(cfg, None)
+        if failed: return False
+        trained = self.training.get(cfg, 0)
+        self.done += trained * (1 - self.before.get(cfg, 0) / max(1, cfg.epochs)) + self.measuring.get(cfg, 0)
+        return bool(trained)
 
     def under_way(self, cfg):
         "Return how many epochs of a running run this grid has trained."
@@ -292,8 +313,8 @@ class _Work:
 # %% ../../nbs/experiments/85_grid.ipynb #a6e82c67
 class _Progress:
     "Prints a line for every run that ends and, in a terminal, a table of running runs below the lines."
-    def __init__(self, plan, root, show):
-        self.work, self.show, self.n = _Work(plan, root), show, len(plan)
+    def __init__(self, plan, root, show, measuring):
+        self.work, self.show, self.n = _Work(plan, root, measuring), show, len(plan)
         self.ended = self.failed = 0
         in_terminal = sys.stdout is sys.__stdout__ and sys.stdout.isatty() # isatty is also true in a notebook
         self.live, self.print = nullcontext(), partial(print, flush=True)
@@ -418,7 +439,7 @@ def run_grid(
     plan = _plan(runs, root, force, needs_weights)
     def submit(worker, cfg):
         return worker.submit(cfg, root, measures.get(cfg, ()), samples, minutes=minutes, **plan[cfg])
-    shown = _Progress(plan, root, progress)
+    shown = _Progress(plan, root, progress, _left_to_measure(plan, root, measures, samples))
     grid = _Grid(plan, root, attempts, shown)
     with _cluster(ray) if ray else nullcontext() as cluster:
         with _idle_workers(workers, cluster) as idle, shown.live: grid.train(idle, submit)

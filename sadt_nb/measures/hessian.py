@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastai.learner import Learner
-from tqdm import tqdm
 
+from ..core.display import bar
 from ..core.fixed_loss import FixedLoss, MissingDerivative, differentiable, missing_derivative
 
 # %% ../../nbs/measures/50_hessian.ipynb #661ef478
@@ -61,7 +61,7 @@ class _Products:
         self.sizes = [p.numel() for p in loss.params.values()]
         self.size, self.n = sum(self.sizes), 0
         total = total and min(total, self.size)
-        self.bar = tqdm(total=total, desc=name, delay=3, leave=False, disable=not progress)
+        self.bar = bar(None, progress, total=total, desc=name)
 
     def __call__(self, v):
         self.n += 1

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn, Tensor
 from fastai.learner import Learner
-from tqdm import tqdm
 
+from ..core.display import bar
 from ..core.fixed_loss import FixedLoss
 from ..core.perturb import check_whole, trainable_params, unwrapped, weights_moved
 
@@ -135,7 +135,7 @@ def _filled(f, grid, shape, name, progress):
     "Return `f` at each point of the grid; NaN for the points that Ctrl-C left out."
     loss, done = np.full(shape, np.nan), 0
     try:
-        for i, at in enumerate(tqdm(grid, desc=name, delay=3, leave=False, disable=not progress)):
+        for i, at in enumerate(bar(grid, progress, desc=name)):
             loss.flat[i] = f(*at)
             done = i + 1
     except KeyboardInterrupt:

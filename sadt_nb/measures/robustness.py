@@ -23,8 +23,8 @@ from torch.nn.functional import interpolate, pad
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as TF
 from fastai.learner import Learner
-from tqdm import tqdm
 
+from ..core.display import bar
 from ..core.fixed_loss import FixedLoss
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec3eb93a
@@ -183,7 +183,7 @@ def corrupted_accuracy(
     out = pd.DataFrame(np.nan, index=rows, columns=columns)
     cells = [(kind, severity) for kind in kinds for severity in severities]
     try:
-        for kind, severity in tqdm(cells, desc='corrupted', delay=3, leave=False, disable=not progress):
+        for kind, severity in bar(cells, progress, desc='corrupted'):
             right = 0
             for i, (x, y) in enumerate(clean):
                 x = corrupt(x, kind, severity, seed * 100_003 + i)

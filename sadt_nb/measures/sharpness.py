@@ -16,9 +16,9 @@ import torch
 from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from tqdm import tqdm
 
 from ..core.arguments import ShowsArguments
+from ..core.display import bar
 from ..core.fixed_loss import FixedLoss, collect_batches
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
@@ -92,7 +92,7 @@ def average_sharpness(
     here, rises = loss(), []
     g = torch.Generator(next(iter(loss.params.values())).device).manual_seed(seed)
     try:
-        for _ in tqdm(range(pairs), desc='average sharpness', delay=3, leave=False, disable=not progress):
+        for _ in bar(range(pairs), progress, desc='average sharpness'):
             with torch.no_grad(): noise = _weight_noise(loss.params, std, adaptive, g)
             both = 0.
             for sign in (1., -1.):

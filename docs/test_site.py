@@ -108,6 +108,12 @@ TOO_WIDE = """w => {
   const wide = [...document.querySelectorAll('article *')].filter(sticksOut);
   return wide.slice(0, 3).map(e => e.outerHTML.slice(0, 120));
 }"""
+# On a phone: displayed formulas that do not fit although their letters are at their smallest, and figures
+# whose letters are below 70% of their size
+WIDE_FORMULAS = """() => [...document.querySelectorAll('mjx-container[display="true"]')]
+  .filter(m => m.scrollWidth > m.clientWidth + 1).map(m => m.textContent.slice(0, 40))"""
+TINY_FIGURES = """() => [...document.querySelectorAll('div.cell_output img')]
+  .filter(i => i.clientWidth && i.clientWidth < Math.min(.7 * i.naturalWidth, i.naturalWidth)).length"""
 THEME = 'document.documentElement.dataset.theme'
 # The code of cells that is shown without a click
 OPEN_CODE = """() => [...document.querySelectorAll('div.cell_input pre')]
@@ -156,6 +162,10 @@ def test_page(page, window, host):
     assert tab.evaluate(THEME) == scheme
     assert not tab.evaluate(TOO_WIDE, width)
     assert tab.evaluate(CONTRAST) == {}
+    if width < 480:
+        if formulas: tab.wait_for_timeout(300) # their letters are fitted when all are set
+        assert tab.evaluate(WIDE_FORMULAS) == []
+        assert tab.evaluate(TINY_FIGURES) == 0
 
 
 def test_the_contrast_check_can_fail(browser):
@@ -313,25 +323,6 @@ def test_the_check_for_open_code_can_fail(browser):
     tab.set_content(f'{cell}<details>{cell}</details>')
     assert tab.evaluate(OPEN_CODE) == ['import torch']
     tab.close()
-
-
-# Displayed formulas that are wider than their box although their letters are at their smallest, and figures
-# whose letters are below 70% of their size
-PHONE_FORMULAS = """() => [...document.querySelectorAll('mjx-container[display="true"]')]
-  .filter(m => m.scrollWidth > m.clientWidth + 1).map(m => m.textContent.slice(0, 40))"""
-PHONE_FIGURES = """() => [...document.querySelectorAll('div.cell_output img')]
-  .filter(i => i.clientWidth && i.clientWidth < Math.min(.7 * i.naturalWidth, i.naturalWidth)).length"""
-
-
-@pytest.mark.parametrize('page', [p for p in CONTENT if p.startswith(('methods/', 'studies/', 'tutorials/'))])
-def test_formulas_fit_and_figures_are_readable_on_a_phone(page, browser, host):
-    c = browser.new_context(viewport=dict(width=375, height=800))
-    tab = c.new_page()
-    load(tab, host + page)
-    tab.wait_for_timeout(300) # the letters of formulas are fitted when all are set
-    assert tab.evaluate(PHONE_FORMULAS) == []
-    assert tab.evaluate(PHONE_FIGURES) == 0
-    c.close()
 
 
 def test_colour_mode_and_sidebar_work(browser, host):

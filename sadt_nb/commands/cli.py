@@ -296,6 +296,7 @@ def command(
             _show_any_text()
             with _one_line_errors(func.__name__):
                 if not (args or kwargs):
+                    os.environ['MPLBACKEND'] = 'agg' # commands save figures, they do not show them
                     parser = _parser(func, example)
                     _complete(parser, func.__annotations__)
                     kwargs = vars(parser.parse_args())
@@ -609,7 +610,6 @@ def sadt_report(
 ):
     "Print the results of a folder; or print a published table with verdicts and write it to pages."
     _check_figure(figure)
-    plt.switch_backend('agg') # commands save figures, they do not show them
     folder = report.results_folder(root)
     if name:
         packaged = folder != Path(root) # no pages are written into the package's own folder
@@ -651,7 +651,6 @@ def sadt_compare(
     "Compare methods on any data at equal passes, in the time given; end in a table, a sentence and a page."
     if not minutes > 0: raise ValueError(f'--minutes must be positive, got {minutes:g}')
     if workers < 1: raise ValueError(f'--workers must be at least 1, got {workers}')
-    plt.switch_backend('agg')
     plain = config.Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=0., n_train=n_train,
                        opt=opt, flip=flip, opt_args=_options(opt_args), model_args=_options(model_args),
                        data_args=_options(data_args))
@@ -853,7 +852,6 @@ def sadt_demo(
     for i, (label, r) in enumerate(every, start=1):
         results[r] = runner.run(r, root, progress=False)
         say(f'[{i}/{len(every)}] {label}, seed {r.seed}: {results[r]["accuracy_bn"]:.1%}')
-    plt.switch_backend('agg')
     accuracies = _demo_accuracies(runs, results)
     _demo_figure(runs, accuracies, figure)
     if json:

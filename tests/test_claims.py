@@ -1,16 +1,21 @@
 """The rule of the verdicts: its cases, its error rates and its power, on numbers whose truth is known."""
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from sadt_nb.experiments.cost import run_cost
+from sadt_nb.papers import claims as claims_page
 from sadt_nb.papers.claims import (
-    LOWER, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Side, discoveries, judged, outcome,
-    outside_regime, paired_by_image, paired_by_seed, power, seeds_for_power, smallest_effect, weakest,
-    without_chance)
-from sadt_nb.papers.verdicts import judged_claims
+    LOWER, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Side, discoveries, finished_runs,
+    judged, outcome, outside_regime, paired_by_image, paired_by_seed, power, seeds_for_power, smallest_effect,
+    stored_networks, weakest, without_chance)
+from sadt_nb.papers.grids import paper_grid
+from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
+from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
 
 STEPS = np.arange(-12, 13) / 10
 
@@ -220,3 +225,70 @@ def test_published_effects_of_the_notebook(claims):
     judged_ones = [e for e in notebook.ours if not e.outside]
     assert [e.published.effect for e in judged_ones] == pytest.approx([10.1, 11.2, 10.9])
     assert all(e.re_estimated for e in judged_ones), 'both readings of BatchNorm are shown'
+
+
+# Stored runs that come later, prices, and rows
+
+
+def test_runs_of_one_factor_are_taken_up_when_they_are_stored(monkeypatch):
+    "The networks are copies of a stored one with known accuracies: SADT-1 leads by nine points."
+    cells = paper_grid('sadt/notebook20_factors')
+    _, row = next(iter(finished_runs('notebook20').items()))
+    def stored(folder):
+        if folder != 'notebook20_factors': return {}
+        def result(c):
+            accuracy = .5 + .09 * c.label.startswith('SADT-1') + .001 * c.run.seed
+            return {**row, 'run': c.run, c.result: accuracy, 'accuracy_bn': accuracy}
+        return {c.run: result(c) for c in cells}
+    monkeypatch.setattr(claims_page, 'finished_runs', stored)
+    networks = stored_networks([p for p in PLACES if p.preset.startswith('sadt/notebook20')])
+    notebook = next(c for c in sadt_claims(Comparisons(networks)) if 'released notebook' in c.short)
+    found = {e.label: e for e in notebook.ours if 'one factor' in e.place and e.n}
+    factors = {c.label.split(' · ')[1] for c in cells} - {'as in sadt/notebook20'}
+    assert found.keys() == {f'SADT-1, {factor}' for factor in factors}
+    for e in found.values():
+        assert e.n == 3 and e.mean == pytest.approx(9)
+        assert e.part is None and 'one factor' in e.outside[-1], 'shown, and no part of the claim'
+
+def open_claim(spread, smallest, tables=(('sadt/notebook20', ''),)):
+    e = evidence(.1, -9, 9, spread=spread, published=Published(2 * smallest))
+    return claim(e, tables=tables)
+
+def test_a_price_grows_with_the_seeds():
+    speed = {('', False): 1e11, ('', True): 1e13}
+    one, two = price(open_claim(1., 1.), speed), price(open_claim(2., 1.), speed)
+    assert (one.seeds, two.seeds) == (seeds_for_power(1., 1.), seeds_for_power(2., 1.))
+    assert two.hours / one.hours == pytest.approx(two.seeds / one.seeds)
+    runs = [c.run for c in paper_grid('sadt/notebook20')] # three seeds of every row
+    operations = sum(run_cost(r).flops for r in runs) / 3
+    assert one.hours == pytest.approx(one.seeds * operations / 1e11 / 2 / 3600)
+    assert one.minutes == pytest.approx(one.seeds * operations / 1e13 / 60)
+    unknown = price(claim(tables=(('sadt/notebook20', ''),)), speed)
+    assert unknown.seeds == 3 and np.isnan(unknown.effect) and np.isnan(unknown.spread)
+
+def test_the_open_comparison_sets_the_price():
+    "The control without power, not the comparison as stated; outside the regime, the longest training."
+    speed = {('', False): 1e11, ('', True): 1e13}
+    good = evidence(10, 9, 11, spread=1., published=Published(10.))
+    control = evidence(.1, -9, 9, spread=1.)
+    tables = (('sadt/notebook20', ''),)
+    assert price(claim(good, control=[control], tables=tables), speed).seeds == seeds_for_power(1., .2)
+    short = evidence(1, 0, 2, spread=3., share=.01, outside=('short',), published=Published(2.))
+    long = short._replace(spread=1., share=.09)
+    assert price(claim(short, long, tables=tables), speed).seeds == seeds_for_power(1., 1.)
+
+def test_a_row_opens_to_everything():
+    e = evidence(1.25, .8, 1.7, published=Published(1.5, .3, 3), re_estimated=(1.1, .6, 1.6))
+    shown = evidence(9, 8, 10, outside=('near chance',))
+    c = claim(e, shown, note='A note.', tables=(('sadt/table1', 'sam cifar10'),))
+    text = claim_row(c, 'SADT', dict(here='flatness'), {}).replace('\N{NO-BREAK SPACE}', ' ')
+    assert text.startswith('<details class="claim" data-paper="SADT" data-outcome="seen"')
+    assert text.rstrip().endswith('</details>') and 'A note.' in text
+    assert '+1.25 [+0.80, +1.70] (published +1.50 ± 0.30, 3 seeds; BatchNorm re-estimated +1.10' in text
+    assert '[here](flatness.ipynb) (3 seeds; not judged: near chance)' in text
+    assert '`sadt_grid sadt/table1 --only "sam cifar10"`' in text
+
+def test_a_sentence_counts_every_claim(claims):
+    for of_paper in claims.values():
+        numbers = re.findall(r'(?:, |and )?(\d+) (?:is|are|has|have)\b', str(paper_sentence(of_paper)))
+        assert sum(map(int, numbers)) == len(of_paper)

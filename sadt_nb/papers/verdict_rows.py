@@ -125,7 +125,8 @@ def price_table(
             effect = '?' if np.isnan(p.effect) else f'× {p.effect:.2f}' if p.factor else f'{p.effect:.2f}'
             spread = '?' if np.isnan(p.spread) else f'{p.spread:.2f}'
             per_hour = '?' if np.isnan(rate) else f'{rate:.2g}'
-            rows.append([f'{paper}: {c.short}', effect, spread, f'{p.seeds:,}', _rounded(p.hours),
+            seeds = f'{p.seeds:,}' if p.spread > 0 else f'≥ {p.seeds}'
+            rows.append([f'{paper}: {c.short}', effect, spread, seeds, _rounded(p.hours),
                          _rounded(p.minutes), per_hour, '<br>'.join(f'`{t}`' for t in _commands(c.tables))])
     return Card(rows)
 
@@ -168,7 +169,7 @@ def _place_lines(evidence, studies, start=''):
         unit = 'rounds' if studies.get(place) == 'step_cost' else 'seeds' if n > 1 else 'seed'
         facts = [] if group[0].exact else [f'{n} {unit}']
         if outside: facts.append(f'not judged: {", ".join(outside)}')
-        if pairing != WIDEST and n > 2: facts.append(f'interval: {pairing}')
+        if pairing not in ('', WIDEST) and n > 2: facts.append(f'interval: {pairing}')
         about = f' ({"; ".join(facts)})' if facts else ''
         lines.append(f'- {start}{where}{about}: {"; ".join(map(evidence_text, group))}.')
     return lines
@@ -192,7 +193,8 @@ def claim_row(
 ) -> str: # Markdown with HTML
     "Return a claim as a row that opens to its evidence."
     facts = f'class="claim" data-paper="{paper}" data-outcome="{claim.outcome}" data-method="{claim.method}"'
-    badge = f'<b style="border-color: {OUTCOMES[claim.outcome].removeprefix("tab:")}">{claim.outcome}</b>'
+    found = f'{claim.outcome}: {claim.by_own}' if claim.outcome.startswith('decided') else claim.outcome
+    badge = f'<b style="border-color: {OUTCOMES[claim.outcome].removeprefix("tab:")}">{found}</b>'
     lines = [f'<details {facts}><summary>{badge} {claim.says}</summary>', '', f'*{claim.where}*']
     if claim.own: lines += ['', f"By the authors' own numbers: {claim.by_own}. By our runs: {claim.by_runs}."]
     elif claim.control: lines += ['', f'As stated: {claim.as_stated}. With the control: {claim.by_runs}.']

@@ -106,28 +106,34 @@ def _commands(tables):
     "Return the command that trains the runs of each table."
     return [f'sadt_grid {name}' + (f' --only "{only}"' if only else '') for name, only in tables]
 
+def _ordered(claims, known):
+    "Return claims with prices and with how many claims a core decides in an hour, the most first."
+    groups = {}
+    for paper, of_paper in claims.items():
+        for c in of_paper:
+            if c.says in known: groups.setdefault(c.tables, []).append((paper, c, known[c.says]))
+    found = []
+    for group in groups.values():
+        by_price = sorted(group, key=lambda row: row[2].hours)
+        # the runs for one claim decide the cheaper claims of the same table as well
+        for n, (paper, c, p) in enumerate(by_price, start=1): found.append((n / (2 * p.hours), paper, c, p))
+    return sorted(found, key=lambda row: -np.nan_to_num(row[0]))
+
 def price_table(
     claims:dict, # Name of a paper: list of `Claim`
     known:dict,  # From `prices`
 ) -> Card: # One row per claim, those first of which a core decides most in an hour
     "Return effect, spread, seeds and time for every claim that is not decided."
-    groups = {}
-    for paper, of_paper in claims.items():
-        for c in of_paper:
-            if c.says in known: groups.setdefault(c.tables, []).append((paper, c, known[c.says]))
-    rated = [(len(g) / (2 * max(p.hours for _, _, p in g)), g) for g in groups.values()]
-    unknown = [g for rate, g in rated if np.isnan(rate)]
-    ordered = sorted((pair for pair in rated if not np.isnan(pair[0])), key=lambda pair: -pair[0])
     rows = [['claim', 'smallest effect', 'spread seen', 'seeds', 'hours, two cores', 'minutes, one GPU',
              'claims per core-hour', 'runs']]
-    for rate, group in [*ordered, *((np.nan, g) for g in unknown)]:
-        for paper, c, p in sorted(group, key=lambda row: row[2].seeds):
-            effect = '?' if np.isnan(p.effect) else f'× {p.effect:.2f}' if p.factor else f'{p.effect:.2f}'
-            spread = '?' if np.isnan(p.spread) else f'{p.spread:.2f}'
-            per_hour = '?' if np.isnan(rate) else f'{rate:.2g}'
-            seeds = f'{p.seeds:,}' if p.spread > 0 else f'≥ {p.seeds}'
-            rows.append([f'{paper}: {c.short}', effect, spread, seeds, _rounded(p.hours),
-                         _rounded(p.minutes), per_hour, '<br>'.join(f'`{t}`' for t in _commands(c.tables))])
+    for rate, paper, c, p in _ordered(claims, known):
+        effect = '?' if np.isnan(p.effect) else f'× {p.effect:.2f}' if p.factor else f'{p.effect:.2f}'
+        spread = '?' if np.isnan(p.spread) else f'{p.spread:.2f}'
+        seeds = f'{p.seeds:,}' if p.spread > 0 else f'≥ {p.seeds}'
+        per_hour = '?' if np.isnan(rate) else f'{rate:.2g}'
+        commands = '<br>'.join(f'`{t}`' for t in _commands(c.tables))
+        rows.append([f'{paper}: {c.short}', effect, spread, seeds, _rounded(p.hours), _rounded(p.minutes),
+                     per_hour, commands])
     return Card(rows)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #cd5b2b62

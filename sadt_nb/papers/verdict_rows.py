@@ -125,15 +125,14 @@ def price_table(
 ) -> Card: # One row per claim, those first of which a core decides most in an hour
     "Return effect, spread, seeds and time for every claim that is not decided."
     rows = [['claim', 'smallest effect', 'spread seen', 'seeds', 'hours, two cores', 'minutes, one GPU',
-             'claims per core-hour', 'runs']]
+             'claims per core-hour']]
     for rate, paper, c, p in _ordered(claims, known):
         effect = '?' if np.isnan(p.effect) else f'× {p.effect:.2f}' if p.factor else f'{p.effect:.2f}'
         spread = '?' if np.isnan(p.spread) else f'{p.spread:.2f}'
         seeds = f'{p.seeds:,}' if p.spread > 0 else f'≥ {p.seeds}'
         per_hour = '?' if np.isnan(rate) else f'{rate:.2g}'
-        commands = '<br>'.join(f'`{t}`' for t in _commands(c.tables))
         rows.append([f'{paper}: {c.short}', effect, spread, seeds, _rounded(p.hours), _rounded(p.minutes),
-                     per_hour, commands])
+                     per_hour])
     return Card(rows)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #cd5b2b62

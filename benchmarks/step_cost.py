@@ -32,7 +32,7 @@ from fastai.learner import Learner
 from sadt_nb.core.optim import keras_adam
 from sadt_nb.data.loader import ImageData, TensorDL
 from sadt_nb.experiments.runner import keep_pages, provenance, write_json
-from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.methods.registry import METHODS, make_method, passes_of
 from sadt_nb.models.registry import MODELS, make_model
 from torch.nn.functional import cross_entropy
 try: from pytorch_optimizer import SAM as PeerSAM
@@ -41,6 +41,7 @@ except ImportError: PeerSAM = None
 # what they do is part of every measured step
 READY = dict(saf=dict(start_epoch=0), mesa=dict(start_epoch=0), weight_average=dict(start=0))
 CASES = {name: (name, READY.get(name, {})) for name in METHODS}
+CASES['esam (code)'] = 'esam', dict(whole_norm=False)
 CASES['sadt2 (code)'] = 'sadt2', dict(spec='code')
 CASES['sadt2, two full passes'] = 'sadt2', dict(share_trunk=False)
 BARE = 'bare loop'
@@ -251,7 +252,8 @@ def main():
         row = dict(ratio=statistics.median(ratios), low=min(ratios), high=max(ratios),
                    seconds=statistics.median(times[name]))
         if name in CASES:
-            row['passes'] = METHODS[CASES[name][0]].passes
+            method, options = CASES[name]
+            row['passes'] = passes_of(method, **options)
             row['copies_of_weights'] = (persistent(learners[name]) - plain_memory) / weights
         if name in peaks: row['peak_copies_of_weights'] = (peaks[name] - peaks['baseline']) / weights
         rows[name] = row

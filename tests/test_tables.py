@@ -11,10 +11,10 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import Cost, Machine, estimated_seconds, measure_cost, measuring_seconds
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.grid import duration, run_grid
-from sadt_nb.experiments.measure import MEASURES, PASSES, measure_run
+from sadt_nb.experiments.measure import MEASURES, PASSES, _surface_as_json, measure_run
 from sadt_nb.experiments.report import load_results
 from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
-from sadt_nb.measures.landscape import loss_surface
+from sadt_nb.measures.landscape import Surface, loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
@@ -276,6 +276,14 @@ def test_a_stored_surface_is_the_surface(tmp_path):
     json.dumps(m, allow_nan=False)
     measured = measure_run(SMALL, tmp_path, ('gradient_norm',), 20, force=True)['measures']
     assert set(measured) == {'surface', 'gradient_norm'}
+
+
+def test_the_centre_of_a_stored_surface_with_an_even_number_of_points():
+    "Between the points around the middle, a plane has the mean of their losses."
+    x = np.linspace(-1, 1, 4)
+    plane = 5 + x[:, None] + 2 * x
+    found = _surface_as_json(Surface(x, x, plane + np.eye(4)[:, ::-1] * [3, 0, 0, 3], 'made up'))
+    assert found['value'] == pytest.approx(6 / 16) # the corners are above the plane
 
 
 def test_a_measure_trains_a_run_again_only_if_it_needs_the_weights(tmp_path):

@@ -758,7 +758,7 @@ def _measure_line(name, m):
 @command("sadt_measure runs/RUN --measures 'trace eigenvalue'")
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:MeasureNames='', # Names, in quotes; by default all except the slow spectrum, top100 and surface
+    measures:MeasureNames='', # Names in quotes; by default all but spectrum, top100 and the slow surfaces
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
     json:bool=False,     # Print the result as JSON

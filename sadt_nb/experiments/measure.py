@@ -42,7 +42,9 @@ def _eigenvalues_as_json(e):
 
 def _surface_as_json(e):
     "Return the surface, and as `value` its mean loss minus the loss at its centre."
-    centre = e.loss[len(e.x) // 2, len(e.y) // 2]
+    n = len(e.x)
+    middle = slice((n - 1) // 2, n // 2 + 1) # one row, or two with an even number of points
+    centre = e.loss[middle, middle].mean()
     return dict(value=float(np.nanmean(e.loss) - centre), n=e.loss.size, x=e.x.tolist(), y=e.y.tolist(),
                 loss=_six_digits(e.loss), about=e.about)
 
@@ -74,14 +76,17 @@ MEASURES = dict( # name: function `(learn, samples=...)` that returns a number o
     spectrum=spectral_density,
     top100=partial(top_eigenvalues, k=100, tol=1e-2),
     surface=partial(loss_surface, points=25),
+    orthogonal_surface=partial(loss_surface, points=25, orthogonal=True),
+    orthogonal_surface_100=partial(loss_surface, points=100, orthogonal=True),
 )
 
-SLOW = ('spectrum', 'top100', 'surface') # each takes hundreds of passes
+SLOW = ('spectrum', 'top100', 'surface', 'orthogonal_surface', 'orthogonal_surface_100')
 
 # time of a measure, in passes over its samples: a product with the Hessian takes about four
 PASSES = dict(
     trace=160, eigenvalue=24, sharpness=1.3, adaptive_sharpness=1.3, average_sharpness=12, gradient_norm=1,
-    calibration_error=0, corrupted_accuracy=20, spectrum=820, top100=2800, surface=160)
+    calibration_error=0, corrupted_accuracy=20, spectrum=820, top100=2800, surface=160,
+    orthogonal_surface=160, orthogonal_surface_100=2560) # 16 times as many points as a surface
 
 # %% ../../nbs/experiments/86_measure.ipynb #f5be0559
 def _checksum(cfg, root):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LINE_STYLES', 'published', 'results_folder', 'printable', 'load_results', 'about_images', 'publish', 'labels',
-           'results_table', 'plot_runs']
+           'results_table', 'both_readings', 'plot_runs']
 
 # %% ../../nbs/experiments/82_report.ipynb #1b09a564
 import hashlib, math, sys
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, Sequence
+from typing import Iterable, Literal, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ..core.checkpoint import write_whole
-from ..core.display import COLORS, Sentence
+from ..core.display import COLORS, markdown_text, Sentence
 from .archive import read_archive, read_parts, stored_runs, write_archive
 from .config import Run
 from .runner import RunError, read_result
@@ -251,6 +251,50 @@ def results_table(
     measured = dict.fromkeys(name for m in df['measures'] for name in m)
     rows = {label: _table_row(g, measured) for label, g in df.groupby('label', sort=False)}
     return pd.DataFrame(rows).T.rename_axis('run')
+
+# %% ../../nbs/experiments/82_report.ipynb #b403e8d8
+def _differences(first, second):
+    "Return the mean difference in points with running averages and with re-estimated statistics."
+    both = [(first[k], second[k]) for k in first if k in second]
+    found = []
+    for key in ('accuracy', 'accuracy_bn'):
+        mean = 100 * np.mean([a[key] - b[key] for a, b in both])
+        found.append(round(mean, 6)) # equal accuracies must not differ by rounding
+    return found
+
+def _by_repetition(results): return dict(results) if isinstance(results, dict) else dict(enumerate(results))
+
+def _check_pair(pair, groups):
+    "Raise `ValueError` unless both groups exist and have a common repetition."
+    for name in pair:
+        if name not in groups:
+            raise ValueError(f'no group is named {name!r}; choose of {", ".join(groups)}')
+    if not groups[pair[0]].keys() & groups[pair[1]].keys():
+        raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
+
+def both_readings(
+    groups:dict[str, dict|Sequence], # Name to results: by repetition, or a list in the repetitions' order
+    pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
+) -> Sentence: # One line, and a line for each comparison that changes its sign, in points
+    """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
+
+    A result has 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics), as a run has.
+    Means are taken over the repetitions that both groups have. A difference of zero has no sign. Raises
+    `ValueError` without pairs, for an unknown name, and for two groups without a common repetition."""
+    groups = {name: _by_repetition(results) for name, results in groups.items()}
+    pairs, changed = list(dict.fromkeys(pairs)), []
+    if not pairs: raise ValueError('`pairs` must name at least one pair of groups')
+    for pair in pairs:
+        _check_pair(pair, groups)
+        running, fresh = _differences(groups[pair[0]], groups[pair[1]])
+        name = markdown_text(' minus '.join(pair))
+        if running * fresh < 0: changed.append(f'- {name}: {running:+.2f} and {fresh:+.2f}')
+    of = f'of {len(pairs)} differences of accuracies on this page'
+    readings = "BatchNorm's running averages and re-estimated statistics"
+    if not changed: return Sentence(f'None {of} changes its sign between {readings}.')
+    verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
+    first = f'{len(changed)} {of} {verb} between {readings} (points, in this order):'
+    return Sentence('\n'.join([first, '', *changed]))
 
 # %% ../../nbs/experiments/82_report.ipynb #0d3a8124
 _PANELS = { # column of a history: title, unit

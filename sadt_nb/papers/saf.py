@@ -160,7 +160,7 @@ def _figure4():
 
 def _surfaces(model):
     "Return the preset of a figure that shows the loss surfaces of one network on CIFAR-100."
-    return partial(figure_rows, _table3, f'cifar100 · {model}', measures=('surface',), seed=0)
+    return partial(figure_rows, _table3, f'cifar100 · {model}', measures=('orthogonal_surface',), seed=0)
 
 GRIDS = {
     'saf/table1': _table1,

@@ -356,7 +356,7 @@ def test_make_demo_installs_the_library_alone_and_make_test_the_rest(tmp_path):
 
 
 def test_a_grid_without_a_name_lists_the_tables(monkeypatch):
-    monkeypatch.setattr(cli, '_list_tables', lambda: 'all tables')
+    monkeypatch.setattr(cli, '_list_tables', lambda json, samples: 'all tables')
     monkeypatch.setattr(sys, 'argv', ['sadt_grid']) # read by a command without arguments
     assert cli.sadt_grid() == cli.sadt_grid(list=True) == 'all tables'
 

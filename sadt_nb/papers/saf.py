@@ -139,10 +139,10 @@ def _table2():
 
 # %% ../../nbs/papers/103_saf.ipynb #07b25473
 _SHARE = SMALL_CIFAR.epochs / _CIFAR.epochs                  # share of the epochs of Table 3
-_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of its optimizer steps
+_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of the optimizer steps of Table 3
 
 def _small():
-    "Yield plain training, SAM, and both readings of SAF and of MESA."
+    "Yield plain training, SAM, and SAF and MESA with the term of the paper and of the code."
     changes = {'baseline': {}, 'sam': dict(method='sam')}
     for method in ('saf', 'mesa'):
         for spec, term in (('paper', {}), ('code', _CODE_TERM[method])):

@@ -314,13 +314,24 @@ def notebook_passes(path):
     return 0 if passed else 1
 
 
+def check_tests(tests):
+    "Raise `SystemExit` for a test of the coverage that the checkout no longer has: pytest would run nothing."
+    for name in tests:
+        file, *rest = name.split('::')
+        function = rest[-1].split('[')[0] if rest else ''
+        text = (ROOT / file).read_text() if (ROOT / file).exists() else ''
+        if not text or f'def {function}' not in text and rest:
+            raise SystemExit(f'{name} does not exist; measure the coverage of this checkout first')
+
+
 def noticed(change, tests):
     """Return what notices the change: 'tests', 'notebook' or 'nothing'.
 
     A check that does not end in time gives 'time': the change made it endless, or the machine was busy."""
+    chosen = tests.of(change)
+    check_tests(chosen)
     before = applied(change)
     try:
-        chosen = tests.of(change)
         by_tests = forked(lambda: tests_pass(chosen)) if chosen else 0
         if by_tests > 0:
             return 'tests'

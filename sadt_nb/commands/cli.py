@@ -810,7 +810,7 @@ def _demo_message(accuracies):
     means = {label: a.mean() for label, a in accuracies.items()}
     best = max(means, key=means.get)
     plain, longer = means['plain training'], means['plain training, twice the epochs']
-    compared = f'plain training: {plain:.0f}%, and {longer:.0f}% with twice the epochs'
+    compared = f'plain training {plain:.0f}%, and {longer:.0f}% in twice the epochs'
     if means[best] in (plain, longer): return f'With 40% wrong labels, no method is better than {compared}'
     return f'With 40% wrong labels, {best} reaches {means[best]:.0f}%, {compared}'
 

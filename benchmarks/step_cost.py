@@ -45,7 +45,6 @@ except ImportError: PeerSAM = None
 # what they do is part of every measured step
 READY = dict(saf=dict(start_epoch=0), mesa=dict(start_epoch=0), weight_average=dict(start=0))
 CASES = {name: (name, READY.get(name, {})) for name in METHODS}
-CASES['esam (code)'] = 'esam', dict(whole_norm=False)
 CASES['sadt2 (code)'] = 'sadt2', dict(spec='code')
 CASES['sadt2, two full passes'] = 'sadt2', dict(share_trunk=False)
 CASES['sam, only the norms'] = 'sam', dict(only='norm')

@@ -293,7 +293,7 @@ def forked(check, seconds=LONGEST):
     while time.time() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return abs(os.waitstatus_to_exitcode(status)) # below 0 if a signal has ended the process
         time.sleep(.1)
     os.killpg(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -315,15 +315,19 @@ def notebook_passes(path):
 
 
 def noticed(change, tests):
-    "Return what notices the change: 'tests', 'notebook' or 'nothing'."
+    """Return what notices the change: 'tests', 'notebook' or 'nothing'.
+
+    A check that does not end in time gives 'time': the change made it endless, or the machine was busy."""
     before = applied(change)
     try:
         chosen = tests.of(change)
-        if chosen and forked(lambda: tests_pass(chosen)) != 0:
+        by_tests = forked(lambda: tests_pass(chosen)) if chosen else 0
+        if by_tests > 0:
             return 'tests'
-        if forked(lambda: notebook_passes(change.notebook)) != 0:
+        by_notebook = forked(lambda: notebook_passes(change.notebook))
+        if by_notebook > 0:
             return 'notebook'
-        return 'nothing'
+        return 'time' if min(by_tests, by_notebook) < 0 else 'nothing'
     finally:
         for file, text in before.items():
             file.write_text(text)
@@ -356,15 +360,21 @@ def run(n, seed, folders):
 
 
 def table():
-    "Print how many changes were noticed, by folder, as Markdown."
+    """Print how many changes were noticed, by folder, as Markdown.
+
+    By hand a row of the results may get `equivalent`, if no program can notice the change, or `since`: the
+    test that was written for the change and fails with it."""
     counts = defaultdict(Counter)
     for r in results():
-        counts[r['module'].split('.')[0]][r.get('equivalent') and 'equivalent' or r['noticed_by']] += 1
-    print('| folder | changes | noticed | equivalent | not noticed |\n|---|---|---|---|---|')
+        of_hand = [k for k in ('equivalent', 'since') if r.get(k)]
+        counts[r['module'].split('.')[0]][of_hand[0] if of_hand else r['noticed_by']] += 1
+    print('| folder | changes | noticed | by a test written since | equivalent | too long | not noticed |\n'
+          '|---|---|---|---|---|---|---|')
     for folder in [*FOLDERS, 'all']:
         c = sum(counts.values(), Counter()) if folder == 'all' else counts[folder]
-        print(f"| {folder} | {sum(c.values())} | {c['tests'] + c['notebook']} | {c['equivalent']} "
-              f"| {c['nothing']} |")
+        noticed = c['tests'] + c['notebook']
+        cells = [sum(c.values()), noticed, c['since'], c['equivalent'], c['time'], c['nothing']]
+        print(f'| {folder} |', ' | '.join(map(str, cells)), '|')
 
 
 def measure_coverage():

@@ -17,6 +17,7 @@ beyond the plain step, as multiples of the weights: what is kept from step to st
 (from the allocator on a GPU, from a count of living tensors on a CPU)."""
 import argparse
 import inspect
+import itertools
 import json
 import statistics
 import time
@@ -44,6 +45,7 @@ except ImportError: PeerSAM = None
 # what they do is part of every measured step
 READY = dict(saf=dict(start_epoch=0), mesa=dict(start_epoch=0), weight_average=dict(start=0))
 CASES = {name: (name, READY.get(name, {})) for name in METHODS}
+CASES['esam (code)'] = 'esam', dict(whole_norm=False)
 CASES['sadt2 (code)'] = 'sadt2', dict(spec='code')
 CASES['sadt2, two full passes'] = 'sadt2', dict(share_trunk=False)
 CASES['sam, only the norms'] = 'sam', dict(only='norm')
@@ -62,13 +64,17 @@ def network(model, device, classes=10):
     return make_model(model, classes, **options).to(device, memory_format=torch.channels_last)
 
 
-def loader(bs, device, classes=10):
-    "Return a `TensorDL` of one batch of random images."
+def loader(bs, device, classes=10, samples=None):
+    """Return a `TensorDL` of one batch of random images.
+
+    With `samples`, the data set has that many, in random order; all of them are one image."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, (bs, 32, 32, 3), generator=g, dtype=torch.uint8)
     y = torch.randint(0, classes, (bs,), generator=g)
     vocab = [str(i) for i in range(classes)]
-    return TensorDL(ImageData(x, y, vocab), bs=bs, device=device)
+    if samples is None: return TensorDL(ImageData(x, y, vocab), bs=bs, device=device)
+    data = ImageData(x[:1].expand(samples, -1, -1, -1), torch.zeros(samples, dtype=torch.long), vocab)
+    return TensorDL(data, bs=bs, shuffle=True, drop_last=True, seed=0, device=device)
 
 
 def storages(tree): return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
@@ -129,9 +135,11 @@ def persistent(learn):
     return sum(held.values())
 
 
-def stepper(method, options, model, bs, device, classes=10, compile=''):
-    "Return a function that makes one training step in the middle of a fit, and the Learner."
-    dl = loader(bs, device, classes)
+def stepper(method, options, model, bs, device, classes=10, compile='', samples=None):
+    """Return a function that makes one training step in the middle of a fit, and the Learner.
+
+    With `samples`, the data set has that many, and each step has the sample ids of another batch."""
+    dl = loader(bs, device, classes, samples)
     if METHODS[method].needs_teacher: options = dict(options, teacher=network(model, device, classes))
     net = network(model, device, classes)
     if compile: net = torch.compile(net, mode=compile)
@@ -143,7 +151,8 @@ def stepper(method, options, model, bs, device, classes=10, compile=''):
     batch = next(iter(dl))
     for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
     learn.dl.get_idxs() # callbacks that need the sample ids get them from this call
-    return lambda: learn.one_batch(0, batch), learn
+    numbers = itertools.cycle(range(len(dl)))
+    return lambda: learn.one_batch(next(numbers), batch), learn
 
 
 def bare(model, bs, device, peer=False, classes=10, reports=False):

@@ -1,7 +1,8 @@
 """Images per second of training.
 
     SADT_DATA=cifar10.tgz python -m benchmarks.throughput
-        [--part recipe|curves|overhead] [--repeats 5] [--out FILE] [--device cuda]
+        [--part recipe|curves|overhead|records] [--repeats 5] [--out FILE] [--device cuda]
+        [--records cifar10|cifar100|imagenet] [--model resnet18] [--bs 128]
 
 recipe    Epochs of simple_cnn over CIFAR-10 images in files and in memory, without evaluation: the naive
           recipe (fastai's folder loader with two workers, float32, NCHW, PyTorch's default allocator) against
@@ -12,8 +13,11 @@ curves    Images per second against the batch size, the network and the number o
           loop and SAM of pytorch_optimizer.
 overhead  Milliseconds per step of a Learner and of the bare loop at small batches, where the cost of Python
           dominates; on a GPU also the sum of its kernels and the network compiled with CUDA graphs.
+records   Images per second of plain training, SAM and SAF. SAF has the records of a whole data set, and each
+          step reads and writes the records of other samples, as in training: 50,000 samples with 10 or 100
+          classes, or 1,281,167 with 1,000 (7.7 GB, with --records imagenet). The images are 32 pixels wide.
 
-All cases of a part take turns; in curves and overhead the first round is not counted. FILE keeps the results
+All cases of a part take turns; except in recipe, the first round is not counted. FILE keeps the results
 of the parts that did not run."""
 import argparse
 import json
@@ -38,6 +42,7 @@ from sadt_nb.core.optim import keras_adam
 from sadt_nb.data.datasets import load_data
 from sadt_nb.data.loader import TensorDL
 from sadt_nb.experiments.runner import keep_pages, provenance, write_json
+from sadt_nb.methods.saf import SAF
 from sadt_nb.models.registry import make_model
 from .data_throughput import write_folder
 from .step_cost import CASES, CYCLE, PeerSAM, bare, stepper
@@ -53,6 +58,8 @@ AXES = {'batch size': [('simple_cnn', bs, 10) for bs in (8, 32, 128, 512, 2048)]
         'classes': [('simple_cnn', 128, classes) for classes in (10, 100, 1000)]}
 SMALL_BATCHES = {'cpu': (('resnet20', 2), ('resnet20', 128), ('simple_cnn', 2), ('simple_cnn', 128)),
                  'cuda': (('resnet20', 128), ('simple_cnn', 128), ('simple_cnn', 2048))}
+
+RECORDS = dict(cifar10=(50_000, 10), cifar100=(50_000, 100), imagenet=(1_281_167, 1000)) # samples, classes
 
 
 def recipe_loaders(kind, folder, images, bs):
@@ -196,12 +203,31 @@ def overhead(repeats, device):
     return dict(repeats=repeats, rows=rows)
 
 
+def records(repeats, device, data, model, bs, least=.2):
+    "Print and return the images per second with SAF's records of a data set: a name in `RECORDS`."
+    if device.type == 'cpu': keep_pages()
+    samples, classes = RECORDS[data]
+    steps, learners = {}, {}
+    for m in ('baseline', 'sam', 'saf'):
+        steps[m], learners[m] = stepper(*CASES[m], model, bs, device, classes, samples=samples)
+    speeds = {m: bs / s for m, s in in_turn(steps, repeats, device, least).items()}
+    size = next(cb.records.nbytes for cb in learners['saf'].cbs if isinstance(cb, SAF))
+    shown = ', '.join(f'{m} {speed:,.0f} ({speed / speeds["baseline"]:.1%})' for m, speed in speeds.items())
+    print(f'{data}, {model}, batch {bs}, records of {samples:,} x {classes}, {size / 2**20:,.0f} MB: '
+          f'images/s: {shown}', flush=True)
+    return dict(data=data, model=model, bs=bs, samples=samples, classes=classes, record_bytes=size,
+                repeats=repeats, images_per_second=speeds)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--part', choices=['recipe', 'curves', 'overhead'])
+    p.add_argument('--part', choices=['recipe', 'curves', 'overhead', 'records'])
     p.add_argument('--repeats', type=int, default=5)
     p.add_argument('--out', type=Path)
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--records', choices=[*RECORDS], default='cifar10', help='size of the records')
+    p.add_argument('--model', default='resnet18', help='network of the part records')
+    p.add_argument('--bs', type=int, default=128, help='batch size of the part records')
     p.add_argument('--once', nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.once:
@@ -211,7 +237,8 @@ def main():
     out = json.loads(a.out.read_text()) if a.out and a.out.exists() else {}
     parts = dict(recipe=lambda: recipe(a.repeats),
                  curves=lambda: curves(a.repeats, device),
-                 overhead=lambda: overhead(a.repeats, device))
+                 overhead=lambda: overhead(a.repeats, device),
+                 records=lambda: records(a.repeats, device, a.records, a.model, a.bs))
     for part, measure in parts.items():
         if a.part not in (None, part): continue
         if part == 'recipe' and device.type != 'cpu': continue

@@ -63,6 +63,8 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
         'What all methods are made of: exact perturbation, extra passes, divergences, checkpoints.'))
 # in these folders the source of an exported cell is shown; elsewhere it is folded
 OPEN = ('tutorials', 'guides', 'methods', 'core', 'studies')
+# why the source of a cell is folded: what a click shows
+FOLDED = dict(imports='the imports', figure='the code of the figure', code='the code')
 # in these sections the pages are shown as cards with a picture
 GALLERIES = ('tutorials', 'methods', 'studies')
 # pages that are Markdown files in the checkout
@@ -311,26 +313,29 @@ def as_shown(outputs, links, where):
 
 def has_figure(outputs): return any({'image/png', 'image/svg+xml'} & set(o.get('data', {})) for o in outputs)
 
-def cell_tags(found, imports, where):
+def cell_tags(found, folded, where):
     "Return the tags with which MyST-NB hides a cell's source or removes the cell."
     if found.get('echo') == 'false': return ['remove-input']
-    if imports: return ['hide-input', 'imports']
+    if folded: return ['hide-input', folded]
     if 'export' in found and where.parent.name not in OPEN: return ['hide-input']
     return []
 
-def code_cell(cell, found, source, imports, where, links):
-    "Return a code cell with the metadata that MyST-NB needs; `found` are its directives."
+def code_cell(cell, found, source, folded, where, links):
+    """Return a code cell with the metadata that MyST-NB needs.
+
+    `found` are its directives; `folded` is a key of `FOLDED`, or '' for a cell whose source is shown."""
     new = nbformat.v4.new_code_cell(source, outputs=as_shown(cell.outputs, links, where))
+    new.metadata['mystnb'] = {}
     if has_figure(cell.outputs):
         if 'fig-alt' not in found:
             advice = 'begin its cell with "#| fig-alt: what is seen"'
             first = source.splitlines()[0]
             links.problems.append(f'{in_checkout(where)}: a figure has no alt text; {advice}: {first}')
-        new.metadata['mystnb'] = {'image': {'alt': found.get('fig-alt', '')}}
-    if imports:
-        prompts = dict(code_prompt_show='Show the imports', code_prompt_hide='Hide the imports')
-        new.metadata['mystnb'] = prompts
-    tags = cell_tags(found, imports, where)
+        new.metadata['mystnb'] |= {'image': {'alt': found.get('fig-alt', '')}}
+    if folded:
+        what = FOLDED[folded]
+        new.metadata['mystnb'] |= dict(code_prompt_show=f'Show {what}', code_prompt_hide=f'Hide {what}')
+    tags = cell_tags(found, folded, where)
     if 'explorable' in found: new.metadata['explorable'] = found['explorable']
     if tags: new.metadata['tags'] = tags
     return new
@@ -344,7 +349,58 @@ def parsed(source):
     "Return the statements of a cell; lines of magic count as `pass`."
     return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M)).body
 
-def are_imports(body): return all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+def is_import(n):
+    "Return whether a statement imports or installs, or decides which warnings an import may give."
+    if isinstance(n, (ast.If, ast.With)): return all(map(is_import, n.body))
+    if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call): return root_name(n.value) == 'warnings'
+    return isinstance(n, (ast.Import, ast.ImportFrom, ast.Pass))
+
+def root_name(node):
+    "Return the name that an expression such as `axs[0].plot(x)` begins with; '' if it begins with none."
+    while isinstance(node, (ast.Attribute, ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ''
+
+def is_drawn(name):
+    "Return whether a name stands for Matplotlib, a figure or axes."
+    return re.fullmatch(r'(plt|fig|axs?)\d?', name) is not None
+
+def calls(node): return [root_name(n) for n in ast.walk(node) if isinstance(n, ast.Call)]
+def lines_of(nodes): return sum(n.end_lineno - n.lineno + 1 for n in nodes)
+
+def only_draws(cell, body, library):
+    """Return whether most lines of a cell draw: its own figure, or with functions the figures of later cells.
+
+    A cell that prints or that calls a function of `library`, names of this library, is there to be read."""
+    defines = not cell.outputs and all(isinstance(n, ast.FunctionDef) for n in body)
+    if not (has_figure(cell.outputs) or defines) or lines_of(body) < 4: return False
+    called = {name for n in body for name in calls(n)}
+    if 'print' in called or called & library: return False
+    drawing = [n for n in body if any(map(is_drawn, calls(n)))]
+    return lines_of(drawing) > lines_of(body) / 2
+
+def library_names(cells):
+    "Return the names that a notebook imports from this library, or that it defines for the library."
+    found = set()
+    for c in cells:
+        if c.cell_type != 'code': continue
+        exported = c.source.startswith('#| export')
+        for n in ast.walk(ast.Module(parsed(c.source), [])):
+            if isinstance(n, ast.ImportFrom) and n.module.startswith('sadt_nb'):
+                found |= {a.name for a in n.names}
+            if exported and isinstance(n, (ast.FunctionDef, ast.ClassDef)): found.add(n.name)
+    return found - {'COLORS'} # figures of all pages use it
+
+def fold(cell, body, where, library):
+    "Return why a cell's source is folded: a key of `FOLDED`, or '' if it is shown."
+    folder = where.parent.name
+    if folder == 'nbs' or not body: return '' # the home page shows all of its code
+    if all(map(is_import, body)): return 'imports'
+    if folder == 'studies': # only results are to be read
+        if has_figure(cell.outputs): return 'figure'
+        draws = any(is_drawn(name) for n in body for name in calls(n))
+        return 'code' if draws or not cell.outputs else ''
+    return 'figure' if folder in ('tutorials', 'methods') and only_draws(cell, body, library) else ''
 
 def definitions(body, module, links):
     "Return the documentation of the public functions and classes that an exported cell defines."
@@ -358,6 +414,14 @@ def definitions(body, module, links):
 def is_hidden(found, source):
     return 'default_exp' in found or 'hide' in found or found.get('include') == 'false' or not source
 
+def on_lines(text):
+    "Return prose in which a displayed formula of several parts has a line for each part, to fit on a phone."
+    def lines(match):
+        if '\\qquad' not in match.group(1): return match.group(0)
+        parts = re.sub(r'\s*\\qquad\s*', r' \\\\ ', match.group(1).strip())
+        return f'$$\\begin{{gathered}} {parts} \\end{{gathered}}$$'
+    return re.sub(r'\$\$((?:(?!\$\$|\\begin).)+)\$\$', lines, text, flags=re.S)
+
 def convert(where, links):
     """Return a notebook as a page.
 
@@ -365,10 +429,11 @@ def convert(where, links):
     are documented below their cell."""
     cells = []
     module = None
-    may_fold_imports = where.parent.name not in ('tutorials', 'nbs')
-    for c in nbformat.read(where, as_version=4).cells:
+    read = nbformat.read(where, as_version=4).cells
+    library = library_names(read)
+    for c in read:
         if c.cell_type == 'markdown':
-            text = links.text(c.source, where)
+            text = on_lines(links.text(c.source, where))
             if not cells: text = with_source_links(text, where, links.cfg)
             cells.append(nbformat.v4.new_markdown_cell(text))
         if c.cell_type != 'code': continue
@@ -376,10 +441,10 @@ def convert(where, links):
         if 'default_exp' in found: module = 'sadt_nb.' + found['default_exp']
         if is_hidden(found, source): continue
         body = parsed(source)
-        imports = may_fold_imports and are_imports(body)
-        if imports and cells and 'imports' in cells[-1].metadata.get('tags', []):
+        folded = fold(c, body, where, library)
+        if folded == 'imports' and cells and 'imports' in cells[-1].metadata.get('tags', []):
             cells[-1].source += f'\n\n{source}' # imports of the library and of its tests unfold together
-        else: cells.append(code_cell(c, found, source, imports, where, links))
+        else: cells.append(code_cell(c, found, source, folded, where, links))
         if 'export' in found:
             texts = definitions(body, module, links)
             if texts: cells.append(nbformat.v4.new_markdown_cell('\n\n'.join(texts)))

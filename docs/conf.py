@@ -15,7 +15,8 @@ extensions = ['myst_nb', 'sphinx_copybutton', 'sphinx_design']
 templates_path = []
 html_static_path = [str(root / 'docs' / '_static')]
 html_css_files = ['sadt_nb.css']
-html_js_files = ['fit_formulas.js']
+html_js_files = ['fit_formulas.js', 'fit_figures.js']
+html_search_scorer = str(root / 'docs' / 'search_scorer.js')
 html_favicon = str(root / 'docs' / '_static' / 'logo.svg')
 html_logo = html_favicon
 

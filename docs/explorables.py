@@ -4,13 +4,10 @@ A code cell with the line `#| explorable: NAME` draws a still picture. On the we
 this cell and hides its picture; without scripts, in Jupyter and on GitHub the picture stays. The sources are
 in docs/_static/explorables, one file per explorable, and need neither a build nor the network."""
 import json
-import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import nbformat
-from sadt_nb.papers.claims import VERDICTS, counted
-from sadt_nb.papers.verdicts import judged_claims, studies
 
 FOLDER = Path(__file__).parent / '_static' / 'explorables'
 LANDSCAPES = Path(__file__).parent / 'landscapes.json' # made by make_landscapes.py
@@ -24,51 +21,6 @@ class Explorable(NamedTuple):
     data: Callable|None = None # Returns what it shows, for JSON
 
 
-# The verdicts
-
-METHODS = dict( # method in the filter: the words of a claim that name it
-    SADT=r'SADT', SAM=r'SAM', ASAM=r'ASAM', ESAM=r'ESAM', LookSAM=r'LookSAM', SAF=r'SAF', MESA=r'MESA',
-    GC=r'GC', AGC=r'AGC', distillation=r'students?|teachers?|distillation|ensemble')
-
-def methods_of(claim, paper):
-    "Return the methods that a claim of a paper is about, in the order of `METHODS`."
-    says = claim.says.replace('sharpness as SAM defines it', '') # names a measure, not a method
-    says = says.replace('results above', paper)
-    text = ' '.join([says, *(e.label for e in claim.ours)])
-    return [name for name, words in METHODS.items() if re.search(rf'\b(?:{words})\b', text)]
-
-def plain_text(markdown):
-    "Return Markdown without links and marks of code."
-    return re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', markdown).replace('`', '')
-
-def places_of(evidence, pages, control):
-    "Return the evidence of a claim, one entry per place."
-    deciding = counted(evidence)
-    places = {}
-    for e in evidence:
-        if not e.n: continue
-        unit = 'rounds' if pages.get(e.place) == 'step_cost' else 'seeds' if e.n > 1 else 'seed'
-        empty = dict(name=e.place, page='', count=f'{e.n} {unit}', control=control, found=[],
-                     aside=e.n >= 3 and e not in deciding)
-        place = places.setdefault((e.place, e.n), empty)
-        if e.place in pages: place['page'] = f'{pages[e.place]}.html'
-        place['found'].append(str(e).strip())
-    return list(places.values())
-
-def verdicts():
-    "Return all claims with verdict, methods and evidence, and the choices of the filter."
-    pages = studies()
-    claims = []
-    for paper, of_paper in judged_claims().items():
-        for c in of_paper:
-            need = '' if counted(c.ours) else plain_text(c.need)
-            places = places_of(c.ours, pages, False) + places_of(c.control, pages, True)
-            claims.append(dict(paper=paper, verdict=c.verdict, methods=methods_of(c, paper), says=c.says,
-                               where=c.where, need=need, places=places))
-    choices = dict(paper=list(dict.fromkeys(c['paper'] for c in claims)), verdict=list(VERDICTS),
-                   method=list(METHODS))
-    return dict(claims=claims, choices=choices)
-
 def landscapes(): return json.loads(LANDSCAPES.read_text(encoding='utf-8'))
 
 
@@ -77,7 +29,7 @@ EXPLORABLES = dict(
                         ('parts', 'steps', 'plane', 'one_step')),
     race=Explorable('A race of five methods from a point that you move',
                     ('parts', 'steps', 'plane', 'race')),
-    verdicts=Explorable('The claims, by paper, verdict and method', ('parts', 'verdicts'), False, verdicts),
+    verdicts=Explorable('The claims, by paper, outcome and method', ('parts', 'verdicts'), False),
     landscapes=Explorable('The losses around three networks, which you turn', ('parts', 'landscapes'),
                           data=landscapes),
 )

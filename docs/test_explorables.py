@@ -20,11 +20,11 @@ from sadt_nb.methods.asam import asam_step
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.sadt import normalized_ascent, sadt_step
 from sadt_nb.methods.sam import sam_step
-from sadt_nb.papers.claims import VERDICTS
+from sadt_nb.papers.claims import OUTCOMES
+from sadt_nb.papers.verdict_rows import evidence_text
 from sadt_nb.papers.verdicts import judged_claims
 from torch import nn
 
-STUDIES = explorables.FOLDER.parents[2] / 'nbs' / 'studies'
 HALF_THE_SQUARES = Divergence('gaussian', scale=1.5) # of three outputs: 1.5 times their mean square
 
 
@@ -323,65 +323,62 @@ def test_a_race_that_diverges_says_so(window, host):
     assert 'NaN' not in piece.inner_text()
 
 
-CLAIMS = 'all => all.map(summary => summary.lastChild.textContent.trim())'
+CLAIMS = """all => all.filter(row => row.checkVisibility())
+  .map(row => row.querySelector('summary').lastChild.textContent.trim())"""
 
 
 @pytest.fixture(scope='module')
 def claims(): return judged_claims()
 
 
-def test_the_verdicts_filter_by_paper_verdict_and_method(window, host, claims):
+def test_the_verdicts_filter_by_paper_outcome_and_method(window, host, claims):
     """Each filter leaves the claims that the library names, alone and together with the other filters.
 
     The claims are counted; `show all` shows all of them again."""
     piece = opened(window, 'verdicts', host)
-    lines = piece.locator('ul.claims > li')
+    rows = window.locator('details.claim')
     every = [c for of_paper in claims.values() for c in of_paper]
-    assert lines.count() == len(every)
+    def shown(): return rows.evaluate_all(CLAIMS)
+    assert shown() == [c.says for c in every]
     for paper, of_paper in claims.items():
         piece.get_by_label('paper').select_option(paper)
-        assert lines.count() == len(of_paper)
+        assert shown() == [c.says for c in of_paper]
         assert f'{len(of_paper)} of {len(every)} claims' in piece.get_by_role('status').inner_text()
-        for verdict in VERDICTS:
-            piece.get_by_label('verdict').select_option(verdict)
-            expected = [c.says for c in of_paper if c.verdict == verdict]
-            assert lines.locator('summary').evaluate_all(CLAIMS) == expected
-        piece.get_by_label('verdict').select_option('')
+        for outcome in {c.outcome for c in every}:
+            piece.get_by_label('outcome').select_option(outcome)
+            assert shown() == [c.says for c in of_paper if c.outcome == outcome]
+        piece.get_by_label('outcome').select_option('')
     piece.get_by_role('button', name='show all').click()
-    assert lines.count() == len(every)
-    piece.get_by_label('method').select_option('MESA')
-    assert lines.count() == sum('MESA' in c.says for c in every) == 7
+    assert len(shown()) == len(every)
+    for method in {c.method for c in every}:
+        piece.get_by_label('method').select_option(method)
+        assert shown() == [c.says for c in every if c.method == method]
 
 
-def test_a_verdict_opens_to_its_evidence(window, host, claims):
+def test_a_claim_opens_to_its_evidence(window, host, claims):
     "By keyboard; the evidence is the library's, and its links lead to studies."
-    piece = opened(window, 'verdicts', host)
-    line = piece.locator('ul.claims > li').first
-    line.locator('summary').focus()
+    opened(window, 'verdicts', host)
+    row = window.locator('details.claim').first
+    row.locator('summary').focus()
     window.keyboard.press('Enter')
-    assert line.locator('li').first.is_visible()
-    text = line.text_content()
+    assert row.locator('li').first.is_visible()
+    text = row.text_content()
     first = claims['SADT'][0]
     measured = [e for e in (*first.ours, *first.control) if e.n]
     assert len(measured) > 20
-    for e in measured: assert str(e).strip() in text
-    links = {a.get_attribute('href') for a in line.locator('a').all()}
+    for e in measured: assert evidence_text(e) in text
+    links = {a.get_attribute('href') for a in row.locator('a').all()}
     assert 'flatness.html' in links
+    assert 'sadt_grid sadt/table1 --only' in text
 
 
-def test_the_data_of_the_verdicts():
-    """Every claim has its methods, and every link leads to the page of a study.
-
-    A word that names a measure of sharpness does not count as a method."""
-    found = explorables.verdicts()
-    pages = {p['page'] for c in found['claims'] for p in c['places'] if p['page']}
-    assert len(pages) >= 8
-    assert pages <= {f'{nb.stem}.html' for nb in STUDIES.glob('*.ipynb')}
-    assert all(c['methods'] for c in found['claims'])
-    named = {m for c in found['claims'] for m in c['methods']}
-    assert named == set(found['choices']['method'])
-    wider = [c for c in found['claims'] if c['says'].startswith('SADT ends in wider minima')]
-    assert [c['methods'] for c in wider] == [['SADT']]
+def test_the_rows_of_the_page_have_the_outcomes_of_the_rule(window, host, claims):
+    "A page that was not run again after new results would show old outcomes."
+    opened(window, 'verdicts', host)
+    every = [(paper, c.outcome, c.method) for paper, of_paper in claims.items() for c in of_paper]
+    shown = 'all => all.map(row => [row.dataset.paper, row.dataset.outcome, row.dataset.method])'
+    assert [tuple(row) for row in window.locator('details.claim').evaluate_all(shown)] == every
+    assert {outcome for _, outcome, _ in every} <= OUTCOMES.keys()
 
 
 # The first of the pictures as data, to see whether it has changed

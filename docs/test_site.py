@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import nbformat
 import pytest
@@ -20,6 +20,7 @@ NBS = ROOT / 'nbs'
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '_static' not in p.parts)
 CONTENT = [p for p in PAGES if p not in ('genindex.html', 'search.html', 'py-modindex.html')]
 TUTORIALS = sorted((NBS / 'tutorials').glob('*.ipynb'))
+STUDIES = sorted((NBS / 'studies').glob('*.ipynb'))
 
 
 def page_stem(nb): return re.sub(r'^\d+_', '', nb.stem)
@@ -107,7 +108,16 @@ TOO_WIDE = """w => {
   const wide = [...document.querySelectorAll('article *')].filter(sticksOut);
   return wide.slice(0, 3).map(e => e.outerHTML.slice(0, 120));
 }"""
+# On a phone: displayed formulas that do not fit although their letters are at their smallest, and figures
+# whose letters are below 70% of their size
+WIDE_FORMULAS = """() => [...document.querySelectorAll('mjx-container[display="true"]')]
+  .filter(m => m.scrollWidth > m.clientWidth + 1).map(m => m.textContent.slice(0, 40))"""
+TINY_FIGURES = """() => [...document.querySelectorAll('div.cell_output img')]
+  .filter(i => i.clientWidth && i.clientWidth < Math.min(.7 * i.naturalWidth, i.naturalWidth)).length"""
 THEME = 'document.documentElement.dataset.theme'
+# The code of cells that is shown without a click
+OPEN_CODE = """() => [...document.querySelectorAll('div.cell_input pre')]
+  .filter(e => e.checkVisibility()).map(e => e.textContent)"""
 
 
 def load(tab, url):
@@ -152,6 +162,10 @@ def test_page(page, window, host):
     assert tab.evaluate(THEME) == scheme
     assert not tab.evaluate(TOO_WIDE, width)
     assert tab.evaluate(CONTRAST) == {}
+    if width < 480:
+        if formulas: tab.wait_for_timeout(300) # their letters are fitted when all are set
+        assert tab.evaluate(WIDE_FORMULAS) == []
+        assert tab.evaluate(TINY_FIGURES) == 0
 
 
 def test_the_contrast_check_can_fail(browser):
@@ -250,14 +264,65 @@ SEARCH_RESULTS = """() => [...document.querySelectorAll('#search-results ul.sear
   .map(a => a.getAttribute('href'))"""
 
 
-@pytest.mark.parametrize('word,page', METHOD_PAGES.items())
-def test_search_finds(word, page, browser, host):
+# what people type, and pages of which one must be among the first three
+TYPED = {'rho': ['guides/which_method'],
+         'AMP': ['guides/amp_accumulation_clipping_ddp'],
+         'gradient accumulation': ['guides/amp_accumulation_clipping_ddp'],
+         'DDP': ['guides/amp_accumulation_clipping_ddp'],
+         'multi GPU': ['guides/amp_accumulation_clipping_ddp'],
+         'resume': ['guides/amp_accumulation_clipping_ddp'],
+         'label noise': ['studies/distill_digits', 'studies/all_methods_on_noisy_digits'],
+         'EMA': ['methods/weight_average'],
+         'SWA': ['methods/weight_average'],
+         'BatchNorm': ['guides/amp_accumulation_clipping_ddp'],
+         'my own loop': ['guides/in_your_loop'],
+         'timm': ['guides/in_your_loop'],
+         'Hugging Face': ['guides/in_your_loop'],
+         'ViT': ['models/vit'],
+         'weight decay': ['core/recipe', 'core/optim', 'tutorials/94_percent_in_minutes']}
+
+
+def search(word, browser, host):
+    "Return the pages that the search finds, best first, each once."
     tab = browser.new_page()
-    tab.goto(f'{host}search.html?q={word}')
+    tab.goto(f'{host}search.html?q={quote(word)}')
     tab.wait_for_function(SEARCH_HAS_ENDED, timeout=30_000)
     found = tab.evaluate(SEARCH_RESULTS)
     tab.close()
-    assert any(f'{page}.html' in link for link in found[:5]), found[:5]
+    pages = [urlsplit(link).path.removesuffix('.html') for link in found]
+    return list(dict.fromkeys(pages))
+
+
+@pytest.mark.parametrize('word,page', METHOD_PAGES.items())
+def test_search_finds(word, page, browser, host):
+    found = search(word, browser, host)
+    assert page in found[:5], found[:5]
+
+
+@pytest.mark.parametrize('word,pages', TYPED.items())
+def test_search_finds_what_people_type(word, pages, browser, host):
+    found = search(word, browser, host)
+    assert set(pages) & set(found[:3]), found[:5]
+
+
+@pytest.mark.parametrize('nb', STUDIES + TUTORIALS, ids=[n.stem for n in STUDIES + TUTORIALS])
+def test_imports_and_drawing_are_folded(nb, browser, host):
+    "No block of code that is open begins with an import; in a study, none draws a figure."
+    tab = browser.new_page()
+    tab.goto(host + page_of(nb))
+    shown = [block.split('\n') for block in tab.evaluate(OPEN_CODE)]
+    tab.close()
+    for lines in shown: assert not re.match(r'(import|from) ', lines[0]), lines
+    if nb in STUDIES:
+        for lines in shown: assert 'plt.subplots' not in '\n'.join(lines), lines
+
+
+def test_the_check_for_open_code_can_fail(browser):
+    tab = browser.new_page()
+    cell = '<div class="cell_input"><pre>import torch</pre></div>'
+    tab.set_content(f'{cell}<details>{cell}</details>')
+    assert tab.evaluate(OPEN_CODE) == ['import torch']
+    tab.close()
 
 
 def test_colour_mode_and_sidebar_work(browser, host):

@@ -1,13 +1,21 @@
 """The rule of the verdicts: its cases, its error rates and its power, on numbers whose truth is known."""
 import itertools
+import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
+from sadt_nb.experiments.cost import run_cost
+from sadt_nb.papers import claims as claims_page
 from sadt_nb.papers.claims import (
-    OUTCOMES, discoveries, outcome, outside_regime, paired_by_image, paired_by_seed, power, seeds_for_power,
-    smallest_effect, weakest)
+    LOWER, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Side, discoveries, finished_runs,
+    judged, outcome, outside_regime, paired_by_image, paired_by_seed, power, seeds_for_power, smallest_effect,
+    stored_networks, weakest, without_chance)
+from sadt_nb.papers.grids import paper_grid
+from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
+from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
 
 STEPS = np.arange(-12, 13) / 10
 
@@ -108,3 +116,179 @@ def test_the_regime():
     assert outside_regime(50_000, 200, full, 94) == [] and outside_regime(50_000, 21, full) == []
     assert len(outside_regime(10_000, 16, full, 11, term=.001)) == 3
     assert outside_regime(50_000, 20, full) == ['10% of the training images that the paper shows']
+
+
+# From evidence to the outcome of a claim
+
+
+def evidence(mean, low, high, n=3, **facts): return Evidence('here', '', mean, low, high, n, **facts)
+def claim(*ours, **facts): return Claim('', '', '', '', list(ours), **facts)
+
+@pytest.mark.parametrize('side, numbers, expected', [
+    (LOWER, (.5, .4, .6), 'seen'), (LOWER, (2., 1.8, 2.2), 'opposite'), (LOWER, (1., .97, 1.03), 'absent'),
+    (NO_LOSS, (-.1, -.6, .4), 'seen'), (NO_LOSS, (-2., -2.5, -1.5), 'opposite'),
+    (NO_LOSS, (-1., -1.1, -.9), 'absent'), (Side(.8, factor=True), (.9, .7, 1.2), 'no power')])
+def test_every_side_of_a_border(side, numbers, expected):
+    assert evidence(*numbers, side=side).outcome == expected
+
+def test_a_published_ratio_gives_the_smallest_effect():
+    e = evidence(.5, .45, .55, side=LOWER, published=Published(.25))
+    assert e.claimed == pytest.approx(np.log(4)) and e.smallest == pytest.approx(np.log(2))
+    assert e.outcome == 'smaller than claimed'
+    against = evidence(.5, .45, .55, side=LOWER, published=Published(1.5))
+    assert against.claimed is None and against.smallest == pytest.approx(np.log(1.05))
+
+def test_one_of_sixteen_parts_decides():
+    good = [evidence(1, .8, 1.2, part=str(i)) for i in range(15)]
+    assert claim(*good).outcome == 'seen'
+    assert claim(*good, evidence(.1, -1, 1.2, part='15')).outcome == 'no power'
+    few = evidence(1, np.nan, np.nan, n=1, part='0')
+    assert claim(*good, few).outcome == 'seen', 'one seed decides nothing beside three'
+    assert claim(few).outcome == 'no power'
+    outside = evidence(1, .8, 1.2, part='15', outside=('near chance',))
+    assert claim(*good, outside).outcome == 'outside its regime'
+    beside = outside._replace(part=None)
+    assert claim(*good, beside).outcome == 'seen' and claim(beside).outcome == 'not run'
+    assert claim(*good, control=[evidence(-1, -1.2, -.8)]).outcome == 'opposite'
+
+def networks(rng, effects, n=4, images=600, **facts):
+    "Networks of several kinds whose accuracies differ by known effects, as a table with the bits."
+    hard = rng.normal(0, 1, images)
+    rows = []
+    for kind, effect in effects.items():
+        for seed in range(n):
+            bits = hard + rng.normal(0, .3, images) < .5 + effect
+            rows.append(dict(place='p', kind=kind, seed=seed, accuracy=100 * bits.mean(), right=bits,
+                             test_images=images, images=1000, epochs=20, **facts))
+    return pd.DataFrame(rows)
+
+def test_bits_are_paired_by_image_and_missing_bits_widen_the_interval():
+    table = networks(np.random.default_rng(0), dict(a=.3, b=0.))
+    e = Comparisons(table).gap('p', '', 'a', 'b')
+    a, b = (np.stack(list(table[table.kind == k].right)) for k in 'ab')
+    by_hand = paired_by_image(a, b)
+    assert (e.mean, e.low, e.high) == pytest.approx(by_hand[:3]) and 'by image' in e.pairing
+    table.loc[0, 'right'] = None
+    without = Comparisons(table).gap('p', '', 'a', 'b')
+    assert without.low < e.low < e.high < without.high and 'widest' in without.pairing
+    assert without.mean == pytest.approx(e.mean)
+
+def test_stored_runs_that_lie_outside_the_regime_are_shown():
+    table = networks(np.random.default_rng(0), dict(a=.3, b=0.))
+    def found(**facts): return Comparisons(table.assign(**facts)).gap('p', '', 'a', 'b', of_paper=(1000, 20))
+    assert found().outside == () and found().share == 1
+    assert found(epochs=2).outcome == 'outside its regime'
+    assert found(accuracy=11.).outside == ('the network is near chance',)
+    assert found(term=.001).outside == ('the loss term is inert',)
+
+def test_chance_on_a_page():
+    """With no effect in 400 comparisons, about twenty intervals leave out zero, and no claim may be seen.
+
+    A true effect among them stays."""
+    rng = np.random.default_rng(1)
+    none = [claim(judged('', '', pd.Series(rng.normal(0, 1, 5)))) for _ in range(400)]
+    true = claim(judged('', '', pd.Series([5., 5.1, 5.2, 4.9, 4.8])))
+    effects = 'seen', 'opposite', 'smaller than claimed'
+    assert sum(c.outcome in effects for c in none) > 8
+    guarded = without_chance(dict(page=[*none, true]))['page']
+    assert sum(c.outcome in effects for c in guarded[:-1]) <= 1 and guarded[-1].outcome == 'seen'
+
+@pytest.fixture(scope='module')
+def claims(): return judged_claims()
+
+def test_every_claim_of_the_page(claims):
+    "Its outcome, its method, its published effects; a claim without runs says what it needs."
+    every = [c for of_paper in claims.values() for c in of_paper]
+    assert len({c.says for c in every}) == len(every)
+    for c in every:
+        assert c.outcome in OUTCOMES and c.method and c.short and c.where
+        if c.outcome == 'not run': assert c.note
+    assert sum(any(e.published for e in (*c.ours, *c.own)) for c in every) > 25
+    assert 'differ by less than a point' not in ' '.join(c.says for c in every), 'no paper claims this'
+
+def test_costs_on_a_cpu_and_formulas_are_not_judged_by_runs(claims):
+    of_saf = {c.short: c for c in claims['SAF and MESA']}
+    cost = of_saf['cost of a step of MESA']
+    assert cost.outcome == 'outside its regime' and 'measured on a CPU' in cost.ours[0].outside[0]
+    memory = of_saf['memory of SAF (a formula)']
+    assert memory.by_own == 'seen' and all(e.exact for e in memory.own) and not memory.ours
+
+def test_what_the_authors_print_decides(claims):
+    of_sadt = {c.short: c for c in claims['SADT']}
+    assert of_sadt["a step costs a plain step's time"].by_own == 'opposite'
+    winner = of_sadt['no variant is a clear winner']
+    assert winner.by_own == 'seen' and winner.own[0].mean == 9 / 12 and 'In seven of twelve' in winner.note
+
+def test_published_effects_of_the_notebook(claims):
+    "From the notebook's printed accuracies: 55.8, 56.9 and 56.6 against 45.7."
+    notebook, = [c for c in claims['SADT'] if 'released notebook' in c.short]
+    judged_ones = [e for e in notebook.ours if not e.outside]
+    assert [e.published.effect for e in judged_ones] == pytest.approx([10.1, 11.2, 10.9])
+    assert all(e.re_estimated for e in judged_ones), 'both readings of BatchNorm are shown'
+
+
+# Stored runs that come later, prices, and rows
+
+
+def test_runs_of_one_factor_are_taken_up_when_they_are_stored(monkeypatch):
+    "The networks are copies of a stored one with known accuracies: SADT-1 leads by nine points."
+    cells = paper_grid('sadt/notebook20_factors')
+    _, row = next(iter(finished_runs('notebook20').items()))
+    def stored(folder):
+        if folder != 'notebook20_factors': return {}
+        def result(c):
+            accuracy = .5 + .09 * c.label.startswith('SADT-1') + .001 * c.run.seed
+            return {**row, 'run': c.run, c.result: accuracy, 'accuracy_bn': accuracy}
+        return {c.run: result(c) for c in cells}
+    monkeypatch.setattr(claims_page, 'finished_runs', stored)
+    networks = stored_networks([p for p in PLACES if p.preset.startswith('sadt/notebook20')])
+    notebook = next(c for c in sadt_claims(Comparisons(networks)) if 'released notebook' in c.short)
+    found = {e.label: e for e in notebook.ours if 'one factor' in e.place and e.n}
+    factors = {c.label.split(' · ')[1] for c in cells} - {'as in sadt/notebook20'}
+    assert found.keys() == {f'SADT-1, {factor}' for factor in factors}
+    for e in found.values():
+        assert e.n == 3 and e.mean == pytest.approx(9)
+        assert e.part is None and 'one factor' in e.outside[-1], 'shown, and no part of the claim'
+
+def open_claim(spread, smallest, tables=(('sadt/notebook20', ''),)):
+    e = evidence(.1, -9, 9, spread=spread, published=Published(2 * smallest))
+    return claim(e, tables=tables)
+
+def test_a_price_grows_with_the_seeds():
+    speed = {('', False): 1e11, ('', True): 1e13}
+    one, two = price(open_claim(1., 1.), speed), price(open_claim(2., 1.), speed)
+    assert (one.seeds, two.seeds) == (seeds_for_power(1., 1.), seeds_for_power(2., 1.))
+    assert two.hours / one.hours == pytest.approx(two.seeds / one.seeds)
+    runs = [c.run for c in paper_grid('sadt/notebook20')] # three seeds of every row
+    operations = sum(run_cost(r).flops for r in runs) / 3
+    assert one.hours == pytest.approx(one.seeds * operations / 1e11 / 2 / 3600)
+    assert one.minutes == pytest.approx(one.seeds * operations / 1e13 / 60)
+    unknown = price(claim(tables=(('sadt/notebook20', ''),)), speed)
+    assert unknown.seeds == 3 and np.isnan(unknown.effect) and np.isnan(unknown.spread)
+
+def test_the_open_comparison_sets_the_price():
+    "The control without power, not the comparison as stated; outside the regime, the longest training."
+    speed = {('', False): 1e11, ('', True): 1e13}
+    good = evidence(10, 9, 11, spread=1., published=Published(10.))
+    control = evidence(.1, -9, 9, spread=1.)
+    tables = (('sadt/notebook20', ''),)
+    assert price(claim(good, control=[control], tables=tables), speed).seeds == seeds_for_power(1., .2)
+    short = evidence(1, 0, 2, spread=3., share=.01, outside=('short',), published=Published(2.))
+    long = short._replace(spread=1., share=.09)
+    assert price(claim(short, long, tables=tables), speed).seeds == seeds_for_power(1., 1.)
+
+def test_a_row_opens_to_everything():
+    e = evidence(1.25, .8, 1.7, published=Published(1.5, .3, 3), re_estimated=(1.1, .6, 1.6))
+    shown = evidence(9, 8, 10, outside=('near chance',))
+    c = claim(e, shown, note='A note.', tables=(('sadt/table1', 'sam cifar10'),))
+    text = claim_row(c, 'SADT', dict(here='flatness'), {}).replace('\N{NO-BREAK SPACE}', ' ')
+    assert text.startswith('<details class="claim" data-paper="SADT" data-outcome="seen"')
+    assert text.rstrip().endswith('</details>') and 'A note.' in text
+    assert '+1.25 [+0.80, +1.70] (published +1.50 ± 0.30, 3 seeds; BatchNorm re-estimated +1.10' in text
+    assert '[here](flatness.ipynb) (3 seeds; not judged: near chance)' in text
+    assert '`sadt_grid sadt/table1 --only "sam cifar10"`' in text
+
+def test_a_sentence_counts_every_claim(claims):
+    for of_paper in claims.values():
+        numbers = re.findall(r'(?:, |and )?(\d+) (?:is|are|has|have)\b', str(paper_sentence(of_paper)))
+        assert sum(map(int, numbers)) == len(of_paper)

@@ -20,6 +20,8 @@ from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
+from sadt_nb.models.registry import MODELS
+from sadt_nb.models.simple_cnn import simple_cnn
 from torch.nn import functional as F
 
 quiet = dict(progress=False)
@@ -178,6 +180,7 @@ def test_a_list_of_one_teacher_is_the_same_and_validation_does_not_call_it():
 # Teachers that are runs
 
 ZERO = Run(epochs=2, n_train=200, bs=50, split=0)
+pytestmark = pytest.mark.usefixtures('narrow')
 
 
 def student(teachers, seed, **kw):
@@ -212,6 +215,7 @@ def test_a_student_is_the_same_whether_or_not_its_teacher_was_trained_before(tmp
 
 @pytest.mark.parametrize('workers', [1, 2])
 def test_teachers_are_trained_before_their_students_and_each_once(tmp_path, monkeypatch, capfd, workers):
+    monkeypatch.setitem(MODELS, 'simple_cnn', simple_cnn) # two workers are new processes and have this one
     one = student(ZERO, 1)
     two = student(ZERO, 2)
     student_of_both = student((one, two), 3)

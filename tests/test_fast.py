@@ -6,10 +6,12 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from conftest import batches, flat, learner, mlp
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
 from fastai.learner import Recorder
 from PIL import Image
-from sadt_nb.core.recipe import decoupled_groups
+from sadt_nb.core.recipe import Lookahead, decoupled_groups
 from sadt_nb.data import datasets
 from sadt_nb.data.augment import Cutout, crop_windows
 from sadt_nb.data.datasets import channel_statistics, digits, get_dls, wrong_labels
@@ -456,3 +458,15 @@ def test_an_ensemble_sees_normalised_images(images, tmp_path):
 def test_teacher_and_student_see_the_same_images():
     with pytest.raises(ValueError, match='normalize'):
         DIGITS.but(method='distillation', teachers=DIGITS.but(normalize=''))
+
+
+def test_validation_batches_are_no_steps_of_lookahead():
+    "Five training batches and a pull after every third: the number of validation batches has no effect."
+    ended = []
+    for n_valid in (1, 4):
+        learn = learner(mlp(), [Lookahead(every=3)], batches(n=40))
+        learn.dls = DataLoaders(batches(n=40), batches(n=8 * n_valid))
+        learn.fit(2)
+        ended.append(flat(learn.model))
+    assert torch.equal(*ended)
+    assert not torch.equal(ended[0], flat(mlp()))

@@ -21,6 +21,7 @@ from sadt_nb.experiments.measure import measure_run
 from sadt_nb.experiments.runner import RunDiverged, RunError, RunRecorder, load_model, read_result, run
 from test_resume import begin, child, outcome, same, stop_in, wait_for
 
+pytestmark = pytest.mark.usefixtures('narrow')
 quiet = dict(progress=False, minutes=0)
 SMALL = Run(epochs=3, n_train=40, bs=20, valid=0., split=0)
 

@@ -20,7 +20,8 @@ from sadt_nb.data.datasets import get_dls
 from sadt_nb.measures import hessian, landscape, robustness
 from sadt_nb.measures.hessian import (hessian_trace, smoothed_density, spectral_density, top_eigenvalues,
                                       top_eigenvectors)
-from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
+from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, orthogonal_directions
+from sadt_nb.measures.landscape import random_direction
 from sadt_nb.measures.robustness import (CORRUPTIONS, calibration_error, corrupt, corrupted_accuracy,
                                          memorisation, shifted_accuracy)
 from sadt_nb.measures.sharpness import FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness
@@ -552,6 +553,40 @@ def test_the_directions_of_a_surface_are_two(learn):
     given = loss_surface(learn, two, span=1., points=3, **quiet)
     assert (s.loss == given.loss).all()
     assert abs(s.loss - s.loss.T).max() > 1e-3, 'twice the same direction would be symmetric'
+
+
+def test_orthogonal_directions_are_orthogonal_and_filter_normalised():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1, groups=4), nn.Flatten(),
+                        nn.Linear(16, 3)).double()
+    one, two = orthogonal_directions(net, seed=3)
+    expected = random_direction(net, 6)
+    assert all(torch.equal(one[n], expected[n]) for n in one), 'the first direction stays as it is'
+    for n, p in net.named_parameters():
+        a, b, w = (t.detach().flatten(1) if p.ndim > 1 else t.detach() for t in (one[n], two[n], p))
+        if p.ndim < 2 or n == '2.weight': # no direction, or one weight per unit
+            assert not b.any()
+            continue
+        assert ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).abs().max() < 1e-14
+        torch.testing.assert_close(b.norm(dim=1), w.norm(dim=1), rtol=1e-13, atol=0)
+    dot = sum((one[n] * two[n]).sum() for n in one)
+    assert abs(dot) < 1e-13
+
+
+def test_a_surface_along_orthogonal_directions(learn):
+    s = loss_surface(learn, points=100, span=(-.5, 1.5), orthogonal=True, seed=1, samples=3, **quiet)
+    assert s.loss.shape == (100, 100) and np.isfinite(s.loss).all()
+    assert (s.x[0], s.x[-1], len(s.x)) == (-.5, 1.5, 100)
+    assert 'orthogonal' in s.about
+    two = orthogonal_directions(learn.model, 1)
+    given = loss_surface(learn, two, points=2, span=(-.5, 1.5), samples=3, **quiet)
+    assert (given.loss == s.loss[::99, ::99]).all()
+    with pytest.raises(ValueError, match='leave `directions` or `orthogonal` out'):
+        loss_surface(learn, two, orthogonal=True)
+    with pytest.raises(ValueError, match='at least 2 points'):
+        loss_surface(learn, points=1, orthogonal=True)
+    with pytest.raises(ValueError, match='`span` must be positive'):
+        loss_surface(learn, span=0, orthogonal=True)
 
 
 def test_the_largest_number_of_products_grows_with_the_number_of_eigenvalues(monkeypatch):

@@ -19,6 +19,8 @@ INSTALL_CELL = """
 from importlib.util import find_spec
 if not find_spec('sadt_nb'):
     %pip install -q sadt_nb
+if not find_spec('sadt_nb'): # before the first release
+    %pip install -q git+https://github.com/sadt-nb/sadt_nb
 """.strip()
 
 
@@ -65,7 +67,7 @@ def test_method_notebooks_show_their_current_card(path):
 
 
 ON_CIFAR = ('all_methods_on_cifar', 'distill_cifar', 'flatness', 'sadt_notebook20', 'sadt_table1',
-            'sam_study')
+            'sam_study', 'verdicts')
 
 
 @pytest.mark.parametrize('page', ON_CIFAR)
@@ -82,7 +84,7 @@ def test_pages_with_accuracies_on_cifar_say_once_which_images_these_are(page):
 
 def test_all_studies_with_accuracies_on_cifar_are_in_the_list():
     found = {p.stem for p in in_folder('studies') if 'about_images(' in '\n'.join(map(source, code_cells(p)))}
-    assert found - {'verdicts'} == set(ON_CIFAR)
+    assert found == set(ON_CIFAR)
 
 
 @pytest.mark.parametrize('path', every(), ids=ids(every()))
@@ -202,3 +204,17 @@ def test_hidden_answers_run(path, monkeypatch, tmp_path):
     answers = re.findall(r'```python\n(.*?)```', exercises, re.S)
     namespace = {'__name__': '__main__'}
     for text in [*code, *answers]: exec(compile(text, path.stem, 'exec'), namespace)
+
+
+@pytest.mark.parametrize('has, sources', [
+    ({'here'}, []),
+    ({'sadt_nb'}, ['sadt_nb']),
+    ({'git+https://github.com/sadt-nb/sadt_nb'}, ['sadt_nb', 'git+https://github.com/sadt-nb/sadt_nb'])])
+def test_tutorials_install_from_the_index_or_else_from_the_repository(has, sources):
+    asked = []
+    def installed(name): return bool(has & {'here', *asked})
+    statements = re.sub(r'%pip install -q (\S+)', r"asked.append('\1')", INSTALL_CELL)
+    first, rest = statements.split('\n', 1)
+    assert first == 'from importlib.util import find_spec'
+    exec(rest, dict(find_spec=installed, asked=asked))
+    assert asked == sources

@@ -31,7 +31,10 @@ from sadt_nb.experiments.grid import run_grid
 from sadt_nb.experiments.runner import RunBusy, RunError, RunRecorder, read_result, run
 from sadt_nb.methods.born_again import KeepBest
 from sadt_nb.methods.registry import METHODS
+from sadt_nb.models.registry import MODELS
+from sadt_nb.models.simple_cnn import simple_cnn
 
+pytestmark = pytest.mark.usefixtures('narrow')
 quiet = dict(progress=False, minutes=0)
 SHORT = Run(epochs=4, n_train=75, bs=15, valid=.2, crop=2, flip=True, cutmix=.25, split=0)
 OPTIONS = dict(saf=dict(start_epoch=2, lag=1), mesa=dict(start_epoch=1, beta=.9), looksam=dict(k=3),
@@ -181,21 +184,20 @@ def fastai_learner():
     "Return a Learner with accumulation, early stopping and a Recorder; an epoch's last batch is half full."
     stopping = EarlyStoppingCallback(patience=2, min_delta=.01)
     cbs = [Recorder(), RunRecorder(), GradientAccumulation(60), stopping]
-    return runner.make_learner(SHORT.but(epochs=9, n_train=130, bs=20), cbs=cbs)
+    return runner.make_learner(SHORT.but(epochs=9, n_train=130, bs=20, lr=.01), cbs=cbs)
 
 
 def test_callbacks_of_fastai_continue(tmp_path, monkeypatch):
     "Accumulated gradients, early stopping and the Recorder continue after an interruption."
-    def train(file, stop=None):
-        monkeypatch.undo()
+    def train(file, stop=99): # by default in no epoch
         learn = fastai_learner()
-        if stop is not None: stop_in(monkeypatch, stop)
-        with learn.no_logging(), suppress(KeyboardInterrupt):
+        with monkeypatch.context() as m, learn.no_logging(), suppress(KeyboardInterrupt):
+            stop_in(m, stop)
             learn.fit(9, cbs=Checkpoint(tmp_path / file))
         return learn
     whole = train('whole.pt')
     for epoch in (1, 3): train('cut.pt', stop=epoch)
-    learn = train('cut.pt', stop=99) # in no epoch
+    learn = train('cut.pt')
     assert (tmp_path / 'cut.pt').exists()
     assert same_state(whole.model.state_dict(), learn.model.state_dict())
     assert whole.recorder.losses == learn.recorder.losses
@@ -410,7 +412,8 @@ def child(target, *args):
 
 
 def begin():
-    "Set up a child process: one thread, no warnings, no GPU."
+    "Set up a child process: one thread, no warnings, no GPU, the narrow network."
+    MODELS['simple_cnn'] = conftest.narrow_cnn
     torch.set_num_threads(1)
     warnings.simplefilter('ignore')
     from fastai.torch_core import defaults
@@ -502,7 +505,7 @@ def check_after_kills(runs, tmp_path, times, most, least):
 
 
 def test_kill_9_at_random_moments(tmp_path):
-    runs = [of(m).but(epochs=12, n_train=240) for m in ('sadt1', 'looksam')]
+    runs = [of(m).but(epochs=20, n_train=120) for m in ('sadt1', 'looksam')]
     continued = check_after_kills(runs, tmp_path, times=6, most=5, least=2)
     assert continued > 0
 
@@ -615,8 +618,9 @@ def descendants(pid):
 
 
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for processes as Linux lists them')
-def test_a_worker_that_is_killed_and_a_parent_that_is_killed(tmp_path):
+def test_a_worker_that_is_killed_and_a_parent_that_is_killed(tmp_path, monkeypatch):
     pytest.importorskip('psutil', reason='psutil is not installed')
+    monkeypatch.setitem(MODELS, 'simple_cnn', simple_cnn) # the workers are new processes and have this one
     runs = [of(m).but(epochs=40, seed=1) for m in ('sam', 'sadt1')]
     parent = child(grid_with_two_workers, runs, tmp_path)
     def all_have_a_checkpoint(): return all((tmp_path / c.name / 'checkpoint.pt').exists() for c in runs)

@@ -17,11 +17,14 @@ from sadt_nb.experiments.grid import duration, run_grid
 from sadt_nb.experiments.measure import measure_run
 from sadt_nb.experiments.report import load_results, results_table
 from sadt_nb.experiments.runner import RunRecorder, make_learner, read_result, run
+from sadt_nb.models.registry import MODELS
+from sadt_nb.models.simple_cnn import simple_cnn
 from sadt_nb.models.vit import vit
 
 SMALL = Run(epochs=2, n_train=200, bs=50)
 DIVERGING = SMALL.but(opt='sgd', lr=1e30, epochs=3, sched='constant')
 TIMES = ('seconds', 'train_seconds', 'wall_seconds', 'started')
+pytestmark = pytest.mark.usefixtures('narrow')
 quiet = dict(progress=False)
 
 
@@ -41,7 +44,8 @@ def test_a_run_is_repeatable_and_skipped_when_finished(tmp_path, monkeypatch):
     assert run(SMALL, tmp_path / 'a', **quiet) == a
 
 
-def test_processes_give_the_same_numbers(tmp_path):
+def test_processes_give_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, 'simple_cnn', simple_cnn) # the workers are new processes and have this one
     grid = [SMALL.but(seed=s, epochs=1) for s in range(2)] + [DIVERGING]
     one = run_grid(grid, tmp_path / 'one', **quiet)
     two = run_grid(grid, tmp_path / 'two', workers=2, **quiet)

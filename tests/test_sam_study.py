@@ -14,7 +14,7 @@ from sadt_nb.experiments.runner import read_result
 from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.papers.base import EpochLog, PaperRun
-from sadt_nb.papers.claims import VERDICTS, Claim, Comparisons, judged
+from sadt_nb.papers.claims import OUTCOMES, Claim, Comparisons, judged
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
 from sadt_nb.papers.pages import beside_logs, comparison, write_pages
 from sadt_nb.papers.verdicts import logged_networks, sam_study_claims
@@ -223,23 +223,38 @@ SGD_128, SAM_128_HALF = np.array([63.75, 64.87, 64.03]), np.array([69.14, 69.72,
 
 def test_claims_are_decided_by_the_logs_alone():
     claims = sam_study_claims(Comparisons(logged_networks()))
-    found = [c.verdict for c in claims]
-    shown, part, still_open = ("shown by the authors' logs", "shown in part by the authors' logs",
-                               "open in the authors' logs")
-    assert found == [shown, part, still_open, shown, still_open, part, still_open, shown, still_open,
-                     'not decidable here', 'not decidable here']
-    assert set(found) <= VERDICTS.keys()
-    evidence, = claims[0].logs
-    oracle = stats.ttest_rel(SAM_128_HALF, SGD_128).confidence_interval(.95)
-    assert (evidence.low, evidence.high) == pytest.approx((oracle.low, oracle.high), rel=1e-9)
-    marks = [e.mark for e in claims[5].logs]
-    assert marks == ['✓', '○', '✗'], 'at batch 16 SAM, not SGD, has the lower training loss'
-    assert claims[2].logs[2].mean > 1, 'at batch 16 SAM has the larger spread'
+    by_logs, seen, none = [c.by_own for c in claims], 'seen', 'no power'
+    assert by_logs == [seen, none, none, seen, seen, none, 'opposite', none, 'smaller than claimed', none,
+                       '', '', '']
+    theirs = "decided by the authors' own numbers"
+    assert [c.outcome == theirs for c in claims] == [o not in ('', none) for o in by_logs]
+    assert {c.outcome for c in claims} == {theirs, 'not run'} <= OUTCOMES.keys()
+    of_losses = [e.outcome for e in claims[6].own]
+    assert of_losses == [seen, none, 'opposite'], 'at batch 16 SAM has the lower training loss'
+    assert claims[2].own[2].mean > 1, 'at batch 16 SAM has the larger spread'
+
+
+def test_the_interval_of_the_logs_holds_for_seeds_and_test_images():
+    "By hand: the variance over seeds, and that of 10,000 images on which as many networks differ as can."
+    e, = sam_study_claims(Comparisons(logged_networks()))[0].own
+    d = SAM_128_HALF - SGD_128
+    differ = (100 - SAM_128_HALF.mean()) + (100 - SGD_128.mean()) # the images that one of the two has wrong
+    of_images = (100 * differ - d.mean()**2) / 10_000
+    of_seeds = d.var(ddof=1) / 3
+    df = (of_seeds + of_images)**2 / (of_seeds**2 / 2)
+    reach = stats.t.ppf(.975, df) * (of_seeds + of_images)**.5
+    assert (e.low, e.high) == pytest.approx((d.mean() - reach, d.mean() + reach), rel=1e-9)
+    table_1 = np.mean([70.77, 71.22, 70.98]) - np.mean([64.03, 65.15, 64.17])
+    assert e.published.effect == pytest.approx(table_1)
 
 
 def test_evidence_of_runs_does_not_move_the_verdict_of_logs():
     against = judged('ours', 'x', pd.Series([-3., -3.1, -2.9]))
     favour = judged('theirs', 'x', pd.Series([3., 3.1, 2.9]))
-    assert Claim('', '', [against]).verdict == 'not reproduced, contradicted'
-    assert Claim('', '', [against], logs=[favour]).verdict == "shown by the authors' logs"
-    assert Claim('', '', [favour], logs=[against]).verdict == "contradicted by the authors' logs"
+    unclear = judged('theirs', 'x', pd.Series([3., -3.1, 2.9]))
+    def claim(ours, *own): return Claim('', '', 'SAM', '', [ours], own=list(own))
+    theirs = "decided by the authors' own numbers"
+    assert claim(against).outcome == 'opposite'
+    assert (claim(against, favour).outcome, claim(against, favour).by_own) == (theirs, 'seen')
+    assert (claim(favour, against).outcome, claim(favour, against).by_own) == (theirs, 'opposite')
+    assert claim(against, unclear).outcome == 'opposite', 'logs without power do not decide'

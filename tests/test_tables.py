@@ -11,10 +11,10 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import Cost, Machine, estimated_seconds, measure_cost, measuring_seconds
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.grid import duration, run_grid
-from sadt_nb.experiments.measure import MEASURES, PASSES, measure_run
+from sadt_nb.experiments.measure import MEASURES, PASSES, _surface_as_json, measure_run
 from sadt_nb.experiments.report import load_results
 from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner
-from sadt_nb.measures.landscape import loss_surface
+from sadt_nb.measures.landscape import Surface, loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
@@ -28,6 +28,9 @@ from torch import nn
 
 SMALL = Run(epochs=2, n_train=60, bs=30, model_args=dict(dropout=0.))
 quiet = dict(progress=False)
+
+
+pytestmark = pytest.mark.usefixtures('narrow')
 
 
 def stored_weights(cfg, root): return torch.load(root / cfg.name / 'weights.pt', weights_only=True)
@@ -150,8 +153,8 @@ def test_another_precision_holds_for_teachers_too(monkeypatch):
 
 
 def test_one_repetition_gives_no_verdict(miniature, tmp_path):
-    run_grid([c.run for c in miniature() if c.label.endswith('seed 1')], tmp_path, **quiet)
-    table = comparison('miniature', load_results(tmp_path))
+    run_grid([c.run for c in paper_grid('miniature', .1, only='seed 1')], tmp_path, **quiet)
+    table = comparison('miniature', load_results(tmp_path), .1)
     assert table['verdict'].tolist() == ['', 'not decidable here'] * 2
     assert table['n'].tolist() == ['1 of 3'] * 4
 
@@ -263,14 +266,24 @@ def test_tracked_sharpness_is_right_and_changes_no_weight(tmp_path):
 def test_a_stored_surface_is_the_surface(tmp_path):
     run(SMALL, tmp_path, **quiet)
     m = measure_run(SMALL, tmp_path, ('surface',), samples=20)['measures']['surface']
-    s = loss_surface(stored_learner(SMALL, tmp_path), points=25, samples=20, progress=False)
-    assert np.allclose(m['loss'], s.loss, rtol=1e-5)
-    assert m['x'] == s.x.tolist()
-    assert m['value'] == pytest.approx(s.loss.mean() - s.loss[12, 12], rel=1e-5)
+    s = loss_surface(stored_learner(SMALL, tmp_path), points=5, samples=20, progress=False)
+    loss = np.array(m['loss'])
+    assert loss.shape == (25, 25)
+    assert np.allclose(loss[::6, ::6], s.loss, rtol=1e-5), 'each sixth point of each axis'
+    assert m['x'][::6] == pytest.approx(s.x.tolist(), abs=1e-12)
+    assert m['value'] == pytest.approx(loss.mean() - loss[12, 12], abs=5e-6), 'the losses are rounded'
     assert m['about'] == s.about
     json.dumps(m, allow_nan=False)
     measured = measure_run(SMALL, tmp_path, ('gradient_norm',), 20, force=True)['measures']
     assert set(measured) == {'surface', 'gradient_norm'}
+
+
+def test_the_centre_of_a_stored_surface_with_an_even_number_of_points():
+    "Between the points around the middle, a plane has the mean of their losses."
+    x = np.linspace(-1, 1, 4)
+    plane = 5 + x[:, None] + 2 * x
+    found = _surface_as_json(Surface(x, x, plane + np.eye(4)[:, ::-1] * [3, 0, 0, 3], 'made up'))
+    assert found['value'] == pytest.approx(6 / 16) # the corners are above the plane
 
 
 def test_a_measure_trains_a_run_again_only_if_it_needs_the_weights(tmp_path):

@@ -2,9 +2,13 @@
 (() => {
   const SMALLEST = .6;
   const fit = () => document.querySelectorAll('mjx-container[display="true"]').forEach(formula => {
+    let size = 1;
     formula.style.fontSize = '';
-    const share = formula.clientWidth / formula.scrollWidth;
-    if (share < 1) formula.style.fontSize = `${100 * Math.max(SMALLEST, .98 * share)}%`;
+    // not all gaps in a formula shrink with its letters, so one step may be too short
+    while (formula.scrollWidth > formula.clientWidth && size > SMALLEST) {
+      size = Math.max(SMALLEST, .98 * size * formula.clientWidth / formula.scrollWidth);
+      formula.style.fontSize = `${100 * size}%`;
+    }
   });
   window.addEventListener('load', () => {
     if (window.MathJax && MathJax.startup && MathJax.startup.promise) MathJax.startup.promise.then(fit);

@@ -17,7 +17,7 @@ ARCHIVE = 'runs.jsonl.gz'                            # name of the archive in a 
 PARTS = ('config', 'result', 'history', 'measures') # files of a run: `config.json` and so on
 
 @lru_cache(maxsize=64)
-def _read_lines(file, modified, size): # a changed file has another key in the cache
+def _read_lines(file, modified, size): # arguments of the cache: new if the file changes
     records = {}
     try:
         with gzip.open(file, 'rt', encoding='utf-8') as lines:
@@ -48,7 +48,7 @@ def write_archive(
     folder = Path(folder)
     merged = read_archive(folder) | records
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # no time, so equal runs give equal bytes
+    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # equal runs give equal bytes
         for name in sorted(merged):
             line = json.dumps({'name': name, **merged[name]}, separators=(',', ':'))
             z.write(line.encode() + b'\n')

@@ -119,7 +119,7 @@ def estimated_seconds(
     runs,            # An iterable of `Run`
     machine:Machine, # Speed of the machine, from `probe_machine`
 ) -> float: # Seconds to train one run after the other, without evaluation
-    "Return the estimated time of runs; for networks unlike ResNet-20, within a factor of two or three."
+    "Return the estimated time; for networks unlike ResNet-20 it may be wrong by a factor of two or three."
     return sum(_seconds(run_cost(r), machine) for r in runs)
 
 def measuring_seconds(

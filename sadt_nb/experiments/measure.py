@@ -28,7 +28,7 @@ from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 def _six_digits(rows): return [[float(f'{x:.6g}') for x in row] for row in rows]
 
 def _spectrum_as_json(e):
-    "Return the root mean square of all eigenvalues as `value`, and nodes and weights that draw the spectrum."
+    "Return the eigenvalues' root mean square as `value`; also nodes and their weights, to draw the spectrum."
     squares = torch.tensor([(w * v**2).sum() for v, w in zip(e.nodes, e.weights)])
     value = squares.mean().sqrt().item()
     error = squares.std().item() / len(squares)**.5 / (2 * value)
@@ -41,8 +41,10 @@ def _eigenvalues_as_json(e):
     return found
 
 def _surface_as_json(e):
-    "Return the loss's mean rise above the centre of the surface as `value`, and the surface."
-    centre = e.loss[len(e.x) // 2, len(e.y) // 2]
+    "Return the surface, and as `value` its mean loss minus the loss at its centre."
+    n = len(e.x)
+    middle = slice((n - 1) // 2, n // 2 + 1) # one row, or two with an even number of points
+    centre = e.loss[middle, middle].mean()
     return dict(value=float(np.nanmean(e.loss) - centre), n=e.loss.size, x=e.x.tolist(), y=e.y.tolist(),
                 loss=_six_digits(e.loss), about=e.about)
 
@@ -74,14 +76,17 @@ MEASURES = dict( # name: function `(learn, samples=...)` that returns a number o
     spectrum=spectral_density,
     top100=partial(top_eigenvalues, k=100, tol=1e-2),
     surface=partial(loss_surface, points=25),
+    orthogonal_surface=partial(loss_surface, points=25, orthogonal=True),
+    orthogonal_surface_100=partial(loss_surface, points=100, orthogonal=True),
 )
 
-SLOW = ('spectrum', 'top100', 'surface') # each takes hundreds of passes
+SLOW = ('spectrum', 'top100', 'surface', 'orthogonal_surface', 'orthogonal_surface_100')
 
 # time of a measure, in passes over its samples: a product with the Hessian takes about four
 PASSES = dict(
     trace=160, eigenvalue=24, sharpness=1.3, adaptive_sharpness=1.3, average_sharpness=12, gradient_norm=1,
-    calibration_error=0, corrupted_accuracy=20, spectrum=820, top100=2800, surface=160)
+    calibration_error=0, corrupted_accuracy=20, spectrum=820, top100=2800, surface=160,
+    orthogonal_surface=160, orthogonal_surface_100=2560) # 16 times as many points as a surface
 
 # %% ../../nbs/experiments/86_measure.ipynb #f5be0559
 def _checksum(cfg, root):
@@ -90,16 +95,16 @@ def _checksum(cfg, root):
     return f'{zlib.crc32(file.read_bytes()):08x}' if file.is_file() else None
 
 def _known(cfg, root):
-    "Return the stored measures of a run; `{}` if they belong to other weights than the stored weights."
+    "Return the stored measures of a run; `{}` if they were measured on weights that have been replaced."
     stored = read_part(root, cfg.name, 'measures', {})
-    same_weights = _checksum(cfg, root) in (None, stored.get('weights')) # else the run was trained again
+    same_weights = _checksum(cfg, root) in (None, stored.get('weights')) # else trained again
     return stored if same_weights else {}
 
 def missing_measures(
     cfg:Run,       # Any run
     root='runs',   # Folder of all results
     measures=None, # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
-    samples=1000,  # Number of images; a measure of another number of images counts as missing
+    samples=1000,  # Number of images; measures with another number of images are missing
 ) -> list[str]:
     "Return the names of the measures that are not stored yet. Raises `ValueError` for an unknown measure."
     names = [n for n in MEASURES if n not in SLOW] if measures is None else list(measures)
@@ -114,14 +119,15 @@ def measure_run(
     root:str|Path='runs',              # Folder of all results
     measures:Iterable[str]|None=None,  # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
     samples:int=1000, # Number of images, drawn at random but the same in every call; without augmentation
-    force:bool=False,                  # Also repeat stored measures
+    force:bool=False,                  # Repeat measures that are stored already
     device:str|torch.device|None=None, # `None`: fastai's default device
 ) -> dict: # Content of `measures.json`: each measure by name, versions, hardware
-    """Measure a stored run and write the numbers beside it.
+    """Measure a stored run and write the numbers into the folder of the run.
 
-    A measure that is stored for the same number of images is not repeated. Other stored measures are kept.
+    If a measure is stored already with this number of images, it is not repeated. Measures that the call
+    does not name stay stored.
     Raises `ValueError` for an unknown measure, `RunError` if the run has no weights."""
-    at = -1 if force else samples # no measure is stored for -1 images, so all are missing
+    at = -1 if force else samples # no stored measure has -1 images, so `force` makes every measure anew
     missing, stored = missing_measures(cfg, root, measures, at), _known(cfg, root)
     if not missing: return stored
     if not is_trained(cfg, root):
@@ -129,7 +135,7 @@ def measure_run(
         raise RunError(f'{cfg.name}: there are no weights to measure; train it first{why}')
     learn = stored_learner(cfg, root, device)
     known = stored.get('measures', {})
-    for n in missing: # write each measure as soon as it is made
+    for n in missing: # write every measure at once, so that an interruption loses one at most
         started = time.time()
         found = _as_json(MEASURES[n](learn, samples=samples))
         known = {**known, n: dict(**found, samples=samples, seconds=round(time.time() - started, 1))}

@@ -81,7 +81,7 @@ def _compare_digits():
     return _all_methods(_DIGITS, range(0, 50, 10))
 
 _NO_READINGS = 'the paper does not compare readings'
-_READINGS = { # reading: options of SADT
+_READINGS = { # interpretation of the paper: options of SADT
     'gradient at w_aux': {},
     'gradient at w_up': dict(grad_at='up'),
     'sigma from the rate': dict(sigma='rate'),
@@ -89,7 +89,7 @@ _READINGS = { # reading: options of SADT
 }
 
 def _sadt_readings(base, seeds):
-    "Yield plain training, two steps on one gradient, and SADT in four readings, at equal epochs."
+    "Yield plain training, two steps on one gradient, and four interpretations of SADT, at equal epochs."
     for seed in seeds:
         plain = base.but(seed=seed)
         yield PaperRun(f'baseline · seed {seed}', plain)

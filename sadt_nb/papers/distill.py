@@ -181,7 +181,7 @@ def _ban():
                 yield PaperRun(f'alpha {alpha}, round {r} · seed {seed}', run, note=_CURVE_BAN)
 
 def _growing(where, teacher, alphas, n=3):
-    "Yield ensembles of 2 to `n + 1` networks: independent ones and, per alpha, a teacher with its rounds."
+    "Yield ensembles of 2 to `n + 1` networks: independent ones and, per alpha, a teacher and its students."
     for k in range(1, n + 1):
         yield PaperEnsemble(f'independent, {k + 1} members · {where}', tuple(independent(teacher, k + 1)))
         for alpha in alphas:

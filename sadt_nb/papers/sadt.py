@@ -30,7 +30,7 @@ _NOTEBOOK_ROWS = [ # label, what differs from plain training, published accuracy
 ]
 
 def _notebook20():
-    "Yield runs of the released notebook's methods and of three controls, three seeds each."
+    "Yield runs of the released notebook's methods and of three controls, three seeds for each row."
     for label, change, published, note in _NOTEBOOK_ROWS:
         for seed in range(3):
             yield PaperRun(f'{label} · seed {seed}', _NOTEBOOK.but(seed=seed, **change), published, note)
@@ -84,7 +84,7 @@ def _table1_code():
         yield replace(c, run=_as_released(c.run), note=_BY_RELEASE, result='accuracy_others')
 
 def _notebook20_factors():
-    "Yield plain training and SADT-1 of the notebook, each with one factor changed."
+    "Yield plain training and SADT-1 as in the notebook, and with one setting changed at a time."
     changes = {
         'as in sadt/notebook20': {},
         'all training images': dict(valid=0.),

@@ -139,10 +139,10 @@ def _table2():
 
 # %% ../../nbs/papers/103_saf.ipynb #07b25473
 _SHARE = SMALL_CIFAR.epochs / _CIFAR.epochs                  # share of the epochs of Table 3
-_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of its optimizer steps
+_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of the optimizer steps of Table 3
 
 def _small():
-    "Yield plain training, SAM, and both readings of SAF and of MESA."
+    "Yield plain training, SAM, and SAF and MESA with the term of the paper and of the code."
     changes = {'baseline': {}, 'sam': dict(method='sam')}
     for method in ('saf', 'mesa'):
         for spec, term in (('paper', {}), ('code', _CODE_TERM[method])):
@@ -160,7 +160,7 @@ def _figure4():
 
 def _surfaces(model):
     "Return the preset of a figure that shows the loss surfaces of one network on CIFAR-100."
-    return partial(figure_rows, _table3, f'cifar100 · {model}', measures=('surface',), seed=0)
+    return partial(figure_rows, _table3, f'cifar100 · {model}', measures=('orthogonal_surface',), seed=0)
 
 GRIDS = {
     'saf/table1': _table1,

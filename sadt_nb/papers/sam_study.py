@@ -12,7 +12,7 @@ from ..experiments.config import Run
 from .base import EpochLog, PaperRun
 
 # %% ../../nbs/papers/102_sam_study.ipynb #91e306e2
-LOGS = { # the authors' logs: name, batch size; one `EpochLog` per seed
+LOGS = { # of experiments A and B: (method, batch size): one `EpochLog` per seed
     ('SGD', 16): (EpochLog(.7555, .7480, .7374, .0566304), EpochLog(.7590, .7452, .7515, .0499392),
                   EpochLog(.7550, .7492, .7468, .0544697)),
     ('SGD', 64): (EpochLog(.7045, .6413, .6734, .0629588), EpochLog(.7059, .7023, .6882, .0005142),
@@ -26,7 +26,7 @@ LOGS = { # the authors' logs: name, batch size; one `EpochLog` per seed
     ('SAM', 128): (EpochLog(.7078, .7078, .6914, .0021688), EpochLog(.7122, .7076, .6972, .0023655),
                    EpochLog(.7098, .7096, .6991, .0020393)),
 }
-LOGS_C = { # of experiment C: name; one `EpochLog` per seed
+LOGS_C = { # of experiment C: method: one `EpochLog` per seed
     'SAM': (EpochLog(.7025, .7006, .6844, .0000872), EpochLog(.6630, .6544, .6488, .0000719),
             EpochLog(.6628, .6549, .6457, .0000950)),
     'ASAM': (EpochLog(.6895, .6865, .6702, .0002750), EpochLog(.6615, .6577, .6425, .0002498),
@@ -83,7 +83,7 @@ def _study_b(spec='paper'):
 
 # %% ../../nbs/papers/102_sam_study.ipynb #c5a6c950
 _ADAPTIVE = dict(method='sam', method_args=dict(adaptive=True, rho=.5))
-_METHODS_C = { # name: what differs from plain training in the paper's and in the code's reading
+_METHODS_C = { # method: settings that differ from plain training, by the report's text and by the code
     'SAM': dict(paper=dict(method='sam'), code=dict(method='sam')),
     'ASAM': dict(paper=dict(method='asam'), code=_ADAPTIVE),
 }

@@ -1,0 +1,76 @@
+"""Differences of accuracies in both readings of BatchNorm, and the pages that show them."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+from sadt_nb.experiments.report import both_readings
+
+STUDIES = Path(__file__).parents[1] / 'nbs' / 'studies'
+
+
+def runs(*pairs): return [dict(accuracy=a, accuracy_bn=b) for a, b in pairs]
+
+
+def text(groups, pairs): return str(both_readings(groups, pairs))
+
+
+def test_a_change_of_sign_is_found_with_both_means():
+    groups = dict(plain=runs((.50, .60), (.60, .60)), sam=runs((.52, .58), (.61, .61)))
+    # means: (.02 + .01) / 2 and (-.02 + .01) / 2
+    found = text(groups, [('sam', 'plain')])
+    assert found.startswith('1 of 1 differences of accuracies on this page changes its sign')
+    assert found.endswith('\n- sam minus plain: +1.50 and -0.50')
+    assert text(groups, [('plain', 'sam')]).endswith('\n- plain minus sam: -1.50 and +0.50')
+
+
+@pytest.mark.parametrize('running, fresh', [(.01, .02), (-.01, -.02), (0, .01), (0, -.01), (.01, 0), (0, 0)])
+def test_equal_signs_and_differences_of_zero_do_not_change(running, fresh):
+    groups = dict(a=runs((.3, .4), (.7, .1)), b=runs((.3 - running, .4 - fresh), (.7 - running, .1 - fresh)))
+    one_line = ('None of 1 differences of accuracies on this page changes its sign between '
+                "BatchNorm's running averages and re-estimated statistics.")
+    assert text(groups, [('a', 'b')]) == one_line
+
+
+def test_only_common_repetitions_count():
+    a, b, extra = runs((.5, .5), (.6, .4), (.9, .9))
+    groups = dict(first={0: b, 7: extra}, second={0: a, 3: extra})
+    assert text(groups, [('first', 'second')]).endswith('first minus second: +10.00 and -10.00')
+    groups['first'][3] = dict(accuracy=.4, accuracy_bn=.9) # means: (.1 - .5) / 2 and (-.1 + 0) / 2
+    assert text(groups, [('first', 'second')]).startswith('None of 1')
+
+
+def test_pairs_are_counted_once_and_kept_in_order():
+    groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c=runs((.7, .7)))
+    found = text(groups, [('b', 'a'), ('c', 'a'), ('b', 'a'), ('a', 'b')])
+    lines = found.splitlines()
+    assert lines[0].startswith('2 of 3 differences of accuracies on this page change their sign')
+    assert [line.split(':')[0] for line in lines[2:]] == ['- b minus a', '- a minus b']
+
+
+@pytest.mark.parametrize('pairs, message', [
+    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose of a, b, c"),
+    ([('a', 'c')], "'a' and 'c' have no repetition in common")])
+def test_wrong_pairs_are_refused(pairs, message):
+    groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c={'seed 9': runs((.7, .7))[0]})
+    with pytest.raises(ValueError, match=message): both_readings(groups, pairs)
+
+
+def pages():
+    "Yield name and code cells of each study page that reads accuracies of stored runs."
+    for file in sorted(STUDIES.glob('*.ipynb')):
+        cells = [c for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        source = '\n'.join(''.join(c['source']) for c in cells)
+        if 'load_results' in source and re.search("'accuracy(_bn)?'", source): yield file.stem, cells
+
+
+@pytest.mark.parametrize('name, cells', pages(), ids=lambda v: v if isinstance(v, str) else '')
+def test_every_page_that_compares_accuracies_shows_both_readings(name, cells):
+    shown = [c for c in cells if 'both_readings(' in ''.join(c['source'])]
+    assert len(shown) == 1
+    output = ''.join(''.join(o.get('data', {}).get('text/plain', '')) for o in shown[0]['outputs'])
+    assert 'differences of accuracies on this page change' in output
+
+
+def test_the_pages_are_found():
+    assert len(list(pages())) >= 9

@@ -89,14 +89,15 @@ def direction_between(
 class Line(NamedTuple):
     "The loss along a line."
     at: np.ndarray   # `(points,)` multiples of the direction
-    loss: np.ndarray # `(points,)` mean loss; NaN at points that Ctrl-C left out
+    loss: np.ndarray # `(points,)` mean loss; NaN at points not computed because of Ctrl-C
     about: str       # Direction, normalisation and samples, for the caption
 
 class Surface(NamedTuple):
     "The loss over a plane."
     x: np.ndarray    # `(points,)` multiples of the first direction
     y: np.ndarray    # `(points,)` multiples of the second direction
-    loss: np.ndarray # `(points, points)`; row i, column j: loss at `x[i]`, `y[j]`; NaN if Ctrl-C left it out
+    # `(points, points)`; `[i, j]` is the loss at `x[i]`, `y[j]`; NaN at points not computed because of Ctrl-C
+    loss: np.ndarray
     about: str       # Directions, normalisation and samples, for the caption
 
 def _check_direction(direction, named):
@@ -151,7 +152,7 @@ def _multiples(span, points):
     return v
 
 def _filled(f, grid, shape, name, progress):
-    "Return `f` at each point of the grid; NaN for the points that Ctrl-C left out."
+    "Return `f` at each point of the grid; NaN at points not computed because of Ctrl-C."
     loss, done = np.full(shape, np.nan), 0
     try:
         for i, at in enumerate(bar(grid, progress, desc=name)):
@@ -166,7 +167,7 @@ def loss_line(
     learn:Learner,         # A Learner whose network is in evaluation mode
     direction:dict[str, Tensor]|None=None, # Name to tensor; `None`: a random direction, filter-normalised
     span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
-    points:int=51, # Number of points, >= 2; an odd number includes the multiple zero if `span` is a number
+    points:int=51, # Number of points, >= 2; with an odd number and a scalar `span`, zero is one of the points
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
     seed:int=0,            # Seed of the random direction
@@ -174,8 +175,10 @@ def loss_line(
 ) -> Line: # Multiples, losses, and a description of direction and samples
     """Compute the loss along a straight line through the weights. Ctrl-C returns the losses so far.
 
-    Raises `ValueError` for fewer than two points, for a direction that does not fit the network, and for the
-    same reasons as `FixedLoss`."""
+    Raises `ValueError` for fewer than two points, for a direction that does not fit the network, and if
+    `FixedLoss` (the mean loss on fixed batches) raises: for a network in training mode, without trainable
+    weights, or with weights that are sharded or not finite, for batches without labels, and for a loss that
+    is not a mean."""
     at = _multiples(span, points)
     about = 'given direction'
     if direction is None:
@@ -199,7 +202,8 @@ def loss_surface(
     """Compute the loss over a plane through the weights, with `points` squared passes over the samples.
 
     Ctrl-C returns the losses so far. Raises `ValueError` for fewer than two points, for directions that do
-    not fit the network, for `orthogonal` with given directions, and for the same reasons as `FixedLoss`."""
+    not fit the network, for `orthogonal` with given directions, and if `FixedLoss` raises (see
+    `loss_line`)."""
     at = _multiples(span, points)
     about = 'two given directions'
     if orthogonal and directions is not None:
@@ -308,7 +312,8 @@ def plot_ecdf(
     for label, v in spectra.items():
         ax.ecdf(np.asarray(v, dtype=float), label=label, color=(colors or {}).get(label))
     most = max(map(len, spectra.values()))
-    ax.set(xlabel='eigenvalue of the Hessian', ylabel=f'share of the largest {most}', xscale='log')
+    share = f'share of the {most} largest eigenvalues'
+    ax.set(xlabel='eigenvalue of the Hessian', ylabel=share, xscale='log')
     ax.grid(alpha=.3)
     ax.legend(fontsize=8)
     return ax

@@ -196,7 +196,7 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _agree_over_ranks(params, deltas):
-    "If some parameters are sharded, copy the first process's noise for the others to all processes."
+    "If some parameters are sharded, all processes use the first process's noise for the other parameters."
     if not any(map(is_sharded, params.values())): return
     for delta in deltas:
         for n, d in delta.items():
@@ -206,7 +206,8 @@ def _can_share(sadt, fns):
     "Return whether one pass can compute all teachers; `False` for compiled and distributed models."
     if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
     one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
-    closure = hasattr(sadt.learn, 'own_replay') # a closure calls the network itself, in one full pass
+    # the user's closure calls the whole network, so layers cannot be shared
+    closure = hasattr(sadt.learn, 'own_replay')
     if changed_states(sadt.states): return False # a layer that runs once per teacher would lose its state
     sharded = any(map(is_sharded, sadt.learn.model.parameters()))
     own_forward = closure or sharded or unwrapped(sadt.model) is not sadt.learn.model
@@ -307,7 +308,9 @@ class SADT(_SeededNoise, _TwoSteps):
     starts, if variant 2 finds no convolution or no dense layer."""
     _loaded_rate = None
     def __init__(self,
-        variant:Literal[1, 2, 3]=1, # 1: noise on all; 2: noise on last convolution or dense layer; 3: ascent
+        # 1: noise on every layer; 2: two teachers, noise on the last convolution and on the last dense layer;
+        # 3: a noisy step uphill
+        variant:Literal[1, 2, 3]=1,
         spec:Literal['paper', 'code']='paper', # Preset of the variant: the paper's, or the released code's
         # One function `(params, grads, generator) -> deltas` per teacher; `None`: the variant's functions
         perturb:Iterable[Callable]|None=None,
@@ -318,15 +321,16 @@ class SADT(_SeededNoise, _TwoSteps):
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
         # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the learning rate at the start
         sigma:Literal['fixed', 'rate']='fixed',
-        rho:float|None=None, # Use one teacher, this far uphill as in SAM; `None`: the teachers of `perturb`
+        # Distance of a single teacher uphill, as in SAM; `None`: use `perturb` or the variant's teachers
+        rho:float|None=None,
         first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
         share_trunk:bool=True, # With `layer_noise`: run layers that are equal in all teachers once
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
-        start:float=0., # Share of training at which SADT starts, in [0, 1]; one plain step per batch before
-        stop:float=1.,  # Share of training at which SADT ends, in [0, 1]; one plain step per batch after
+        start:float=0., # Share of training, in [0, 1]; before this point, one plain step per batch
+        stop:float=1.,  # Share of training, in [0, 1]; after this point, one plain step per batch
     ):
         _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, sigma, rho)
         if perturb is not None: perturb = list(perturb)
@@ -348,7 +352,7 @@ class SADT(_SeededNoise, _TwoSteps):
         return fns, self.kl or kl
 
     def _scale(self):
-        "Return the factor of the presets' standard deviations; with sigma='rate', 1 at a rate of 0.0001."
+        "Return the noise's factor; with sigma='rate', it is also multiplied by (learning rate / 0.0001)."
         return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
 
     def before_fit(self):

@@ -79,28 +79,28 @@ def _resnet(block, blocks, outputs, norm, stem):
 
 def resnet18(
     classes:int=10, # Number of outputs
-    skip=True,      # With shortcuts around the blocks? `False` also removes their three 1x1 convolutions
+    skip=True,      # With shortcuts? `False` also removes the shortcuts' three 1x1 convolutions
     norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
     stem:str='cifar',      # 'imagenet': as in torchvision, a 7x7 convolution of stride 2 and a max pool
-    outputs:int|None=None, # Number of outputs if it is not `classes`, such as torchvision's 1000
+    outputs:int|None=None, # Overrides `classes`; 1000 gives torchvision's number of outputs
 ) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, outputs)` logits; made for 32 x 32
-    """Return torchvision's ResNet-18 for small images; 11,173,962 parameters with 10 classes.
+    """Return torchvision's ResNet-18, by default with a first layer for small images.
 
-    With the stem for CIFAR, the first convolution is 3x3 with stride 1, and there is no max pool. Raises
-    `ValueError` for an unknown `stem`."""
+    The network has 11,173,962 parameters with 10 classes. With the stem for CIFAR, the first convolution is
+    3x3 with stride 1, and there is no max pool. Raises `ValueError` for an unknown `stem`."""
     return _resnet(BasicBlock if skip else PlainBlock, [2, 2, 2, 2], outputs or classes, norm, stem)
 
 def resnet101(
     classes:int=10, # Number of outputs
-    skip=True,      # With shortcuts around the blocks? `False` also removes their four 1x1 convolutions
+    skip=True,      # With shortcuts? `False` also removes the shortcuts' four 1x1 convolutions
     norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
     stem:str='cifar',      # 'imagenet': as in torchvision, a 7x7 convolution of stride 2 and a max pool
-    outputs:int|None=None, # Number of outputs if it is not `classes`, such as torchvision's 1000
+    outputs:int|None=None, # Overrides `classes`; 1000 gives torchvision's number of outputs
 ) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, outputs)` logits; made for 32 x 32
-    """Return torchvision's ResNet-101 for small images; 42,512,970 parameters with 10 classes.
+    """Return torchvision's ResNet-101, by default with a first layer for small images.
 
-    With the stem for CIFAR, the first convolution is 3x3 with stride 1, and there is no max pool. Raises
-    `ValueError` for an unknown `stem`."""
+    The network has 42,512,970 parameters with 10 classes. With the stem for CIFAR, the first convolution is
+    3x3 with stride 1, and there is no max pool. Raises `ValueError` for an unknown `stem`."""
     return _resnet(Bottleneck if skip else PlainBottleneck, [3, 4, 23, 3], outputs or classes, norm, stem)
 
 # %% ../../nbs/models/63_resnet.ipynb #a40da03d

@@ -1,9 +1,11 @@
-// The filter of the verdicts: it shows the claims of a paper, with an outcome, or about a method. The claims are
-// rows of the page itself, which open to their evidence; without scripts all of them are shown.
+// The filter of the verdicts: it shows the claims of a paper, with an outcome, or about a method. The claims
+// are rows of the page itself, which open to their evidence; without scripts all of them are shown.
 (() => {
   const {html} = Parts;
   const FILTERS = [
-    {key: 'paper', all: 'all papers'}, {key: 'outcome', all: 'all outcomes'}, {key: 'method', all: 'all methods'}];
+    {key: 'paper', all: 'all papers'},
+    {key: 'outcome', all: 'all outcomes'},
+    {key: 'method', all: 'all methods'}];
 
   // A list of choices, in the order in which they first appear on the page
   function menu(parent, filter, rows, onChange) {
@@ -35,7 +37,8 @@
     function show() {
       for (const row of rows) row.hidden = !isChosen(row);
       const chosen = rows.filter(row => !row.hidden).length;
-      status.textContent = `${chosen} of ${rows.length} claims are shown below. Each row opens to its evidence.`;
+      const count = `${chosen} of ${rows.length} claims are shown below.`;
+      status.textContent = `${count} Each row opens to its evidence.`;
     }
   });
 })();

@@ -72,5 +72,6 @@ def test_every_page_that_compares_accuracies_shows_both_readings(name, cells):
     assert 'differences of accuracies on this page change' in output
 
 
+@pytest.mark.skipif(not STUDIES.exists(), reason='the installed library has no notebooks')
 def test_the_pages_are_found():
     assert len(list(pages())) >= 9

@@ -434,6 +434,7 @@ def parts(text):
 @pytest.fixture(scope='module')
 def every_output(tmp_path_factory):
     "Run every command without a terminal, first as text and then as JSON; return outputs and messages."
+    pytest.importorskip('optuna', reason='sadt_sweep needs Optuna')
     root = tmp_path_factory.mktemp('every')
     command = [sys.executable, '-c', EVERY_COMMAND, root]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=500)

@@ -3,7 +3,6 @@ import gc
 import math
 import os
 import warnings
-from collections import OrderedDict
 from functools import lru_cache, partial
 
 warnings.filterwarnings('ignore', category=FutureWarning, message=r'.*torch\.jit\.script.*')
@@ -20,7 +19,7 @@ from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.experiments import cost
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS
-from sadt_nb.models.simple_cnn import batch_norm, keras_init_
+from sadt_nb.models.simple_cnn import cnn_of_widths
 from torch import nn
 
 
@@ -81,20 +80,8 @@ def cnn(bn=True, dtype=torch.float64, dropout=0.):
 
 
 def narrow_cnn(classes=10, bottleneck=False, init='torch', dropout=.3):
-    "Return `simple_cnn` with the same layers and options, and a sixteenth of their width."
-    bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
-    layers = OrderedDict(
-        conv1=nn.Conv2d(3, 4, 3), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(), bn1=bn2(4),
-        conv2=nn.Conv2d(4, 4, 3), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(), bn2=bn2(4),
-        conv3=nn.Conv2d(4, 4, 3), relu3=nn.ReLU(), bn3=bn2(4),
-        flatten=nn.Flatten(), dropout=nn.Dropout(dropout),
-        dense1=nn.Linear(64, 32), relu4=nn.ReLU(), bn4=bn1(32),
-        dense2=nn.Linear(32, 16), relu5=nn.ReLU(), bn5=bn1(16))
-    if bottleneck: layers.update(bottleneck=nn.Linear(16, 10), relu6=nn.ReLU())
-    layers['classifier'] = nn.Linear(10 if bottleneck else 16, classes)
-    model = nn.Sequential(layers)
-    model.code_array = 'conv2.bias'
-    return keras_init_(model) if init == 'keras' else model
+    "Return `simple_cnn` with a sixteenth of its width."
+    return cnn_of_widths(4, (32, 16), classes, bottleneck, init, dropout)
 
 
 @pytest.fixture

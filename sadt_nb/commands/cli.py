@@ -407,7 +407,7 @@ def sadt_train(
     compile:Literal['', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']='',
     tf32:bool=False,       # Use TF32 in matrix products, on GPUs that have TF32
     clip:float=0.,         # Largest allowed norm of the gradient of a step, 0 for no clipping
-    # Epoch whose weights are kept: last; best on valid or test images; release: as in the SADT notebook
+    # Kept epoch: the last, the best on valid or test images, or as in the SADT notebook (release)
     select:Literal['last', 'valid', 'test', 'release']='last',
     teacher:Path=None,     # For a student: the folder of its teacher, a finished run below --root
     minutes:float=1.,      # Least minutes between two checkpoints; each is stored at the end of an epoch
@@ -603,7 +603,7 @@ def sadt_report(
     root:Path='runs',
     # Folder for the table's pages; by default --root, or the current folder for packaged results
     to:Path=None,
-    scale:float=1.,    # Share of the published epochs for which the runs were trained
+    scale:float=1.,    # Epochs of the runs, as a share of the published epochs
     amp:Literal['', 'bf16', 'fp16']='', # Mixed precision in which all runs were trained
     figure:Path=None,  # Save the training curves to this file
     json:bool=False,   # Print the result as JSON

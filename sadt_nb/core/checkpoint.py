@@ -288,7 +288,7 @@ def _other_tag(stored, mine):
     return f'{stored!r}, not of {mine!r}'
 
 class CheckpointFile:
-    "The newest checkpoint of a training on disk, and the one before it."
+    "The newest checkpoint of a training on disk, and the checkpoint before it."
     def __init__(self,
         file:str|Path, # Path of the file; the folder must exist
         tag:str='',    # Text that identifies the training

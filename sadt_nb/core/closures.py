@@ -411,7 +411,7 @@ class _Wrapped(torch.optim.Optimizer):
     "An optimizer that shares groups and state with the optimizer inside it, and stores a method's state."
     def __init__(self, method, optimizer):
         self.method, self.base = method, optimizer
-        self._ready = False # the groups already are the base's groups
+        self._ready = False # the base already has the groups that are added here
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
 

@@ -58,7 +58,7 @@ class TrajectoryLoss(LossTerm):
         lam:float,                      # Factor of the term, >= 0
         tau:float,                      # Temperature that softens both predictions, > 0
         start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
-        divergence:DivergenceLike=None, # Compares predictions, see `as_divergence`; `None`: from the loss
+        divergence:DivergenceLike=None, # How to compare predictions, see `as_divergence`; `None`: by the loss
         tau_squared:bool=False,         # Multiply the term by `tau**2` as well?
     ):
         check_not_negative(lam=lam)

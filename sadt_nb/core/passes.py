@@ -753,7 +753,7 @@ class SummedPass(PerturbedPass):
     ):
         super().__init__(bn, rng, start, stop)
         self.total, self.weight, self._refused = {}, 0., False
-        self._stash = {} # gradients of earlier micro-batches; a loop's `first_step` has none
+        self._stash = {} # gradients of earlier micro-batches; empty in a loop's `first_step`
 
     def keep(self,
         tensors:dict[str, Tensor], # Tensors by name; the sum may take over their memory
@@ -761,7 +761,7 @@ class SummedPass(PerturbedPass):
     ):
         "Add tensors of a micro-batch to the sums over the earlier micro-batches of the same step."
         if not (self._stash or getattr(self.learn, 'kept', None)): self.total, self.weight = {}, 0.
-        both = [n for n in tensors if n in self.total] # a micro-batch may not use all layers
+        both = [n for n in tensors if n in self.total] # some micro-batches do not use all layers
         sums, added = (local_parts(d[n] for n in both) for d in (self.total, tensors))
         if both: torch._foreach_add_(sums, added)
         self.total = tensors | self.total

@@ -148,10 +148,11 @@ def published_in_study(study):
 
 @pytest.mark.parametrize('suffix', ['', '_code'])
 def test_the_tables_of_the_sam_study(suffix):
-    printed = {(name, 128, int(seed)): mean_and_spread(accuracy)[0]
+    exchanged = {20: 30, 30: 20, 40: 40} # the authors' logs show that two printed rows are exchanged
+    of_seed = {(name, 128, exchanged[int(seed)]): mean_and_spread(accuracy)[0]
                for seed, name, accuracy in SAM_STUDY_TABLE1}
-    assert published_in_study(f'a{suffix}') == printed
-    for (name, batch, seed), accuracy in printed.items():
+    assert published_in_study(f'a{suffix}') == of_seed
+    for (name, batch, seed), accuracy in of_seed.items():
         assert accuracy == pytest.approx(LOGS[name, str(batch), seed][0], abs=1.1e-4)
     best = {(name, int(batch), seed): log[0] for (name, batch, seed), log in LOGS.items() if batch != '-'}
     assert published_in_study(f'b{suffix}') == best

@@ -695,7 +695,7 @@ def test_the_wrapper_with_a_choice_that_the_batch_does_not_use():
 def test_the_cost_follows_the_options():
     expected = {('sam', 'start', .8): 1.2, ('sam', 'interval', 4): 1.25, ('looksam', 'k', 10): 1.1,
                 ('esam', 'gamma', 1.): 2, ('esam', 'gamma', .25): 1 + 1/3 + .25, ('sam', 'm', 32): 7/3,
-                ('esam', 'whole_norm', False): 1.7,
+                ('esam', 'whole_norm', False): 1.7, ('esam', 'spec', 'code'): 1.7,
                 ('asam', 'only', 'norm'): 5/3, ('sam', 'only', 'not norm'): 2, ('gsam', 'stop', .25): 1.25,
                 ('sadt2', 'start', .5): 2, ('sadt2', 'rho', .1): 2, ('sadt1', 'kl_weight', 0): 1,
                 ('sadt1', 'perturb', (1, 2, 3)): 4, ('sadt3', 'grad_at', 'up'): 7/3, ('saf', 'lag', 2): 1}

@@ -51,6 +51,38 @@ def test_the_gradient_is_that_of_the_formula(cls, tau_squared):
     assert torch.allclose(found, expected, rtol=1e-12)
 
 
+READINGS = { # method: options that `spec='code'` stands for
+    'saf': dict(lag=2, start_epoch=6, tau_squared=True),
+    'mesa': dict(start_epoch=6, tau_squared=True),
+    'esam': dict(whole_norm=False),
+}
+
+
+@pytest.mark.parametrize('name', READINGS)
+def test_spec_chooses_the_options_of_the_authors_code(name):
+    by_spec, = make_method(name, spec='code')
+    one_by_one, = make_method(name, **READINGS[name])
+    paper, = make_method(name)
+    for option, value in READINGS[name].items():
+        assert getattr(by_spec, option) == getattr(one_by_one, option) == value
+        assert getattr(paper, option) != value
+        given, = make_method(name, spec='code', **{option: getattr(paper, option)})
+        assert getattr(given, option) == getattr(paper, option) # a given option wins
+    assert repr(paper) == f'{type(paper).__name__}()'
+    assert repr(by_spec) == f"{type(paper).__name__}(spec='code')"
+    assert repr(one_by_one) != repr(paper)
+    with pytest.raises(ValueError, match="`spec` must be 'paper' or 'code', got 'article'"):
+        make_method(name, spec='article')
+
+
+def test_a_run_with_spec_trains_as_with_the_options(tmp_path):
+    found = []
+    for options in (dict(spec='code'), READINGS['saf'], {}):
+        cfg = SMALL.but(epochs=8, method='saf', method_args=options)
+        found.append(run(cfg, tmp_path, **quiet)['weights_crc32'])
+    assert found[0] == found[1] != found[2]
+
+
 @pytest.mark.parametrize('name', ['saf', 'mesa'])
 def test_tau_squared_makes_the_stored_ratio_25_times_as_large(name, tmp_path):
     "Epoch 1 has no term; at the first measured batch the weights of both runs are still the same."
@@ -149,6 +181,17 @@ PUBLISHED = { # (network, pixels, classes): millions of parameters, billions of 
     ('wide_resnet_28_10', 32, 100): (36.5, 5.25),
     ('vit_s32', 224, 1000): (22.9, 1.15),
 }
+PARAMETERS = { # millions; only the number of parameters is published
+    ('pyramidnet_110', 32, 10): 28.3, # Han et al. 2017, Table 4, alpha of 270
+    ('fast_cnn', 32, 10): 1.97,       # the code of Jordan 2024; its default widths
+    ('vgg16', 32, 10): 14.7,          # the thirteen convolutions of Simonyan and Zisserman, one dense layer
+}
+NO_PUBLISHED_SIZE = { # network and pixels: the papers use it at this size and do not print its size
+    ('simple_cnn', 32), ('vgg16_slim', 32), ('inception_resnet_slim', 32), # the SADT paper's networks
+    ('resnet101', 32), ('resnet18', 64), ('vit_s32', 32), ('vit_b32', 32), ('clip_resnet50', 224),
+    ('clip_resnet101', 224),
+    ('pyramidnet_110', 32), ('vgg16', 32), ('fast_cnn', 32), # with other widths or numbers of classes
+}
 PIXELS, CLASSES = dict(tiny_imagenet=64, imagenet=224), dict(cifar100=100, tiny_imagenet=200, imagenet=1000)
 
 
@@ -184,10 +227,14 @@ def test_every_presets_network_has_its_published_size(names):
         assert y.shape == (1, dict(args).get('outputs', classes)), (model, args)
         key = f"{model} imagenet" if pixels == 32 and dict(args).get('stem') else model, pixels, classes
         whole = dict(args).get('norm', True) and dict(args).get('skip', True)
-        if key not in PUBLISHED or not whole: continue
+        parameters = sum(p.numel() for p in net.parameters()) / 1e6
+        if key in PARAMETERS and 'widths' not in dict(args):
+            assert parameters == pytest.approx(PARAMETERS[key], rel=.01), key
+        if key not in PUBLISHED or not whole:
+            assert not whole or (model, pixels) in NO_PUBLISHED_SIZE, f'{key} has no size to compare with'
+            continue
         seen.add(key)
         millions, operations = PUBLISHED[key]
-        parameters = sum(p.numel() for p in net.parameters()) / 1e6
         assert parameters == pytest.approx(millions, rel=.01), key
         assert counter.get_total_flops() / 2e9 == pytest.approx(operations, rel=.02), key
         if r.data in ('cifar10', 'cifar100', 'imagenet') and not r.teachers:

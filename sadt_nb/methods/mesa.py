@@ -7,6 +7,7 @@ __all__ = ['MESA']
 
 # %% ../../nbs/methods/26_mesa.ipynb #1181683c
 from copy import deepcopy
+from typing import Literal
 
 import torch
 
@@ -41,18 +42,22 @@ class MESA(TrajectoryLoss):
     training starts, it also raises `ValueError` for sharded weights and for a loaded teacher that does not
     fit the model."""
     _stateattrs = ('teacher',) # not in pickled Learners
+    readings = dict(paper=dict(start_epoch=5, tau_squared=False), code=dict(start_epoch=6, tau_squared=True))
 
     def __init__(self,
         lam:float=.8,      # Factor of the divergence, >= 0; read at every batch
         tau:float=5.,      # Temperature that softens both predictions, > 0
         beta:float=.9995,  # Share of the old average in the new average, in (0, 1); read at every batch
-        start_epoch:int=5, # Epochs without the term at the start, >= 0; they are averaged, too
+        # Epochs without the term at the start, >= 0; they are averaged, too; `None`: 5, or 6 in the code
+        start_epoch:int|None=None,
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
-        tau_squared:bool=False, # `True`: multiply the term by `tau**2`, as in the authors' code
+        tau_squared:bool|None=None, # Multiply the term by `tau**2`? `None`: no, but yes in the code
+        spec:Literal['paper', 'code']='paper', # Reading of the options that are `None`: paper, authors' code
     ):
         if not 0 < beta < 1: raise ValueError(f'`beta` must lie between 0 and 1, got {beta}')
-        super().__init__(lam, tau, start_epoch, divergence, tau_squared)
-        self.beta, self._loaded = beta, None
+        options = self.by_reading(spec, start_epoch=start_epoch, tau_squared=tau_squared)
+        super().__init__(lam, tau, options['start_epoch'], divergence, options['tau_squared'])
+        self.spec, self.beta, self._loaded = spec, beta, None
         self._init_state()
 
     def _init_state(self): self.teacher = None # the averaged network, in evaluation mode

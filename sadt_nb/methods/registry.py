@@ -162,7 +162,8 @@ def _sam_passes(o):
 def _esam_passes(o):
     extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
     # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
-    saved = 0 if o.whole_norm else (1 - o.beta) / 3
+    whole_norm = ESAM.by_reading(o.spec, whole_norm=o.whole_norm)['whole_norm']
+    saved = 0 if whole_norm else (1 - o.beta) / 3
     return extra - saved
 
 def _looksam_passes(o): return 1 / o.k

@@ -144,7 +144,7 @@ class SAF(TrajectoryLoss):
 
     @torch.no_grad()
     def _exchange(self, now):
-        "Return the past logits of this batch's samples, and overwrite them by the present logits."
+        "Return the recorded past logits of this batch's samples, and record the present logits instead."
         _check_outputs(now, self.records)
         classes = getattr(self.compare, 'kind', '') == 'categorical'
         # checked once per epoch, because the check waits for the device

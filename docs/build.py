@@ -485,6 +485,7 @@ def section(folder, notebooks):
         name, what = title_and_lead(nb)
         if folder in GALLERIES: rows += gallery.card(entry, name, what, nb, SOURCE / folder, known)
         else: rows.append(f'| [{name}]({entry}.ipynb) | {what} |')
+    if folder in gallery.TIMED: lead += f' {gallery.about_times()}'
     body = gallery.gallery(rows) if folder in GALLERIES else ['| | |', '|---|---|', *rows]
     return '\n'.join([f'# {title}', '', lead, '', *body, '', toctree(entries, hidden='', maxdepth=1)])
 

@@ -1,4 +1,4 @@
-"""The gallery of a section: one card per notebook, with a picture, the lead, the cost, the minutes to read and run.
+"""The gallery of a section: one card per notebook, with a picture, the lead, the cost, the minutes it takes.
 
 The picture is the first figure that the notebook stores. docs/minutes.json has the measured time of whole
 notebooks, with the cells that are marked slow. `python docs/gallery.py` measures the notebooks that it lacks,
@@ -66,8 +66,14 @@ def cost(stem, known):
     return f'{passes} pass{"" if passes == "1" else "es"} per batch'
 
 def measured():
-    "Return what docs/minutes.json has: the hardware, and the seconds of each notebook by the stem of its page."
+    "Return the processor and the seconds of each notebook, by the stem of its page, from docs/minutes.json."
     return json.loads(MINUTES.read_text()) if MINUTES.exists() else dict(hardware='', seconds={})
+
+def about_times():
+    "Return a sentence about the times on the cards; '' where no notebook was measured."
+    if not measured()['seconds']: return ''
+    return ('The cards give the time to read a page, and the time to run all of its cells on one core of the '
+            f'processor {measured()["hardware"]}.')
 
 def to_run(seconds):
     "Return a measured time as text, rounded as a time on another machine may differ."

@@ -223,8 +223,15 @@ class _Parser(argparse.ArgumentParser):
     "A parser with error messages of one line; for an unknown option, the message suggests a similar option."
     def error(self, message): _fail(self.prog, message.removeprefix('argument '))
 
-    def parse_args(self, *args):
-        found, rest = self.parse_known_args(*args)
+    def _spelling(self, word):
+        "Return an option with underscores: `--no-measures` is `--no_measures`, too."
+        option, equals, value = word.partition('=')
+        known = option.startswith('--') and option.replace('-', '_').replace('__', '--', 1)
+        return f'{known}{equals}{value}' if known in self._option_string_actions else word
+
+    def parse_args(self, args=None):
+        words = sys.argv[1:] if args is None else args
+        found, rest = self.parse_known_args([self._spelling(word) for word in words])
         if not rest: return found
         option = rest[0].partition('=')[0]
         if not option.startswith('-'): self.error(f'one argument too many: {option}; --help shows all')

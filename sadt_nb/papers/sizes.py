@@ -23,7 +23,7 @@ class Size(NamedTuple):
     runs:int        # Number of runs, with the teachers
     passes:float    # Passes of all trainings, each a forward and a backward over one batch
     flops:float     # Floating point operations of all trainings
-    measures:tuple  # Per group of measured runs: images per batch, training images, passes, operations per image
+    measures:tuple  # Per group of runs: images per batch, training images, passes, operations per image
     needs:tuple     # Packages, beside the requirements of the library, that a network of the table imports
 
 _NEEDS = dict(vit='timm', clip='open_clip') # the first part of a network's name: the package that it imports
@@ -33,7 +33,7 @@ def table_size(
 ) -> Size: # The sums over its runs
     """Count the work of a table.
 
-    Raises `ValueError` for an unknown name, and `ImportError` if a network needs a package that is missing."""
+    Raises `ValueError` for an unknown name, and `ImportError` if a network needs a missing package."""
     cells = paper_grid(name)
     runs = {c.run for c in cells} | {t for c in cells for t in c.run.teachers}
     costs = [run_cost(r) for r in runs]

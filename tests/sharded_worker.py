@@ -18,7 +18,7 @@ from sadt_nb.all import AGC, ASAM, ESAM, GSAM, MESA, SADT, SAM, GradientCentrali
 from sadt_nb.all import MethodOptimizer, asam_step, esam_step, gsam_step, sadt_step, sam_sharpness, sam_step
 from sadt_nb.all import weight_noise
 from sadt_nb.core.optim import KerasAdam
-from sadt_nb.core.perturb import global_dot, global_norm, trainable_params
+from sadt_nb.core.perturb import global_dot, global_norm, perturbed, trainable_params
 from sadt_nb.core.ranks import this_rank
 from sadt_nb.core.recipe import Lookahead
 from sadt_nb.measures.landscape import random_direction
@@ -277,6 +277,18 @@ def overflow(mesh, batches):
     return torch.stack(both)
 
 
+def without_backward(net, x):
+    "Return outputs of forward passes alone: before, inside and between two perturbations, and afterwards."
+    params = trainable_params(net)
+    deltas = [{n: size * torch.ones_like(p) for n, p in params.items()} for size in (.5, -1.)]
+    with torch.no_grad():
+        seen = [net(x)]
+        for change in deltas:
+            with perturbed(params, change): seen.append(net(x))
+            seen.append(net(x))
+    return torch.stack(seen)
+
+
 def agc(p, g): clip_units_([p], [g], .5)
 def gc(p, g): centralize_([g])
 
@@ -319,6 +331,9 @@ def main(out):
             net = shard(network(), mesh)
             CASES[name](net, all_batches if 'parallel' in kind else mine)
             results[kind][name] = full_weights(net)
+    x = all_batches[0][0] # the same in both processes
+    results['without_backward'] = {kind: without_backward(shard(network(), mesh), x)
+                                   for kind, shard in KINDS.items() if kind != 'sequence_parallel'}
     net = by_layer(network(), mesh)
     with_esam(gamma=.5, beta=1.)(net, mine)
     results['esam_selects'] = full_weights(net)

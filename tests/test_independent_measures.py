@@ -658,3 +658,16 @@ def test_corrupted_accuracy():
     assert len(seen) > 2
     with pytest.raises(ValueError): # without the normalisation
         corrupted_accuracy(learner(m, [(x, y)]), ['contrast'], (1,), progress=False)
+    numbers = dict(mean=mean, std=std, progress=False)
+    again = corrupted_accuracy(learner(m, batches), iter(kinds), iter((2, 5)), **numbers)
+    assert again.equals(got)
+
+
+@pytest.mark.parametrize('kinds, severities', [(['contrast', 'rain'], (1,)), (['contrast'], (1, 6)),
+                                               (['contrast', 'pixelate'], (5, 0))])
+def test_a_wrong_corruption_is_named_before_a_batch_is_read(kinds, severities):
+    class Unread:
+        def __iter__(self): raise AssertionError('read')
+    learn = learner(nn.Sequential(nn.Flatten(), nn.Linear(3072, 9)).eval(), [])
+    with pytest.raises(ValueError, match="unknown corruption 'rain'|`severity` must be"):
+        corrupted_accuracy(learn, kinds, severities, dl=Unread(), progress=False)

@@ -43,6 +43,12 @@ def test_sharded_parameters_train_like_ordinary_ones(kind, name, two_processes):
     assert_close(two_processes[kind][name], one_process(name))
 
 
+@pytest.mark.parametrize('kind', ['by_layer', 'whole', 'never_dropped', 'tensor_parallel'])
+def test_forward_passes_alone_see_the_perturbed_and_the_restored_weights(kind, two_processes):
+    x = worker.global_batches()[0][0]
+    assert_close(two_processes['without_backward'][kind], worker.without_backward(worker.network(), x))
+
+
 def test_esam_selects_among_each_process_s_samples(two_processes):
     "By hand: the perturbation is that of the global batch, and each process keeps half of its own samples."
     net = worker.network()

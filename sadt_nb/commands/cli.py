@@ -22,7 +22,7 @@ def _stop(number, frame):
     os._exit(130)
 
 def _stops_at_interrupt(on):
-    "Let Ctrl-C end the process at once, or raise an exception as usual. Return whether the rule changed."
+    "Let Ctrl-C end the process at once, or raise an exception as usual. Return whether the handler changed."
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not (_script.startswith('sadt_') and in_main_thread): return False
     before = signal.default_int_handler if on else _stop
@@ -33,7 +33,7 @@ def _stops_at_interrupt(on):
 _ = _stops_at_interrupt(True) # until a command starts its work
 
 # %% ../../nbs/commands/110_cli.ipynb #651cfc56
-# who uses a command cannot remove the causes of warnings inside other packages, so they are not shown
+# who uses a command cannot remove the causes of warnings inside other packages, so these warnings are hidden
 for _package in ('fastai', 'fastcore', 'fastprogress', 'matplotlib', 'numpy', 'pandas', 'ray', 'sklearn',
                  'timm', 'torch', 'torchvision', 'tqdm'):
     warnings.filterwarnings('ignore', module=rf'{_package}(\.|$)')
@@ -60,7 +60,7 @@ class Late:
     ): self._module = module
 
     def __getattr__(self, name):
-        if name.startswith('__'): raise AttributeError(name) # no import for tools that inspect this
+        if name.startswith('__'): raise AttributeError(name) # no import for tools that inspect the object
         if self._module not in sys.modules:
             changed = _stops_at_interrupt(True)
             try: import_module(self._module)
@@ -273,7 +273,7 @@ def _parser(func, example):
     return parser
 
 def _offers(anno, files):
-    "Return a function that returns what can stand for the word `prefix`, for an argument of this type."
+    "Return a function from `prefix`, the typed part of an argument of this type, to all its possible values."
     def offered(prefix, **_):
         if anno is Path: return files(prefix)
         several = getattr(anno, 'several', False)
@@ -283,7 +283,7 @@ def _offers(anno, files):
     return offered
 
 def _complete(parser, kinds):
-    "If a shell asks how a line can go on, answer and end the process. Without argcomplete, only end it."
+    "If a shell asks how a line can go on, answer and end the process. Without argcomplete, give no answer."
     if '_ARGCOMPLETE' not in os.environ: return
     try: from argcomplete import autocomplete
     except ImportError: sys.exit(1) # without an answer, Tab must not start a training
@@ -295,7 +295,7 @@ def _complete(parser, kinds):
 def command(
     example:str, # A command line that the help shows as an example
 ):
-    "Return a decorator that makes a command of a function: a call without arguments reads the command line."
+    "Return a decorator that turns a function into a command; without arguments, it reads the command line."
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
@@ -396,7 +396,7 @@ def sadt_train(
     cutout:int=0,          # Side of the square that Cutout hides, in pixels
     flip:bool=False,       # Mirror a random half of the training images
     alternate:bool=False,  # Mirror one fixed half of the images in an epoch, the other half in the next epoch
-    normalize:Literal['', 'data']='', # data: each channel minus its mean, over its standard deviation
+    normalize:Literal['', 'data']='', # data: subtract each channel's mean, divide by its standard deviation
     label_smoothing:float=0., # Share of each label that is spread over all classes
     drop_last:bool=False,  # Leave out the last batch of an epoch if it is smaller
     lookahead:int=0,       # Pull the weights to a slow average after so many batches, 0 for never
@@ -414,10 +414,10 @@ def sadt_train(
     compile:Literal['', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']='',
     tf32:bool=False,       # Use TF32 in matrix products, on GPUs that have TF32
     clip:float=0.,         # Largest allowed norm of the gradient of a step, 0 for no clipping
-    # Epoch whose weights are kept: last; best on valid or test images; release: as in the SADT notebook
+    # Kept epoch: the last, the best on valid or test images, or as in the SADT notebook (release)
     select:Literal['last', 'valid', 'test', 'release']='last',
     teacher:Path=None,     # For a student: the folder of its teacher, a finished run below --root
-    minutes:float=1.,      # Least minutes between two checkpoints, which are stored after epochs
+    minutes:float=1.,      # Least minutes between two checkpoints; each is stored at the end of an epoch
     force:bool=False,      # Train again even if a result is stored; ignore a checkpoint that does not fit
     json:bool=False,       # Print the whole result as JSON
 ):
@@ -523,7 +523,7 @@ def sadt_grid(
     # Number of training images for the measures that a figure needs; by default 1,000 or, with --scale,
     # that share of 1,000, but at least 100
     samples:int=None,
-    minutes:float=1.,   # Least minutes between two checkpoints, which are stored after epochs
+    minutes:float=1.,   # Least minutes between two checkpoints; each is stored at the end of an epoch
     force:bool=False,   # Train finished runs again
     # Address of a Ray cluster whose machines train; 'auto' for the cluster of this machine;
     # all machines must share the folder --root
@@ -597,7 +597,7 @@ def _save_curves(name, root, scale, amp, figure):
     report.plot_runs(results, by)[0].figure.savefig(figure, dpi=120)
 
 def _report_folder(root, json):
-    "Print the results of a folder: a row per setting, or as JSON all that is stored of every run."
+    "Print the results of a folder: one row per setting; as JSON, all that is stored of every run."
     results = report.load_results(root)
     if not json: return print(visible(report.results_table(results).to_string()))
     stored = results.assign(label=report.labels(results), folder=[Path(root) / n for n in results['name']])
@@ -610,7 +610,7 @@ def sadt_report(
     root:Path='runs',
     # Folder for the table's pages; by default --root, or the current folder for packaged results
     to:Path=None,
-    scale:float=1.,    # Share of the published epochs for which the runs were trained
+    scale:float=1.,    # Epochs of the runs, as a share of the published epochs
     amp:Literal['', 'bf16', 'fp16']='', # Mixed precision in which all runs were trained
     figure:Path=None,  # Save the training curves to this file
     json:bool=False,   # Print the result as JSON
@@ -687,7 +687,7 @@ def _sweep_cases(methods, plain):
     return cases
 
 def _settings(run):
-    "Return the learning rate and the method's options of a run as text."
+    "Return a run's learning rate and method options as text."
     parts = [f'lr={run.lr:g}']
     for k, v in run.method_args:
         parts.append(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}')
@@ -723,13 +723,13 @@ def sadt_sweep(
     trials:int=16,         # Number of settings that are tried per method
     epochs:int=10,         # Epochs of plain training per trial; other methods make equal passes
     bs:int=128,            # Images per batch
-    lr:float=1e-3,         # Centre of the searched learning rates: from a thirtieth to thirty times it
+    lr:float=1e-3,         # Centre of the searched learning rates, which go from lr / 30 to 30 * lr
     valid:float=.2,        # Share of the training images held out for validation, to rank the trials
     n_train:int=None,      # Number of training images; by default all
     opt:Literal['keras_adam', 'adam', 'adamw', 'sgd']='adam', # Optimizer
     opt_args:str='',       # Options of the optimizer, such as 'weight_decay=5e-4 momentum=0.9'
     data_args:str='',      # Options of the data set, such as 'noise=0.2' or 'size=32'
-    seeds:int=3,           # Number of other seeds with which the best settings are trained
+    seeds:int=3,           # Number of new seeds with which the best settings are trained again
     # Number of best trials to train with the other seeds; of these, the best on validation images is kept
     top:int=1,
     root:Path='runs',      # Folder for the results; finished runs are not repeated
@@ -765,7 +765,7 @@ def _measure_line(name, m):
 @command("sadt_measure runs/RUN --measures 'trace eigenvalue'")
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:MeasureNames='', # Names in quotes; by default all but spectrum, top100 and the slow surfaces
+    measures:MeasureNames='', # Names in quotes; by default all but spectrum, top100 and the surfaces
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
     json:bool=False,     # Print the result as JSON

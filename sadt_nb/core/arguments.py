@@ -103,7 +103,7 @@ class ShowsArguments:
 
     @classmethod
     def _own_init(cls):
-        "Return the `__init__` of the class or of a base with arguments to show; `None` if there is none."
+        "Return the nearest `__init__`, of the class or of a base, if its arguments are shown; else `None`."
         for base in cls.__mro__:
             if not issubclass(base, ShowsArguments): return None # such as fastai's Callback
             if '__init__' in vars(base): return vars(base)['__init__']

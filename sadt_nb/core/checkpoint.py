@@ -108,7 +108,7 @@ def _load_random(state, device):
 
 # %% ../../nbs/core/08_checkpoint.ipynb #e339040b
 def _gathered(mine):
-    "Return in the first process the list of `mine` of all processes, and `None` in all other processes."
+    "In the first process, return a list with `mine` of every process; in all other processes, return `None`."
     if n_ranks() == 1: return [mine]
     out = [None] * n_ranks() if this_rank() == 0 else None
     distributed.gather_object(mine, out)
@@ -155,7 +155,7 @@ def _matched_callbacks(learn, pairs):
     return [(cb, state) for cb, (_, state) in zip(cbs, stored)]
 
 def load_training_state(
-    learn:Learner, # A Learner made like the interrupted one, after `before_fit`
+    learn:Learner, # A Learner made like the interrupted Learner, after `before_fit`
     state:dict,    # A state that `training_state` returned
 ):
     """Load a state of training into a Learner.
@@ -179,7 +179,7 @@ def load_training_state(
     _load_random(mine['random'], device)
 
 def _continue(learn, state):
-    "Load a state of training. Set a progress bar to 0 first, because its first update must be 0."
+    "Load a state of training. If there is a progress bar, set it to 0, because its first update must be 0."
     load_training_state(learn, state)
     bar = getattr(getattr(learn, 'progress', None), 'mbar', None)
     if bar is not None: bar.update(0)
@@ -269,7 +269,7 @@ def _newest(file):
             if f != file: os.replace(f, file)
             return file
         has_previous = f == file and _previous(file).exists()
-        instead = 'the checkpoint before it is used' if has_previous else 'training starts from the beginning'
+        instead = 'the previous checkpoint is used' if has_previous else 'training starts from the beginning'
         warnings.warn(f'the checkpoint {f.name} is damaged; {instead}', stacklevel=2)
 
 # %% ../../nbs/core/08_checkpoint.ipynb #43505572
@@ -280,7 +280,7 @@ def is_full(
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 def _other_tag(stored, mine):
-    "Return a text with the parts, separated by commas, in which two tags differ."
+    "Return a text with the parts in which two tags differ; commas separate the parts of a tag."
     theirs, ours = stored.split(', '), mine.split(', ')
     if len(theirs) == len(ours):
         differ = [(a, b) for a, b in zip(theirs, ours) if a != b]
@@ -288,7 +288,7 @@ def _other_tag(stored, mine):
     return f'{stored!r}, not of {mine!r}'
 
 class CheckpointFile:
-    "The newest checkpoint of a training on disk, and the one before it."
+    "The newest checkpoint of a training on disk, and the checkpoint before it."
     def __init__(self,
         file:str|Path, # Path of the file; the folder must exist
         tag:str='',    # Text that identifies the training
@@ -362,7 +362,7 @@ def _check_interval(epochs, minutes):
 
 # %% ../../nbs/core/08_checkpoint.ipynb #ba3f09e1
 class Checkpoint(ShowsArguments, CheckpointFile, Callback):
-    """Stores the state of training after epochs, and continues from a stored state.
+    """Stores the state of training between epochs, and continues from a stored state.
 
     Use it as `learn.fit(n, cbs=Checkpoint(file))`. After a crash, run the same line again, with a Learner
     that is made in the same way. Use a new `Checkpoint` for each `fit`. If a write fails, a warning is given

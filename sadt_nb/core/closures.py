@@ -115,7 +115,7 @@ class PlainLoop(_Gradients):
         method:LoopMethod,               # Such as `SAM(rho=.05)`
         model:nn.Module,                 # The network
         optimizer:torch.optim.Optimizer, # Steps the network's parameters
-        scaler:torch.amp.GradScaler|None=None, # Unscales before the step
+        scaler:torch.amp.GradScaler|None=None, # Unscales the gradients before the step
         max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
         total_steps:int|None=None,       # Steps of the whole training, for `start` and `stop`
     ):
@@ -129,7 +129,7 @@ class PlainLoop(_Gradients):
         self.loss_scaler = scaler
         if scaler is None: self.loss_scaler = getattr(optimizer, 'scaler', None) # set by accelerate
         self.kept = {} # gradients of earlier micro-batches while a batch runs
-        self.batches = 0 # since the last step
+        self.batches = 0 # (micro-)batches since the last step
         self.add_cb(method)
         method.before_fit()
 
@@ -176,7 +176,7 @@ class PlainLoop(_Gradients):
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _do_one_batch(self): # MSAM replaces it, as it replaces a Learner's
+    def _do_one_batch(self): # MSAM replaces this function, as in a Learner
         "Run the closure and the method's own passes; return the loss."
         method = self.method
         def between():
@@ -226,7 +226,7 @@ class PlainLoop(_Gradients):
         method:LoopMethod,        # Its `rho` is used for groups without a `rho`
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; empty: 1 for all
-        "Return each parameter's `rho` divided by the method's, where a parameter group has a `rho`."
+        "Return each parameter's `rho` divided by the method's `rho`, if any parameter group has a `rho`."
         own = {id(p): g['rho'] for g in self.optimizer.param_groups if 'rho' in g for p in g['params']}
         if not own: return {}
         return {n: own.get(id(p), method.rho) / method.rho for n, p in params.items()}
@@ -284,7 +284,7 @@ def _inside_lightning(closure):
                      '`Trainer(callbacks=[MethodCallback(method)])` from sadt_nb.core.lightning')
 
 def _loop_backward(loop, closure):
-    "Add the gradient of one (micro-)batch, as the method defines it, to `.grad`; return the loss."
+    "Add the method's gradient of one (micro-)batch to `.grad`; return the loss."
     method, closure = loop.method, _inside_lightning(closure)
     _check_closure(method, closure)
     loop.xb, loop.per_sample = closure, _takes_rows(method, closure)
@@ -333,7 +333,7 @@ def _check_method(method):
                     'which needs a fastai Learner')
 
 def closure_step(
-    method:LoopMethod, # Such as `SAM(rho=.05)`; to keep a state, as for LookSAM, pass the same object again
+    method:LoopMethod, # Such as `SAM(rho=.05)`; to keep its state, as for LookSAM, pass the same object again
     model:nn.Module,  # The network whose parameters `optimizer` steps
     closure:Callable, # Runs the batch; returns the loss, or (logits, loss) for SADT
     optimizer:torch.optim.Optimizer, # Any base optimizer
@@ -411,7 +411,7 @@ class _Wrapped(torch.optim.Optimizer):
     "An optimizer that shares groups and state with the optimizer inside it, and stores a method's state."
     def __init__(self, method, optimizer):
         self.method, self.base = method, optimizer
-        self._ready = False # the groups already are the base's groups
+        self._ready = False # the base already has the groups that are added here
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._ready = True
 
@@ -526,6 +526,6 @@ class MethodOptimizer(_Wrapped):
         self._remember_states()
 
     def _abandon(self):
-        "Put the weights back if a first step was never followed by a second."
+        "Put the weights back if a first step was not followed by a second step."
         second, self._second = self._second, None
         if second is not None: second.abandon()

@@ -48,7 +48,7 @@ def _inputs_and_target(batch, n_inp, device):
 def collect_batches(
     learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
     dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order, augmented
-    samples:int|None=None, # Largest number of samples; a loader gives random ones, a list its first ones
+    samples:int|None=None, # Largest number of samples; a loader gives random samples, a list its first
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 

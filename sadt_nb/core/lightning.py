@@ -65,7 +65,7 @@ def _check_trainer(trainer, module):
                          'use larger batches, or accumulate_grad_batches=1')
 
 def _total_steps(trainer, method):
-    "Return the number of optimizer steps of a training; `None` without a limit, or if it has no effect."
+    "Return the number of optimizer steps of a training; `None` without a limit, or if not needed."
     if is_whole_training(method): return None
     total = trainer.estimated_stepping_batches # -1 or infinity: no limit
     return int(total) if 0 < total < float('inf') else None

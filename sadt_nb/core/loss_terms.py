@@ -34,7 +34,7 @@ class LossTerm(ShowsArguments, Callback):
 
     def term(self,
         logits:Tensor,    # Prediction of the current pass, with its graph
-        rows:Tensor|None, # Positions in the batch of the samples of this pass; `None`: all samples
+        rows:Tensor|None, # Positions of this pass's samples in the batch; `None`: all samples
     ) -> Tensor|None: # 0-d tensor, or `None` to add nothing
         "Return the term for the current pass."
         raise NotImplementedError
@@ -58,7 +58,7 @@ class TrajectoryLoss(LossTerm):
         lam:float,                      # Factor of the term, >= 0
         tau:float,                      # Temperature that softens both predictions, > 0
         start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
-        divergence:DivergenceLike=None, # How predictions are compared: `as_divergence`; `None`: by the loss
+        divergence:DivergenceLike=None, # How to compare predictions, see `as_divergence`; `None`: by the loss
         tau_squared:bool=False,         # Multiply the term by `tau**2` as well?
     ):
         check_not_negative(lam=lam)
@@ -111,7 +111,7 @@ class _RecordedBatches:
             yield self.batches[-1]
 
 def _refuse_skips(do_item, i):
-    "Return an item. Raises `ValueError` if the data set skips it, because other processes cannot know this."
+    "Return an item. Raises `ValueError` if the data set skips it; only this worker process would know of it."
     item = do_item(i)
     if item is None:
         raise ValueError(f'the data set skips sample {i}, and sample ids are then unknown with workers; '

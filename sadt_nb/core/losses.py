@@ -32,7 +32,7 @@ def kl_div(
     temperature:float=1.,  # Divides both logits, > 0; there is no factor `temperature**2`
     axis:int=-1,           # Axis of the classes; 1 for segmentation logits `(n, classes, height, width)`
 ) -> Tensor: # 0-d tensor, nats, >= 0
-    """Return the mean over all predictions of KL(teacher || student) of the softened class probabilities.
+    """Return KL(teacher || student) between softened class probabilities, averaged over all predictions.
 
     Gradients flow through both arguments, so detach an argument that is a constant.
     Raises `ValueError` if the shapes differ."""
@@ -112,7 +112,7 @@ def divergence_of(
 
 def as_divergence(
     given:DivergenceLike, # A kind's name, a function `(teacher, student, temperature)`, or `None`
-    loss_func:Callable,   # Of the Learner; determines the divergence for `None`, and the axis of the classes
+    loss_func:Callable,   # The Learner's loss; determines the divergence if `given` is `None`, and the axis
 ): # A function `(teacher, student, temperature)`
     "Return the divergence that a method uses. Raises `ValueError` if neither argument determines it."
     own = divergence_of(loss_func)

@@ -13,6 +13,7 @@ __all__ = ['Only', 'is_sharded', 'check_whole', 'local_parts', 'placed_like', 's
 import math, re
 from contextlib import contextmanager
 from typing import Callable, Iterable
+from weakref import WeakSet
 
 import torch
 from torch import distributed, nn, Tensor
@@ -93,6 +94,8 @@ def unwrapped(
         if inner is None: return model
         model = inner
 
+_FSDP_MODULES = WeakSet() # all modules of FSDP2 that `drop_gathered` has met
+
 def drop_gathered(
     model:nn.Module, # A network, whose weights `fully_shard` may have distributed over processes
 ):
@@ -106,7 +109,9 @@ def drop_gathered(
             raise ValueError('FullyShardedDataParallel (FSDP1) hides the shapes of sharded weights, so a '
                              'perturbation of the right length is not possible; use '
                              '`torch.distributed.fsdp.fully_shard` (FSDP2) or DistributedDataParallel')
-        if isinstance(m, getattr(fsdp, 'FSDPModule', ())): m.reshard()
+        if isinstance(m, getattr(fsdp, 'FSDPModule', ())):
+            _FSDP_MODULES.add(m)
+            m.reshard()
 
 def trainable_params(
     model:nn.Module, # Any module; shared parameters appear once, under their first name
@@ -314,12 +319,14 @@ def copied(
 
 # %% ../../nbs/core/00_perturb.ipynb #b3a9f187
 def weights_moved(
-    model:nn.Module|None=None, # A network whose weights FSDP2 may have gathered in a forward pass
+    model:nn.Module|None=None, # The network; may be left out if `trainable_params` was called on it before
 ):
     """Drop the copies of weights that PyTorch keeps; must run after every change of the weights.
 
-    `torch.autocast` keeps cast copies; FSDP2 keeps the whole weights of its outermost module."""
+    `torch.autocast` keeps cast copies. FSDP2 keeps the whole weights of its outermost module after a forward
+    pass without a backward pass."""
     torch.clear_autocast_cache()
+    for m in list(_FSDP_MODULES): m.reshard()
     if model is not None: drop_gathered(model)
 
 # %% ../../nbs/core/00_perturb.ipynb #c2f8b011

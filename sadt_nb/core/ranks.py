@@ -34,7 +34,7 @@ def this_rank() -> int: # Rank, from 0
     return distributed.get_rank() if n_ranks() > 1 else 0
 
 def _end_when_orphaned(parent, seconds):
-    "Wait until this process has another parent, then end it."
+    "Wait until this process has another parent, then end this process."
     while os.getppid() == parent: time.sleep(seconds)
     print('the launcher of this process has died, so the process ends; start the same command again',
           file=sys.stderr, flush=True)

@@ -50,7 +50,7 @@ class _Trunk:
 def _recorded_trunk(model, touched):
     "Inside the block, the first call of `model` records the trunk's outputs, and later calls use them."
     modules = _trunk_modules(model, touched)
-    own_forwards = {m: vars(m).get('forward') for m in modules} # set where a tool has replaced it
+    own_forwards = {m: vars(m).get('forward') for m in modules} # set where a tool has replaced `forward`
     trunk = _Trunk(modules)
     hooks = [m.register_forward_pre_hook(trunk.begin) for m in touched]
     for m in modules: trunk.patch(m)

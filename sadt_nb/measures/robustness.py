@@ -109,6 +109,11 @@ CORRUPTIONS = dict( # name: (function of images, setting and generator; settings
     pixelate=(_pixelate, (.95, .9, .85, .75, .65)),
     jpeg_compression=(_jpeg_compression, (80, 65, 58, 50, 40)))
 
+def _check_corruption(kind, severity):
+    if kind not in CORRUPTIONS:
+        raise ValueError(f'unknown corruption {kind!r}; choose of {", ".join(CORRUPTIONS)}')
+    if severity not in range(1, 6): raise ValueError(f'`severity` must be 1, 2, 3, 4 or 5, got {severity!r}')
+
 def corrupt(
     x:Tensor,       # `(n, 3, h, w)` images in [0, 1], square
     kind:str,       # A name in `CORRUPTIONS`
@@ -119,9 +124,7 @@ def corrupt(
 
     Raises `ValueError` for an unknown kind or severity, and for images that are not square or have values
     outside [0, 1]."""
-    if kind not in CORRUPTIONS:
-        raise ValueError(f'unknown corruption {kind!r}; choose of {", ".join(CORRUPTIONS)}')
-    if severity not in range(1, 6): raise ValueError(f'`severity` must be 1, 2, 3, 4 or 5, got {severity!r}')
+    _check_corruption(kind, severity)
     square = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3]
     if not square or x.min() < -1e-4 or x.max() > 1 + 1e-4:
         raise ValueError('images must be square, of shape (n, 3, h, h), with values in [0, 1], got '
@@ -174,14 +177,15 @@ def corrupted_accuracy(
 
     The batches are read once. Raises `ValueError` for an unknown kind or severity, for images that are not in
     [0, 1] before the normalisation, and for the same reasons as `FixedLoss`."""
+    kinds, severities = list(CORRUPTIONS if kinds is None else kinds), list(severities)
+    cells = [(kind, severity) for kind in kinds for severity in severities]
+    for kind, severity in cells: _check_corruption(kind, severity)
     loss = FixedLoss(learn, learn.dls.valid if dl is None else dl, samples)
-    kinds = list(CORRUPTIONS if kinds is None else kinds)
     mean, std = _normalisation(learn, dl, mean, std, loss.batches[0][0][0])
     clean = [(x * std + mean, y) for (x,), y in loss.batches]
-    for kind in kinds: corrupt(clean[0][0][:1], kind, severities[0]) # raises before the work starts
-    rows, columns = pd.Index(kinds, name='corruption'), pd.Index(list(severities), name='severity')
+    for kind in kinds: corrupt(clean[0][0][:1], kind, 1) # wrong images raise before the work starts
+    rows, columns = pd.Index(kinds, name='corruption'), pd.Index(severities, name='severity')
     out = pd.DataFrame(np.nan, index=rows, columns=columns)
-    cells = [(kind, severity) for kind in kinds for severity in severities]
     try:
         for kind, severity in bar(cells, progress, desc='corrupted'):
             right = 0

@@ -20,6 +20,7 @@ _FAST = Run(data='cifar10', model='fast_cnn', epochs=9.9, bs=1024, lr=11.5, opt=
 _FAST96 = _FAST.but(model_args=dict(widths=(128, 384, 512), depth=3, bn_momentum=.1), epochs=37, lr=9.,
                     opt_args=dict(momentum=.85, weight_decay=.012), crop=4, cutout=12, cutout_inside=True)
 _FAST_SMALL = _FAST.but(model_args=dict(widths=(64, 256, 256)), epochs=8, bs=512)
+_FAST_NARROW = _FAST_SMALL.but(model_args=dict(widths=(32, 128, 128)))
 _PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
 
 def _all_methods(base, seeds=range(3), noise=0.):
@@ -71,7 +72,8 @@ def _search():
 
 # %% ../../nbs/papers/105_fast.ipynb #259e25b9
 GRIDS = {}
-for _name, _base in (('94', _FAST), ('96', _FAST96), ('small', _FAST_SMALL)):
+_BASES = {'94': _FAST, '96': _FAST96, 'small': _FAST_SMALL, 'narrow': _FAST_NARROW}
+for _name, _base in _BASES.items():
     for _ending, _noise in (('', 0.), ('_noise20', .2), ('_noise40', .4)):
         GRIDS[f'fast/{_name}{_ending}'] = partial(_all_methods, _base, noise=_noise)
 GRIDS |= {'fast/search': _search, 'fast/steps': _steps}

@@ -79,6 +79,9 @@ TABLES = {
     'fast/small': 'all methods on a shorter version of the 94% recipe',
     'fast/small_noise20': 'fast/small with 20% wrong labels',
     'fast/small_noise40': 'fast/small with 40% wrong labels',
+    'fast/narrow': 'all methods on the shorter recipe with half of the channels',
+    'fast/narrow_noise20': 'fast/narrow with 20% wrong labels',
+    'fast/narrow_noise40': 'fast/narrow with 40% wrong labels',
     'fast/search': 'plain training at several widths, epochs and batch sizes',
     'fast/steps': 'the 94% recipe, built up part by part',
 }

@@ -124,6 +124,14 @@ def test_a_typo_is_one_line_without_heavy_imports(line, message):
     assert message in err
 
 
+def test_options_may_have_hyphens():
+    parser = cli._parser(cli.sadt_grid.__wrapped__, '')
+    args = parser.parse_args(['sadt/table1', '--no-measures', '--only=a-b', '--root', 'x'])
+    assert (args.no_measures, args.only, args.root) == (True, 'a-b', Path('x'))
+    args = cli._parser(cli.sadt_train.__wrapped__, '').parse_args(['--n-train', '60', '--method_args=a-b=1'])
+    assert (args.n_train, args.method_args) == (60, 'a-b=1')
+
+
 def test_names_read_from_source_are_those_of_the_registries():
     "An argument with a fixed set of values allows what a `Run` allows, too."
     registries = {cli.MethodName: METHODS, cli.ModelName: MODELS, cli.DataName: DATASETS,

@@ -420,7 +420,7 @@ CALLS = [
 ]
 for json in (False, True):
     for name, command, args in CALLS:
-        # in one epoch, the narrow network may reach the same accuracy at both rates, and a warning says so
+        # in one epoch, the narrow network is no better than guessing, and a search warns of that
         MODELS['simple_cnn'] = simple_cnn if name == 'sweep' else narrow_cnn
         for stream in (sys.stdout, sys.stderr): print(f'<<{name}{" json" * json}>>', file=stream, flush=True)
         command(json=json, **args)

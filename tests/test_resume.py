@@ -326,7 +326,7 @@ def test_a_damaged_checkpoint(half_done, damage):
     cfg, root, whole = half_done
     file = root / cfg.name / 'checkpoint.pt'
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.warns(UserWarning, match='checkpoint.pt is damaged; the checkpoint before it is used'):
+    with pytest.warns(UserWarning, match='checkpoint.pt is damaged; the previous checkpoint is used'):
         r = run(cfg, root, **quiet)
     assert r['resumed'] == 2
     assert same(whole, outcome(cfg, root))

@@ -269,7 +269,7 @@ def _newest(file):
             if f != file: os.replace(f, file)
             return file
         has_previous = f == file and _previous(file).exists()
-        instead = 'the checkpoint before it is used' if has_previous else 'training starts from the beginning'
+        instead = 'the previous checkpoint is used' if has_previous else 'training starts from the beginning'
         warnings.warn(f'the checkpoint {f.name} is damaged; {instead}', stacklevel=2)
 
 # %% ../../nbs/core/08_checkpoint.ipynb #43505572

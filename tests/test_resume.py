@@ -33,6 +33,7 @@ from sadt_nb.experiments.runner import RunBusy, RunError, RunRecorder, read_resu
 from sadt_nb.methods.born_again import KeepBest
 from sadt_nb.methods.registry import METHODS
 from sadt_nb.models.registry import MODELS
+from sadt_nb.models.simple_cnn import simple_cnn
 
 pytestmark = pytest.mark.usefixtures('narrow')
 quiet = dict(progress=False, minutes=0)
@@ -636,10 +637,10 @@ def descendants(pid):
 
 
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for processes as Linux lists them')
-def test_a_worker_that_is_killed_and_a_parent_that_is_killed(tmp_path):
+def test_a_worker_that_is_killed_and_a_parent_that_is_killed(tmp_path, monkeypatch):
     pytest.importorskip('psutil', reason='psutil is not installed')
-    small = dict(model='fast_cnn', model_args=dict(widths=[8, 16, 16])) # new processes have no narrow_cnn
-    runs = [of(m).but(epochs=100, seed=1, **small) for m in ('sam', 'sadt1')]
+    monkeypatch.setitem(MODELS, 'simple_cnn', simple_cnn) # the workers are new processes and have this one
+    runs = [of(m).but(epochs=40, seed=1) for m in ('sam', 'sadt1')]
     parent = child(grid_with_two_workers, runs, tmp_path)
     def all_have_a_checkpoint(): return all((tmp_path / c.name / 'checkpoint.pt').exists() for c in runs)
     wait_for(all_have_a_checkpoint)

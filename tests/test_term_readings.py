@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import cells_of
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.report import load_results
@@ -13,7 +14,7 @@ from sadt_nb.methods.saf import SAF
 from sadt_nb.models.registry import make_model
 from sadt_nb.models.weights import weights_checksum
 from sadt_nb.papers.base import same_share
-from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
+from sadt_nb.papers.grids import PAPER_GRIDS, scaled
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -25,6 +26,7 @@ TERMS = {
     'distillation': dict(method='distillation', teachers=SMALL.but(epochs=1, seed=9)),
 }
 quiet = dict(progress=False)
+pytestmark = pytest.mark.usefixtures('narrow')
 
 
 def with_tau_squared(name):
@@ -133,7 +135,7 @@ def test_runs_without_a_term_store_no_ratio(tmp_path):
 def test_the_readings_of_saf_and_mesa():
     "The code: tau**2, records two epochs old, six epochs without the term, warm-up and smoothed labels."
     for table, lam_mesa, beta in (('saf/table3_code', .8, .9995), ('saf/table1_code', .8, .9998)):
-        for c in paper_grid(table):
+        for c in cells_of(table):
             r = c.run
             assert (r.warmup, r.warmup_lr, r.label_smoothing) == (3, 1e-4, .1)
             if table == 'saf/table1_code':
@@ -145,7 +147,7 @@ def test_the_readings_of_saf_and_mesa():
             if r.method == 'mesa':
                 m = cb['MESA']
                 assert (m.tau_squared, m.start_epoch, m.lam, m.tau, m.beta) == (True, 6, lam_mesa, 5, beta)
-    for c in [*paper_grid('saf/table3'), *paper_grid('saf/table1')]:
+    for c in [*cells_of('saf/table3'), *cells_of('saf/table1')]:
         assert not dict(c.run.method_args).get('tau_squared')
         assert (c.run.warmup, c.run.label_smoothing) == (0, 0)
 
@@ -163,7 +165,7 @@ def test_shorter_training_keeps_the_share_of_start_and_average():
         esam = full.but(method='esam', method_args=dict(beta=.6))
         assert scaled(esam, factor).method_args == esam.method_args, "ESAM's beta is a probability"
     assert scaled(full, 1) is full
-    small = {c.label: dict(c.run.method_args) for c in paper_grid('saf/cifar_small')}
+    small = {c.label: dict(c.run.method_args) for c in cells_of('saf/cifar_small')}
     remembered = [options['beta']**(16 * 79) for label, options in small.items() if 'mesa' in label]
     assert remembered == pytest.approx([.9995**(200 * 391)] * 6, rel=.02)
 
@@ -202,7 +204,7 @@ def networks(names):
     "Return each network of the presets once: its name, its options, pixels and classes."
     found = {}
     for name in names:
-        for c in paper_grid(name):
+        for c in cells_of(name):
             for r in (c.run, *c.run.teachers):
                 args = {k: v for k, v in r.model_args if k not in NOT_SHAPES}
                 place = r.model, tuple(sorted(args.items())), PIXELS.get(r.data, 32), CLASSES.get(r.data, 10)

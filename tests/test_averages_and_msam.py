@@ -4,6 +4,7 @@ The loops are written here in plain PyTorch, without a line of the library."""
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import load_model, make_learner, run
 from sadt_nb.methods.controls import RepeatStep
-from sadt_nb.methods.msam import MSAM
+from sadt_nb.methods.msam import MSAM, _MovedBatch
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
@@ -822,3 +823,10 @@ def test_processes_have_the_same_batchnorm_statistics(tmp_path):
     for rank in range(2):
         got = torch.load(tmp_path / f'{rank}.pt')
         torch.testing.assert_close(got, statistics(cnn(), six()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_that_an_exception_left_moved_is_replaced():
+    learn = SimpleNamespace()
+    for _ in range(2): _MovedBatch.install(SimpleNamespace(learn=learn))
+    learn._do_one_batch.remove()
+    assert '_do_one_batch' not in vars(learn)

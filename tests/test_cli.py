@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from inspect import signature
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +21,7 @@ from sadt_nb.data.datasets import DATASETS
 from sadt_nb.experiments.config import COMPILE, OPTIMIZERS, SCHEDULES, SELECT, Run
 from sadt_nb.experiments.grid import duration, run_ensemble
 from sadt_nb.experiments.measure import MEASURES
+from sadt_nb.experiments.runner import run
 from sadt_nb.experiments.sweep import SWEEPS
 from sadt_nb.methods.registry import METHODS
 from sadt_nb.models.registry import MODELS
@@ -603,3 +605,21 @@ def test_measures_get_shorter_with_the_training(tmp_path, monkeypatch, scale, sa
     monkeypatch.setattr(grids, 'paper_ensembles', lambda *args: [])
     cli.sadt_grid('sadt/notebook20', root=tmp_path, scale=scale, samples=samples)
     assert asked['samples'] == expected
+
+
+def test_the_report_of_a_table_shows_the_verdict_of_each_row(monkeypatch, tmp_path, capsys):
+    rows = [dict(row='sam', where='', n=3, verdict='agrees'), dict(row='gc', where='', n=2, verdict='open')]
+    monkeypatch.setattr(cli.pages, 'comparison', lambda *_: pd.DataFrame(rows))
+    monkeypatch.setattr(cli.pages, 'write_pages', lambda *_: [tmp_path / 'index.md'])
+    monkeypatch.setattr(cli.report, 'load_results', lambda *_: None)
+    monkeypatch.setattr(cli, '_published_table', lambda *_: pd.DataFrame(dict(published=[98.5])))
+    cli._report_table('sam/table', tmp_path, tmp_path, 1., '', json=False)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [['published'], ['0', '98.5'], [], ['row', 'n', 'verdict'], ['sam', '3', 'agrees'],
+                     ['gc', '2', 'open'], [], ['pages:', str(tmp_path / 'index.md')]]
+
+
+def test_every_command_stores_checkpoints_as_often_as_a_run():
+    expected = signature(run).parameters['minutes'].default
+    for command in (cli.sadt_train, cli.sadt_grid):
+        assert signature(command).parameters['minutes'].default == expected

@@ -216,3 +216,17 @@ def test_values_of_options_without_a_type():
         assert found == stored
         assert type(found) is type(stored)
         if isinstance(stored, tuple): assert [*map(type, found)] == [*map(type, stored)]
+
+
+BOUNDS = [ # field, allowed, refused
+    ('resized_crop', (0, .5, 1), (-.01, 1.01)), ('rotate', (0, 90., 180), (-1, 181)),
+    ('valid', (0, .99), (-.1, 1)), ('cutmix', (0, 7.), (-.1,)), ('crop', (0, 4), (-1, 1.5)),
+    ('bs', (1, 7), (0, -1, 2.5)), ('lr', (1e-9,), (0, -1)),
+    ('seed', (0, 2**32 - 1), (-1, 2**32)), ('n_train', (None, 1), (0, -5))]
+
+
+@pytest.mark.parametrize('field, allowed, refused', BOUNDS, ids=[b[0] for b in BOUNDS])
+def test_the_bounds_of_an_option_are_the_documented_ones(field, allowed, refused):
+    for value in allowed: assert getattr(Run(**{field: value}), field) == value
+    for value in refused:
+        with pytest.raises(ValueError, match=field): Run(**{field: value})

@@ -4,7 +4,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from conftest import as_loader, batches, cnn, context, flat, learner, needed, cells_of
+from conftest import as_loader, batches, cells_of, cnn, context, flat, learner, mlp, needed
 from fastai.callback.core import Callback
 from sadt_nb.core.loss_terms import LossTerm
 from sadt_nb.core.passes import ExtraPass
@@ -21,6 +21,7 @@ from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
 from sadt_nb.papers.grids import PAPER_GRIDS
+from torch import nn
 from torch.nn import functional as F
 
 quiet = dict(progress=False)
@@ -318,3 +319,9 @@ def test_reports_name_rounds_and_numbers_of_teachers(tmp_path):
     assert 'round 2' in names[4]
     assert '2 teachers' in names[5]
     assert len(set(names)) == 4
+
+
+def test_a_teacher_with_other_outputs_is_refused():
+    teacher = nn.Linear(5, 4).double()
+    with pytest.raises(ValueError, match=r'the same outputs, got \(8, 4\) and \(8, 3\)'):
+        learner(mlp(), [Distillation(teacher)]).fit(1)

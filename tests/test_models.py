@@ -3,7 +3,9 @@
 Also the weights that a ViT loads, and the error when its extra is missing."""
 import copy
 import importlib.util
+import inspect
 import pickle
+import re
 import sys
 import time
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from conftest import LARGE
 from sadt_nb.experiments.config import Run
-from sadt_nb.models.registry import MODELS, make_model
+from sadt_nb.models.registry import MODELS, make_model, model_options
 from sadt_nb.models.vit import vit
+from sadt_nb.models.weights import Normalize
 from sadt_nb.models.wide_resnet import wide_resnet
 from torch import nn
 from torch.nn import functional as F
@@ -159,3 +162,27 @@ def test_the_starting_weights_of_keras_and_of_pytorch(name):
         return [(m.bias.abs().max().item(), m.weight[0].numel()**-.5) for m in layers if m.bias is not None]
     assert {largest for largest, _ in biases('keras')} == {0.}
     for largest, limit in biases('torch'): assert 0 < largest <= limit
+
+
+@pytest.mark.parametrize('function', [make_model, model_options])
+def test_an_unknown_network_is_named_with_the_nearest_name(function):
+    with pytest.raises(ValueError, match="unknown model 'resnet8'; did you mean 'resnet18'"):
+        function('resnet8')
+
+
+def test_a_normalisation_has_no_entries_in_the_state():
+    layer = Normalize((.5, .4, .3), (.1, .2, .3))
+    assert not layer.state_dict()
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(layer(x)[:, 1], (x[:, 1] - .4) / .2)
+
+
+def documented_size(name):
+    found = re.search(r'([\d,]+) parameters', inspect.getdoc(MODELS[name]) or '')
+    return found and int(found[1].replace(',', ''))
+
+
+@pytest.mark.parametrize('name', [with_extra(name) for name in MODELS if documented_size(name)])
+def test_a_network_has_as_many_parameters_as_its_help_says(name):
+    with torch.device('meta'): net = MODELS[name]()
+    assert sum(p.numel() for p in net.parameters()) == documented_size(name)

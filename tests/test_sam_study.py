@@ -15,6 +15,7 @@ from sadt_nb.experiments.runner import read_result
 from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.papers.base import EpochLog, PaperRun
+from sadt_nb.papers import pages
 from sadt_nb.papers.claims import OUTCOMES, Claim, Comparisons, judged
 from sadt_nb.papers.grids import PAPER_GRIDS, scaled
 from sadt_nb.papers.pages import beside_logs, comparison, write_pages
@@ -260,3 +261,12 @@ def test_evidence_of_runs_does_not_move_the_verdict_of_logs():
     assert (claim(against, favour).outcome, claim(against, favour).by_own) == (theirs, 'seen')
     assert (claim(favour, against).outcome, claim(favour, against).by_own) == (theirs, 'opposite')
     assert claim(against, unclear).outcome == 'opposite', 'logs without power do not decide'
+
+
+@pytest.mark.parametrize('epochs, at_50', [(49, None), (50, .49), (51, .49)])
+def test_our_number_beside_the_log_of_epoch_50(epochs, at_50):
+    history = [dict(test_accuracy=i / 100, train_loss=1 / (i + 1)) for i in range(epochs)]
+    found = pages._logged(dict(accuracy_kept=.8, accuracy_last=.7, history=history))
+    assert found[:2] == (.8, .7)
+    assert found[3] == 1 / epochs
+    assert np.isnan(found[2]) if at_50 is None else found[2] == at_50

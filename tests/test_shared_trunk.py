@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import SMALL_MODELS, covering
 from sadt_nb.core.perturb import perturbed, trainable_params
-from sadt_nb.core.shared_trunk import shared_forward
+from sadt_nb.core.shared_trunk import _trunk_modules, shared_forward
 from sadt_nb.models.registry import MODELS, make_model
 from torch import nn
 from torch.nn import functional as F
@@ -100,3 +100,10 @@ def test_the_trunk_runs_once_and_the_model_is_put_back_after_an_error():
     with pytest.raises(RuntimeError): shared_forward(net, [{'late.weight': zeros(1, 2, 3)}], x)
     assert net.stem.forward is patched
     assert 'forward' not in vars(net.twice)
+
+
+def test_the_trunk_is_the_largest_unchanged_parts():
+    first, second, last = (nn.Linear(2, 2) for _ in range(3))
+    inner = nn.Sequential(second, last)
+    assert _trunk_modules(nn.Sequential(first, inner), {last}) == {first, second}
+    assert _trunk_modules(nn.Sequential(first, inner), {first}) == {inner}

@@ -10,7 +10,7 @@ from sadt_nb.commands import cli
 from sadt_nb.experiments import cost
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import Cost, Machine, estimated_seconds, measure_cost, measuring_seconds
-from sadt_nb.experiments.cost import run_cost
+from sadt_nb.experiments.cost import probe_machine, run_cost
 from sadt_nb.experiments.grid import duration, run_grid
 from sadt_nb.experiments.measure import MEASURES, PASSES, _surface_as_json, measure_run
 from sadt_nb.experiments.report import load_results
@@ -20,7 +20,7 @@ from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.models.weights import weights_checksum
-from sadt_nb.papers.base import PaperRun
+from sadt_nb.papers.base import PaperRun, distilled
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
 from sadt_nb.papers.pages import comparison, interval, verdict
 from sadt_nb.papers import sizes
@@ -533,3 +533,26 @@ def test_time_with_all_workers_busy(tmp_path):
     assert begin < end
     assert end <= time.time() + .1
     assert end - begin == pytest.approx(r['wall_seconds'])
+
+
+def test_the_probe_finds_overhead_and_speed_of_a_machine(monkeypatch):
+    "A machine on which a pass takes 250 ms and the time of three forward passes for each image."
+    speed, per_image = 1e12, cost._forward_flops('resnet20', (), 10, 32)
+    def seconds(net, bs, device, n): return .25 + 3 * per_image * bs / speed
+    monkeypatch.setattr(cost, '_seconds_per_pass', seconds)
+    found = probe_machine('cpu')
+    assert (found.overhead, found.rate) == (pytest.approx(.25), pytest.approx(speed))
+
+
+def test_long_times_are_given_in_days():
+    for days, text in ((3, '3 days'), (3.5, '4 days'), (60.51, '61 days')):
+        assert duration(days * 86400) == text
+    assert duration(3 * 365.25 * 86400) == '3 years'
+
+
+def test_a_default_temperature_is_left_out_of_a_student():
+    "Then the student has the key that it had before the option existed."
+    teacher = Run(valid=0.)
+    for given, stored in ((None, None), (2., 2.), (4., None)):
+        options = dict(distilled(teacher, 1, alpha=.25, temperature=given).method_args)
+        assert options == (dict(alpha=.25) if stored is None else dict(alpha=.25, temperature=stored))

@@ -154,7 +154,7 @@ def work_folder(
     cfg:Run, # The configuration
     root,    # Folder of all results
 ) -> Path: # The folder need not exist
-    "Return the folder that training writes to: the run's folder or, if that has a finished result, its `new`."
+    "Return the folder that training writes to: the run's folder or, if it has a finished result, its `new`."
     folder = Path(root) / cfg.name
     return folder if read_result(cfg, root) is None else folder / 'new'
 

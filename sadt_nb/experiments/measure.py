@@ -104,7 +104,7 @@ def missing_measures(
     cfg:Run,       # Any run
     root='runs',   # Folder of all results
     measures=None, # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
-    samples=1000,  # Number of images; measures with another number of images are missing
+    samples=1000,  # Number of images; a measure with another number of images counts as missing
 ) -> list[str]:
     "Return the names of the measures that are not stored yet. Raises `ValueError` for an unknown measure."
     names = [n for n in MEASURES if n not in SLOW] if measures is None else list(measures)

@@ -173,7 +173,7 @@ def publish(
 
 # %% ../../nbs/experiments/82_report.ipynb #096ca2c7
 def _lineage(run):
-    "Return a text about a run's teachers: their number or, for one teacher, the number of rounds before."
+    "Return a text about a run's teachers: their number or, for one teacher, the round of the chain."
     if not run.teachers: return ''
     if len(run.teachers) > 1: return f'{len(run.teachers)} teachers'
     depth = 0
@@ -265,7 +265,7 @@ def results_table(
 
 # %% ../../nbs/experiments/82_report.ipynb #b403e8d8
 def _differences(first, second):
-    "Return the mean difference in points with running averages and with re-estimated statistics."
+    "Return two mean differences in points: with running averages, and with re-estimated statistics."
     both = [(first[k], second[k]) for k in first if k in second]
     found = []
     for key in ('accuracy', 'accuracy_bn'):
@@ -284,7 +284,7 @@ def _check_pair(pair, groups):
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
 
 def both_readings(
-    groups:dict[str, dict|Sequence], # Name to results: by repetition, or a list in the repetitions' order
+    groups:dict[str, dict|Sequence], # Name: results, as a dict by repetition or a list in their order
     pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
 ) -> Sentence: # One line, and a line for each comparison that changes its sign, in points
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.

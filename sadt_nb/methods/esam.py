@@ -108,7 +108,7 @@ class ESAM(PerturbedPass):
         self._mask.update(zip(new, (draws < self.beta).tolist()))
 
     def _draw_before_backward(self):
-        "With `whole_norm=False`, let the first pass see only the parameters that it perturbs."
+        "With `whole_norm=False`, let the first pass compute only the gradients of the tensors to perturb."
         if self.whole_norm or not self.makes_pass(): return
         params = trainable_params(self.model)
         self._draw(params)
@@ -162,7 +162,7 @@ def esam_step(
     generator:torch.Generator|None=None,    # Source of the draws, on the CPU
     bn:BatchNormPolicy='update',            # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',               # Dropout masks in the second pass: 'fresh' or 'replay'
-    whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of the perturbed tensors' only
+    whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of perturbed tensors' gradients
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
     "Make one ESAM step in plain PyTorch (Du et al. 2022)."
     method = ESAM(rho, beta, gamma, bn, rng, whole_norm=whole_norm)

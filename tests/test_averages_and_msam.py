@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batches, cnn, flat, learner, mlp
+from conftest import batches, cnn, flat, in_two_processes, learner, mlp
 from fastai.callback.core import (Callback, CancelBatchException, CancelFitException, CancelStepException,
                                   CancelTrainException)
 from fastai.callback.tracker import SaveModelCallback
@@ -807,9 +807,10 @@ def test_both_are_registered():
         assert (METHODS[name].passes, METHODS[name].steps) == (1, 1)
 
 
-def _reestimate_in_a_process(rank, folder):
+def _reestimate_in_a_process(folder):
     "Estimate statistics from this process's half of the batches, and store them."
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
     net = cnn()
     reestimate_(net, [net[1]], [(x,) for x, _ in six()[rank::2]])
     torch.save((net[1].running_mean, net[1].running_var), f'{folder}/{rank}.pt')
@@ -818,7 +819,7 @@ def _reestimate_in_a_process(rank, folder):
 
 def test_processes_have_the_same_batchnorm_statistics(tmp_path):
     "Each process sees half of the batches, and all get the means over all batches."
-    torch.multiprocessing.spawn(_reestimate_in_a_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(_reestimate_in_a_process, tmp_path)
     for rank in range(2):
         got = torch.load(tmp_path / f'{rank}.pt')
         torch.testing.assert_close(got, statistics(cnn(), six()), rtol=1e-12, atol=1e-12)

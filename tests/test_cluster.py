@@ -77,6 +77,7 @@ def test_a_process_dies_in_mid_run(cluster, one_thread, tmp_path):
     assert cluster.is_initialized(), 'a connection that was open before stays open'
 
 
+@pytest.mark.slow
 def test_a_process_dies_every_time(cluster, tmp_path):
     cfg = of('sam').but(epochs=400)
     t, out = in_background([cfg], tmp_path, ray='auto', attempts=2)

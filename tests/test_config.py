@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cells_of
 from sadt_nb.commands import cli
 from sadt_nb.data import datasets
 from sadt_nb.data.augment import CropFlip, CutMix
@@ -18,7 +19,7 @@ from sadt_nb.experiments.report import published
 from sadt_nb.experiments.sweep import SWEEPS
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS, make_model
-from sadt_nb.papers.grids import PAPER_ENSEMBLES, PAPER_GRIDS, paper_ensembles, paper_grid
+from sadt_nb.papers.grids import PAPER_ENSEMBLES, PAPER_GRIDS, paper_ensembles
 
 STORED_NAMES = Path(__file__).with_name('preset_names.json') # written before keys had a normal form
 FRAMES = dict(whole=(1., ''), part=(.1, 'bf16'))
@@ -35,7 +36,7 @@ def preset_digests():
     found = {}
     for name in PAPER_GRIDS:
         for frame, (scale, amp) in FRAMES.items():
-            runs = [c.run for c in paper_grid(name, scale, amp)]
+            runs = [c.run for c in cells_of(name, scale, amp)]
             if name in PAPER_ENSEMBLES:
                 for e in paper_ensembles(name, scale, amp): runs += e.members
             found[f'{name} {frame}'] = digest(runs)

@@ -5,7 +5,6 @@ import builtins
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import context
 from PIL import Image
 from sadt_nb.core import checkpoint
 from sadt_nb.core.checkpoint import Checkpoint, whole_file, write_whole
@@ -187,10 +187,6 @@ def test_weights_without_room_keep_the_newest_checkpoint(cfg, tmp_path, expected
 
 
 # Killed processes
-
-context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['sadt_nb.all'])
-
 
 def killed(action, roots):
     "Do `action(root)` for each root in a process of its own that ends at write number 1, 2, ... of all."

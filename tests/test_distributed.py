@@ -1,14 +1,10 @@
 "Every method in two processes (gloo) against the same global batches in one process."
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batches, cnn, flat, follows_gradient, learner, needed
+from conftest import batches, cnn, flat, follows_gradient, in_two_processes, learner, needed
 from documented_methods import DOCUMENTED, registered
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -54,12 +50,7 @@ def messages_of(name, steps):
 def two_processes(tmp_path_factory):
     "Return the output of `distributed_worker.py`, by method."
     out = tmp_path_factory.mktemp('ddp') / 'results.pt'
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    script = Path(__file__).with_name('distributed_worker.py')
-    command = [*torchrun, str(script), str(out)]
-    r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert r.returncode == 0, r.stderr[-3000:]
+    in_two_processes(worker.main, out)
     return torch.load(out, weights_only=False)
 
 

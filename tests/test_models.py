@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from conftest import LARGE
 from sadt_nb.experiments.config import Run
 from sadt_nb.models.registry import MODELS, make_model, model_options
 from sadt_nb.models.vit import vit
@@ -29,13 +30,14 @@ EXTRAS = dict(vit=needs_timm, clip=needs_clip)
 def needs_small_images(name): return name.startswith(('vit', 'clip'))
 
 
-def with_extra(name):
+def with_extra(name, *marks):
     "Return the name, marked to be skipped where the extra that the network needs is missing."
     family = name.split('_')[0]
-    return pytest.param(name, marks=EXTRAS[family]) if family in EXTRAS else name
+    return pytest.param(name, marks=[*marks, EXTRAS[family]] if family in EXTRAS else marks)
 
 
 NAMES = [with_extra(name) for name in MODELS]
+WITHOUT_LARGE = [with_extra(name, *([pytest.mark.slow] if name in LARGE else [])) for name in MODELS]
 IMAGENET = ('resnet50', 'resnet152')
 
 
@@ -69,7 +71,7 @@ def biases_before_batchnorm(net):
     return found
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITHOUT_LARGE)
 def test_a_step_reaches_every_parameter(name):
     net, x = small(name, 100)
     for m in net.modules(): # a branch that starts at zero, as CLIP's do, hides its layers from the first step
@@ -86,7 +88,7 @@ def test_a_step_reaches_every_parameter(name):
         else: assert p.grad is None, n # fixed filters and scales
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITHOUT_LARGE)
 def test_memory_formats_copies_and_stored_weights_give_the_same_logits(name):
     net, x = small(name)
     for m in net.modules(): # statistics that are not those of a fresh network

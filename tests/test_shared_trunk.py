@@ -3,6 +3,7 @@ import inspect
 
 import pytest
 import torch
+from conftest import SMALL_MODELS, covering
 from sadt_nb.core.perturb import perturbed, trainable_params
 from sadt_nb.core.shared_trunk import _trunk_modules, shared_forward
 from sadt_nb.models.registry import MODELS, make_model
@@ -50,14 +51,8 @@ PERTURBED = [[['late.weight'], ['head.bias']],
 def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dtype=torch.float64))
 
 
-# each takes up to half a minute in float64; the small networks have the same kinds of layers
-LARGE = ('resnet101', 'wide_resnet_28_10', 'pyramidnet_110', 'vit_b32', 'clip_resnet101')
-
 # images of one pixel after the last stride give these networks large initial gradients
 LARGE_GRADIENTS = ('resnet50', 'resnet152')
-
-
-def slow_if_large(model): return pytest.param(model, marks=pytest.mark.slow) if model in LARGE else model
 
 
 def float64_model(name):
@@ -71,7 +66,11 @@ def float64_model(name):
     return net
 
 
-@pytest.mark.parametrize('model', [slow_if_large(m) for m in MODELS])
+# each takes up to half a minute in float64; the others have the same kinds of layers
+LONG = ('wide_resnet_28_10', 'pyramidnet_110')
+
+
+@pytest.mark.parametrize('model', covering(MODELS, [m for m in SMALL_MODELS if m not in LONG]))
 def test_our_models(model):
     if model.startswith('vit'):
         pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')

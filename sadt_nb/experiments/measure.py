@@ -61,7 +61,7 @@ def _calibration(learn, samples): return calibration_error(learn, learn.dls[2])
 
 def _corruption(learn, samples):
     "Return the mean accuracy over all corruptions and severities."
-    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples, mean=0., std=1.)
+    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples) # the loader knows its normalisation
     return float(found.mean(axis=None))
 
 MEASURES = dict( # name: function `(learn, samples=...)` that returns a number or an estimate

@@ -222,7 +222,11 @@ def _mean_and_spread(v, scale=100, digits='.1f'):
     mean = f'{v.mean():{digits}}'
     return f'{mean} ± {v.std(ddof=1):{digits}}' if len(v) > 1 else mean
 
-def _table_row(g, measured):
+def _ratio(history):
+    "Return the largest ratio of a loss term's gradient to the loss's gradient in a run; NaN without a term."
+    return max((row['term_ratio'] for row in history if 'term_ratio' in row), default=np.nan)
+
+def _table_row(g, measured, with_term):
     "Return a row of the table from the runs of one label."
     first = g.iloc[0]
     row = {
@@ -238,18 +242,25 @@ def _table_row(g, measured):
     for name in measured:
         values = [m[name]['value'] if name in m else np.nan for m in g['measures']]
         row[name] = _mean_and_spread(pd.Series(values, dtype=float), 1, '.3g')
+    if with_term:
+        ratios = g['history'].map(_ratio)
+        row['gradient of the term / of the loss'] = _mean_and_spread(ratios, 1, '.2g')
     return row
 
 def results_table(
     results:pd.DataFrame,       # Table of runs from `load_results`; only finished runs are used
     by:Sequence[str]|None=None, # Labels, one per row of `results`; `None`: `labels(results)`
 ) -> pd.DataFrame: # One row per label, in order of appearance
-    "Return a table: mean and standard deviation of accuracies over seeds, costs, and all stored measures."
+    """Return a table: mean and standard deviation of accuracies over seeds, costs, and all stored measures.
+
+    Where a method adds a term to the loss, the table has the norm of the term's gradient divided by that of
+    the loss's gradient, in the epoch with the largest ratio. Near zero, the term has no effect."""
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
     measured = dict.fromkeys(name for m in df['measures'] for name in m)
-    rows = {label: _table_row(g, measured) for label, g in df.groupby('label', sort=False)}
+    with_term = df['history'].map(_ratio).notna().any()
+    rows = {label: _table_row(g, measured, with_term) for label, g in df.groupby('label', sort=False)}
     return pd.DataFrame(rows).T.rename_axis('run')
 
 # %% ../../nbs/experiments/82_report.ipynb #b403e8d8

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sadt_nb.experiments.report import both_readings
 
-STUDIES = Path(__file__).parents[1] / 'nbs' / 'studies'
+NBS = Path(__file__).parents[1] / 'nbs'
+FOLDERS = 'studies', 'guides', 'tutorials'
 
 
 def runs(*pairs): return [dict(accuracy=a, accuracy_bn=b) for a, b in pairs]
@@ -57,11 +58,13 @@ def test_wrong_pairs_are_refused(pairs, message):
 
 
 def pages():
-    "Yield name and code cells of each study page that reads accuracies of stored runs."
-    for file in sorted(STUDIES.glob('*.ipynb')):
+    "Yield name and code cells of each page that compares accuracies of stored runs."
+    for file in sorted([NBS / 'index.ipynb', *(f for d in FOLDERS for f in (NBS / d).glob('*.ipynb'))]):
+        if not file.exists(): continue
         cells = [c for c in json.loads(file.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
         source = '\n'.join(''.join(c['source']) for c in cells)
-        if 'load_results' in source and re.search("'accuracy(_bn)?'", source): yield file.stem, cells
+        reads = 'load_results' in source or 'read_result(' in source
+        if reads and re.search(r"'accuracy(_bn)?'|\.accuracy_bn|= comparison\(", source): yield file.stem, cells
 
 
 @pytest.mark.parametrize('name, cells', pages(), ids=lambda v: v if isinstance(v, str) else '')
@@ -72,6 +75,8 @@ def test_every_page_that_compares_accuracies_shows_both_readings(name, cells):
     assert 'differences of accuracies on this page change' in output
 
 
-@pytest.mark.skipif(not STUDIES.exists(), reason='the installed library has no notebooks')
+@pytest.mark.skipif(not NBS.exists(), reason='the installed library has no notebooks')
 def test_the_pages_are_found():
-    assert len(list(pages())) >= 9
+    found = {name for name, _ in pages()}
+    assert found >= {'index', '21_which_method', '06_what_makes_sadt_work', '10_94_percent_in_minutes'}
+    assert len(found) >= 13

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINE_STYLES', 'published', 'results_folder', 'printable', 'load_results', 'about_images', 'publish', 'labels',
-           'results_table', 'both_readings', 'plot_runs']
+           'results_table', 'both_readings', 'pairs_with_teachers', 'trained_apart', 'plot_runs']
 
 # %% ../../nbs/experiments/82_report.ipynb #1b09a564
 import hashlib, math, sys
@@ -306,6 +306,33 @@ def both_readings(
     verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
     first = f'{len(changed)} {of} {verb} between {readings} (points, in this order):'
     return Sentence('\n'.join([first, '', *changed]))
+
+# %% ../../nbs/experiments/82_report.ipynb #3726b817
+def pairs_with_teachers(
+    results:pd.DataFrame, # Table of runs from `load_results`
+) -> list[tuple]: # Two results each: a student and one of its teachers
+    "Return each finished student with each of its finished teachers, as pairs for `trained_apart`."
+    finished = {r['run']: r for _, r in results.iterrows() if r['status'] == 'finished'}
+    return [(r, finished[t]) for run, r in finished.items() for t in run.teachers if t in finished]
+
+def _machine_of(result): return result['hardware']['gpu'] or result['hardware']['cpu']
+
+def trained_apart(
+    pairs:Iterable[tuple], # Pairs of stored results, each with 'code' and 'hardware', as a run has
+    what:str='pairs of student and teacher', # What the pairs are, in the plural
+) -> Sentence:
+    "Return in words how many pairs were trained with different source code or on different hardware."
+    pairs = list(pairs)
+    if not pairs: raise ValueError('`pairs` must have at least one pair of results')
+    code = [a['code']['source'] != b['code']['source'] for a, b in pairs]
+    machine = [_machine_of(a) != _machine_of(b) for a, b in pairs]
+    apart = sum(c or m for c, m in zip(code, machine))
+    if not apart:
+        return Sentence(f'No difference was found between the source code and hardware of the {len(pairs)} '
+                        f'{what}.')
+    return Sentence(f'Of {len(pairs)} {what}, {apart} were trained apart: {sum(code)} with different versions '
+                    f'of the source code, {sum(machine)} on different hardware. In these pairs, the version or '
+                    'the hardware can be a part of the difference between the two networks.')
 
 # %% ../../nbs/experiments/82_report.ipynb #0d3a8124
 _PANELS = { # column of a history: title, unit

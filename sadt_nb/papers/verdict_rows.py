@@ -242,7 +242,8 @@ _PHRASES = { # outcome: the phrase for one claim, and for several
 def _without_control(claims):
     "Name the claims that only the control keeps open, each with its outcome as stated."
     found = [c for c in claims if c.outcome == 'no power' and c.as_stated not in _OPEN]
-    return ''.join(f' As stated, "{c.short}" is {c.as_stated}; its control has no power.' for c in found)
+    return ''.join(f' Without its control, "{c.short}" would be {c.as_stated}; the comparison with its '
+                   'control has no power.' for c in found)
 
 def paper_sentence(
     claims:list, # List of `Claim`

@@ -51,7 +51,7 @@ class Price(NamedTuple):
 def _open_comparison(claim):
     """Return the judged comparison without power that needs most seeds.
 
-    If there is none, return, of the comparisons with our longest training, the one that needs most seeds."""
+    If there is none, return the one that needs most seeds among those with our longest training."""
     known = [e for e in (*claim.own, *claim.ours, *claim.control) if e.spread > 0 and e.part is not None]
     judged = [e for e in known if e.outcome == 'no power']
     longest = max((np.nan_to_num(e.share) for e in known), default=0)

@@ -22,7 +22,7 @@ _KEYS = {_TORCH.SGD: 'momentum_buffer', KerasAdam: 'm', _TORCH.Adam: 'exp_avg', 
          _TORCH.Adamax: 'exp_avg', _TORCH.NAdam: 'exp_avg', _TORCH.RAdam: 'exp_avg'}
 
 def _inner(opt):
-    "Return the optimizer that holds the state, out of the wrappers of fastai, plain loops and accelerate."
+    "Unwrap `opt` from fastai's, plain loops' and accelerate's wrappers; return the optimizer with the state."
     while (inner := getattr(opt, 'opt', getattr(opt, 'optimizer', None))) is not None: opt = inner
     return opt
 
@@ -94,7 +94,7 @@ class MSAM(LoopMethod):
     training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
     that moves weights."""
     order = ORDERS['step_grads'] - 1 # in `before_step`, after unscaling and clipping
-    needs_loss_scale = True # a decay is added to the gradients
+    needs_loss_scale = True # `before_step` adds a decay term, so the gradients must have their true size
     needs_momentum = True # tests of all methods read this
     _stateattrs = ('scratch', '_moved', '_factor')     # not in pickled Learners
 

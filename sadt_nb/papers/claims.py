@@ -41,7 +41,7 @@ def smallest_effect(
     published:float=None, # Published effect in points, or ratio; `None`: only its sign is claimed
     factor=False,         # `True` for a ratio
 ) -> float: # In points, or as a logarithm of a ratio; above zero
-    "Return half the published effect, at least .2 points; without a published effect, .2 points or 1.05."
+    "Return half the published effect, at least .2 points; else .2 points or log(1.05)."
     if factor: return np.log(1.05) if published is None else abs(np.log(published)) / 2
     return .2 if published is None else max(abs(published) / 2, .2)
 
@@ -243,7 +243,7 @@ class Evidence(NamedTuple):
     part: str = ''      # Necessary part of the claim; `None`: no part, shown beside the others
     pairing: str = ''   # What the interval holds for
     re_estimated: tuple = () # Mean and interval with re-estimated BatchNorm statistics
-    by_chance: bool = False  # `True`: may be one of the effects that chance gives to a page
+    by_chance: bool = False  # `True`: the effect may be due to chance, as a page has many comparisons
 
     @property
     def claimed(self):
@@ -351,7 +351,7 @@ def _is_tested(e): return bool(e.n) and not e.outside and not e.exact and not np
 def without_chance(
     claims:dict, # Name of a paper: list of `Claim`
 ) -> dict: # The same with `by_chance` set
-    "Return all claims of a page, with every effect marked that may be one of chance."
+    "Return all claims of a page, and mark every effect that may be due to chance."
     fields = 'ours', 'control', 'own'
     every = [e for of_paper in claims.values() for c in of_paper for f in fields for e in getattr(c, f)]
     passes = iter(discoveries([e.p for e in every if _is_tested(e)]))
@@ -513,7 +513,7 @@ class Place(NamedTuple):
     amp: str = '' # Mixed precision of all runs of the preset
 
 _AVERAGED = ('distill/digits', 'distill/cifar_small') # presets whose ensembles are also compared
-_TEST_IMAGES = dict(noisy_digits=360, cifar10=10_000) # of runs that were stored before this number was
+_TEST_IMAGES = dict(noisy_digits=360, cifar10=10_000) # for runs whose stored results lack this number
 
 def kurtosis(
     histogram:dict, # `counts`, one per bin, and `edges`, one more than bins

@@ -51,7 +51,7 @@ class Price(NamedTuple):
 def _open_comparison(claim):
     """Return the judged comparison without power that needs most seeds.
 
-    If there is none, return, of the comparisons with our longest training, the one that needs most seeds."""
+    If there is none, return the one that needs most seeds among those with our longest training."""
     known = [e for e in (*claim.own, *claim.ours, *claim.control) if e.spread > 0 and e.part is not None]
     judged = [e for e in known if e.outcome == 'no power']
     longest = max((np.nan_to_num(e.share) for e in known), default=0)
@@ -242,7 +242,8 @@ _PHRASES = { # outcome: the phrase for one claim, and for several
 def _without_control(claims):
     "Name the claims that only the control keeps open, each with its outcome as stated."
     found = [c for c in claims if c.outcome == 'no power' and c.as_stated not in _OPEN]
-    return ''.join(f' As stated, "{c.short}" is {c.as_stated}; its control has no power.' for c in found)
+    return ''.join(f' Without its control, "{c.short}" would be {c.as_stated}; the comparison with its '
+                   'control has no power.' for c in found)
 
 def paper_sentence(
     claims:list, # List of `Claim`

@@ -530,9 +530,9 @@ def _flatter_students(nets):
         Claim('A student ends in a flatter minimum than its teacher (measures of curvature: student divided '
               'by teacher)', 'abstract, section 6, Figures 4 and 5', 'distillation',
               'student flatter than teacher', teacher, tables=_FLAT_TABLES,
-              note="The paper's own Table 4 has an exception: on SVHN the first round is less flat than its "
-                   'teacher (trace 197.5 to 205.8, largest eigenvalue 9.24 to 11.2). The published ratio '
-                   'here is that of Table 5, Tiny ImageNet.'),
+              note="The paper's own Table 4 has an exception: on SVHN the student of the first round is less "
+                   'flat than its teacher (trace 197.5 to 205.8, largest eigenvalue 9.24 to 11.2). The '
+                   'published ratio here is that of Table 5, Tiny ImageNet.'),
         Claim('A student ends in a flatter minimum than a network trained with SAM (measures of curvature: '
               'student divided by SAM)', 'section 6, Figures 4 and 7', 'distillation',
               'student flatter than SAM', sam, tables=_FLAT_TABLES,
@@ -620,7 +620,7 @@ def _costs():
 # %% ../../nbs/papers/110_verdicts.ipynb #e413250a
 _PRINTED = ('Our networks are trained as the paper prints the term, without the factor tau squared of the '
             "authors' code; as printed, the term hardly changes the training. `sadt_grid saf/cifar_small` "
-            'trains both readings.')
+            'trains with and without this factor.')
 
 _LARGE = 'A test needs ImageNet, WideResNet and PyramidNet. '
 _LARGE_TABLES = (('saf/table1', ''), ('saf/table3', 'wide_resnet_28_10'), ('saf/table3', 'pyramidnet_110'))
@@ -642,8 +642,9 @@ def _trajectory(nets, m):
               f'{name} above plain training', compared('baseline', MORE), **facts),
         Claim(f'{name} loses less than a point of test accuracy against SAM (difference in points)', where,
               name, f'{name} as good as SAM', compared('sam', NO_LOSS), **facts),
-        Claim(f'Training accuracy rises as fast with {name} as with plain training (difference in points of '
-              'the mean over the epochs; a loss of less than one)', 'section 4.3, Figure 4', name,
+        Claim(f'Training accuracy rises as fast with {name} as with plain training (difference of the '
+              "accuracies' means over the epochs, in points; as fast: less than one point below plain "
+              'training)', 'section 4.3, Figure 4', name,
               f'{name} trains as fast', [pace], **facts),
         Claim(f'{name} ends in flatter minima than plain training, and its minima are flatter from the epoch '
               f'in which its loss term begins (sharpness as SAM defines it: after {name}, divided by after '

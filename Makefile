@@ -1,4 +1,4 @@
-# make demo: installs the library, trains on embedded data.  make test: everything that CI checks of the checkout.
+# make demo: installs the library, trains on embedded data.  make test: what CI checks first.
 # A comment above each of the other targets explains it.
 NEW     = import sys; sys.exit(sys.version_info < (3, 11))
 PYTHONS = python3 python3.11 python3.12 python3.13
@@ -66,8 +66,9 @@ sync: $(READY)
 	  exit 1; \
 	fi
 
+# All notebooks but the course, whose ten tutorials run in whole in test-moved and test-all
 notebooks-test: $(READY)
-	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing
+	$(ONE) $(QUIET) $(BIN)/nbdev_test --n_workers 2 --timing --skip_folder_re '^[_.]|^tutorials$$'
 
 pytest: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests
@@ -80,7 +81,7 @@ test-all: test
 
 # Tests that are too long for make test but not for CI: processes that die on a cluster or in a group, and
 # whole tutorials
-MOVED = machines_that_do_not_fit or control_c or (several_processes and sadt1)
+MOVED = other_code or control_c or dies_every_time or (several_processes and sadt1)
 test-moved: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) -m slow -k '$(MOVED)' \
 	  tests/test_cluster.py tests/test_resume.py

@@ -350,9 +350,11 @@ def parsed(source):
     return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', source, flags=re.M)).body
 
 def is_import(n):
-    "Return whether a statement imports or installs, or decides which warnings an import may give."
+    "Return whether a statement imports or installs, or decides which messages an import may give."
+    if isinstance(n, ast.Try): return all(map(is_import, n.body)) # what follows without the package is part
     if isinstance(n, (ast.If, ast.With)): return all(map(is_import, n.body))
-    if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call): return root_name(n.value) == 'warnings'
+    if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call):
+        return root_name(n.value) in ('warnings', 'logging')
     return isinstance(n, (ast.Import, ast.ImportFrom, ast.Pass))
 
 def root_name(node):
@@ -368,16 +370,27 @@ def is_drawn(name):
 def calls(node): return [root_name(n) for n in ast.walk(node) if isinstance(n, ast.Call)]
 def lines_of(nodes): return sum(n.end_lineno - n.lineno + 1 for n in nodes)
 
-def only_draws(cell, body, library):
-    """Return whether most lines of a cell draw: its own figure, or with functions the figures of later cells.
+def leaves(body):
+    "Return the statements of a cell that contain no other statements."
+    for n in body:
+        inner = [*getattr(n, 'body', ()), *getattr(n, 'orelse', ())]
+        if inner: yield from leaves(inner)
+        else: yield n
 
-    A cell that prints or that calls a function of `library`, names of this library, is there to be read."""
-    defines = not cell.outputs and all(isinstance(n, ast.FunctionDef) for n in body)
-    if not (has_figure(cell.outputs) or defines) or lines_of(body) < 4: return False
+def draws(n): return any(map(is_drawn, calls(n)))
+
+def only_draws(cell, body, library):
+    """Return whether most of a cell draws: its own figure, or without outputs a part of later figures.
+
+    If half of its lines draw, a cell is folded in any case. If only the loops around these lines make the
+    half, the cell is folded unless it prints or calls a function of `library`, names of this library."""
+    if cell.source.startswith('#| export') or lines_of(body) < 4: return False
+    if cell.outputs and not has_figure(cell.outputs): return False
+    single = [*leaves(body)]
+    if lines_of(filter(draws, single)) >= lines_of(single) / 2: return True
     called = {name for n in body for name in calls(n)}
     if 'print' in called or called & library: return False
-    drawing = [n for n in body if any(map(is_drawn, calls(n)))]
-    return lines_of(drawing) > lines_of(body) / 2
+    return lines_of(filter(draws, body)) > lines_of(body) / 2
 
 def library_names(cells):
     "Return the names that a notebook imports from this library, or that it defines for the library."
@@ -393,14 +406,12 @@ def library_names(cells):
 
 def fold(cell, body, where, library):
     "Return why a cell's source is folded: a key of `FOLDED`, or '' if it is shown."
-    folder = where.parent.name
-    if folder == 'nbs' or not body: return '' # the home page shows all of its code
+    if not body: return ''
     if all(map(is_import, body)): return 'imports'
-    if folder == 'studies': # only results are to be read
+    if where.parent.name == 'studies': # only results are to be read
         if has_figure(cell.outputs): return 'figure'
-        draws = any(is_drawn(name) for n in body for name in calls(n))
-        return 'code' if draws or not cell.outputs else ''
-    return 'figure' if folder in ('tutorials', 'methods') and only_draws(cell, body, library) else ''
+        return 'code' if any(map(draws, body)) or not cell.outputs else ''
+    return 'figure' if only_draws(cell, body, library) else ''
 
 def definitions(body, module, links):
     "Return the documentation of the public functions and classes that an exported cell defines."
@@ -441,7 +452,7 @@ def convert(where, links):
         if 'default_exp' in found: module = 'sadt_nb.' + found['default_exp']
         if is_hidden(found, source): continue
         body = parsed(source)
-        folded = fold(c, body, where, library)
+        folded = 'code' if found.get('code-fold') == 'true' else fold(c, body, where, library)
         if folded == 'imports' and cells and 'imports' in cells[-1].metadata.get('tags', []):
             cells[-1].source += f'\n\n{source}' # imports of the library and of its tests unfold together
         else: cells.append(code_cell(c, found, source, folded, where, links))
@@ -474,6 +485,7 @@ def section(folder, notebooks):
         name, what = title_and_lead(nb)
         if folder in GALLERIES: rows += gallery.card(entry, name, what, nb, SOURCE / folder, known)
         else: rows.append(f'| [{name}]({entry}.ipynb) | {what} |')
+    if folder in gallery.TIMED: lead += f' {gallery.about_times()}'
     body = gallery.gallery(rows) if folder in GALLERIES else ['| | |', '|---|---|', *rows]
     return '\n'.join([f'# {title}', '', lead, '', *body, '', toctree(entries, hidden='', maxdepth=1)])
 

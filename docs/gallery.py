@@ -1,11 +1,15 @@
-"""The gallery of a section: one card per notebook, with a picture, the lead, the cost, the minutes to read.
+"""The gallery of a section: one card per notebook, with a picture, the lead, the cost, the minutes it takes.
 
-The picture is the first figure that the notebook stores. docs/minutes.json has the measured time of a whole
-notebook, written by `python docs/gallery.py LOG` from the log of `nbdev_test --timing --flags slow`."""
+The picture is the first figure that the notebook stores. docs/minutes.json has the measured time of whole
+notebooks, with the cells that are marked slow. `python docs/gallery.py` measures the notebooks that it lacks,
+`python docs/gallery.py nbs/methods/20_sam.ipynb` measures this one again."""
 import base64
 import io
 import json
+import os
 import re
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +20,10 @@ MINUTES = ROOT / 'docs' / 'minutes.json'
 WIDTH = 560           # of a picture, in pixels
 WORDS_A_MINUTE = 200
 LINES_A_MINUTE = 40   # of code
+TIMED = ('tutorials', 'methods') # sections whose notebooks compute what they show
 
+
+def stem_of(nb): return re.sub(r'^\d+_', '', nb.stem)
 
 def first_figure(nb):
     "Return the first figure that a notebook stores as PNG, and its description; `None` if there is none."
@@ -58,14 +65,25 @@ def cost(stem, known):
     passes = ' or '.join(f'{p:g}' for p in sorted(known[stem]))
     return f'{passes} pass{"" if passes == "1" else "es"} per batch'
 
+def measured():
+    "Return the processor and the seconds of each notebook, by the stem of its page, from docs/minutes.json."
+    return json.loads(MINUTES.read_text()) if MINUTES.exists() else dict(hardware='', seconds={})
+
+def about_times():
+    "Return a sentence about the times on the cards; '' where no notebook was measured."
+    if not measured()['seconds']: return ''
+    return ('The cards give the time to read a page, and the time to run all of its cells on one core of the '
+            f'processor {measured()["hardware"]}.')
+
+def to_run(seconds):
+    "Return a measured time as text, rounded as a time on another machine may differ."
+    if seconds < 50: return f'about {max(5, 5 * round(seconds / 5))} s to run'
+    return f'about {round(seconds / 60) or 1} min to run'
+
 def times(nb, stem):
     "Return the minutes to read a notebook and, where it was measured, the time to run it."
-    parts = [f'{minutes_to_read(nb)} min to read']
-    measured = json.loads(MINUTES.read_text())['seconds'] if MINUTES.exists() else {}
-    if stem in measured:
-        seconds = measured[stem]
-        parts.append(f'{seconds:.0f} s to run' if seconds < 100 else f'{seconds / 60:.0f} min to run')
-    return parts
+    seconds = measured()['seconds'].get(stem)
+    return [f'{minutes_to_read(nb)} min to read', *([to_run(seconds)] if seconds else [])]
 
 def card(stem, title, lead, nb, folder, known):
     "Return the lines of one card, and write its picture below `folder`."
@@ -82,11 +100,24 @@ def card(stem, title, lead, nb, folder, known):
 def gallery(cards):
     return ['::::{grid} 1 2 2 2', ':gutter: 3', ':class-container: gallery', '', *cards, '::::']
 
-def main(log):
-    "Read the seconds of each notebook from a log, and write them with the machine that measured them."
-    from sadt_nb.experiments.runner import hardware
-    found = re.findall(r'Completed .*?/?(?:\d+_)?(\w+)\.ipynb\D+([\d.]+)', Path(log).read_text())
-    seconds = {stem: round(float(s), 1) for stem, s in found}
-    MINUTES.write_text(json.dumps(dict(hardware=hardware(), seconds=seconds), indent=1) + '\n')
+def seconds_to_run(nb):
+    "Run all cells of a notebook in a process of its own, with one thread; return its CPU seconds."
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore')
+    command = ['nbdev_test', '--path', str(nb), '--n_workers', '0', '--flags', 'slow']
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, 1)
 
-if __name__ == '__main__': main(sys.argv[1])
+def main(notebooks):
+    "Measure notebooks, by default those of tutorials and methods without a time, and store the seconds."
+    from sadt_nb.experiments.runner import _cpu_name
+    every = [nb for folder in TIMED for nb in sorted((ROOT / 'nbs' / folder).glob('*.ipynb'))]
+    known = measured()['seconds']
+    for nb in map(Path, notebooks) if notebooks else [nb for nb in every if stem_of(nb) not in known]:
+        known[stem_of(nb)] = seconds_to_run(nb.resolve())
+        now = dict(hardware=_cpu_name(), seconds=dict(sorted(known.items())))
+        MINUTES.write_text(json.dumps(now, indent=1) + '\n')
+        print(f'{nb.name}: {known[stem_of(nb)]} s', flush=True)
+
+if __name__ == '__main__': main(sys.argv[1:])

@@ -21,6 +21,7 @@ PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '
 CONTENT = [p for p in PAGES if p not in ('genindex.html', 'search.html', 'py-modindex.html')]
 TUTORIALS = sorted((NBS / 'tutorials').glob('*.ipynb'))
 STUDIES = sorted((NBS / 'studies').glob('*.ipynb'))
+METHODS = [nb for nb in sorted((NBS / 'methods').glob('*.ipynb')) if nb.stem != '99_registry']
 
 
 def page_stem(nb): return re.sub(r'^\d+_', '', nb.stem)
@@ -32,7 +33,7 @@ def notebooks():
     return [nb for nb in NBS.rglob('*.ipynb') if nb.stem != 'all' and '.ipynb_checkpoints' not in nb.parts]
 
 
-@pytest.fixture(scope='session', params=[(1280, 'light'), (375, 'dark')], ids=['desk, light', 'phone, dark'])
+@pytest.fixture(scope='session', params=[(1400, 'light'), (375, 'dark')], ids=['desk, light', 'phone, dark'])
 def window(request, browser):
     width, scheme = request.param
     c = browser.new_context(viewport=dict(width=width, height=900), color_scheme=scheme)
@@ -108,10 +109,14 @@ TOO_WIDE = """w => {
   const wide = [...document.querySelectorAll('article *')].filter(sticksOut);
   return wide.slice(0, 3).map(e => e.outerHTML.slice(0, 120));
 }"""
-# On a phone: displayed formulas that do not fit although their letters are at their smallest, and figures
-# whose letters are below 70% of their size
+# Displayed formulas that do not fit; on a phone, although their letters are at their smallest
 WIDE_FORMULAS = """() => [...document.querySelectorAll('mjx-container[display="true"]')]
   .filter(m => m.scrollWidth > m.clientWidth + 1).map(m => m.textContent.slice(0, 40))"""
+# At a desktop's width: code that is shown without a click and does not fit into its box, by its longest line
+WIDE_CODE = """() => [...document.querySelectorAll('article div.highlight pre')]
+  .filter(e => !e.closest('.cell_output') && e.checkVisibility() && e.scrollWidth > e.clientWidth + 1)
+  .map(e => e.textContent.split('\\n').reduce((a, b) => b.length > a.length ? b : a))"""
+# On a phone: figures whose letters are below 70% of their size
 TINY_FIGURES = """() => [...document.querySelectorAll('div.cell_output img')]
   .filter(i => i.clientWidth && i.clientWidth < Math.min(.7 * i.naturalWidth, i.naturalWidth)).length"""
 THEME = 'document.documentElement.dataset.theme'
@@ -162,10 +167,10 @@ def test_page(page, window, host):
     assert tab.evaluate(THEME) == scheme
     assert not tab.evaluate(TOO_WIDE, width)
     assert tab.evaluate(CONTRAST) == {}
-    if width < 480:
-        if formulas: tab.wait_for_timeout(300) # their letters are fitted when all are set
-        assert tab.evaluate(WIDE_FORMULAS) == []
-        assert tab.evaluate(TINY_FIGURES) == 0
+    if formulas: tab.wait_for_timeout(300) # on a phone their letters are fitted when all are set
+    assert tab.evaluate(WIDE_FORMULAS) == []
+    if width < 480: assert tab.evaluate(TINY_FIGURES) == 0
+    else: assert tab.evaluate(WIDE_CODE) == []
 
 
 def test_the_contrast_check_can_fail(browser):
@@ -305,16 +310,83 @@ def test_search_finds_what_people_type(word, pages, browser, host):
     assert set(pages) & set(found[:3]), found[:5]
 
 
-@pytest.mark.parametrize('nb', STUDIES + TUTORIALS, ids=[n.stem for n in STUDIES + TUTORIALS])
+def drawing_lines(block):
+    "Return how many lines of a block of code draw, and how many lines it has."
+    lines = [line for line in block.split('\n') if line.strip()]
+    return sum(bool(re.search(r'\b(plt|fig|axs?\d?)(\[.*?\])?\.\w+\(', line)) for line in lines), len(lines)
+
+
+# the snippets of guides are there to be copied, with their imports
+FOLDED = [nb for nb in notebooks() if nb.parent.name != 'guides']
+
+
+@pytest.mark.parametrize('nb', FOLDED, ids=[n.stem for n in FOLDED])
 def test_imports_and_drawing_are_folded(nb, browser, host):
-    "No block of code that is open begins with an import; in a study, none draws a figure."
+    """No block of code that is open begins with an import, and none mostly draws.
+
+    In a study none draws a figure at all."""
     tab = browser.new_page()
     tab.goto(host + page_of(nb))
-    shown = [block.split('\n') for block in tab.evaluate(OPEN_CODE)]
+    shown = tab.evaluate(OPEN_CODE)
     tab.close()
-    for lines in shown: assert not re.match(r'(import|from) ', lines[0]), lines
-    if nb in STUDIES:
-        for lines in shown: assert 'plt.subplots' not in '\n'.join(lines), lines
+    for block in shown:
+        assert not re.match(r'(import|from) ', block), block
+        if nb in STUDIES: assert 'plt.subplots' not in block, block
+        drawing, lines = drawing_lines(block)
+        assert lines < 4 or drawing <= lines / 2, block
+
+
+def test_the_count_of_drawing_lines_can_fail():
+    block = "fig, ax = plt.subplots()\nax.plot(x)\naxs[0].set(title='t')\n\nx = figure(1)"
+    assert drawing_lines(block) == (3, 4)
+
+
+# The vertical extent of the first figure of a page, in pixels from its top; `None` without a figure
+FIRST_FIGURE = """() => {
+  const figures = [...document.querySelectorAll('article div.cell_output img')];
+  const box = figures.filter(i => i.checkVisibility() && i.clientWidth > 120)[0]?.getBoundingClientRect();
+  return box ? [box.top + scrollY, box.bottom + scrollY] : null;
+}"""
+
+
+@pytest.fixture(scope='module')
+def desk(browser):
+    "A tab of 1400 x 900 pixels."
+    context = browser.new_context(viewport=dict(width=1400, height=900), color_scheme='light')
+    yield context.new_page()
+    context.close()
+
+
+@pytest.mark.parametrize('nb', METHODS, ids=[n.stem for n in METHODS])
+def test_a_method_has_a_figure_within_the_first_two_screens(nb, desk, host):
+    load(desk, host + page_of(nb))
+    top, bottom = desk.evaluate(FIRST_FIGURE)
+    assert top + .9 * (bottom - top) <= 2 * 900, 'more than a tenth of the figure is below'
+
+
+def test_the_first_screen_of_the_home_page(desk, host):
+    "Two sentences, three lines to install and use, and the whole dot plot."
+    load(desk, host + 'index.html')
+    _, bottom = desk.evaluate(FIRST_FIGURE)
+    assert bottom <= 900
+    prose = desk.locator('article > section > p:not(.page-links)').first.inner_text()
+    assert len(re.findall(r'[.!?](?:\s|$)', prose)) == 2
+    blocks = desk.locator('article div.highlight pre').all()
+    shown = [b.inner_text() for b in blocks if b.bounding_box() and b.bounding_box()['y'] < 900]
+    assert len(''.join(shown).splitlines()) == 3, shown
+    assert shown[0].startswith('git clone')
+
+
+def test_the_cards_have_minutes_to_read_and_run():
+    "A notebook without a measured time, such as that of a new method, has the minutes to read alone."
+    seconds = json.loads((ROOT / 'docs' / 'minutes.json').read_text())['seconds']
+    by_stem = {page_stem(nb): nb for nb in TUTORIALS + sorted((NBS / 'methods').glob('*.ipynb'))}
+    assert seconds.keys() <= by_stem.keys()
+    for stem, nb in by_stem.items():
+        text = (SITE / nb.parent.name / 'index.html').read_text(encoding='utf-8')
+        card = next(c for c in text.split('class="sd-card ')[1:] if f'href="{stem}.html"' in c)
+        assert re.search(r'\d+ min to read', card), stem
+        assert bool(re.search(r'about \d+ (s|min) to run', card)) == (stem in seconds), stem
 
 
 def test_the_check_for_open_code_can_fail(browser):

@@ -1,7 +1,9 @@
 "Small data, small networks, teachers, and a Learner without progress bars, for all tests."
 import gc
 import math
+import multiprocessing
 import os
+import socket
 import warnings
 from functools import lru_cache, partial
 
@@ -20,6 +22,7 @@ from sadt_nb.experiments import cost
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS
 from sadt_nb.models.simple_cnn import cnn_of_widths
+from sadt_nb.papers import grids
 from torch import nn
 
 
@@ -32,6 +35,18 @@ def pytest_collection_modifyitems(config, items):
     skip = pytest.mark.skip(reason='long; make test-all runs it')
     for item in items:
         if 'slow' in item.keywords: item.add_marker(skip)
+
+
+def covering(values, quick):
+    """Return the values as parameters of a test: those in `quick` for make test, the others marked slow.
+
+    The values in `quick` must take every path of the code that the test is about."""
+    return [v if v in quick else pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
+# Networks with a smaller one of the same kinds of layers: resnet50, vit_s32, clip_resnet50, vgg16_slim
+LARGE = ('resnet101', 'resnet152', 'vit_b32', 'clip_resnet101', 'vgg16')
+SMALL_MODELS = [name for name in MODELS if name not in LARGE]
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -49,6 +64,38 @@ def on_cpu(monkeypatch):
     from fastai.torch_core import defaults
     monkeypatch.setattr(defaults, 'use_cuda', False, raising=False)
     torch.manual_seed(0)
+
+
+# A server imports the library once for all processes that tests start, so that these begin at once
+context = multiprocessing.get_context('forkserver')
+context.set_forkserver_preload(['sadt_nb.all', 'accelerate', 'pytest'])
+
+
+def _as_rank(rank, port, main, args):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', CUDA_VISIBLE_DEVICES='',
+                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    warnings.simplefilter('ignore')
+    main(*args)
+
+
+def in_two_processes(main, *args, seconds=300):
+    "Call a function of a module in two processes, with the environment variables that torchrun sets."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    ranks = [context.Process(target=_as_rank, args=(rank, port, main, args)) for rank in range(2)]
+    for p in ranks: p.start()
+    for p in ranks: p.join(seconds)
+    codes = [p.exitcode for p in ranks]
+    for p in ranks: p.kill()
+    assert codes == [0, 0], codes
+
+
+@lru_cache(None)
+def cells_of(name, scale=1., amp=''):
+    "Return the cells of a preset, which many tests read, as a tuple."
+    return tuple(grids.paper_grid(name, scale, amp))
 
 
 def batches(n=24, bs=8, classes=3, dtype=torch.float64, conv=False):

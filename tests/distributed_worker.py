@@ -1,4 +1,4 @@
-"""Trains every method in two processes; started by test_distributed.py through torchrun.
+"""Trains every method in two processes; test_distributed.py starts them. With torchrun:
 
     torchrun --nproc_per_node 2 distributed_worker.py OUT
 

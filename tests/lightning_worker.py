@@ -45,7 +45,7 @@ class Module(lightning.LightningModule):
 
 def main(out):
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator='cpu', strategy='ddp_spawn', devices=2, use_distributed_sampler=False,
+        max_epochs=1, accelerator='cpu', strategy='ddp_fork', devices=2, use_distributed_sampler=False,
         precision='64-true', callbacks=[MethodCallback(SAM(.1, interval=2))], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Module(out))

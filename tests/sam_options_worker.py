@@ -1,4 +1,4 @@
-"""Trains with `only` and `m` in two processes; started by test_sam_options.py through torchrun.
+"""Trains with `only` and `m` in two processes; test_sam_options.py starts them. With torchrun:
 
     torchrun --nproc_per_node 2 sam_options_worker.py OUT
 

@@ -1,4 +1,4 @@
-"""Trains with sharded parameters in two processes; started by test_sharded.py through torchrun.
+"""Trains with sharded parameters in two processes; test_sharded.py starts them. With torchrun:
 
     torchrun --nproc_per_node 2 sharded_worker.py OUT
 

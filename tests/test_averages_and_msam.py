@@ -4,11 +4,12 @@ The loops are written here in plain PyTorch, without a line of the library."""
 import copy
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import batches, cnn, flat, learner, mlp
+from conftest import batches, cnn, flat, in_two_processes, learner, mlp
 from fastai.callback.core import (Callback, CancelBatchException, CancelFitException, CancelStepException,
                                   CancelTrainException)
 from fastai.callback.tracker import SaveModelCallback
@@ -24,7 +25,7 @@ from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import load_model, make_learner, run
 from sadt_nb.methods.controls import RepeatStep
-from sadt_nb.methods.msam import MSAM
+from sadt_nb.methods.msam import MSAM, _MovedBatch
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
@@ -806,9 +807,10 @@ def test_both_are_registered():
         assert (METHODS[name].passes, METHODS[name].steps) == (1, 1)
 
 
-def _reestimate_in_a_process(rank, folder):
+def _reestimate_in_a_process(folder):
     "Estimate statistics from this process's half of the batches, and store them."
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/init', rank=rank, world_size=2)
+    torch.distributed.init_process_group('gloo')
+    rank = torch.distributed.get_rank()
     net = cnn()
     reestimate_(net, [net[1]], [(x,) for x, _ in six()[rank::2]])
     torch.save((net[1].running_mean, net[1].running_var), f'{folder}/{rank}.pt')
@@ -817,7 +819,14 @@ def _reestimate_in_a_process(rank, folder):
 
 def test_processes_have_the_same_batchnorm_statistics(tmp_path):
     "Each process sees half of the batches, and all get the means over all batches."
-    torch.multiprocessing.spawn(_reestimate_in_a_process, (str(tmp_path),), nprocs=2)
+    in_two_processes(_reestimate_in_a_process, tmp_path)
     for rank in range(2):
         got = torch.load(tmp_path / f'{rank}.pt')
         torch.testing.assert_close(got, statistics(cnn(), six()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_batch_that_an_exception_left_moved_is_replaced():
+    learn = SimpleNamespace()
+    for _ in range(2): _MovedBatch.install(SimpleNamespace(learn=learn))
+    learn._do_one_batch.remove()
+    assert '_do_one_batch' not in vars(learn)

@@ -1,18 +1,21 @@
 """The rule of the verdicts: its cases, its error rates and its power, on numbers whose truth is known."""
 import itertools
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from published_tables import SAM_STUDY_LOGS
 from scipy import stats
 
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.papers import claims as claims_page
+from sadt_nb.papers import verdict_rows, verdicts
 from sadt_nb.papers.claims import (
-    LOWER, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Side, discoveries, finished_runs,
-    judged, outcome, outside_regime, paired_by_image, paired_by_seed, power, seeds_for_power, smallest_effect,
-    stored_networks, weakest, without_chance)
+    LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Side, discoveries,
+    finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image, paired_by_seed, power,
+    seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
 from sadt_nb.papers.grids import paper_grid
 from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
 from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
@@ -292,3 +295,42 @@ def test_a_sentence_counts_every_claim(claims):
     for of_paper in claims.values():
         numbers = re.findall(r'(?:, |and )?(\d+) (?:is|are|has|have)\b', str(paper_sentence(of_paper)))
         assert sum(map(int, numbers)) == len(of_paper)
+
+
+def test_sides_of_a_border():
+    assert (Side(2.).effect(5.), Side(2., above=False).effect(5.), NO_GAIN.effect(.25)) == (3, -3, .75)
+    assert verdicts._at_most(2.).effect(2.1) == pytest.approx(0)
+    assert verdicts._at_most(2.).effect(1.) == pytest.approx(np.log(2.1))
+
+
+def test_the_images_on_which_two_networks_may_differ():
+    "With errors of 5% and 3%, both networks are wrong on other images: 8% differ, by one point of 100 each."
+    assert image_variance(95, 97, 1000) == pytest.approx((.08 * 100**2 - 2**2) / 1000)
+    assert image_variance(5, 3, 1000) == pytest.approx((.08 * 100**2 - 2**2) / 1000)
+
+
+def test_the_sizes_of_the_logs_are_those_of_figure_1():
+    assert set(verdicts._LOGGED_SIZES) == {int(row[1]) for row in SAM_STUDY_LOGS if row[1] != '-'}
+
+
+def test_only_open_claims_that_a_table_decides_have_a_price(monkeypatch):
+    monkeypatch.setattr(verdict_rows, 'speeds', lambda: None)
+    monkeypatch.setattr(verdict_rows, 'price', lambda claim, speed: claim.says.upper())
+    def claim(says, outcome, tables): return SimpleNamespace(says=says, outcome=outcome, tables=tables)
+    table = (('sadt/table1', ''),)
+    of_paper = [claim('a', 'not run', table), claim('b', 'not run', ()), claim('c', 'holds', table)]
+    assert verdict_rows.prices(dict(paper=of_paper)) == dict(a='A')
+
+
+def test_which_rounds_are_compared_when_students_approach_their_teachers():
+    seen = []
+    def gap(place, what, a, b, **facts):
+        seen.append((what, a, b))
+        return Evidence('', what, 1., 1., 1., 1, Side(1))
+    verdicts._rounds_approach(SimpleNamespace(gap=gap))
+    assert seen[0] == ('alpha 0.5', 'alpha 0.5, round 2', 'alpha 0.5, round 1')
+    for what, *rounds in seen[1:]: assert rounds == [f'{what}, round 3', f'{what}, round 1']
+
+
+def test_the_note_of_other_data_names_the_presets():
+    assert '`sadt_grid sadt/table1_code` trains Table 1 as released' in verdicts._other_data().note

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,7 @@ def test_a_process_dies_in_mid_run(cluster, one_thread, tmp_path):
     assert cluster.is_initialized(), 'a connection that was open before stays open'
 
 
+@pytest.mark.slow
 def test_a_process_dies_every_time(cluster, tmp_path):
     cfg = of('sam').but(epochs=400)
     t, out = in_background([cfg], tmp_path, ray='auto', attempts=2)
@@ -173,3 +175,13 @@ def test_a_machine_dies(tmp_path, one_thread):
     finally:
         ray.shutdown()
         machines.shutdown()
+
+
+@pytest.mark.parametrize('before', [False, True])
+def test_only_a_connection_of_our_own_is_closed(before, monkeypatch):
+    calls = []
+    ray = SimpleNamespace(is_initialized=lambda: before, init=lambda *a, **k: calls.append('init'),
+                          shutdown=lambda: calls.append('shutdown'))
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    with grid._cluster('auto') as found: assert found is ray
+    assert calls == ([] if before else ['init', 'shutdown'])

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import cells_of
 from sadt_nb.commands import cli
 from sadt_nb.data import datasets
 from sadt_nb.data.augment import CropFlip, CutMix
@@ -18,7 +19,7 @@ from sadt_nb.experiments.report import published
 from sadt_nb.experiments.sweep import SWEEPS
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS, make_model
-from sadt_nb.papers.grids import PAPER_ENSEMBLES, PAPER_GRIDS, paper_ensembles, paper_grid
+from sadt_nb.papers.grids import PAPER_ENSEMBLES, PAPER_GRIDS, paper_ensembles
 
 STORED_NAMES = Path(__file__).with_name('preset_names.json') # written before keys had a normal form
 FRAMES = dict(whole=(1., ''), part=(.1, 'bf16'))
@@ -35,7 +36,7 @@ def preset_digests():
     found = {}
     for name in PAPER_GRIDS:
         for frame, (scale, amp) in FRAMES.items():
-            runs = [c.run for c in paper_grid(name, scale, amp)]
+            runs = [c.run for c in cells_of(name, scale, amp)]
             if name in PAPER_ENSEMBLES:
                 for e in paper_ensembles(name, scale, amp): runs += e.members
             found[f'{name} {frame}'] = digest(runs)
@@ -215,3 +216,17 @@ def test_values_of_options_without_a_type():
         assert found == stored
         assert type(found) is type(stored)
         if isinstance(stored, tuple): assert [*map(type, found)] == [*map(type, stored)]
+
+
+BOUNDS = [ # field, allowed, refused
+    ('resized_crop', (0, .5, 1), (-.01, 1.01)), ('rotate', (0, 90., 180), (-1, 181)),
+    ('valid', (0, .99), (-.1, 1)), ('cutmix', (0, 7.), (-.1,)), ('crop', (0, 4), (-1, 1.5)),
+    ('bs', (1, 7), (0, -1, 2.5)), ('lr', (1e-9,), (0, -1)),
+    ('seed', (0, 2**32 - 1), (-1, 2**32)), ('n_train', (None, 1), (0, -5))]
+
+
+@pytest.mark.parametrize('field, allowed, refused', BOUNDS, ids=[b[0] for b in BOUNDS])
+def test_the_bounds_of_an_option_are_the_documented_ones(field, allowed, refused):
+    for value in allowed: assert getattr(Run(**{field: value}), field) == value
+    for value in refused:
+        with pytest.raises(ValueError, match=field): Run(**{field: value})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from sadt_nb.data import datasets, loader
-from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix
+from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix, ResizedCrop
 from sadt_nb.data.datasets import digits, get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
 from sadt_nb.experiments.config import Run
@@ -530,3 +530,38 @@ def test_titles_of_images():
     "A class by its name; a mixture by the shares of its classes, largest first, without the tiny ones."
     assert loader._class_title(torch.tensor(1), ['cat', 'dog']) == 'dog'
     assert loader._class_title(torch.tensor([.299, .7, .001]), ['cat', 'dog', 'cow']) == '70% dog\n30% cat'
+
+
+@pytest.mark.parametrize('position', [0, -1])
+@pytest.mark.parametrize('n', [0, 1, 3])
+def test_a_single_operation_takes_any_number_of_images(n, position):
+    x = hard_images(5, 4, 4)[:n]
+    done = BatchedOps([('Invert', None, 1)])(x, np.full(n, position))
+    assert torch.equal(done, x if position else 255 - x)
+
+
+@pytest.mark.parametrize('h, w, window', [(4, 40, (0, 17, 4, 5)), (40, 4, (17, 0, 5, 4))])
+def test_a_part_that_fits_nowhere_is_the_middle(h, w, window):
+    "As in torchvision: the largest middle part whose sides are as 3 to 4 or as 4 to 3."
+    found = ResizedCrop(smallest=1.).windows(3, h, w, np.random.default_rng(0))
+    assert [v.tolist() for v in found] == [[v] * 3 for v in window]
+
+
+@pytest.mark.parametrize('train, test', [('ab', 'a'), ('a', 'ab')])
+def test_a_class_needs_images_in_both_parts(train, test):
+    found = {part: [('file', label, 'name') for label in classes]
+             for part, classes in (('train', train), ('test', test))}
+    with pytest.raises(ValueError, match="class 'b' has no images in t"): datasets._check_parts(found, 'here')
+
+
+@pytest.mark.parametrize('flip', [True, False])
+def test_images_are_mirrored_only_if_asked(flip):
+    tfms = get_dls('digits', crop=2, flip=flip, device='cpu').train.tfms
+    crop, = [t for t in tfms if isinstance(t, CropFlip)]
+    assert crop.flip is flip
+
+
+def test_rectangles_have_their_centres_in_every_row_and_column():
+    top, bottom, left, right = CutMix(2).boxes(500, 3, 3, np.random.default_rng(0))
+    smallest = (bottom - top == 1) & (right - left == 1)
+    assert {*zip(top[smallest].tolist(), left[smallest].tolist())} == {*product(range(3), range(3))}

@@ -3,8 +3,8 @@
 `Disk` counts all calls that change a folder, and lets the call of a chosen number fail or end the process."""
 import builtins
 import errno
+import hashlib
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import context
 from PIL import Image
 from sadt_nb.core import checkpoint
 from sadt_nb.core.checkpoint import Checkpoint, whole_file, write_whole
@@ -186,10 +187,6 @@ def test_weights_without_room_keep_the_newest_checkpoint(cfg, tmp_path, expected
 
 
 # Killed processes
-
-context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['sadt_nb.all'])
-
 
 def killed(action, roots):
     "Do `action(root)` for each root in a process of its own that ends at write number 1, 2, ... of all."
@@ -378,3 +375,24 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     write_whole(tmp_path / 'a', data)
     assert events == [('on disk', len(data)), ('moved', 'a')]
     assert (tmp_path / 'a').read_bytes() == data
+
+
+def test_the_newest_whole_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
+    file, older = tmp_path / 'a.pt', tmp_path / 'a.pt.previous'
+    assert checkpoint._newest(file) is None
+    torch.save(dict(step=1), older)
+    file.write_bytes(b'damaged')
+    with pytest.warns(UserWarning, match='a.pt is damaged; the previous'):
+        assert checkpoint._newest(file) == file
+    assert torch.load(file, weights_only=True) == dict(step=1)
+    assert not older.exists()
+    assert checkpoint._newest(file) == file
+
+
+def test_the_name_of_a_cache_is_a_hash_of_what_the_images_are(tmp_path):
+    file = tmp_path / 'a' / 'one.png'
+    file.parent.mkdir()
+    file.write_bytes(b'12345')
+    os.utime(file, ns=(7, 7))
+    text = f'v3\n{tmp_path.resolve()}\n32\na/one.png|5|7'
+    assert mapped._stamp(tmp_path, 32, [file]) == hashlib.sha256(text.encode()).hexdigest()[:16]

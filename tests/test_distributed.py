@@ -1,15 +1,14 @@
 "Every method in two processes (gloo) against the same global batches in one process."
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import cnn, flat, follows_gradient, learner, needed
+from conftest import batches, cnn, flat, follows_gradient, in_two_processes, learner, needed
 from documented_methods import DOCUMENTED, registered
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
+from sadt_nb.core import ranks
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.methods.registry import METHODS, make_method
 
@@ -51,12 +50,7 @@ def messages_of(name, steps):
 def two_processes(tmp_path_factory):
     "Return the output of `distributed_worker.py`, by method."
     out = tmp_path_factory.mktemp('ddp') / 'results.pt'
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    script = Path(__file__).with_name('distributed_worker.py')
-    command = [*torchrun, str(script), str(out)]
-    r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert r.returncode == 0, r.stderr[-3000:]
+    in_two_processes(worker.main, out)
     return torch.load(out, weights_only=False)
 
 
@@ -100,3 +94,40 @@ def test_the_image_loader_gives_each_process_its_own_half(two_processes):
     assert len(first) == len(second) == 100
     assert not first & second
     assert got['shapes'] == {((3, 32, 32), torch.float32, True)}
+
+
+def test_the_context_of_fastai_is_open_inside_ours(monkeypatch):
+    events, loaders = [], ['train', 'valid']
+
+    @contextmanager
+    def distrib_ctx(sync_bn, cpu):
+        events.append(dict(sync_bn=sync_bn, cpu=cpu))
+        yield
+        events.append('closed')
+    monkeypatch.setattr(ranks, 'n_ranks', lambda: 2)
+    monkeypatch.setattr(ranks, '_shared_loader_class', lambda: lambda dl, device: f'shared {dl}')
+    dls = SimpleNamespace(loaders=loaders, device=torch.device('cpu'))
+    with ranks.distributed_context(SimpleNamespace(dls=dls, distrib_ctx=distrib_ctx)):
+        events.append(dls.loaders)
+    assert events == [dict(sync_bn=False, cpu=True), ['shared train', 'shared valid'], 'closed']
+    assert dls.loaders is loaders
+
+
+@pytest.fixture
+def one_rank():
+    "A group of this process alone, as `DistributedDataParallel` needs it."
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('per_rank', [True, False])
+def test_which_gradients_are_averaged_over_processes(per_rank, one_rank):
+    (cb,), flags = make_method('sam'), []
+    cb.per_rank = per_rank
+    net = torch.nn.parallel.DistributedDataParallel(cnn())
+    def note(*_):
+        if net.training: flags.append(net.require_backward_grad_sync)
+    net.module.register_forward_pre_hook(note)
+    learner(net, [cb], batches(conv=True)[:2]).fit(1)
+    assert flags == [not per_rank, True] * 2

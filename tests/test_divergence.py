@@ -220,3 +220,22 @@ def test_agreement_of_segmentations_and_labels():
     assert logit_mse(Fixed(labels), Fixed(others), dl) == pytest.approx((1 + 4 + 1 + 4) / 4)
     one, other = Fixed(labels[:, :1]), Fixed(others[:, :1])
     with pytest.raises(ValueError, match='axis=None'): agreement(one, other, dl)
+
+
+class Shifted(nn.Module):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x): return x + self.logits
+
+
+def test_a_label_is_predicted_if_its_logit_is_positive():
+    "A logit of .5 is as positive as one of 2."
+    a, b = torch.tensor([[.5, 2., -1.]]), torch.tensor([[2., .5, -1.]])
+    assert agreement(Shifted(a), Shifted(b), [(torch.zeros(1, 1),)], axis=None) == 1
+
+
+def test_the_factor_of_a_term():
+    for squared, factor in ((True, .5 * 3**2), (False, .5)):
+        assert SAF(lam=.5, tau=3., tau_squared=squared).factor == factor

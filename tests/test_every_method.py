@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Net, as_loader, batches, cnn, flat, follows_gradient, learner
+from conftest import Net, as_loader, batches, cnn, covering, flat, follows_gradient, learner
 from conftest import needed, needs_momentum, sgd_for
 from documented_methods import DOCUMENTED, registered
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
@@ -26,6 +26,11 @@ from sadt_nb.models.simple_cnn import simple_cnn
 
 NAMES = [*METHODS, *DOCUMENTED]
 ALL = pytest.mark.parametrize('name', NAMES)
+
+# Methods that go through a Learner as another one does: agc, sam, wsam, sadt2, baseline, readme_method. They
+# leave out the tests that cost half a second for each method.
+LIKE_ANOTHER = ('gc', 'asam', 'gsam', 'friendly_sam', 'sadt1', 'sadt3', 'repeat_step', 'tutorial_method')
+ONE_OF_EACH_KIND = pytest.mark.parametrize('name', covering(NAMES, {*NAMES} - {*LIKE_ANOTHER}))
 
 
 @pytest.fixture(autouse=True)
@@ -364,7 +369,7 @@ def test_soft_labels_of_a_mixing_loader(name):
     assert torch.isfinite(from_soft).all()
 
 
-@ALL
+@ONE_OF_EACH_KIND
 def test_a_learning_rate_search_does_not_change_the_training_after_it(name, tmp_path):
     def weights_after_training(search):
         data = as_loader(conv(n=64, dtype=torch.float32))
@@ -382,7 +387,7 @@ def test_a_learning_rate_search_does_not_change_the_training_after_it(name, tmp_
     assert torch.equal(weights_after_training(True), weights_after_training(False))
 
 
-@ALL
+@ONE_OF_EACH_KIND
 def test_a_compiled_network(name):
     graphs = []
     def backend(graph, inputs):
@@ -394,7 +399,7 @@ def test_a_compiled_network(name):
     torch.testing.assert_close(flat(compiled.model), flat(fit(name).model), rtol=1e-9, atol=1e-11)
 
 
-@ALL
+@ONE_OF_EACH_KIND
 def test_a_network_that_overwrites_its_last_predictions_and_gradients(name):
     """The network behaves like CUDA graphs: each forward pass overwrites the memory of the last one.
 
@@ -502,7 +507,7 @@ def test_looksam_drops_a_direction_that_overflowed():
     assert torch.isfinite(flat(net)).all()
 
 
-@ALL
+@ONE_OF_EACH_KIND
 def test_a_learner_is_exported_after_training_and_loads(name, tmp_path):
     dls = get_dls('digits', bs=30, n_train=60, device='cpu')
     options = dict(teacher=simple_cnn()) if needed(name) else {}

@@ -21,6 +21,7 @@ from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_ensemble
 from sadt_nb.experiments.runner import VIEWS, evaluate, load_model, make_learner, packed, run, unpacked
 from sadt_nb.methods.registry import METHODS
+from sadt_nb.models.fast_cnn import FastGroup
 from scipy.stats import chisquare
 from test_resume import interrupted, outcome, quiet, same
 from torch import nn
@@ -470,3 +471,15 @@ def test_validation_batches_are_no_steps_of_lookahead():
         ended.append(flat(learn.model))
     assert torch.equal(*ended)
     assert not torch.equal(ended[0], flat(mlp()))
+
+
+@torch.no_grad()
+def test_a_group_of_three_convolutions_adds_its_first_activation():
+    torch.manual_seed(0)
+    group = FastGroup(2, 3, depth=3).double().eval()
+    x = torch.randn(4, 2, 6, 6, dtype=torch.float64)
+    def convolved(x, i): return F.conv2d(x, getattr(group, f'conv{i}').weight, padding=1)
+    first = F.gelu(F.max_pool2d(convolved(x, 1), 2)) # BatchNorm has seen nothing yet: mean 0, variance 1
+    second = F.gelu(convolved(first, 2))
+    expected = F.gelu(convolved(second, 3) + first)
+    torch.testing.assert_close(group(x), expected, rtol=1e-9, atol=1e-9)

@@ -14,7 +14,8 @@ from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
 
-from sadt_nb.core.passes import _OwnGradients, kept_buffers, replaying, rng_policy, rng_states, set_rng_states
+from sadt_nb.core.passes import _OwnGradients, kept_buffers, replay, replaying, rng_policy, rng_states
+from sadt_nb.core.passes import set_rng_states
 from sadt_nb.core.perturb import chosen_params, trainable_params, unwrapped
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.measures.landscape import loss_line, random_direction
@@ -24,7 +25,7 @@ from sadt_nb.methods.asam import _is_weight, asam_step
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.esam import ESAM, esam_step
 from sadt_nb.methods.gradient_centralization import GradientCentralization
-from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.methods.registry import METHODS, make_method, method_options
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM, sam_step
 from sadt_nb.models.registry import MODELS, make_model
@@ -452,3 +453,45 @@ def test_gradients_that_fastai_has_zeroed_are_not_set_aside(name):
             if not replaying(self.learn): seen.append(len(cb._stash))
     learner(cnn(), [cb, Look()], as_loader(conv())).fit(2)
     assert seen == [0] * 6
+
+
+class SetAside(Callback):
+    "Notes in how many parameters a method holds gradients of before this backward."
+    order = 100
+
+    def __init__(self, cb): self.cb, self.seen = cb, []
+    def before_backward(self):
+        if not self.cb.replaying: self.seen.append(len(self.cb._stash))
+
+
+def of_a_pass(name): return [cb for cb in make_method(name, **needed(name)) if isinstance(cb, _OwnGradients)]
+
+
+@pytest.mark.parametrize('name', [n for n in METHODS if of_a_pass(n)])
+def test_zeroed_gradients_are_not_set_aside(name):
+    "fastai zeroes gradients in place; a method that keeps such zeros holds a second copy of the weights."
+    cb, = of_a_pass(name)
+    seen = SetAside(cb)
+    learner(cnn(), [cb, seen], conv(), opt_func=sgd_for([cb])).fit(1)
+    assert seen.seen == [0, 0, 0]
+
+
+def test_replay_adds_its_gradient_to_the_one_that_is_there():
+    "Also a forward pass alone leaves the gradient as it was."
+    ratios = []
+
+    class Again(Callback):
+        def after_backward(self):
+            def now(): return torch.cat([p.grad.flatten() for p in self.model.parameters()])
+            first = now()
+            replay(self.learn, until=self)
+            twice = now()
+            replay(self.learn, backward=False)
+            ratios.append((torch.equal(twice, 2 * first), torch.equal(now(), twice)))
+    learner(mlp(), [Again()]).fit(1)
+    assert ratios == [(True, True)] * 3
+
+
+@pytest.mark.parametrize('function', [make_method, method_options])
+def test_an_unknown_method_is_named_with_the_nearest_name(function):
+    with pytest.raises(ValueError, match="unknown method 'sma'; did you mean 'sam'"): function('sma')

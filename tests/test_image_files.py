@@ -325,3 +325,12 @@ def test_control_characters_in_names_are_shown_as_escapes(tmp_path):
     text = ' '.join(str(w.message) for w in caught)
     assert r'.\x1b[2j' in text and r'b\x1b]0;title\x07' in text
     assert '\x1b' not in text and '\x07' not in text
+
+
+@pytest.mark.parametrize('options, label', [({}, 'mammals'), (dict(innermost=True), 'cat')])
+def test_the_class_of_an_image_in_an_archive(options, label, tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as z: z.writestr('train/mammals/cat/1.png', b'')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        found, = archive_images(tmp_path / 'a.zip', **options)
+    assert found[:2] == ('train', label)

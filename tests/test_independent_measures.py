@@ -671,3 +671,13 @@ def test_a_wrong_corruption_is_named_before_a_batch_is_read(kinds, severities):
     learn = learner(nn.Sequential(nn.Flatten(), nn.Linear(3072, 9)).eval(), [])
     with pytest.raises(ValueError, match="unknown corruption 'rain'|`severity` must be"):
         corrupted_accuracy(learn, kinds, severities, dl=Unread(), progress=False)
+
+
+@pytest.mark.parametrize('left_out', [(0, 1), (2, 3)])
+def test_effective_robustness_needs_both_accuracies_of_each_network(left_out):
+    given = [[.6, .7], [.5, .55], [.5, .6, .7, .8], [.4, .5, .6, .65]]
+    effective_robustness(*given)
+    for i in left_out:
+        short = [v[:-1] if j == i else v for j, v in enumerate(given)]
+        with pytest.raises(ValueError, match='each network needs both accuracies'):
+            effective_robustness(*short)

@@ -437,3 +437,13 @@ def test_accelerate_with_autocast_makes_the_steps_of_a_plain_loop(accelerator, n
             expected.step()
             expected.zero_grad()
     torch.testing.assert_close(values(net), values(other), rtol=1e-6, atol=1e-7)
+
+
+def test_a_repeated_training_step_logs_nothing():
+    pytest.importorskip('lightning', reason=f'lightning is {INSTALL}')
+    from sadt_nb.core.lightning import _without_logs
+    module = nn.Module()
+    with _without_logs(module):
+        module.log('loss', 1.)
+        module.log_dict(dict(loss=1.))
+    assert not {'log', 'log_dict'} & vars(module).keys()

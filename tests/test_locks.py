@@ -8,11 +8,13 @@ import time
 import warnings
 
 import pytest
+from conftest import covering
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
 from sadt_nb.experiments.runner import RunBusy, RunError, run
 
+pytestmark = pytest.mark.usefixtures('narrow')
 quiet = dict(progress=False)
 CFG = Run(epochs=1, n_train=20, bs=10)
 fcntl = pytest.importorskip('fcntl', reason='Windows has other locks')
@@ -165,7 +167,7 @@ def interrupted(seconds, cwd):
     return p.returncode, out
 
 
-@pytest.mark.parametrize('seconds', [0., .02, .05, .1, .5, 1., 2.])
+@pytest.mark.parametrize('seconds', covering([0., .02, .05, .1, .5, 1., 2.], [0., .1, 1.]))
 def test_ctrl_c_at_any_moment_ends_a_command_with_one_line(seconds, tmp_path):
     "In its first seconds, a command imports its modules."
     rc, out = interrupted(seconds, tmp_path)

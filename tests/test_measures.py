@@ -625,3 +625,15 @@ def test_a_landscape_of_images_and_of_videos():
         (xb,), _ = landscape._Slice(learn, [direction], None, None).loss.batches[0]
         assert torch.equal(xb, x)
         if axes == 2: assert xb.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_error_of_a_stored_spectrum():
+    "A root mean square is the root of a mean; its error is that of the mean over twice the root."
+    from sadt_nb.experiments.measure import _as_json
+    nodes = [torch.tensor([v, -v], dtype=torch.float64) for v in (1., 2., 3.)]
+    weights = [torch.full((2,), .5, dtype=torch.float64)] * 3
+    grid = torch.zeros(1)
+    stored = _as_json(hessian.SpectralDensity(grid, grid, 6, True, grid, nodes, weights))
+    assert stored['value'] == pytest.approx((14 / 3)**.5) # the mean of 1, 4 and 9
+    deviation = ((1 + 16 + 81 - 14**2 / 3) / 2)**.5
+    assert stored['error'] == pytest.approx(deviation / 3**.5 / (2 * (14 / 3)**.5))

@@ -3,15 +3,19 @@
 Also the weights that a ViT loads, and the error when its extra is missing."""
 import copy
 import importlib.util
+import inspect
 import pickle
+import re
 import sys
 import time
 
 import pytest
 import torch
+from conftest import LARGE
 from sadt_nb.experiments.config import Run
-from sadt_nb.models.registry import MODELS, make_model
+from sadt_nb.models.registry import MODELS, make_model, model_options
 from sadt_nb.models.vit import vit
+from sadt_nb.models.weights import Normalize
 from sadt_nb.models.wide_resnet import wide_resnet
 from torch import nn
 from torch.nn import functional as F
@@ -26,13 +30,14 @@ EXTRAS = dict(vit=needs_timm, clip=needs_clip)
 def needs_small_images(name): return name.startswith(('vit', 'clip'))
 
 
-def with_extra(name):
+def with_extra(name, *marks):
     "Return the name, marked to be skipped where the extra that the network needs is missing."
     family = name.split('_')[0]
-    return pytest.param(name, marks=EXTRAS[family]) if family in EXTRAS else name
+    return pytest.param(name, marks=[*marks, EXTRAS[family]] if family in EXTRAS else marks)
 
 
 NAMES = [with_extra(name) for name in MODELS]
+WITHOUT_LARGE = [with_extra(name, *([pytest.mark.slow] if name in LARGE else [])) for name in MODELS]
 IMAGENET = ('resnet50', 'resnet152')
 
 
@@ -66,7 +71,7 @@ def biases_before_batchnorm(net):
     return found
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITHOUT_LARGE)
 def test_a_step_reaches_every_parameter(name):
     net, x = small(name, 100)
     for m in net.modules(): # a branch that starts at zero, as CLIP's do, hides its layers from the first step
@@ -83,7 +88,7 @@ def test_a_step_reaches_every_parameter(name):
         else: assert p.grad is None, n # fixed filters and scales
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', WITHOUT_LARGE)
 def test_memory_formats_copies_and_stored_weights_give_the_same_logits(name):
     net, x = small(name)
     for m in net.modules(): # statistics that are not those of a fresh network
@@ -157,3 +162,27 @@ def test_the_starting_weights_of_keras_and_of_pytorch(name):
         return [(m.bias.abs().max().item(), m.weight[0].numel()**-.5) for m in layers if m.bias is not None]
     assert {largest for largest, _ in biases('keras')} == {0.}
     for largest, limit in biases('torch'): assert 0 < largest <= limit
+
+
+@pytest.mark.parametrize('function', [make_model, model_options])
+def test_an_unknown_network_is_named_with_the_nearest_name(function):
+    with pytest.raises(ValueError, match="unknown model 'resnet8'; did you mean 'resnet18'"):
+        function('resnet8')
+
+
+def test_a_normalisation_has_no_entries_in_the_state():
+    layer = Normalize((.5, .4, .3), (.1, .2, .3))
+    assert not layer.state_dict()
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(layer(x)[:, 1], (x[:, 1] - .4) / .2)
+
+
+def documented_size(name):
+    found = re.search(r'([\d,]+) parameters', inspect.getdoc(MODELS[name]) or '')
+    return found and int(found[1].replace(',', ''))
+
+
+@pytest.mark.parametrize('name', [with_extra(name) for name in MODELS if documented_size(name)])
+def test_a_network_has_as_many_parameters_as_its_help_says(name):
+    with torch.device('meta'): net = MODELS[name]()
+    assert sum(p.numel() for p in net.parameters()) == documented_size(name)

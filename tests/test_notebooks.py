@@ -1,7 +1,9 @@
 "The notebooks as documents: the pattern of a method's notebook, links, and readable outputs."
 import ast
+import inspect
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -209,6 +211,34 @@ def test_tutorials_follow_the_pattern(path):
     assert exercises.count('<summary>Answer</summary>') == 2
     later = [p for p in TUTORIALS if p.stem > path.stem]
     if later: assert f']({later[0].name})' in exercises, 'a link to the next tutorial'
+
+
+def of_the_library(tree):
+    "Return what the code imports from the library, by name."
+    found = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith('sadt_nb'): continue
+        module = import_module(node.module)
+        for a in node.names:
+            if a.name == '*': found.update({n: getattr(module, n) for n in module.__all__})
+            else: found[a.asname or a.name] = getattr(module, a.name)
+    return found
+
+
+@pytest.mark.parametrize('path', TUTORIALS, ids=ids(TUTORIALS))
+def test_tutorials_call_the_library_as_it_is(path):
+    "Without a run, which test-moved makes: all imported names exist, and all calls fit their options."
+    fenced = re.findall(r'```python\n(.*?)```', prose(path), re.S)
+    code = [source(c) for c in code_cells(path) if '%pip' not in source(c)]
+    tree = ast.parse('\n'.join([*code, *fenced]))
+    names = of_the_library(tree)
+    assert names
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name): continue
+        if node.func.id not in names: continue
+        options = {k.arg: k.value for k in node.keywords}
+        if None in options or any(isinstance(a, ast.Starred) for a in node.args): continue # unpacked
+        inspect.signature(names[node.func.id]).bind(*node.args, **options)
 
 
 @pytest.mark.slow

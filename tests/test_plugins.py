@@ -23,11 +23,12 @@ def entry_points_file(groups):
     return ''.join(lines)
 
 
-@pytest.fixture
-def installed(tmp_path):
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
     """Return a folder that holds the example package as an installer leaves it.
 
     That is the module, and the entry points that its pyproject.toml declares."""
+    tmp_path = tmp_path_factory.mktemp('installed')
     project = tomllib.loads((EXAMPLE / 'pyproject.toml').read_text())['project']
     shutil.copy(EXAMPLE / 'example_method.py', tmp_path)
     name, version = project['name'], project['version']
@@ -38,43 +39,69 @@ def installed(tmp_path):
     return tmp_path
 
 
-def python(code, path, tmp_path):
-    "Run code in a new Python that also imports from `path`. Return the finished process."
+IN_TURN = """
+import os, sys
+import fastai.vision.all, matplotlib.pyplot, pandas, scipy.stats, sklearn.datasets
+assert not [m for m in sys.modules if m.startswith('sadt_nb')]
+for code in sys.argv[1:]:
+    pid = os.fork()
+    if not pid:
+        exec(code, dict(__name__='__main__'))
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print('exit', code, flush=True)
+"""
+
+
+def python(codes, path, cwd):
+    """Run each code in a Python of its own that also imports from `path`. Return their outputs.
+
+    The processes begin as copies of one that has imported fastai, and nothing of this library."""
     search = os.pathsep.join([str(path), os.environ.get('PYTHONPATH', '')])
     env = dict(os.environ, PYTHONPATH=search, PYTHONWARNINGS='ignore')
-    return subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env, capture_output=True, text=True,
-                          timeout=300)
+    done = subprocess.run([sys.executable, '-c', IN_TURN, *codes], cwd=cwd, env=env, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, timeout=300)
+    outputs = done.stdout.split('exit 0\n')
+    assert len(outputs) == len(codes) + 1, done.stdout
+    return outputs[:-1]
 
 
 FIRST_IMPORTS = ['from sadt_nb.all import *', 'from sadt_nb.methods.registry import *',
                  'import example_method; from sadt_nb.all import *']
 
 
-@pytest.mark.parametrize('first', FIRST_IMPORTS)
-def test_an_installed_package_adds_its_method(installed, tmp_path, first):
-    "The order of imports does not matter."
-    process = python(first + """
+USE = """
 from sadt_nb.methods.registry import make_method, METHODS
 cb, = make_method('random_neighbour', seed=3, rho=.1)
 print(type(cb).__name__, cb.rho, METHODS['random_neighbour'].passes)
 try: make_method('random_neighbour', rho=-1)
 except ValueError as e: print(e)
-""", installed, tmp_path)
-    expected = ['RandomNeighbour 0.1 2', '`rho` must be positive, got -1']
-    assert process.stdout.splitlines() == expected, process.stderr
-
-
-def test_an_installed_method_trains_from_the_command_line(installed, tmp_path):
-    process = python("""
+"""
+TRAIN = """
 from sadt_nb.commands.cli import sadt_train
 sadt_train(method='random_neighbour', n_train=100, bs=50, epochs=1, root='runs')
 from sadt_nb.experiments.report import load_results
 r, = load_results('runs').to_dict('records')
 print('done', r['method'], r['status'])
-""", installed, tmp_path)
-    output = process.stdout + process.stderr
-    assert 'done random_neighbour finished' in process.stdout, output
-    assert '2 steps, 4 passes' in process.stdout, output
+"""
+
+
+@pytest.fixture(scope='module')
+def outputs(installed):
+    "Return what each of the codes prints in a process that finds the installed package."
+    codes = [*(first + USE for first in FIRST_IMPORTS), TRAIN]
+    return dict(zip([*FIRST_IMPORTS, 'train'], python(codes, installed, installed)))
+
+
+@pytest.mark.parametrize('first', FIRST_IMPORTS)
+def test_an_installed_package_adds_its_method(outputs, first):
+    "The order of imports does not matter."
+    assert outputs[first].splitlines() == ['RandomNeighbour 0.1 2', '`rho` must be positive, got -1']
+
+
+def test_an_installed_method_trains_from_the_command_line(outputs):
+    assert 'done random_neighbour finished' in outputs['train'], outputs['train']
+    assert '2 steps, 4 passes' in outputs['train'], outputs['train']
 
 
 def test_without_the_package_there_is_no_such_method(): assert 'random_neighbour' not in METHODS

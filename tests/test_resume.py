@@ -1,9 +1,9 @@
 "Interrupted runs end with the same bits as uninterrupted runs, for every method and at any moment."
 import json
-import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +16,7 @@ import conftest
 import numpy as np
 import pytest
 import torch
+from conftest import context, covering
 from fastai.callback.core import Callback
 from fastai.callback.tracker import EarlyStoppingCallback
 from fastai.callback.training import GradientAccumulation
@@ -93,18 +94,31 @@ def interrupted(cfg, root, monkeypatch, at=((1, 0), (3, 2))):
     return run(cfg, root, **quiet)
 
 
-def variants():
-    "Return `VARIANTS` as test parameters, with half precision marked as slow."
-    slow = pytest.param(VARIANTS['half precision'], marks=pytest.mark.slow)
-    return {**VARIANTS, 'half precision': slow}.values()
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "Return a function from a run to the outcome of its training without a stop, which many tests compare."
+    root, found = tmp_path_factory.mktemp('whole'), {}
+    def outcome_of(cfg):
+        if cfg not in found:
+            run(cfg, root, **quiet)
+            found[cfg] = outcome(cfg, root)
+        return found[cfg]
+    return outcome_of
+
+
+# Without a state, or with one like another method's; test_every_method.py saves the state of all methods.
+# The variants have sadt2 and esam in half precision, and teachers have a test of their own.
+LIKE_ANOTHER = ('baseline', 'gc', 'agc', 'asam', 'gsam', 'wsam', 'repeat_step', 'sadt2', 'distillation',
+                'half precision')
+INTERRUPTED = [*METHODS, *VARIANTS]
 
 
 @pytest.mark.filterwarnings('ignore:this processor emulates')
-@pytest.mark.parametrize('cfg', [*map(of, METHODS), *variants()], ids=[*METHODS, *VARIANTS])
-def test_an_interrupted_run_ends_with_the_same_bits(cfg, tmp_path, monkeypatch):
-    run(cfg, tmp_path / 'whole', **quiet)
+@pytest.mark.parametrize('name', covering(INTERRUPTED, {*INTERRUPTED} - {*LIKE_ANOTHER}))
+def test_an_interrupted_run_ends_with_the_same_bits(name, whole, tmp_path, monkeypatch):
+    cfg = VARIANTS[name] if name in VARIANTS else of(name)
     assert interrupted(cfg, tmp_path / 'cut', monkeypatch)['resumed'] == 3
-    assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
+    assert same(whole(cfg), outcome(cfg, tmp_path / 'cut'))
     files = sorted(f.name for f in (tmp_path / 'cut' / cfg.name).glob('[!.]*'))
     assert files == ['config.json', 'history.json', 'result.json', 'weights.pt']
 
@@ -121,26 +135,26 @@ def forget_scaler(monkeypatch):
 
 
 @pytest.mark.parametrize('forget', ['_load_callback', '_load_loader', '_load_random', 'opt', 'scaler'])
-def test_no_part_of_the_state_is_superfluous(forget, tmp_path, monkeypatch):
+def test_no_part_of_the_state_is_superfluous(forget, whole, tmp_path, monkeypatch):
     cfg = SENSITIVE.get(forget, VARIANTS['momentum, clipping, best epoch'])
-    run(cfg, tmp_path / 'whole', **quiet)
+    expected = whole(cfg)
     if forget == 'scaler': forget_scaler(monkeypatch)
     elif forget == 'opt': monkeypatch.setattr(torch.optim.SGD, 'load_state_dict', lambda *a: None)
     else: monkeypatch.setattr(checkpoint, forget, lambda *a: None)
     interrupted(cfg, tmp_path / 'cut', monkeypatch)
-    assert not same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
+    assert not same(expected, outcome(cfg, tmp_path / 'cut'))
 
 
 @pytest.mark.parametrize('method', ['looksam', 'esam', 'saf', 'mesa', 'sadt1', 'sadt3', 'weight_average'])
-def test_the_methods_state_matters(method, tmp_path, monkeypatch):
+def test_the_methods_state_matters(method, whole, tmp_path, monkeypatch):
     cfg = of(method)
-    run(cfg, tmp_path / 'whole', **quiet)
+    expected = whole(cfg)
     real = checkpoint._load_callback
     def load_only_the_recorder(cb, state):
         if isinstance(cb, RunRecorder): return real(cb, state)
     monkeypatch.setattr(checkpoint, '_load_callback', load_only_the_recorder)
     interrupted(cfg, tmp_path / 'cut', monkeypatch)
-    assert not same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
+    assert not same(expected, outcome(cfg, tmp_path / 'cut'))
 
 
 def test_with_a_progress_bar_or_without(tmp_path, monkeypatch, capsys):
@@ -281,15 +295,24 @@ def test_when_checkpoints_are_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
+    "Return a root with the run of `half_done`, which is trained when a test first asks for it."
+    root = tmp_path_factory.mktemp('stopped') / 'root'
+    def trained(monkeypatch):
+        if not root.exists():
+            with monkeypatch.context() as m:
+                stop_in(m, 3)
+                with pytest.raises(KeyboardInterrupt): run(of('sadt1'), root, **quiet)
+        return root
+    return trained
+
+
 @pytest.fixture
-def half_done(tmp_path, monkeypatch):
+def half_done(stopped, whole, tmp_path, monkeypatch):
     "Return a run interrupted after three epochs, its root, and the outcome of the same run without a stop."
-    cfg = of('sadt1')
-    run(cfg, tmp_path / 'whole', **quiet)
-    with monkeypatch.context() as m:
-        stop_in(m, 3)
-        with pytest.raises(KeyboardInterrupt): run(cfg, tmp_path / 'cut', **quiet)
-    return cfg, tmp_path / 'cut', outcome(cfg, tmp_path / 'whole')
+    shutil.copytree(stopped(monkeypatch), tmp_path / 'cut')
+    return of('sadt1'), tmp_path / 'cut', whole(of('sadt1'))
 
 
 DAMAGES = {'cut off': lambda b: b[:len(b) // 3],
@@ -399,11 +422,7 @@ def test_loading_a_checkpoint_runs_no_code_from_it(tmp_path):
     assert not (tmp_path / 'ran').exists()
 
 
-# Processes that are killed. A server imports the library once, so that its child processes begin at once.
-
-context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['sadt_nb.all'])
-
+# Processes that are killed
 
 def child(target, *args):
     p = context.Process(target=target, args=args)

@@ -376,3 +376,58 @@ def test_processes_share_a_batch(monkeypatch):
     runner._share_among_ranks(dls, SMALL.but(bs=30))
     assert dls.train.bs == 15
     assert dls[1] is before[1]
+
+
+@pytest.mark.parametrize('options', [
+    dict(data='digits', bs=7, valid=.2, n_train=60, seed=3, split=4, crop=4, pad_mode='reflect', flip=True,
+         rotate=9., autoaugment='svhn', cutout=5, cutout_inside=True, cutout_fill='mean', cutmix=.5,
+         channels_last=False, drop_last=False),
+    dict(data='digits', resized_crop=.4)])
+def test_options_of_the_data_reach_its_loaders(options, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(runner, 'get_dls', lambda data, **given: seen.update(given, data=data))
+    runner.run_loaders(Run(**options), 'cpu')
+    assert {name: seen[name] for name in options} == options
+    assert seen['device'] == 'cpu'
+    own = (.1, .2, .3), (.4, .5, .6)
+    for given, expected in (('', (0, 1)), ('data', ('data', 'data')), (own, own)):
+        runner.run_loaders(Run(**options, normalize=given))
+        assert (seen['mean'], seen['std']) == expected
+
+
+def test_a_plan_trains_the_teachers_of_unfinished_students_only(tmp_path, monkeypatch):
+    teacher = SMALL.but(valid=0.)
+    student = SMALL.but(valid=0., method='distillation', teachers=teacher, seed=1)
+    finished, trained = [], []
+    monkeypatch.setattr(grid_module, 'read_result', lambda cfg, root: cfg in finished)
+    monkeypatch.setattr(grid_module, 'is_trained', lambda cfg, root: cfg in trained)
+    def planned(force): return set(grid_module._plan([student], tmp_path, force))
+    assert planned(False) == {student, teacher}
+    finished.append(student)
+    assert planned(False) == {student}
+    assert planned(True) == {student, teacher}
+    trained.append(teacher)
+    assert planned(True) == {student}
+
+
+def test_tf32_ends_with_the_block():
+    before = torch.get_float32_matmul_precision()
+    for on in (True, False):
+        with runner._tf32(on): assert torch.get_float32_matmul_precision() == ('high' if on else before)
+        assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_number_of_threads_is_restored(tmp_path, monkeypatch):
+    mine = torch.get_num_threads()
+    monkeypatch.setattr(runner, '_began_with', lambda cfg, root: mine + 1)
+    with pytest.warns(UserWarning, match=f'began with threads={mine + 1}'):
+        with runner._same_threads(SMALL, tmp_path): assert torch.get_num_threads() == mine + 1
+    assert torch.get_num_threads() == mine
+
+
+def test_only_the_epochs_that_a_grid_has_trained_count_as_its_work(tmp_path):
+    cfg = SMALL.but(epochs=4)
+    work = grid_module._Work({}, tmp_path, {cfg: 5})
+    work.training, work.before = {cfg: 12}, {cfg: 1}
+    assert work.ends(cfg, False) is True
+    assert work.done == 12 * 3 / 4 + 5

@@ -2,16 +2,12 @@
 
 The loops were written from the definitions: SAM-ON, m-sharpness, late-phase SAM."""
 import math
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import batches, cnn, flat, learner, mlp, needed
+from conftest import batches, cnn, flat, in_two_processes, learner, mlp, needed
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
@@ -695,7 +691,7 @@ def test_the_wrapper_with_a_choice_that_the_batch_does_not_use():
 def test_the_cost_follows_the_options():
     expected = {('sam', 'start', .8): 1.2, ('sam', 'interval', 4): 1.25, ('looksam', 'k', 10): 1.1,
                 ('esam', 'gamma', 1.): 2, ('esam', 'gamma', .25): 1 + 1/3 + .25, ('sam', 'm', 32): 7/3,
-                ('esam', 'whole_norm', False): 1.7,
+                ('esam', 'whole_norm', False): 1.7, ('esam', 'spec', 'code'): 1.7,
                 ('asam', 'only', 'norm'): 5/3, ('sam', 'only', 'not norm'): 2, ('gsam', 'stop', .25): 1.25,
                 ('sadt2', 'start', .5): 2, ('sadt2', 'rho', .1): 2, ('sadt1', 'kl_weight', 0): 1,
                 ('sadt1', 'perturb', (1, 2, 3)): 4, ('sadt3', 'grad_at', 'up'): 7/3, ('saf', 'lag', 2): 1}
@@ -753,12 +749,8 @@ def two_processes(tmp_path_factory):
     "Return the output of `sam_options_worker.py`, by case."
     pytest.importorskip('accelerate', reason='fastai distributes through accelerate')
     out = tmp_path_factory.mktemp('ddp') / 'results.pt'
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    script = Path(__file__).with_name('sam_options_worker.py')
-    command = [*torchrun, str(script), str(out)]
-    r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert r.returncode == 0, r.stderr[-3000:]
+    import sam_options_worker as options
+    in_two_processes(options.main, out)
     return torch.load(out, weights_only=False)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import cells_of
 from fastai.callback.core import CancelBatchException
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.report import load_results
@@ -14,8 +15,9 @@ from sadt_nb.experiments.runner import read_result
 from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.papers.base import EpochLog, PaperRun
+from sadt_nb.papers import pages
 from sadt_nb.papers.claims import OUTCOMES, Claim, Comparisons, judged
-from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
+from sadt_nb.papers.grids import PAPER_GRIDS, scaled
 from sadt_nb.papers.pages import beside_logs, comparison, write_pages
 from sadt_nb.papers.verdicts import logged_networks, sam_study_claims
 from scipy import stats
@@ -23,6 +25,7 @@ from torchvision import models
 
 SMALL = Run(epochs=2, n_train=60, bs=30, valid=0., split=0, model_args=dict(dropout=0.))
 quiet = dict(progress=False)
+pytestmark = pytest.mark.usefixtures('narrow')
 
 
 def settings(r):
@@ -41,7 +44,7 @@ SEEDS_AND_SIZES = [('a', (20, 30, 40), {128}), ('b', (20, 30, 40), {16, 64, 128}
 
 @pytest.mark.parametrize('study, seeds, sizes', SEEDS_AND_SIZES)
 def test_the_reading_of_the_code(study, seeds, sizes):
-    cells = [c for c in paper_grid(f'sam_study/{study}_code') if 'with BatchNorm' not in c.label]
+    cells = [c for c in cells_of(f'sam_study/{study}_code') if 'with BatchNorm' not in c.label]
     assert {c.run.seed for c in cells} == set(seeds)
     assert {c.run.bs for c in cells} == sizes
     for c in cells:
@@ -59,7 +62,7 @@ def shapes(net): return {k: v.shape for k, v in net.state_dict().items()}
 
 
 def test_the_networks_of_the_code_are_torchvisions():
-    first = {s: paper_grid(f'sam_study/{s}_code')[0].run for s in 'ac'}
+    first = {s: cells_of(f'sam_study/{s}_code')[0].run for s in 'ac'}
     with torch.device('meta'):
         found = {s: make_model(r.model, 10, **dict(r.model_args)) for s, r in first.items()}
         plain, bare = models.resnet18(), models.resnet18(norm_layer=torch.nn.Identity)
@@ -201,21 +204,21 @@ def test_the_published_numbers_are_those_of_the_logs():
     printed = {(20, 'SAM'): .7122, (20, 'SGD'): .6515, (30, 'SAM'): .7077, (30, 'SGD'): .6403,
                (40, 'SAM'): .7098, (40, 'SGD'): .6417}
     right = {20: 30, 30: 20, 40: 40}
-    cells = {c.label: c for c in paper_grid('sam_study/a_code')}
+    cells = {c.label: c for c in cells_of('sam_study/a_code')}
     for (seed, name), value in printed.items():
         label = 'SAM, equal epochs' if name == 'SAM' else name
         c = cells[f'{label} · seed {right[seed]}']
         assert c.published == value
         assert abs(c.log.best - value) < 1.5e-4, 'the report prints 70.77, the log has 70.78'
         assert c.run.epochs == 100
-    for c in paper_grid('sam_study/c_code'):
+    for c in cells_of('sam_study/c_code'):
         if c.log: assert (c.published, c.result) == (c.log.last, 'accuracy_last')
-    cells = {c.label: c for c in paper_grid('sam_study/a')}
+    cells = {c.label: c for c in cells_of('sam_study/a')}
     assert cells['SAM · seed 20'].published is None
     assert cells['SAM · seed 20'].run.epochs == 50
     assert cells['SAM, equal epochs · seed 20'].published == .7077
     for name in PAPER_GRIDS:
-        if name.startswith('sam_study/'): assert not any('curves' in c.note for c in paper_grid(name))
+        if name.startswith('sam_study/'): assert not any('curves' in c.note for c in cells_of(name))
 
 
 SGD_128, SAM_128_HALF = np.array([63.75, 64.87, 64.03]), np.array([69.14, 69.72, 69.91])
@@ -258,3 +261,12 @@ def test_evidence_of_runs_does_not_move_the_verdict_of_logs():
     assert (claim(against, favour).outcome, claim(against, favour).by_own) == (theirs, 'seen')
     assert (claim(favour, against).outcome, claim(favour, against).by_own) == (theirs, 'opposite')
     assert claim(against, unclear).outcome == 'opposite', 'logs without power do not decide'
+
+
+@pytest.mark.parametrize('epochs, at_50', [(49, None), (50, .49), (51, .49)])
+def test_our_number_beside_the_log_of_epoch_50(epochs, at_50):
+    history = [dict(test_accuracy=i / 100, train_loss=1 / (i + 1)) for i in range(epochs)]
+    found = pages._logged(dict(accuracy_kept=.8, accuracy_last=.7, history=history))
+    assert found[:2] == (.8, .7)
+    assert found[3] == 1 / epochs
+    assert np.isnan(found[2]) if at_50 is None else found[2] == at_50

@@ -1,4 +1,6 @@
 """Which samples a batch holds: with fastai's and PyTorch's loaders, workers, skipped samples, and in SAF."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import as_loader, batches, learner, mlp
@@ -13,6 +15,7 @@ from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
 from torch.utils.data import DataLoader as TorchLoader
 
 from sadt_nb.core.loss_terms import SampleIds
+from sadt_nb.methods import saf
 from sadt_nb.methods.saf import SAF, Records
 from sadt_nb.methods.sam import SAM
 
@@ -165,3 +168,17 @@ def test_records_are_of_the_weights_and_not_of_a_perturbed_point(extra):
     learn.fit(1)
     assert torch.equal(saf.records.logits[0], expected.half())
     with torch.no_grad(): assert not torch.equal(net(x), expected), 'the fit has moved the weights'
+
+
+def test_records_of_two_processes_that_wrote_the_same_sample(monkeypatch):
+    "The other process has the same records, so each sum is twice that of this process."
+    group = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2,
+                            all_reduce=lambda t: t.mul_(2))
+    monkeypatch.setattr(saf, 'distributed', group)
+    records = Records.empty(1, 3, 2)
+    logits = torch.tensor([[1., -2.], [3., .5]])
+    records.logits[0, :2], records.written[0, :2] = logits.half(), 0
+    records.merge(0)
+    assert torch.equal(records.logits[0, :2].float(), logits)
+    assert records.written[0, :2].tolist() == [0, 0]
+    assert records.written[0, 2] < 0

@@ -1,11 +1,7 @@
 "Parameters that are sharded over two processes (FSDP2, tensor parallelism, gloo) against ordinary ones."
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import in_two_processes
 from torch import distributed
 
 if not distributed.is_available(): pytest.skip('torch without processes', allow_module_level=True)
@@ -20,11 +16,7 @@ import sharded_worker as worker
 def two_processes(tmp_path_factory):
     "Return what `sharded_worker.py` writes."
     out = tmp_path_factory.mktemp('sharded') / 'results.pt'
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore', 'CUDA_VISIBLE_DEVICES': ''}
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command = [*torchrun, str(Path(__file__).with_name('sharded_worker.py')), str(out)]
-    r = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert r.returncode == 0, r.stderr[-3000:]
+    in_two_processes(worker.main, out)
     return torch.load(out, weights_only=False)
 
 

@@ -3,8 +3,9 @@ import inspect
 
 import pytest
 import torch
+from conftest import SMALL_MODELS, covering
 from sadt_nb.core.perturb import perturbed, trainable_params
-from sadt_nb.core.shared_trunk import shared_forward
+from sadt_nb.core.shared_trunk import _trunk_modules, shared_forward
 from sadt_nb.models.registry import MODELS, make_model
 from torch import nn
 from torch.nn import functional as F
@@ -50,14 +51,8 @@ PERTURBED = [[['late.weight'], ['head.bias']],
 def test_branches(names): check(Branches().double(), names, torch.randn(5, 4, dtype=torch.float64))
 
 
-# each takes up to half a minute in float64; the small networks have the same kinds of layers
-LARGE = ('resnet101', 'wide_resnet_28_10', 'pyramidnet_110', 'vit_b32', 'clip_resnet101')
-
 # images of one pixel after the last stride give these networks large initial gradients
 LARGE_GRADIENTS = ('resnet50', 'resnet152')
-
-
-def slow_if_large(model): return pytest.param(model, marks=pytest.mark.slow) if model in LARGE else model
 
 
 def float64_model(name):
@@ -71,7 +66,11 @@ def float64_model(name):
     return net
 
 
-@pytest.mark.parametrize('model', [slow_if_large(m) for m in MODELS])
+# each takes up to half a minute in float64; the others have the same kinds of layers
+LONG = ('wide_resnet_28_10', 'pyramidnet_110')
+
+
+@pytest.mark.parametrize('model', covering(MODELS, [m for m in SMALL_MODELS if m not in LONG]))
 def test_our_models(model):
     if model.startswith('vit'):
         pytest.importorskip('timm', reason='timm, the extra sadt_nb[timm], is not installed')
@@ -101,3 +100,10 @@ def test_the_trunk_runs_once_and_the_model_is_put_back_after_an_error():
     with pytest.raises(RuntimeError): shared_forward(net, [{'late.weight': zeros(1, 2, 3)}], x)
     assert net.stem.forward is patched
     assert 'forward' not in vars(net.twice)
+
+
+def test_the_trunk_is_the_largest_unchanged_parts():
+    first, second, last = (nn.Linear(2, 2) for _ in range(3))
+    inner = nn.Sequential(second, last)
+    assert _trunk_modules(nn.Sequential(first, inner), {last}) == {first, second}
+    assert _trunk_modules(nn.Sequential(first, inner), {first}) == {inner}

@@ -1,11 +1,12 @@
 "The smallest run of every preset trains: one batch of a few images of the right size."
 import pytest
 import torch
+from conftest import covering, cells_of
 from PIL import Image
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.runner import RunRecorder, make_learner, run
-from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid
+from sadt_nb.papers.grids import PAPER_GRIDS
 
 PIXELS = dict(tiny_imagenet=64, imagenet=224)
 QUICK = ('sadt/notebook20', 'sadt/table1_code', 'sam_study/c_small', 'saf/cifar_small',
@@ -54,18 +55,14 @@ def tiny(cfg, folder):
 def smallest(name):
     "Return, for each method of a preset, the run with the least work."
     best = {}
-    for c in paper_grid(name):
+    for c in cells_of(name):
         try: work = run_cost(c.run).flops
         except ImportError: return {} # an optional package is missing
         if c.run.method not in best or work < best[c.run.method][0]: best[c.run.method] = work, c.run
     return {method: cfg for method, (_, cfg) in best.items()}
 
 
-def names():
-    for name in PAPER_GRIDS: yield name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize('name', names())
+@pytest.mark.parametrize('name', covering(PAPER_GRIDS, QUICK))
 def test_the_smallest_run_of_each_method_trains(name, folders, tmp_path):
     found = smallest(name)
     if not found: pytest.skip('a package that its networks need is not installed')

@@ -2,17 +2,20 @@
 import json
 import math
 import sys
+from importlib.util import find_spec
 
 import pytest
-
-optuna = pytest.importorskip('optuna', reason='the search needs pip install sadt_nb[sweep]')
-
 from sadt_nb.commands import cli
 from sadt_nb.experiments import grid, runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import RunDiverged, RunError, read_result, write_json
-from sadt_nb.experiments.sweep import SWEEPS, at_equal_passes, case_of, confirmed, finals, ranges, sweep
-from sadt_nb.methods.registry import METHODS
+from sadt_nb.experiments.sweep import OPTION_RANGES, RATES, SWEEPS, at_equal_passes, case_of, confirmed
+from sadt_nb.experiments.sweep import finals, ranges, sweep
+from sadt_nb.methods.registry import METHODS, method_options
+
+# not imported here: the library imports it for a search, and `pytest -k` reads all files
+if find_spec('optuna') is None:
+    pytest.skip('the search needs pip install sadt_nb[sweep]', allow_module_level=True)
 
 PLAIN = Run(epochs=12, n_train=60, bs=30, valid=.2)
 SAM = PLAIN.but(method='sam')
@@ -322,3 +325,18 @@ def test_a_run_stores_the_accuracy_that_is_selected_on(tmp_path):
     assert read_result(cfg, tmp_path)['valid_accuracy_bn'] == result['valid_accuracy_bn']
     unsplit = runner.run(cfg.but(valid=0.), tmp_path, progress=False)
     assert 'valid_accuracy_bn' not in unsplit
+
+
+def test_the_ranges_of_the_options():
+    "Most lie a factor of ten around the default; the others are typed a second time."
+    around = dict(sam='rho', asam='rho', esam='rho', looksam='rho', friendly_sam='rho', wsam='rho', saf='lam',
+                  mesa='lam')
+    typed = dict(agc=dict(clip=(.001, 1)), msam=dict(rho=(.03, 10)), gsam=dict(rho_max=(.05, .5)),
+                 distillation=dict(alpha=(.05, .95)),
+                 **{f'sadt{i}': dict(noise_scale=(.1, 1000)) for i in (1, 2, 3)})
+    assert OPTION_RANGES.keys() == around.keys() | typed.keys()
+    for method, expected in typed.items(): assert OPTION_RANGES[method] == expected, method
+    for method, option in around.items():
+        default = method_options(method)[option].default
+        assert OPTION_RANGES[method] == {option: pytest.approx((default / 10, default * 10))}, method
+    assert RATES == pytest.approx((1 / 30, 30))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from fastai.callback.core import CancelBatchException
 from sadt_nb.commands import cli
+from sadt_nb.experiments import cost
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import Cost, Machine, estimated_seconds, measure_cost, measuring_seconds
-from sadt_nb.experiments.cost import run_cost
+from sadt_nb.experiments.cost import probe_machine, run_cost
 from sadt_nb.experiments.grid import duration, run_grid
 from sadt_nb.experiments.measure import MEASURES, PASSES, _surface_as_json, measure_run
 from sadt_nb.experiments.report import load_results
@@ -19,10 +20,12 @@ from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.models.weights import weights_checksum
-from sadt_nb.papers.base import PaperRun
+from sadt_nb.papers.base import PaperRun, distilled
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
 from sadt_nb.papers.pages import comparison, interval, verdict
+from sadt_nb.papers import sizes
 from sadt_nb.papers.saf import extra_memory
+from sadt_nb.papers.tables import TABLES
 from scipy import stats
 from torch import nn
 
@@ -209,6 +212,30 @@ def test_costs_add_up():
     assert estimated_seconds([base, base], Machine(.1, 1e9)) == pytest.approx(expected)
     unknown = Run(data='some/folder')
     with pytest.raises(ValueError, match='number of images in some/folder is unknown'): run_cost(unknown)
+
+
+def test_the_stored_sizes_are_those_of_the_tables(monkeypatch):
+    "All but the operations, which are counted in the next test."
+    monkeypatch.setattr(cost, '_forward_flops', lambda *args: 0)
+    for name in TABLES:
+        stored = sizes.size_of(name)
+        now = sizes.table_size(name)
+        assert (stored.runs, stored.needs) == (now.runs, now.needs), name
+        assert stored.passes == pytest.approx(now.passes, rel=1e-12), name
+        assert [group[:3] for group in stored.measures] == [group[:3] for group in now.measures], name
+
+
+@pytest.mark.slow
+def test_the_stored_operations_are_those_of_the_tables():
+    for name in TABLES: assert sizes.size_of(name) == sizes.table_size(name), name
+
+
+def test_a_table_that_needs_a_missing_package_says_so(monkeypatch):
+    monkeypatch.setattr(sizes, 'find_spec', lambda package: None)
+    row = cli._size('distill/figure9', Machine(.005, 1e11), 1000)
+    assert row['error'] == 'needs open_clip, which is not installed'
+    assert row['training_seconds'] > 0
+    assert 'error' not in cli._size('sadt/notebook20', Machine(.005, 1e11), 1000)
 
 
 def test_the_time_of_measures_grows_with_images_and_network():
@@ -506,3 +533,26 @@ def test_time_with_all_workers_busy(tmp_path):
     assert begin < end
     assert end <= time.time() + .1
     assert end - begin == pytest.approx(r['wall_seconds'])
+
+
+def test_the_probe_finds_overhead_and_speed_of_a_machine(monkeypatch):
+    "A machine on which a pass takes 250 ms and the time of three forward passes for each image."
+    speed, per_image = 1e12, cost._forward_flops('resnet20', (), 10, 32)
+    def seconds(net, bs, device, n): return .25 + 3 * per_image * bs / speed
+    monkeypatch.setattr(cost, '_seconds_per_pass', seconds)
+    found = probe_machine('cpu')
+    assert (found.overhead, found.rate) == (pytest.approx(.25), pytest.approx(speed))
+
+
+def test_long_times_are_given_in_days():
+    for days, text in ((3, '3 days'), (3.5, '4 days'), (60.51, '61 days')):
+        assert duration(days * 86400) == text
+    assert duration(3 * 365.25 * 86400) == '3 years'
+
+
+def test_a_default_temperature_is_left_out_of_a_student():
+    "Then the student has the key that it had before the option existed."
+    teacher = Run(valid=0.)
+    for given, stored in ((None, None), (2., 2.), (4., None)):
+        options = dict(distilled(teacher, 1, alpha=.25, temperature=given).method_args)
+        assert options == (dict(alpha=.25) if stored is None else dict(alpha=.25, temperature=stored))

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import cells_of
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.report import load_results
@@ -13,7 +14,7 @@ from sadt_nb.methods.saf import SAF
 from sadt_nb.models.registry import make_model
 from sadt_nb.models.weights import weights_checksum
 from sadt_nb.papers.base import same_share
-from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
+from sadt_nb.papers.grids import PAPER_GRIDS, scaled
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
@@ -25,6 +26,7 @@ TERMS = {
     'distillation': dict(method='distillation', teachers=SMALL.but(epochs=1, seed=9)),
 }
 quiet = dict(progress=False)
+pytestmark = pytest.mark.usefixtures('narrow')
 
 
 def with_tau_squared(name):
@@ -49,6 +51,38 @@ def test_the_gradient_is_that_of_the_formula(cls, tau_squared):
     cb.learn = type('Learn', (), dict(_replaying=True))()
     found, = torch.autograd.grad(cb.term(now, None), now)
     assert torch.allclose(found, expected, rtol=1e-12)
+
+
+READINGS = { # method: options that `spec='code'` stands for
+    'saf': dict(lag=2, start_epoch=6, tau_squared=True),
+    'mesa': dict(start_epoch=6, tau_squared=True),
+    'esam': dict(whole_norm=False),
+}
+
+
+@pytest.mark.parametrize('name', READINGS)
+def test_spec_chooses_the_options_of_the_authors_code(name):
+    by_spec, = make_method(name, spec='code')
+    one_by_one, = make_method(name, **READINGS[name])
+    paper, = make_method(name)
+    for option, value in READINGS[name].items():
+        assert getattr(by_spec, option) == getattr(one_by_one, option) == value
+        assert getattr(paper, option) != value
+        given, = make_method(name, spec='code', **{option: getattr(paper, option)})
+        assert getattr(given, option) == getattr(paper, option) # a given option wins
+    assert repr(paper) == f'{type(paper).__name__}()'
+    assert repr(by_spec) == f"{type(paper).__name__}(spec='code')"
+    assert repr(one_by_one) != repr(paper)
+    with pytest.raises(ValueError, match="`spec` must be 'paper' or 'code', got 'article'"):
+        make_method(name, spec='article')
+
+
+def test_a_run_with_spec_trains_as_with_the_options(tmp_path):
+    found = []
+    for options in (dict(spec='code'), READINGS['saf'], {}):
+        cfg = SMALL.but(epochs=8, method='saf', method_args=options)
+        found.append(run(cfg, tmp_path, **quiet)['weights_crc32'])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize('name', ['saf', 'mesa'])
@@ -101,7 +135,7 @@ def test_runs_without_a_term_store_no_ratio(tmp_path):
 def test_the_readings_of_saf_and_mesa():
     "The code: tau**2, records two epochs old, six epochs without the term, warm-up and smoothed labels."
     for table, lam_mesa, beta in (('saf/table3_code', .8, .9995), ('saf/table1_code', .8, .9998)):
-        for c in paper_grid(table):
+        for c in cells_of(table):
             r = c.run
             assert (r.warmup, r.warmup_lr, r.label_smoothing) == (3, 1e-4, .1)
             if table == 'saf/table1_code':
@@ -113,7 +147,7 @@ def test_the_readings_of_saf_and_mesa():
             if r.method == 'mesa':
                 m = cb['MESA']
                 assert (m.tau_squared, m.start_epoch, m.lam, m.tau, m.beta) == (True, 6, lam_mesa, 5, beta)
-    for c in [*paper_grid('saf/table3'), *paper_grid('saf/table1')]:
+    for c in [*cells_of('saf/table3'), *cells_of('saf/table1')]:
         assert not dict(c.run.method_args).get('tau_squared')
         assert (c.run.warmup, c.run.label_smoothing) == (0, 0)
 
@@ -131,7 +165,7 @@ def test_shorter_training_keeps_the_share_of_start_and_average():
         esam = full.but(method='esam', method_args=dict(beta=.6))
         assert scaled(esam, factor).method_args == esam.method_args, "ESAM's beta is a probability"
     assert scaled(full, 1) is full
-    small = {c.label: dict(c.run.method_args) for c in paper_grid('saf/cifar_small')}
+    small = {c.label: dict(c.run.method_args) for c in cells_of('saf/cifar_small')}
     remembered = [options['beta']**(16 * 79) for label, options in small.items() if 'mesa' in label]
     assert remembered == pytest.approx([.9995**(200 * 391)] * 6, rel=.02)
 
@@ -149,6 +183,17 @@ PUBLISHED = { # (network, pixels, classes): millions of parameters, billions of 
     ('wide_resnet_28_10', 32, 100): (36.5, 5.25),
     ('vit_s32', 224, 1000): (22.9, 1.15),
 }
+PARAMETERS = { # millions; only the number of parameters is published
+    ('pyramidnet_110', 32, 10): 28.3, # Han et al. 2017, Table 4, alpha of 270
+    ('fast_cnn', 32, 10): 1.97,       # the code of Jordan 2024; its default widths
+    ('vgg16', 32, 10): 14.7,          # the thirteen convolutions of Simonyan and Zisserman, one dense layer
+}
+NO_PUBLISHED_SIZE = { # network and pixels: the papers use it at this size and do not print its size
+    ('simple_cnn', 32), ('vgg16_slim', 32), ('inception_resnet_slim', 32), # the SADT paper's networks
+    ('resnet101', 32), ('resnet18', 64), ('vit_s32', 32), ('vit_b32', 32), ('clip_resnet50', 224),
+    ('clip_resnet101', 224),
+    ('pyramidnet_110', 32), ('vgg16', 32), ('fast_cnn', 32), # with other widths or numbers of classes
+}
 PIXELS, CLASSES = dict(tiny_imagenet=64, imagenet=224), dict(cifar100=100, tiny_imagenet=200, imagenet=1000)
 
 
@@ -159,7 +204,7 @@ def networks(names):
     "Return each network of the presets once: its name, its options, pixels and classes."
     found = {}
     for name in names:
-        for c in paper_grid(name):
+        for c in cells_of(name):
             for r in (c.run, *c.run.teachers):
                 args = {k: v for k, v in r.model_args if k not in NOT_SHAPES}
                 place = r.model, tuple(sorted(args.items())), PIXELS.get(r.data, 32), CLASSES.get(r.data, 10)
@@ -184,10 +229,14 @@ def test_every_presets_network_has_its_published_size(names):
         assert y.shape == (1, dict(args).get('outputs', classes)), (model, args)
         key = f"{model} imagenet" if pixels == 32 and dict(args).get('stem') else model, pixels, classes
         whole = dict(args).get('norm', True) and dict(args).get('skip', True)
-        if key not in PUBLISHED or not whole: continue
+        parameters = sum(p.numel() for p in net.parameters()) / 1e6
+        if key in PARAMETERS and 'widths' not in dict(args):
+            assert parameters == pytest.approx(PARAMETERS[key], rel=.01), key
+        if key not in PUBLISHED or not whole:
+            assert not whole or (model, pixels) in NO_PUBLISHED_SIZE, f'{key} has no size to compare with'
+            continue
         seen.add(key)
         millions, operations = PUBLISHED[key]
-        parameters = sum(p.numel() for p in net.parameters()) / 1e6
         assert parameters == pytest.approx(millions, rel=.01), key
         assert counter.get_total_flops() / 2e9 == pytest.approx(operations, rel=.02), key
         if r.data in ('cifar10', 'cifar100', 'imagenet') and not r.teachers:

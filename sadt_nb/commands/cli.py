@@ -76,7 +76,7 @@ grid, measure = Late('sadt_nb.experiments.grid'), Late('sadt_nb.experiments.meas
 report, runner = Late('sadt_nb.experiments.report'), Late('sadt_nb.experiments.runner')
 sweeps = Late('sadt_nb.experiments.sweep')
 grids, pages, saf = Late('sadt_nb.papers.grids'), Late('sadt_nb.papers.pages'), Late('sadt_nb.papers.saf')
-any_data = Late('sadt_nb.papers.any_data')
+any_data, sizes = Late('sadt_nb.papers.any_data'), Late('sadt_nb.papers.sizes')
 
 # %% ../../nbs/commands/110_cli.ipynb #d23b89f3
 _PLAIN = {'±': '+-', '→': '->', '—': '-', '…': '...'}
@@ -223,8 +223,15 @@ class _Parser(argparse.ArgumentParser):
     "A parser with error messages of one line; for an unknown option, the message suggests a similar option."
     def error(self, message): _fail(self.prog, message.removeprefix('argument '))
 
-    def parse_args(self, *args):
-        found, rest = self.parse_known_args(*args)
+    def _spelling(self, word):
+        "Return an option with underscores: `--no-measures` is `--no_measures`, too."
+        option, equals, value = word.partition('=')
+        known = option.startswith('--') and option.replace('-', '_').replace('__', '--', 1)
+        return f'{known}{equals}{value}' if known in self._option_string_actions else word
+
+    def parse_args(self, args=None):
+        words = sys.argv[1:] if args is None else args
+        found, rest = self.parse_known_args([self._spelling(word) for word in words])
         if not rest: return found
         option = rest[0].partition('=')[0]
         if not option.startswith('-'): self.error(f'one argument too many: {option}; --help shows all')
@@ -433,15 +440,14 @@ def sadt_train(
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _size(name, machine, samples):
-    "Return a table's number of runs, passes and seconds; only the runs if a network needs a missing package."
-    cells = grids.paper_grid(name)
-    runs = {c.run for c in cells} | {t for c in cells for t in c.run.teachers}
-    row = dict(table=name, runs=len(runs), about=TABLES[name])
-    try: passes = sum(cost.run_cost(r).passes for r in runs)
-    except ImportError as e: return dict(row, error=str(e))
-    measures = {c.run: c.measures for c in cells if c.measures}
-    return dict(row, passes=passes, training_seconds=cost.estimated_seconds(runs, machine),
-                measuring_seconds=cost.measuring_seconds(measures, machine, samples))
+    "Return the number of runs of a table, its passes, and the seconds for training and for the measures."
+    try: size = sizes.size_of(name)
+    except ImportError as e: return dict(table=name, about=TABLES[name], error=str(e))
+    row = dict(table=name, runs=size.runs, about=TABLES[name], passes=size.passes,
+               training_seconds=sizes.seconds_to_train(size, machine),
+               measuring_seconds=sizes.seconds_to_measure(size, machine, samples))
+    lacking = sizes.missing(size)
+    return row | dict(error=f'needs {" and ".join(lacking)}, which is not installed') if lacking else row
 
 def _list_tables(json=False, samples=1000, device=None):
     "Print every table with its runs, its passes, and the time to train the runs one by one on this machine."
@@ -453,14 +459,15 @@ def _list_tables(json=False, samples=1000, device=None):
     heading = f'{"time on this " + kind:17}  {"of it measures":14}  what it trains'
     print(f'{"table":26} {"runs":>5} {"million passes":>15}   {heading}')
     for r in rows:
-        first = f'{r["table"]:26} {r["runs"]:5}'
-        if 'error' in r:
-            print(f'{first} {"":15}   {"":17}  {"":14}  {r["about"]}; {r["error"]}')
+        error = f'; {r["error"]}' if 'error' in r else ''
+        if 'runs' not in r:
+            print(f'{r["table"]:26} {"":5} {"":15}   {"":17}  {"":14}  {r["about"]}{error}')
             continue
         measuring = r['measuring_seconds']
         time = grid.duration(r['training_seconds'] + measuring)
         part = grid.duration(measuring) if measuring else ''
-        print(f'{first} {r["passes"] / 1e6:15.2f}   {time:17}  {part:14}  {r["about"]}')
+        first = f'{r["table"]:26} {r["runs"]:5} {r["passes"] / 1e6:15.2f}'
+        print(f'{first}   {time:17}  {part:14}  {r["about"]}{error}')
 
 def _percent(v, digits=1): return '-' if v is None else f'{100 * v:.{digits}f}'
 

@@ -96,7 +96,22 @@ def _is_default(value, default):
     except (TypeError, ValueError, RuntimeError): return False # values such as arrays
 
 class ShowsArguments:
-    "Shows a class's parameters in `help`, and in `repr` the arguments that differ from the defaults."
+    """Shows a class's parameters in `help`, and in `repr` the arguments that differ from the defaults.
+
+    A class whose argument `spec` chooses between readings of a method names in `readings`, for each reading,
+    the values of the arguments that are left out."""
+    readings = {}
+
+    @classmethod
+    def by_reading(cls,
+        spec:str,  # A key of `readings`
+        **options, # Arguments; `None`: the value of the reading
+    ) -> dict: # The arguments, with values in place of `None`
+        "Return the arguments of one reading of a method. Raises `ValueError` for an unknown `spec`."
+        if spec not in cls.readings:
+            raise ValueError(f'`spec` must be {" or ".join(map(repr, cls.readings))}, got {spec!r}')
+        return {k: cls.readings[spec][k] if v is None else v for k, v in options.items()}
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if cls._own_init() is not None: explain(cls)
@@ -111,10 +126,12 @@ class ShowsArguments:
     def __repr__(self):
         init, shown = self._own_init(), []
         parameters = [] if init is None else list(inspect.signature(init).parameters.values())[1:]
+        of_reading = self.readings.get(vars(self).get('spec'), {})
         for p in parameters:
             if p.name not in vars(self): continue
             value = vars(self)[p.name]
-            if not _is_default(value, p.default): shown.append(f'{p.name}={_value_text(value)}')
+            default = of_reading.get(p.name, p.default)
+            if not _is_default(value, default): shown.append(f'{p.name}={_value_text(value)}')
         return f'{type(self).__name__}({", ".join(shown)})'
 
 # %% ../../nbs/core/15_arguments.ipynb #20fd771a

@@ -46,7 +46,8 @@ def local_parts(
 ) -> list[Tensor]: # In the same order; they share the memory of `tensors`
     """Return the elements that this process stores: all of an ordinary tensor, one part of a `DTensor`.
 
-    Raises `ValueError` for a `DTensor` whose sum over processes is not finished, see `settle_gradients`."""
+    Raises `ValueError` for a `DTensor` with a `Partial` placement: its processes hold summands that have not
+    been added up yet; see `settle_gradients`."""
     tensors = list(tensors)
     for t in tensors:
         if is_sharded(t) and any(p.is_partial() for p in t.placements):
@@ -55,7 +56,7 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # A tensor with the shape of `like`; of an ordinary `t`, the first process's values are used
+    t:Tensor,    # Shaped like `like`; if `t` is ordinary, all processes get parts of the first process's `t`
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."
@@ -69,8 +70,8 @@ def settle_gradients(
 ):
     """Make each gradient a tensor that can be changed in place, distributed like its parameter.
 
-    Finishes a sum over processes that tensor parallelism has left pending. Copies a complex gradient that is
-    only a view of another tensor (its conjugate)."""
+    Finishes a sum over processes that tensor parallelism has left pending. If PyTorch stores a complex
+    gradient as a lazy conjugate of another tensor, the gradient is replaced by a copy."""
     for p in params:
         if p.is_complex() and p.grad is not None and p.grad.is_conj(): p.grad = p.grad.resolve_conj()
         if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:
@@ -79,7 +80,9 @@ def settle_gradients(
 def version_of(
     t:Tensor, # Any tensor
 ) -> tuple: # Numbers that change with every write to `t`
-    "Return how often a tensor, and the local part of a `DTensor` (by FSDP2), has been written."
+    """Return how often a tensor has been written.
+
+    For a `DTensor`, return this also for its local part, to which FSDP2 writes."""
     return (t._version, t.to_local()._version) if is_sharded(t) else (t._version,)
 
 # %% ../../nbs/core/00_perturb.ipynb #61f4cba3
@@ -181,7 +184,8 @@ def real_views(
 ) -> list[Tensor]: # They share the memory of `tensors`; a complex tensor gets a last axis of length 2
     """Return `local_parts` as real tensors; a complex tensor is split into real and imaginary parts.
 
-    Raises `ValueError` for a `DTensor` whose sum over processes is not finished."""
+    Raises `ValueError` for a `DTensor` with a `Partial` placement: its processes hold summands that have not
+    been added up yet; see `settle_gradients`."""
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
 
 def _over_parts(values, tensors):
@@ -233,14 +237,14 @@ def clip_gradients_(
 
 # %% ../../nbs/core/00_perturb.ipynb #a07d0763
 def check_finite(
-    **values:float, # Numbers by the names of their options
+    **values:float, # Keyword arguments: the name of an option and its value
 ):
     "Raise `ValueError` for an infinite value or NaN."
     for name, value in values.items():
         if not math.isfinite(value): raise ValueError(f'`{name}` must be a finite number, got {value}')
 
 def check_not_negative(
-    **values:float, # Numbers by the names of their options
+    **values:float, # Keyword arguments: the name of an option and its value
 ):
     "Raise `ValueError` for a number below zero or not finite."
     check_finite(**values)
@@ -248,7 +252,7 @@ def check_not_negative(
         if value < 0: raise ValueError(f'`{name}` must not be negative, got {value}')
 
 def check_count(
-    **values:float, # Numbers by the names of their options
+    **values:float, # Keyword arguments: the name of an option and its value
 ):
     "Raise `ValueError` unless the values are whole numbers of at least 1."
     check_finite(**values)

@@ -78,7 +78,7 @@ def noisy_digits(
     return wrong_labels(train, noise, seed), test
 
 # %% ../../nbs/data/72_datasets.ipynb #25ccc592
-MOST_ALL_PIXELS = 20_000_000_000 # of all images that are held in memory, 60 GB; CIFAR has 60 million pixels
+MOST_ALL_PIXELS = 20_000_000_000 # most pixels of a data set in memory, 60 GB; CIFAR has 60 million
 
 def _decode(stream, name, size):
     "Return one image as `(h, w, 3)` bytes."
@@ -337,7 +337,7 @@ def _from_path(source, size=None): return _cached(source, size, lambda: _read(so
 def data_options(
     name_or_path, # A name in `DATASETS`, or an image folder or tar archive of one
 ) -> dict: # Name of an option: its `inspect.Parameter`
-    "Return the options of a data set. The options of a folder are the same if the folder does not exist."
+    "Return the options of a data set. A folder or archive need not exist."
     parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
     return {k: p for k, p in parameters.items() if k != 'source'}
 
@@ -472,7 +472,7 @@ def get_dls(
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
     cutout:int=0,          # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
     cutout_inside:bool=False, # Draw only squares that lie wholly inside the image?
-    cutout_fill:Literal['', 'mean']='', # Colour of the square: `mean`, or the mean of the training images
+    cutout_fill:Literal['', 'mean']='', # Colour of the square; '': option `mean`; 'mean': mean of the images
     cutmix:float=0.,       # Alpha of CutMix; 0 for none
     cutmix_per:Literal['sample', 'batch']='sample', # One CutMix rectangle per 'sample' or per 'batch'
     mean:float|Sequence[float]|Literal['data']=0., # For values in [0, 1]; 'data': computed from the images

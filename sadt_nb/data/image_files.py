@@ -94,7 +94,7 @@ class _Filter:
 
 # %% ../../nbs/data/74_image_files.ipynb #8938cbd7
 def _files_below(folder, above=()):
-    "Yield all files below a folder in order, through links, except links to a parent folder."
+    "Yield all files below a folder in order; follow links, but not to a folder that contains the link."
     here = folder.resolve()
     if here in above: return
     for entry in sorted(folder.iterdir()):
@@ -117,7 +117,7 @@ def folder_images(
     wanted.warn(root)
 
 def _inside(name, parts, archive):
-    "Return a member's path from its part on, or `None`. Raises `ValueError` if it leads outside."
+    "Return a member's path from 'train' or 'test' on, else `None`. Raises `ValueError` for a path outside."
     path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts or re.match('[A-Za-z]:', name):
         raise ValueError(f'{archive}: the member {name!r} leads outside the archive; refusing to read it')

@@ -23,7 +23,7 @@ class ImageData:
     def __init__(self,
         x,      # `(n, height, width, 3)` uint8 array or tensor, values 0-255
         y,      # `(n,)` class indices
-        vocab,  # Names of the classes; their number is the number of outputs of a model
+        vocab,  # Names of the classes; a model has one output per class
     ):
         x = torch.as_tensor(x)
         y = torch.as_tensor(y).long()
@@ -132,7 +132,7 @@ class _BatchLoader(_SeededLoader):
     def create_batches(self,
         samps, # Positions of the samples, in their order
     ):
-        "Yield the batches of these samples; in distributed training, the share of this process."
+        "Yield the batches of `samps`; in distributed training, `samps` holds only the share of this process."
         if self.dataset.x.device != self.device: self.dataset = self.dataset.to(self.device)
         if not isinstance(samps, np.ndarray): samps = np.asarray(list(samps), dtype=np.int64)
         for ids in torch.as_tensor(samps).to(self.device).split(self.bs):

@@ -19,7 +19,9 @@ from .loader import ImageData
 
 # %% ../../nbs/data/73_mapped.ipynb #3e4005d8
 def _images_crc(x, file):
-    "Return a CRC-32 of mapped images; it is stored beside the array file and made anew if that changes."
+    """Return a CRC-32 of mapped images.
+
+    It is stored beside the array file, and computed again if the array file changes."""
     if file is None: return zlib.crc32(x.contiguous().numpy())
     kept, state = file.with_suffix('.crc32'), file.stat()
     stamp = [state.st_size, state.st_mtime_ns]
@@ -48,7 +50,9 @@ class MappedImages(ImageData):
         self.file = file
 
     def checksum(self) -> str: # 8 hexadecimal digits
-        "Return a CRC-32 of the images and their classes; for this, a file's images are read only once."
+        """Return a CRC-32 of the images and their classes.
+
+        Only the first call reads all images of a file; later calls use the stored number."""
         crc = _images_crc(self.x, self.file)
         return f'{zlib.crc32(self.y.numpy(), crc):08x}'
 

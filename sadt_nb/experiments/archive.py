@@ -17,7 +17,7 @@ ARCHIVE = 'runs.jsonl.gz'                            # name of the archive in a 
 PARTS = ('config', 'result', 'history', 'measures') # files of a run: `config.json` and so on
 
 @lru_cache(maxsize=64)
-def _read_lines(file, modified, size): # arguments of the cache: new if the file changes
+def _read_lines(file, modified, size): # with its date and size, a changed file is read again
     records = {}
     try:
         with gzip.open(file, 'rt', encoding='utf-8') as lines:
@@ -31,7 +31,7 @@ def _read_lines(file, modified, size): # arguments of the cache: new if the file
 
 def read_archive(
     folder, # Folder of results
-) -> dict: # From the name of a run to its parts, the contents of its files; empty without an archive
+) -> dict: # Name of a run: its parts (the contents of its files); empty without an archive
     """Read the archive of a folder. The result is shared between calls and must not be changed.
 
     Raises `ValueError` if the file is damaged."""
@@ -93,7 +93,7 @@ def read_parts(
     return found
 
 def _try(read, left_out):
-    "Return `read()`; if it raises `ValueError` and there is a list, add the message and return `{}`."
+    "Return `read()`; if it raises `ValueError` and `left_out` is a list, add the message and return `{}`."
     try: return read()
     except ValueError as e:
         if left_out is None: raise

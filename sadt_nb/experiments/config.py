@@ -109,7 +109,7 @@ def _number(name, v, kind):
 def _typed(name, v, kind):
     """Return a value, or each value of a tuple, as `kind`: `bool`, `int` or `float`.
 
-    With `None` for `kind`, which stands for an unknown type, a float without fraction becomes an `int`."""
+    If `kind` is `None` (unknown), a float without fraction becomes an `int`."""
     if isinstance(v, tuple): return tuple(_typed(name, x, kind) for x in v)
     if v is None or isinstance(v, bool) and kind is None: return v
     if kind in (int, float): return _number(name, v, kind)
@@ -132,7 +132,7 @@ _OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=tor
 def _optimizer_options(name): return inspect.signature(_OPTIMIZER_CLASSES[name]).parameters
 
 def _options_of(run):
-    "Return, for each field with options, a text that names their owner, and the owner's parameters."
+    "Return, for each field with options, what takes them (such as 'model resnet18') and its parameters."
     return dict(
         data_args=(f'data set {run.data}', data_options(run.data)),
         model_args=(f'model {run.model}', model_options(run.model)),
@@ -382,7 +382,7 @@ class Run(_Configuration):
     label_smoothing: float = 0.  # Share of a label spread over all classes, in [0, 1); in training only
     drop_last: bool = False      # Leave out a smaller last training batch
     lookahead: int = 0           # Number of batches between pulls of the weights to a slow average; 0: never
-    views: int = 0               # Also test averages over views of an image: 1: mirrored; 2: also shifted
+    views: int = 0               # Also test mean outputs over views of an image; 1: mirrored; 2: also shifted
     # Number of epochs in which the rate rises linearly from `warmup_lr` to `lr`; then the schedule takes over
     warmup: float = 0.
     warmup_lr: float = 0.        # Learning rate at the start of a warm-up

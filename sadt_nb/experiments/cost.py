@@ -39,7 +39,7 @@ def _forward_flops(model, args, classes, pixels):
     return counter.get_total_flops()
 
 def _pass_flops(run):
-    "Return the operations of a forward and a backward, which counts as two forwards, of one image."
+    "Return the operations of a forward and a backward of one image; the backward counts as two forwards."
     classes, pixels = _CLASSES.get(run.data, 10), _PIXELS.get(run.data, 32)
     return 3 * _forward_flops(run.model, run.model_args, classes, pixels)
 
@@ -78,7 +78,7 @@ def measure_cost(
     measures,     # Names in `MEASURES`
     samples=1000, # Number of training images to measure on
 ) -> Cost: # Work of the measures alone, without training
-    "Return the work of measuring a trained run. Raises as `run_cost` does, and `KeyError` for another name."
+    "Return the work of measuring a run. Raises as `run_cost` does, and `KeyError` for an unknown measure."
     samples = min(samples, training_images(run))
     passes = sum(PASSES[name] for name in measures)
     batches = -(-samples // run.bs)
@@ -127,5 +127,5 @@ def measuring_seconds(
     machine:Machine, # Speed of the machine, from `probe_machine`
     samples=1000,    # Number of training images to measure on
 ) -> float: # Seconds to measure one trained run after the other
-    "Return the estimated time of the measures of runs, as roughly as `estimated_seconds`."
+    "Return the estimated time to measure the runs, as rough an estimate as `estimated_seconds` gives."
     return sum(_seconds(measure_cost(r, names, samples), machine) for r, names in measures.items())

@@ -296,7 +296,7 @@ class _Work:
         return bool(trained)
 
     def under_way(self, cfg):
-        "Return the number of epochs of an unfinished run that this grid has trained."
+        "Return how many epochs of an unfinished run this grid has trained."
         rows = _work_history(cfg, self.root)
         if not rows: return 0
         written = os.path.getmtime(work_folder(cfg, self.root) / 'history.json')

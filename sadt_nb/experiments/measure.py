@@ -61,7 +61,7 @@ def _calibration(learn, samples): return calibration_error(learn, learn.dls[2])
 
 def _corruption(learn, samples):
     "Return the mean accuracy over all corruptions and severities."
-    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples, mean=0., std=1.)
+    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples) # the loader knows its normalisation
     return float(found.mean(axis=None))
 
 MEASURES = dict( # name: function `(learn, samples=...)` that returns a number or an estimate
@@ -104,7 +104,7 @@ def missing_measures(
     cfg:Run,       # Any run
     root='runs',   # Folder of all results
     measures=None, # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
-    samples=1000,  # Number of images; measures with another number of images are missing
+    samples=1000,  # Number of images; a measure with another number of images counts as missing
 ) -> list[str]:
     "Return the names of the measures that are not stored yet. Raises `ValueError` for an unknown measure."
     names = [n for n in MEASURES if n not in SLOW] if measures is None else list(measures)

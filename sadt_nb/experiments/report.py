@@ -173,7 +173,7 @@ def publish(
 
 # %% ../../nbs/experiments/82_report.ipynb #096ca2c7
 def _lineage(run):
-    "Return a text about a run's teachers: their number or, for one teacher, the number of rounds before."
+    "Return a text about a run's teachers: their number or, for one teacher, the round of the chain."
     if not run.teachers: return ''
     if len(run.teachers) > 1: return f'{len(run.teachers)} teachers'
     depth = 0
@@ -222,7 +222,11 @@ def _mean_and_spread(v, scale=100, digits='.1f'):
     mean = f'{v.mean():{digits}}'
     return f'{mean} ± {v.std(ddof=1):{digits}}' if len(v) > 1 else mean
 
-def _table_row(g, measured):
+def _ratio(history):
+    "Return the largest ratio of a loss term's gradient to the loss's gradient in a run; NaN without a term."
+    return max((row['term_ratio'] for row in history if 'term_ratio' in row), default=np.nan)
+
+def _table_row(g, measured, with_term):
     "Return a row of the table from the runs of one label."
     first = g.iloc[0]
     row = {
@@ -238,23 +242,30 @@ def _table_row(g, measured):
     for name in measured:
         values = [m[name]['value'] if name in m else np.nan for m in g['measures']]
         row[name] = _mean_and_spread(pd.Series(values, dtype=float), 1, '.3g')
+    if with_term:
+        ratios = g['history'].map(_ratio)
+        row['gradient of the term / of the loss'] = _mean_and_spread(ratios, 1, '.2g')
     return row
 
 def results_table(
     results:pd.DataFrame,       # Table of runs from `load_results`; only finished runs are used
     by:Sequence[str]|None=None, # Labels, one per row of `results`; `None`: `labels(results)`
 ) -> pd.DataFrame: # One row per label, in order of appearance
-    "Return a table: mean and standard deviation of accuracies over seeds, costs, and all stored measures."
+    """Return a table: mean and standard deviation of accuracies over seeds, costs, and all stored measures.
+
+    Where a method adds a term to the loss, the table has the norm of the term's gradient divided by that of
+    the loss's gradient, in the epoch with the largest ratio. Near zero, the term has no effect."""
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
     measured = dict.fromkeys(name for m in df['measures'] for name in m)
-    rows = {label: _table_row(g, measured) for label, g in df.groupby('label', sort=False)}
+    with_term = df['history'].map(_ratio).notna().any()
+    rows = {label: _table_row(g, measured, with_term) for label, g in df.groupby('label', sort=False)}
     return pd.DataFrame(rows).T.rename_axis('run')
 
 # %% ../../nbs/experiments/82_report.ipynb #b403e8d8
 def _differences(first, second):
-    "Return the mean difference in points with running averages and with re-estimated statistics."
+    "Return two mean differences in points: with running averages, and with re-estimated statistics."
     both = [(first[k], second[k]) for k in first if k in second]
     found = []
     for key in ('accuracy', 'accuracy_bn'):
@@ -273,7 +284,7 @@ def _check_pair(pair, groups):
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
 
 def both_readings(
-    groups:dict[str, dict|Sequence], # Name to results: by repetition, or a list in the repetitions' order
+    groups:dict[str, dict|Sequence], # Name: results, as a dict by repetition or a list in their order
     pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
 ) -> Sentence: # One line, and a line for each comparison that changes its sign, in points
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.

@@ -154,12 +154,12 @@ def work_folder(
     cfg:Run, # The configuration
     root,    # Folder of all results
 ) -> Path: # The folder need not exist
-    "Return the folder that training writes to: the run's folder or, beside a finished result, its `new`."
+    "Return the folder that training writes to: the run's folder or, if it has a finished result, its `new`."
     folder = Path(root) / cfg.name
     return folder if read_result(cfg, root) is None else folder / 'new'
 
 def _remove_hidden(folder):
-    "Remove half-written files, but not those of measures, which another process may be writing."
+    "Remove half-written files, except files of measures, which another process may be writing."
     for f in folder.glob('.*'):
         if not f.name.startswith(('.lock', '.measures')): f.unlink(missing_ok=True)
     remove_abandoned(folder)
@@ -180,7 +180,7 @@ def _has_replacement(cfg, root):
     return new.get('status') == 'finished'
 
 def _replace(cfg, root):
-    "Replace the old result by the new result, if it is complete; the caller holds the folder's lock."
+    "If a new result is complete, replace the old result by it; the caller holds the folder's lock."
     if not _has_replacement(cfg, root): return
     folder, new = Path(root) / cfg.name, Path(root) / cfg.name / 'new'
     with _disk_errors(root):
@@ -237,7 +237,7 @@ def _acquired(folder):
         try: return FileLock(folder / '.lock').acquire(timeout=0).lock
         except OSError as e: # some network disks refuse a lock only here
             if e.errno not in _NO_LOCKS: raise
-    # a second try, because older versions of filelock delete a dead process' file in the first
+    # `timeout` allows two tries: in the first, older versions of filelock delete a dead process' file
     return soft.acquire(timeout=.1, poll_interval=.05).lock
 
 def _age(seconds):
@@ -314,7 +314,7 @@ class RestartEveryEpoch(ShowsArguments, Callback):
 
 # %% ../../nbs/experiments/81_runner.ipynb #679bf2ee
 def _factor(cfg):
-    "Return the schedule: a function of the finished share of training that returns a factor of the rate."
+    "Return the schedule: a function from the finished share of training to a factor of the learning rate."
     rounding = 1e-9 # because the finished share has a rounding error
     def thirds(done): return .1**int(done * 3 + rounding)
     def thirty_epochs(done): return .1**int(done * cfg.epochs / 30 + rounding)
@@ -393,7 +393,7 @@ class _Sums:
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
 class _TermRatio:
-    """The strength of an added loss term: its gradient's norm, divided by the norm without the term.
+    """The strength of an added loss term: its gradient's norm, divided by that of the loss without the term.
 
     Both gradients are with respect to the network's output, in a few batches spread over an epoch. These
     gradients need no pass through the network, and do not change the training in any bit."""
@@ -754,7 +754,7 @@ def _mirrored(model, x):
     return (model(x) + model(x.flip(-1))) / 2
 
 def _shifted(model, x):
-    "Return the mean of `_mirrored(x)` and its average over two views, shifted diagonally by a pixel."
+    "Return half `_mirrored(x)` plus half its mean over two copies of `x`, shifted diagonally by a pixel."
     h, w = x.shape[-2:]
     wide = nn.functional.pad(x, (1, 1, 1, 1), mode='reflect')
     moved = _mirrored(model, wide[..., :h, :w]) + _mirrored(model, wide[..., 2:, 2:])

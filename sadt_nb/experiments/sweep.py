@@ -160,7 +160,7 @@ def sweep(
     cases:dict,    # Name: `Run` with which the search starts; each trial has its number of epochs
     root='runs',   # Folder of all results; finished runs are not repeated
     trials=16,     # Number of proposals per case
-    spaces=None,   # Name: ranges, in the form of `ranges`; a missing case gets `ranges(run)`
+    spaces=None,   # Name: ranges, as `ranges` returns them; a missing case gets `ranges(run)`
     workers:int=1, # Number of processes that train at the same time
     batch=4,       # Number of proposals per case that are made together, before their results are known
     seed=0,        # Seed of the proposals; the runs have their own seeds

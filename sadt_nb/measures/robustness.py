@@ -254,8 +254,8 @@ def shifted_accuracy(
     bs:int=256,                           # Images per batch
     mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the validation loader's
     std:float|Sequence[float]|None=None,  # Standard deviation of the normalisation; `None`: as for `mean`
-    size:int|None=None, # Side in pixels of a folder's images: the shorter side of each image is resized to
-                        # 8/7 of it, as in `mapped_folder`, and the centre is cut out; `None`: as they are
+    size:int|None=None, # Side in pixels: a folder's images are resized to a shorter side of 8/7 of `size`, as
+                        # in `mapped_folder`, and their centre is cut out; `None`: images are used as they are
     numbered:bool=False, # Are the folders named by the number of their class, from 0, as in ImageNetV2?
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
@@ -329,7 +329,7 @@ def effective_robustness(
     return EffectiveRobustness(s - expit(at), expit(at), low, high, float(fit.slope), float(fit.intercept))
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec375f8f
-IMAGENETV2 = { # network of torchvision with its first weights: accuracy on ImageNet, and on ImageNetV2
+IMAGENETV2 = { # torchvision's network with `IMAGENET1K_V1` weights: accuracy on ImageNet, and on ImageNetV2
     'resnet18': (.69758, .5718),
     'resnet34': (.73314, .6120),
     'resnet50': (.76130, .6333),
@@ -395,7 +395,7 @@ def calibration_error(
         conf.append(p.max(1).values)
         right.append(p.argmax(1) == y)
     conf, right = torch.cat(conf).cpu(), torch.cat(right).double().cpu()
-    i = (conf * bins).ceil().long().sub(1).clamp(0, bins - 1) # a bin contains only its upper edge
+    i = (conf * bins).ceil().long().sub(1).clamp(0, bins - 1) # a bin contains its upper edge, not its lower
     def sum_by_bin(values): return torch.zeros(bins).double().scatter_add_(0, i, values)
     count = sum_by_bin(torch.ones_like(conf))
     sums = sum_by_bin(conf)

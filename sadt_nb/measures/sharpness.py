@@ -50,7 +50,7 @@ def gradient_norm(
     learn:Learner,         # A Learner whose network is in evaluation mode
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
-) -> float: # Norm of the gradient: the rise of the loss per unit of length, for a tiny step along it
+) -> float: # Norm of the gradient: rise of the loss per unit of length, for a tiny step along the gradient
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
     return float(global_norm(grads.values()))
@@ -160,7 +160,7 @@ def weight_histograms(
     model:nn.Module, # The network; parameters with one axis, such as biases, are left out
     bins:int=60,     # Number of bins of equal width, from minus to plus the layer's largest absolute weight
 ) -> dict: # From parameter name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
-    "Return a histogram of each layer's weights. Raises `ValueError` for a network without such weights."
+    "Return a histogram of each layer's weights. Raises `ValueError` without kernels or matrices."
     out = {}
     for n, p in model.named_parameters():
         if p.ndim < 2: continue

@@ -41,7 +41,7 @@ class ASAM(PerturbedPass):
         bn:BatchNormPolicy='update',            # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',               # Dropout masks in the extra pass: 'fresh' or 'replay'
         weights:Literal['role', 'name']='role', # Find weights (T = |w| + eta) by 'role' or by 'name'
-        only:Only=None, # Perturb 'norm' layers, 'not norm', or where `only(name, parameter)`; `None`: all
+        only:Only=None, # Perturb 'norm' layers, 'not norm', or if `only(name, parameter)`; `None`: all
         m:int|None=None, # Perturb each chunk of m samples along its own gradient; `None`: the whole batch
         start:float=0., # Share of training at which ASAM starts, in [0, 1]; plain training before
         stop:float=1.,  # Share of training at which ASAM ends, in [0, 1]; plain training after

@@ -30,7 +30,7 @@ def _n_right(model, batches):
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
-    """After training, loads the weights of the epoch with the highest accuracy; of several, the first.
+    """After training, loads the weights of the first epoch with the highest accuracy.
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False
@@ -91,7 +91,7 @@ def born_again(
     make_learner:Callable[[int, nn.Module|None], Learner], # Called with the round, from 0, and the teacher
     rounds:int,                                      # Rounds of self-distillation after round 0, >= 1
     fit:Callable[[Learner], None],                   # Called with the Learner; trains it
-    select:Literal['last', 'valid', 'test']='valid', # Keep the last epoch, or the best on these data
+    select:Literal['last', 'valid', 'test']='valid', # Keep the last epoch, or the best epoch on these data
     independent:bool=False,                          # Also train `rounds` networks without a teacher?
 ) -> Generations: # All generations, and the independent networks
     """Train in rounds of self-distillation; the network of each round is the teacher of the next round.

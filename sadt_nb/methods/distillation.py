@@ -28,7 +28,7 @@ class Distillation(LossTerm):
     _stateattrs = ('teacher',)      # not in pickled Learners
 
     def __init__(self,
-        teacher:nn.Module|Sequence[nn.Module]|None, # A list: its mean logits; `None`: set it later
+        teacher:nn.Module|Sequence[nn.Module]|None, # For a list: its mean logits; `None`: set later
         alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; read at every batch
         temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss

@@ -8,7 +8,7 @@ __all__ = ['sharpest', 'ESAM', 'esam_step']
 # %% ../../nbs/methods/22_esam.ipynb #59d37ccc
 import inspect
 from math import ceil
-from typing import Callable
+from typing import Callable, Literal
 
 import torch
 from torch import nn, Tensor
@@ -72,16 +72,19 @@ class ESAM(PerturbedPass):
         seed:int=0,                  # Seed of the draws
         start:float=0., # Share of training at which ESAM starts, in [0, 1]; plain training before
         stop:float=1.,  # Share of training at which ESAM ends, in [0, 1]; plain training after
-        whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of the perturbed tensors' only
+        # Divide by the norm of all gradients? `False`: of the perturbed tensors' only; `None`: as in `spec`
+        whole_norm:bool|None=None,
+        spec:Literal['paper', 'code']='paper', # 'paper': all gradients; 'code': the perturbed tensors' only
     ):
         check_radius(rho)
         for name, value in (('beta', beta), ('gamma', gamma)):
             if not 0 < value <= 1: raise ValueError(f'`{name}` must lie in (0, 1], got {value}')
         super().__init__(bn, rng, start, stop)
         self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
-        self.whole_norm = whole_norm
+        self.spec, self.whole_norm = spec, self.by_reading(spec, whole_norm=whole_norm)['whole_norm']
         self.generator = torch.Generator().manual_seed(seed)
 
+    readings = dict(paper=dict(whole_norm=True), code=dict(whole_norm=False))
     selects_samples = True # without a Learner, the closure may return one loss per sample
     @property
     def needs_rows(self): return self.gamma < 1 # without a Learner, the closure must return a loss per sample
@@ -105,7 +108,7 @@ class ESAM(PerturbedPass):
         self._mask.update(zip(new, (draws < self.beta).tolist()))
 
     def _draw_before_backward(self):
-        "With `whole_norm=False`, let the first pass see only the parameters that it perturbs."
+        "With `whole_norm=False`, let the first pass compute only the gradients of the tensors to perturb."
         if self.whole_norm or not self.makes_pass(): return
         params = trainable_params(self.model)
         self._draw(params)
@@ -159,7 +162,7 @@ def esam_step(
     generator:torch.Generator|None=None,    # Source of the draws, on the CPU
     bn:BatchNormPolicy='update',            # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',               # Dropout masks in the second pass: 'fresh' or 'replay'
-    whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of the perturbed tensors' only
+    whole_norm:bool=True, # Divide by the norm of all gradients; `False`: of perturbed tensors' gradients
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
     "Make one ESAM step in plain PyTorch (Du et al. 2022)."
     method = ESAM(rho, beta, gamma, bn, rng, whole_norm=whole_norm)

@@ -71,7 +71,7 @@ class GSAM(PerturbedPass):
         rho_max:float=.05,      # Radius at the highest learning rate, > 0
         rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
         alpha:float=.4,         # Factor of the perpendicular part g_perp, >= 0; 0: SAM
-        adaptive:bool=False,    # Measure the radius relative to each weight's size; then `rho_max` is about 2
+        adaptive:bool=False,    # Radius relative to each weight's size; then set `rho_max` to about 2
         lr_max:float|None=None, # Learning rate for the radius `rho_max`; `None`: the peak of the schedule
         lr_min:float=0.,        # Learning rate at which the radius is `rho_min`
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -118,7 +118,7 @@ def gsam_step(
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0
     alpha:float=.4,               # Factor of the perpendicular part g_perp, >= 0
-    adaptive:bool=False,          # Measure the radius relative to each weight's size; then `rho` is about 2
+    adaptive:bool=False,          # Radius relative to each weight's size; then set `rho` to about 2
     bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'
 ) -> Tensor: # The loss at the unperturbed weights, detached

@@ -61,7 +61,7 @@ class Method:
     every_batch: dict = field(default_factory=dict, hash=False) # Options with an extra pass in every batch
     follows_samples: bool = False # `True` if samples need ids; their labels cannot be mixed
     chooses_samples: bool = False # `True` if the method cannot follow fastai's MixUp and CutMix callbacks
-    # After six steps in half precision: largest relative distance from the weights in single precision
+    # After six steps in half precision: largest allowed relative distance from single-precision weights
     half_precision: float = .05
 
     def __call__(self,
@@ -162,7 +162,8 @@ def _sam_passes(o):
 def _esam_passes(o):
     extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
     # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
-    saved = 0 if o.whole_norm else (1 - o.beta) / 3
+    whole_norm = ESAM.by_reading(o.spec, whole_norm=o.whole_norm)['whole_norm']
+    saved = 0 if whole_norm else (1 - o.beta) / 3
     return extra - saved
 
 def _looksam_passes(o): return 1 / o.k
@@ -320,7 +321,7 @@ _EVENTS = inspect.signature(Callback).parameters # every callback takes these; t
 
 def method_options(
     name:str, # A name in `METHODS`
-) -> dict: # Name of an option: its `inspect.Parameter`
+) -> dict: # From the name of an option to its `inspect.Parameter`
     "Return the options of a method's callback. Raises `ValueError` for an unknown name."
     _check_name(name)
     parameters = inspect.signature(METHODS[name].factory).parameters
@@ -371,7 +372,7 @@ def _costs():
     return costs
 
 def methods_table() -> pd.DataFrame: # One row per name in `METHODS`
-    "Return what all methods do and cost; `time` is that of a ResNet-18 step, divided by a plain step's."
+    "Return what all methods do and cost; `time` is a ResNet-18 step's time divided by a plain step's time."
     measured = _costs()['resnet18']['rows']
     rows = {}
     for n, m in METHODS.items():

@@ -44,7 +44,7 @@ class Perturbation(ShowsArguments):
         grads:dict[str, Tensor],  # Gradients of the first step by name; must not be changed
         generator:torch.Generator|None, # Source of random numbers; `None`: PyTorch's global generator
     ) -> dict[str, Tensor]: # From name to additive change; a parameter without an entry does not change
-        "Return the difference between the teacher's weights and the network's."
+        "Return the teacher's weights minus the network's weights."
         raise NotImplementedError
 
 class weight_noise(Perturbation):
@@ -178,7 +178,7 @@ class _MicroBatch(NamedTuple):
     def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):
-    "Add the gradient, at `w_aux`, of the divergence between `q` and the teacher's prediction to `.grad`."
+    "Add the divergence's gradient at `w_aux` to `.grad`; the divergence compares `q` with the teacher."
     def loss(aux, *yb): return divergence(micro.q, aux)
     with perturbed(params, delta, sadt.scratch): sadt.replay(**micro.starts(), loss_func=loss)
 
@@ -189,7 +189,7 @@ def _backward_shared(sadt, deltas, micro, divergence):
     sadt.replay(**micro.starts(), forward=forward, loss_func=loss)
 
 def _backward_at_up(sadt, params, delta, micro, divergence):
-    "Add the gradient, at `w_up`, of the divergence from a constant teacher's prediction to `.grad`."
+    "Add the divergence's gradient at `w_up` to `.grad`; the teacher's prediction is a constant."
     with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
     def loss(pred, *yb): return divergence(pred, aux)
     sadt.replay(**micro.starts(), loss_func=loss)
@@ -214,7 +214,7 @@ def _can_share(sadt, fns):
     return one_layer_each and not own_forward
 
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
-    "Add the gradients of one teacher, or of several teachers in one pass, over all micro-batches."
+    "For all micro-batches, add the gradients of one teacher, or of several teachers in one pass."
     learn = sadt.learn
     batch = learn.xb, learn.yb
     def divergence(clean, aux): return sadt.kl_weight * _divergence(clean, aux, kl, sadt.compare)
@@ -321,7 +321,7 @@ class SADT(_SeededNoise, _TwoSteps):
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
         # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the learning rate at the start
         sigma:Literal['fixed', 'rate']='fixed',
-        # Distance of a single teacher uphill, as in SAM; `None`: use `perturb` or the variant's teachers
+        # A single teacher at this distance uphill, as in SAM; `None`: `perturb` or the variant's teachers
         rho:float|None=None,
         first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'

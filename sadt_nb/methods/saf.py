@@ -6,7 +6,7 @@
 __all__ = ['Records', 'SAF']
 
 # %% ../../nbs/methods/25_saf.ipynb #9898b26a
-from typing import Sequence
+from typing import Literal, Sequence
 
 import torch
 from torch import distributed, Tensor
@@ -112,18 +112,23 @@ class SAF(TrajectoryLoss):
     out of range, and, before training starts, for other loaders, for MixUp or CutMix, and for records of
     another data set."""
     _stateattrs = ('records',) # not in pickled Learners
+    readings = dict(paper=dict(lag=3, start_epoch=5, tau_squared=False),
+                    code=dict(lag=2, start_epoch=6, tau_squared=True))
 
     def __init__(self,
         lam:float=.3,      # Factor of the divergence, >= 0; read at every batch
         tau:float=5.,      # Temperature that softens both predictions, > 0
-        lag:int=3,         # Age in epochs of the records that are compared, >= 1
-        start_epoch:int=5, # Number of epochs without the term at the start of training, >= 0
+        lag:int|None=None, # Age in epochs of the records that are compared, >= 1; `None`: 3, or 2 in the code
+        # Number of epochs without the term at the start of training, >= 0; `None`: 5, or 6 in the code
+        start_epoch:int|None=None,
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
-        tau_squared:bool=False, # `True`: multiply the term by `tau**2`, as in the authors' code
+        tau_squared:bool|None=None, # Multiply the term by `tau**2`? `None`: no, but yes in the code
+        spec:Literal['paper', 'code']='paper', # Reading of the options that are `None`: paper, authors' code
     ):
-        check_count(lag=lag)
-        super().__init__(lam, tau, start_epoch, divergence, tau_squared)
-        self.lag = lag
+        options = self.by_reading(spec, lag=lag, start_epoch=start_epoch, tau_squared=tau_squared)
+        check_count(lag=options['lag'])
+        super().__init__(lam, tau, options['start_epoch'], divergence, options['tau_squared'])
+        self.spec, self.lag = spec, options['lag']
         self._init_state()
 
     def _init_state(self): self.records = None # made at the first batch, which shows the outputs' shape
@@ -139,7 +144,7 @@ class SAF(TrajectoryLoss):
 
     @torch.no_grad()
     def _exchange(self, now):
-        "Return the past logits of this batch's samples, and overwrite them by the present logits."
+        "Return the recorded past logits of this batch's samples, and record the present logits instead."
         _check_outputs(now, self.records)
         classes = getattr(self.compare, 'kind', '') == 'categorical'
         # checked once per epoch, because the check waits for the device

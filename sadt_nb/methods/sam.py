@@ -21,15 +21,15 @@ class SAM(PerturbedPass):
 
     Under gradient accumulation the weights are perturbed for each micro-batch, along the gradient of this
     micro-batch; a chunk of `m` samples counts as a micro-batch. `interval` counts steps from `start` on.
-    Raises `ValueError` for an option out of range. Before training starts, it is raised, too, if `only`
-    chooses no parameter of the network, and if `m` is used with fastai's MixUp or CutMix."""
+    Raises `ValueError` for an option out of range. Also raises `ValueError`, before training starts, if
+    `only` chooses no parameter of the network, or if `m` is used with fastai's MixUp or CutMix."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then `rho` is about 2
         interval:int=1, # Extra pass only in the first of every `interval` optimizer steps
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
-        only:Only=None, # Perturb 'norm' layers, 'not norm', or where `only(name, parameter)`; `None`: all
+        only:Only=None, # Perturb 'norm' layers, 'not norm', or if `only(name, parameter)`; `None`: all
         m:int|None=None, # Perturb each chunk of m samples along its own gradient; `None`: the whole batch
         start:float=0., # Share of training at which SAM starts, in [0, 1]; plain training before
         stop:float=1.,  # Share of training at which SAM ends, in [0, 1]; plain training after

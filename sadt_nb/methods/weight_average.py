@@ -137,7 +137,7 @@ class _Average(ShowsArguments, Callback):
         self._recent.clear()
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
-        "Return the counters and the average; while the network has the average, the trained weights instead."
+        "Return the counters, and the average or, while the network has the average, the trained weights."
         if self._loaded is not None: return self._loaded
         average = None if self.averaged is None else self.averaged.state_dict()
         return dict(averaged=average, swapped=self.swapped, steps=self.steps, norms=self.norms)

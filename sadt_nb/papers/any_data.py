@@ -30,11 +30,12 @@ PLAIN, AVERAGE = 'baseline', 'weight_average'
 
 def comparison_runs(
     methods:list[str], # Names in `METHODS`
-    plain:Run,         # Plain training; its data, network, recipe and epochs are those of all rows
+    plain:Run,         # Plain training; all rows have its data, network, recipe and number of passes
 ) -> dict[str, Run]: # From method to its run: plain training and the weight average first
-    """Return a run per method with the passes of the plain run, rounded to whole epochs.
+    """Return a run per method with as many passes as the plain run, as far as whole epochs allow.
 
-    Raises `ValueError` for a method that needs a teacher, or if rounding changes the passes by a quarter."""
+    Raises `ValueError` for a method that needs a teacher, or if rounding to whole epochs changes the number
+    of passes by more than a quarter."""
     taught = [m for m in methods if METHODS[m].needs_teacher]
     if taught: raise ValueError(f'{taught[0]} needs a trained teacher; compare it with sadt_train --teacher')
     runs = {}

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..experiments.config import Run
 from ..experiments.cost import run_cost
-from ..methods.registry import method_options
+from ..methods.registry import make_method, method_options
 
 # %% ../../nbs/papers/100_base.ipynb #37dde68f
 class EpochLog(NamedTuple):
@@ -91,12 +91,9 @@ def same_share(
     "Return the options of SAF and MESA for training of another length."
     options = dict(options)
     if method not in _TRAJECTORY: return options
-    defaults = method_options(method)
-    start = options.get('start_epoch', defaults['start_epoch'].default)
-    options['start_epoch'] = round(start * factor)
-    if method == 'mesa':
-        beta = options.get('beta', defaults['beta'].default)
-        options['beta'] = round(beta**(1 / (steps or factor)), 6)
+    callback, = make_method(method, **options) # it has the values of all options
+    options['start_epoch'] = round(callback.start_epoch * factor)
+    if method == 'mesa': options['beta'] = round(callback.beta**(1 / (steps or factor)), 6)
     return options
 
 # %% ../../nbs/papers/100_base.ipynb #60417613

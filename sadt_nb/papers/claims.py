@@ -331,6 +331,7 @@ class Claim(NamedTuple):
     def outcome(self):
         "Return the outcome of the claim, a key of `OUTCOMES`."
         if self.by_own not in ('', 'no power', *_UNJUDGED): return "decided by the authors' own numbers"
+        if self.by_own == 'no power' and self.by_runs in _UNJUDGED: return 'no power'
         return self.by_runs
 
     @property

@@ -83,8 +83,8 @@ def _table1():
 # %% ../../nbs/papers/103_saf.ipynb #97b50703
 def _table1_code():
     "Yield the ResNets of Table 1 with the settings of the released command."
-    base = _IMAGENET.but(bs=1024, lr=.4, epochs=90, opt='sgd', opt_args=dict(momentum=.9, weight_decay=1e-4),
-                         **_CODE_RECIPE)
+    sgd = dict(momentum=.9, nesterov=True, weight_decay=1e-4)
+    base = _IMAGENET.but(bs=1024, lr=.4, epochs=90, opt='sgd', opt_args=sgd, **_CODE_RECIPE)
     options = dict(sam=dict(rho=.05), saf=dict(_CODE_TERM['saf'], lam=.3, tau=5.),
                    mesa=dict(_CODE_TERM['mesa'], lam=.8, tau=5., beta=.9998))
     for c in _table1():

@@ -23,11 +23,11 @@ _TIMED = ('table1', 'flatness_resnet20', 'cifar_cnn', 'sam_study', 'notebook20',
 _PRINTED_SPEED = 3289 # images per second of ResNet-18, plain training on CIFAR-10: Table 3 of SAF's paper
 
 def _printed_speed():
-    "Return the operations per second that the printed speed means."
+    "Return the printed speed in operations per second."
     run = paper_grid('saf/table3', only='baseline cifar10 resnet18')[0].run
     return _PRINTED_SPEED * run_cost(run).flops / (training_images(run) * run.epochs)
 
-def speeds() -> dict: # (network, with a GPU): operations per second; the network '' is any other
+def speeds() -> dict: # (network, with a GPU): operations per second; '' is any other network
     "Return the speed of training, from the stored runs on CIFAR-10: per CPU thread, and on one GPU."
     found = {}
     for folder in _TIMED:
@@ -49,7 +49,9 @@ class Price(NamedTuple):
     minutes: float # On one GPU
 
 def _open_comparison(claim):
-    "Return the comparison that needs most seeds: judged and without power, else of our longest training."
+    """Return the judged comparison without power that needs most seeds.
+
+    If there is none, return, of the comparisons with our longest training, the one that needs most seeds."""
     known = [e for e in (*claim.own, *claim.ours, *claim.control) if e.spread > 0 and e.part is not None]
     judged = [e for e in known if e.outcome == 'no power']
     longest = max((np.nan_to_num(e.share) for e in known), default=0)
@@ -107,7 +109,7 @@ def _commands(tables):
     return [f'sadt_grid {name}' + (f' --only "{only}"' if only else '') for name, only in tables]
 
 def _ordered(claims, known):
-    "Return claims with prices and with how many claims a core decides in an hour, the most first."
+    "Return claims with their prices and the number of claims a core decides in an hour, highest first."
     groups = {}
     for paper, of_paper in claims.items():
         for c in of_paper:
@@ -122,7 +124,7 @@ def _ordered(claims, known):
 def price_table(
     claims:dict, # Name of a paper: list of `Claim`
     known:dict,  # From `prices`
-) -> Card: # One row per claim, those first of which a core decides most in an hour
+) -> Card: # One row per claim, ordered by `claims per core-hour`, highest first
     "Return effect, spread, seeds and time for every claim that is not decided."
     rows = [['claim', 'smallest effect', 'spread seen', 'seeds', 'hours, two cores', 'minutes, one GPU',
              'claims per core-hour']]
@@ -225,7 +227,7 @@ class Rows:
     def __repr__(self): return '\n'.join(f'{c.outcome}: {c.says}' for c in self.claims)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #04d0aee2
-_PHRASES = { # outcome: what one claim is, and what several are
+_PHRASES = { # outcome: the phrase for one claim, and for several
     'seen': ('is seen', 'are seen'),
     'smaller than claimed': ('is smaller than claimed', 'are smaller than claimed'),
     'absent': ('is absent', 'are absent'),
@@ -238,7 +240,7 @@ _PHRASES = { # outcome: what one claim is, and what several are
 }
 
 def _without_control(claims):
-    "Return what is found as stated where only the control keeps a claim open."
+    "Name the claims that only the control keeps open, each with its outcome as stated."
     found = [c for c in claims if c.outcome == 'no power' and c.as_stated not in _OPEN]
     return ''.join(f' As stated, "{c.short}" is {c.as_stated}; its control has no power.' for c in found)
 

@@ -13,7 +13,8 @@ STUDIES = Path(__file__).parents[1] / 'nbs' / 'studies'
 WITH_STUDENTS = {'digits': ['distill_digits'], 'cifar_cnn': ['all_methods_on_cifar', 'flatness'],
                  'flatness_resnet20': ['flatness'], 'flatness_digits': ['flatness'],
                  'cifar_small': ['distill_cifar'],
-                 'compare_digits': ['all_methods_on_noisy_digits']}
+                 'compare_digits': ['all_methods_on_noisy_digits'],
+                 'digits_temperature': ['distill_digits']}
 NO_RUNS = 'step_cost', 'loops' # measurements of time and memory
 
 

@@ -330,9 +330,10 @@ def trained_apart(
     if not apart:
         return Sentence(f'No difference was found between the source code and hardware of the {len(pairs)} '
                         f'{what}.')
-    return Sentence(f'Of {len(pairs)} {what}, {apart} were trained apart: {sum(code)} with different versions '
-                    f'of the source code, {sum(machine)} on different hardware. In these pairs, the version or '
-                    'the hardware can be a part of the difference between the two networks.')
+    return Sentence(
+        f'Of {len(pairs)} {what}, {apart} were trained apart: {sum(code)} with different versions of the '
+        f'source code, {sum(machine)} on different hardware. In these pairs, the version or the hardware '
+        'can be a part of the difference between the two networks.')
 
 # %% ../../nbs/experiments/82_report.ipynb #0d3a8124
 _PANELS = { # column of a history: title, unit

@@ -105,7 +105,7 @@ class ShowsArguments:
     @classmethod
     def by_reading(cls,
         spec:str,  # A key of `readings`
-        **options, # Arguments; `None`: the value of the reading
+        **options:object, # Arguments by name; `None`: the value of the reading
     ) -> dict: # The arguments, with values in place of `None`
         "Return the arguments of one reading of a method. Raises `ValueError` for an unknown `spec`."
         if spec not in cls.readings:

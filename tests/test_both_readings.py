@@ -20,7 +20,7 @@ def test_a_change_of_sign_is_found_with_both_means():
     groups = dict(plain=runs((.50, .60), (.60, .60)), sam=runs((.52, .58), (.61, .61)))
     # means: (.02 + .01) / 2 and (-.02 + .01) / 2
     found = text(groups, [('sam', 'plain')])
-    assert found.startswith('1 of 1 differences of accuracies on this page changes its sign')
+    assert found.startswith('The one difference of accuracies on this page changes its sign between')
     assert found.endswith('\n- sam minus plain: +1.50 and -0.50')
     assert text(groups, [('plain', 'sam')]).endswith('\n- plain minus sam: -1.50 and +0.50')
 
@@ -28,7 +28,7 @@ def test_a_change_of_sign_is_found_with_both_means():
 @pytest.mark.parametrize('running, fresh', [(.01, .02), (-.01, -.02), (0, .01), (0, -.01), (.01, 0), (0, 0)])
 def test_equal_signs_and_differences_of_zero_do_not_change(running, fresh):
     groups = dict(a=runs((.3, .4), (.7, .1)), b=runs((.3 - running, .4 - fresh), (.7 - running, .1 - fresh)))
-    one_line = ('None of 1 differences of accuracies on this page changes its sign between '
+    one_line = ('The one difference of accuracies on this page does not change its sign between '
                 "BatchNorm's running averages and re-estimated statistics.")
     assert text(groups, [('a', 'b')]) == one_line
 
@@ -38,7 +38,8 @@ def test_only_common_repetitions_count():
     groups = dict(first={0: b, 7: extra}, second={0: a, 3: extra})
     assert text(groups, [('first', 'second')]).endswith('first minus second: +10.00 and -10.00')
     groups['first'][3] = dict(accuracy=.4, accuracy_bn=.9) # means: (.1 - .5) / 2 and (-.1 + 0) / 2
-    assert text(groups, [('first', 'second')]).startswith('None of 1')
+    found = text(groups, [('first', 'second')])
+    assert found.startswith('The one difference of accuracies on this page does not')
 
 
 def test_pairs_are_counted_once_and_kept_in_order():

@@ -302,6 +302,11 @@ def both_readings(
         if running * fresh < 0: changed.append(f'- {name}: {running:+.2f} and {fresh:+.2f}')
     of = f'of {len(pairs)} differences of accuracies on this page'
     readings = "BatchNorm's running averages and re-estimated statistics"
+    if len(pairs) == 1:
+        verb = 'changes its sign' if changed else 'does not change its sign'
+        sentence = f'The one difference of accuracies on this page {verb} between {readings}'
+        if not changed: return Sentence(f'{sentence}.')
+        return Sentence('\n'.join([f'{sentence} (points, in this order):', '', *changed]))
     if not changed: return Sentence(f'None {of} changes its sign between {readings}.')
     verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
     first = f'{len(changed)} {of} {verb} between {readings} (points, in this order):'

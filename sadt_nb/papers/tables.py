@@ -10,7 +10,7 @@ TABLES = {
     'sadt/notebook20': "the methods of the authors' notebook, and three controls",
     'sadt/notebook20_factors': "the authors' notebook, with one setting changed at a time",
     'sadt/table1': 'seven methods on three networks, two data sets, two batch sizes',
-    'sadt/table1_code': 'Table 1, trained and with the epoch chosen as in the released code',
+    'sadt/table1_code': 'Table 1, with the training and the choice of the epoch as in the released code',
     'sadt/table1_controls': 'for each column of Table 1, three controls without a teacher',
     'sadt/figure2': 'the runs of Table 1 whose training curves are published',
     'sam_study/a': 'SGD and SAM, at equal passes and at equal epochs',

@@ -13,6 +13,7 @@ from fastai.optimizer import SGD
 from matplotlib import pyplot as plt
 from sadt_nb.commands import cli
 from sadt_nb.core.display import visible
+from sadt_nb.core.optim import KerasAdam
 from sadt_nb.core.passes import evaluating
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.core.teachers import Ensemble
@@ -150,3 +151,22 @@ def test_the_rounding_error_of_an_exact_trace():
         def __call__(self, v): return matrix @ v
     found = _exact_trace(Products())
     assert (found.value, found.error) == (15., 18 * 2.**-23)
+
+
+def test_the_adam_of_keras_runs_a_closure_as_every_optimizer_of_pytorch():
+    w, v = (torch.tensor([2., -1.], dtype=torch.float64, requires_grad=True) for _ in range(2))
+    by_closure, by_hand = KerasAdam([w], lr=.1), KerasAdam([v], lr=.1)
+
+    def closure():
+        by_closure.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        before = w.detach().square().sum()
+        assert torch.equal(by_closure.step(closure), before)
+        v.grad = 2 * v.detach()
+        assert by_hand.step() is None
+        assert torch.equal(w, v)
+    assert not torch.equal(w, torch.tensor([2., -1.], dtype=torch.float64))

@@ -45,8 +45,13 @@ class KerasAdam(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure:Callable|None=None):
+    def step(self,
+        closure:Callable|None=None, # Computes the loss and its gradients; `None`: the gradients are there
+    ) -> torch.Tensor|None: # The closure's loss; `None` without a closure
         "Update all parameters that have a gradient."
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(): loss = closure()
         for group in self.param_groups:
             ps, grads, ms, vs, counts = [], [], [], [], []
             for p in group['params']:
@@ -63,6 +68,7 @@ class KerasAdam(torch.optim.Optimizer):
             if not ps: continue
             options = {k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
             _keras_adam_step_(*map(local_parts, (ps, grads, ms, vs)), counts, **options)
+        return loss
 
 # %% ../../nbs/core/03_optim.ipynb #3035bd2f
 def keras_adam(

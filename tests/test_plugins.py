@@ -48,8 +48,8 @@ for code in sys.argv[1:]:
     if not pid:
         exec(code, dict(__name__='__main__'))
         sys.exit()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print('exit', code, flush=True)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print('exit', status, flush=True)
 """
 
 

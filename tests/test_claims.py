@@ -30,7 +30,8 @@ def cases(mean, low, high, s, p):
         'opposite': high < 0 and low <= -s,
         'smaller than claimed': low > 0 and s <= high < p,
         'seen': low > 0 and high >= max(s, p) and mean >= s,
-        'no power': (low <= 0 <= high and not inside) or (low > 0 and high >= max(s, p) and mean < s)}
+        'claimed size excluded': low <= 0 <= high < p and not inside,
+        'no power': (low <= 0 and high >= p and not inside) or (low > 0 and high >= max(s, p) and mean < s)}
 
 @pytest.mark.parametrize('s, p', [(.2, None), (.2, .1), (.2, .4), (.5, 1.)])
 def test_the_cases_are_disjoint_and_complete(s, p):
@@ -43,6 +44,7 @@ def test_the_cases_are_disjoint_and_complete(s, p):
 
 @pytest.mark.parametrize('numbers, expected', [
     ((7.05, 5.5, 8.6, 5., 10.), 'smaller than claimed'), ((-4, -28.7, 20.7, .5, 1.), 'no power'),
+    ((.2, -.3, .9, .5, 1.), 'claimed size excluded'), ((.2, -.3, 1., .5, 1.), 'no power'),
     ((-.06, -.08, -.04, .2, .3), 'absent'), ((1., .8, 1.2, .5, 1.), 'seen'),
     ((-1., -2, -.5, .5, 1.), 'opposite')])
 def test_examples(numbers, expected): assert outcome(*numbers) == expected
@@ -99,6 +101,27 @@ def test_power_as_stated(effect):
     d = rng.normal(effect, 1, (20_000, 5))
     t = d.mean(1) / (d.std(1, ddof=1) / 5**.5)
     assert abs((t > stats.t.ppf(.975, 4)).mean() - power(1 / 5**.5, 4, effect)) < .012
+
+def test_power_of_a_ratio_of_spreads_as_stated():
+    "One kind varies less by a factor; the F-test over six seeds finds it as often as stated."
+    rng = np.random.default_rng(4)
+    for factor in (1., 1.5, 3.):
+        sd = rng.normal(0, [1, factor], (20_000, 6, 2)).std(1, ddof=1)
+        share = (sd[:, 0]**2 / sd[:, 1]**2 < stats.f.ppf(.025, 5, 5)).mean()
+        assert abs(share - claims_page.spread_power(5, np.log(factor))) < .012
+    few = claims_page.seeds_for_spread(np.log(1.05))
+    assert 3200 < few < 3400 # by hand: (1.96 + .84)^2 / log(1.05)^2 = 3,297 degrees of freedom
+    assert claims_page.seeds_for_spread(np.log(1.05), groups=3) == pytest.approx(few / 3, abs=1)
+
+def test_the_stated_power_is_an_estimate():
+    """It takes the spread over seeds that was seen for the true one.
+
+    With three seeds it varies widely around the true power, and its mean is not far from it."""
+    rng = np.random.default_rng(5)
+    stated = [judged('', '', pd.Series(rng.normal(.5, .4, 3))).power for _ in range(500)]
+    true = power(.4 / 3**.5, 2, .2)
+    assert abs(np.mean(stated) - true) < .15
+    assert np.quantile(stated, .9) > 2 * np.quantile(stated, .1)
 
 def test_seeds_for_power():
     assert seeds_for_power(1., 1.) == 10 # from tables of the paired t-test: 10 pairs for an effect of one
@@ -212,7 +235,7 @@ def test_every_claim_of_the_page(claims):
 def test_costs_on_a_cpu_and_formulas_are_not_judged_by_runs(claims):
     of_saf = {c.short: c for c in claims['SAF and MESA']}
     cost = of_saf['cost of a step of MESA']
-    assert cost.outcome == 'outside its regime' and 'measured on a CPU' in cost.ours[0].outside[0]
+    assert cost.by_runs == 'outside its regime' and 'measured on a CPU' in cost.ours[0].outside[0]
     memory = of_saf['memory of SAF (a formula)']
     assert memory.by_own == 'seen' and all(e.exact for e in memory.own) and not memory.ours
 
@@ -222,12 +245,62 @@ def test_what_the_authors_print_decides(claims):
     winner = of_sadt['no variant is a clear winner']
     assert winner.by_own == 'seen' and winner.own[0].mean == 9 / 12 and 'In seven of twelve' in winner.note
 
+def test_printed_speeds_decide_the_claims_on_costs(claims):
+    "The times of a step as the paper prints them, typed a second time: plain or SAM divided by the method."
+    of_saf = {c.method: c for c in claims['SAF and MESA'] if c.short.startswith('cost')}
+    expected = dict(
+        SAM=[1627 / 802, 1042 / 518, 703 / 351, 5154 / 2566, 3289 / 1657, 3314 / 1690, 501 / 246, 501 / 249,
+             732 / 367, 739 / 370, 394 / 194, 401 / 198],
+        SAF=[1627 / 1612, 1042 / 1031, 3289 / 3213, 3314 / 3248, 501 / 497, 501 / 497, 732 / 727, 739 / 729,
+             394 / 391, 401 / 397],
+        MESA=[1627 / 1386, 1042 / 888, 3289 / 2780, 3314 / 2793, 501 / 425, 501 / 426, 732 / 617, 739 / 625,
+              394 / 332, 401 / 339],
+        LookSAM=[2566 / 4273], ESAM=[802 / 1037, 518 / 650])
+    for method, ratios in expected.items():
+        claim = of_saf[method]
+        assert [e.mean for e in claim.own] == pytest.approx(ratios), method
+        assert claim.outcome == "decided by the authors' own numbers"
+        assert claim.by_own == 'seen', method
+
 def test_published_effects_of_the_notebook(claims):
     "From the notebook's printed accuracies: 55.8, 56.9 and 56.6 against 45.7."
     notebook, = [c for c in claims['SADT'] if 'released notebook' in c.short]
     judged_ones = [e for e in notebook.ours if not e.outside]
     assert [e.published.effect for e in judged_ones] == pytest.approx([10.1, 11.2, 10.9])
     assert all(e.re_estimated for e in judged_ones), 'both readings of BatchNorm are shown'
+
+def test_every_comparison_of_accuracies_has_both_readings(claims):
+    "Of our own networks; the authors' logs and ensembles have one reading."
+    missing = []
+    for of_paper in claims.values():
+        for c in of_paper:
+            if 'ensemble' in c.short or 'points' not in c.says or 'raining accuracy' in c.says: continue
+            missing += [(c.short, e.label) for e in (*c.ours, *c.control) if e.n and not e.re_estimated]
+    assert not missing
+
+def test_a_row_states_the_training_of_both_sides():
+    table = networks(np.random.default_rng(0), dict(a=.3, b=0.)).assign(term=.004)
+    stated = Published(1., accuracy=93.2)
+    e = Comparisons(table).gap('p', '', 'a', 'b', published=stated, of_paper=(2000, 40))
+    accuracy = f'{table.accuracy.mean():.1f}'
+    assert e.setting[1:3] == (1000, 20) and e.setting[4:7] == (2000, 40, 93.2)
+    text = claim_row(claim(e), 'SADT', {}, {})
+    assert f'ours: 1,000 images, 20 epochs, accuracy {accuracy}%' in text
+    assert "gradient of the term at most 0.004 of the loss's" in text
+    assert 'paper: 2,000 images, 40 epochs, accuracy 93.2%' in text
+
+def test_the_regime_knows_the_number_of_classes():
+    table = networks(np.random.default_rng(0), dict(a=.3, b=0.)).assign(accuracy=5.)
+    def found(**facts): return Comparisons(table.assign(**facts)).gap('p', '', 'a', 'b', of_paper=(1000, 20))
+    assert found(classes=10).outside == ('the network is near chance',)
+    assert found(classes=100).outside == ()
+
+def test_a_teacher_is_compared_in_both_readings():
+    table = networks(np.random.default_rng(0), dict(a=.3)).drop(columns='right')
+    table = table.assign(accuracy=[70., 71., 72., 73.], accuracy_bn=[75., 76., 77., 78.],
+                         teacher_accuracy=69., teacher_accuracy_bn=73.)
+    e = Comparisons(table).gap('p', '', 'a')
+    assert e.mean == pytest.approx(2.5) and e.re_estimated[0] == pytest.approx(3.5)
 
 
 # Stored runs that come later, prices, and rows

@@ -217,7 +217,8 @@ def test_a_table_shows_published_curvature_beside_ours():
     rows = []
     for i, c in enumerate(cells[:2]):
         measures = dict(trace=dict(value=100. + i), eigenvalue=dict(value=5.)) if i else {}
-        rows.append(dict(run=c.run, status='finished', accuracy=.9, measures=measures))
+        rows.append(dict(run=c.run, status='finished', accuracy=.9, accuracy_bn=.9, history=[],
+                         measures=measures))
     shown = comparison('distill/table4', pd.DataFrame(rows)).set_index('row')
     assert list(shown['published trace']) == ['197.53', '205.79', '98.62', '271.71']
     assert list(shown['our trace']) == ['-', '101', '-', '-']

@@ -228,7 +228,7 @@ def test_claims_are_decided_by_the_logs_alone():
     claims = sam_study_claims(Comparisons(logged_networks()))
     by_logs, seen, none = [c.by_own for c in claims], 'seen', 'no power'
     assert by_logs == [seen, none, none, seen, seen, none, 'opposite', none, 'smaller than claimed', none,
-                       '', '', '']
+                       '', '', '', '']
     theirs = "decided by the authors' own numbers"
     assert [c.outcome == theirs for c in claims] == [o not in ('', none) for o in by_logs]
     assert {c.outcome for c in claims} == {theirs, none, 'not run'} <= OUTCOMES.keys()

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'MORE', 'LESS', 'HIGHER', 'LOWER', 'NO_GAIN', 'NO_LOSS', 'ALIKE', 'BY_IMAGE', 'WIDEST', 'smallest_effect',
            'outcome', 'weakest', 'Effect', 'paired_by_image', 'image_variance', 'by_seed', 'paired_by_seed', 'power',
-           'seeds_for_power', 'discoveries', 'outside_regime', 'Side', 'Published', 'Evidence', 'Claim',
-           'without_chance', 'as_evidence', 'judged', 'Kinds', 'Comparisons', 'Place', 'kurtosis', 'training_images',
-           'network_numbers', 'finished_runs', 'place_kind_seed', 'stored_networks', 'tuned_networks']
+           'spread_power', 'seeds_for_power', 'seeds_for_spread', 'discoveries', 'outside_regime', 'Side', 'Published',
+           'Setting', 'Evidence', 'Claim', 'marked_by_chance', 'without_chance', 'as_evidence', 'judged', 'Kinds',
+           'Comparisons', 'Place', 'kurtosis', 'training_images', 'accuracy_numbers', 'network_numbers',
+           'finished_runs', 'place_kind_seed', 'stored_networks', 'tuned_networks']
 
 # %% ../../nbs/papers/109_claims.ipynb #7249a4fb
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from ..experiments.config import Run
 from ..experiments.cost import _IMAGES
 from ..experiments.grid import run_ensemble
 from ..experiments.report import load_results, published
@@ -30,12 +32,13 @@ OUTCOMES = { # outcome of a comparison or claim: its colour in figures
     'no power': 'goldenrod',
     'outside its regime': 'darkgray',
     'not run': 'gainsboro',
+    'claimed size excluded': 'mediumpurple',
     'absent': 'tab:pink',
     'opposite': 'tab:red',
     "decided by the authors' own numbers": 'tab:green',
 }
-_WEAKEST_FIRST = ('opposite', 'absent', 'not run', 'outside its regime', 'no power',
-                  'smaller than claimed', 'seen')
+_WEAKEST_FIRST = ('opposite', 'absent', 'claimed size excluded', 'not run', 'outside its regime',
+                  'no power', 'smaller than claimed', 'seen')
 
 def smallest_effect(
     published:float=None, # Published effect in points, or ratio; `None`: only its sign is claimed
@@ -59,7 +62,7 @@ def outcome(
     claimed = smallest if published is None else published
     if -smallest < low and high < smallest: return 'absent'
     if high < 0: return 'opposite'
-    if low <= 0: return 'no power'
+    if low <= 0: return 'claimed size excluded' if high < claimed else 'no power'
     if high < claimed: return 'smaller than claimed'
     return 'seen' if mean >= smallest else 'no power'
 
@@ -150,6 +153,21 @@ def power(
     "Return the probability that the 95% interval lies above zero."
     return stats.nct.sf(stats.t.ppf(.975, df), df, effect / error)
 
+def spread_power(
+    df:float,     # Degrees of freedom of each of the two variances
+    effect:float, # True effect: logarithm of the ratio of the two standard deviations, above zero
+) -> float: # Between 0 and 1
+    "Return the probability that the F-test finds the first standard deviation smaller than the second."
+    return stats.f.cdf(stats.f.ppf(.025, df, df) * np.exp(2 * effect), df, df)
+
+def _fewest(enough, most):
+    "Return the smallest number from 2 to `most` for which `enough` is true; it stays true above."
+    low, high = 1, most
+    while high - low > 1:
+        n = (low + high) // 2
+        low, high = (low, n) if enough(n) else (n, high)
+    return high
+
 def seeds_for_power(
     spread:float,  # Standard deviation of the difference over seeds
     effect:float,  # True effect, above zero
@@ -157,12 +175,16 @@ def seeds_for_power(
     most=10_000,   # Largest number of seeds
 ) -> int: # At least two; `most` if that is not enough either
     "Return how many seeds a comparison needs for the wanted power; test-set sampling is left out."
-    low, high = 1, most # the power rises with the number of seeds
-    while high - low > 1:
-        n = (low + high) // 2
-        enough = power(spread / np.sqrt(n), n - 1, effect) >= wanted
-        low, high = (low, n) if enough else (n, high)
-    return high
+    return _fewest(lambda n: power(spread / np.sqrt(n), n - 1, effect) >= wanted, most)
+
+def seeds_for_spread(
+    effect:float, # True effect: logarithm of the ratio of two standard deviations, above zero
+    groups=1,     # Number of pairs of kinds whose variances are pooled
+    wanted=.8,    # Wanted power
+    most=10_000,  # Largest number of seeds
+) -> int: # At least two; `most` if that is not enough either
+    "Return how many seeds a comparison of two standard deviations needs for the wanted power."
+    return _fewest(lambda n: spread_power(groups * (n - 1), effect) >= wanted, most)
 
 def discoveries(
     p:np.ndarray, # p-values of all judged comparisons of a page
@@ -219,8 +241,20 @@ class Published(NamedTuple):
     effect: float        # Difference in points, or ratio
     spread: float = None # Standard deviation of the difference over seeds, in points; `None`: not stated
     n: int = 1           # Number of seeds
+    accuracy: float = None # Published accuracy of the second kind of network, in percent
 
 # %% ../../nbs/papers/109_claims.ipynb #658eb108
+class Setting(NamedTuple):
+    "How long our networks and those of the paper were trained, and how accurate they are."
+    network: str     # Name of our network; empty: unknown
+    images: float    # Our training images
+    epochs: float
+    accuracy: float  # Our mean test accuracy over both kinds, in percent
+    of_paper: int    # Training images of the paper
+    epochs_of_paper: float
+    accuracy_of_paper: float = None # Of the second kind, in percent; `None`: not published
+    term: str = ''   # Size of the gradient of a loss term; empty: no such term
+
 _EFFECTS = ('seen', 'smaller than claimed', 'opposite') # outcomes that chance can give
 
 class Evidence(NamedTuple):
@@ -244,6 +278,8 @@ class Evidence(NamedTuple):
     pairing: str = ''   # What the interval holds for
     re_estimated: tuple = () # Mean and interval with re-estimated BatchNorm statistics
     by_chance: bool = False  # `True`: the effect may be due to chance, as a page has many comparisons
+    setting: Setting = None # Training of our networks and of the paper's; `None`: unknown
+    groups: int = 0     # For a ratio of two standard deviations: number of pairs that are pooled
 
     @property
     def claimed(self):
@@ -259,8 +295,17 @@ class Evidence(NamedTuple):
 
     @property
     def power(self):
-        "Return the power for the smallest effect of interest; NaN without a standard error."
+        """Return the power for the smallest effect of interest; NaN if it is unknown.
+
+        It is an estimate: the true spread over seeds is taken to be the one that we saw."""
+        if self.groups and self.df > 0: return spread_power(self.df, self.smallest)
         return power(self.error, self.df, self.smallest) if self.error > 0 else np.nan
+
+    @property
+    def seeds(self):
+        "Return the seeds for a power of 80% for the smallest effect of interest; NaN if it is unknown."
+        if self.groups: return seeds_for_spread(self.smallest, self.groups)
+        return seeds_for_power(self.spread, self.smallest) if self.spread > 0 else np.nan
 
     @property
     def outcome(self):
@@ -348,15 +393,21 @@ class Claim(NamedTuple):
 # %% ../../nbs/papers/109_claims.ipynb #650f340e
 def _is_tested(e): return bool(e.n) and not e.outside and not e.exact and not np.isnan(e.p)
 
+def marked_by_chance(
+    evidence:list, # All `Evidence` of a page
+) -> list: # The same with `by_chance` set
+    "Return the evidence of a page, and mark every effect that may be due to chance."
+    passes = iter(discoveries([e.p for e in evidence if _is_tested(e)]))
+    return [e._replace(by_chance=not next(passes)) if _is_tested(e) else e for e in evidence]
+
 def without_chance(
     claims:dict, # Name of a paper: list of `Claim`
 ) -> dict: # The same with `by_chance` set
     "Return all claims of a page, and mark every effect that may be due to chance."
     fields = 'ours', 'control', 'own'
     every = [e for of_paper in claims.values() for c in of_paper for f in fields for e in getattr(c, f)]
-    passes = iter(discoveries([e.p for e in every if _is_tested(e)]))
-    def checked(evidence):
-        return [e._replace(by_chance=not next(passes)) if _is_tested(e) else e for e in evidence]
+    marked = iter(marked_by_chance(every))
+    def checked(evidence): return [next(marked) for _ in evidence]
     return {paper: [c._replace(**{f: checked(getattr(c, f)) for f in fields}) for c in of_paper]
             for paper, of_paper in claims.items()}
 
@@ -397,6 +448,19 @@ _BITS = dict(accuracy='right', accuracy_bn='right_bn') # accuracy: which test im
 BY_IMAGE = 'new seeds and test images, paired by image' # what an interval holds for
 WIDEST = 'new seeds, and test images at the widest'
 
+_WITH_TERM = 'saf', 'mesa' # methods whose term is compared with the loss: `term_ratio` of a run
+
+def _setting(networks, longest, of_paper, published):
+    "Return the `Setting` of a comparison."
+    runs = [r for r in networks.get('run', []) if isinstance(r, Run)]
+    model = runs[0].model if runs else ''
+    theirs = published.accuracy if published else None
+    terms = networks['term'] if 'term' in networks else pd.Series(dtype=float)
+    if terms.notna().any(): term = f"gradient of the term at most {terms.max():.2g} of the loss's"
+    else: term = 'gradient of the term not recorded' if any(r.method in _WITH_TERM for r in runs) else ''
+    ours = model, longest.images, longest.epochs, networks.accuracy.mean()
+    return Setting(*ours, *of_paper, theirs, term)
+
 class Kinds:
     "Networks by place and kind."
     def __init__(self,
@@ -415,8 +479,8 @@ class Kinds:
         for kind in kinds: total = total + self.of_kind(place, kind).get(key, pd.Series(dtype=float))
         return total / len(kinds)
 
-    def regime(self, place, kinds, of_paper):
-        "Return the fields `share` and `outside` of evidence, for a training of `of_paper` images and epochs."
+    def regime(self, place, kinds, of_paper, published=None):
+        "Return the fields `share`, `outside` and `setting`, for a training of `of_paper` images and epochs."
         if of_paper is None or 'images' not in self.networks: return {}
         names = []
         for kind in kinds: names += [kind] if isinstance(kind, str) else list(kind)
@@ -425,11 +489,12 @@ class Kinds:
         if sized.empty: return {}
         longest = sized.loc[(sized.images * sized.epochs).idxmax()]
         term = here.term.max() if 'term' in here else np.nan
+        classes = longest.get('classes', 10)
         found = outside_regime(longest.images, longest.epochs, of_paper, here.accuracy.mean(),
-                               term=None if np.isnan(term) else term)
+                               10 if np.isnan(classes) else int(classes), None if np.isnan(term) else term)
         if 'wrong' in place: found.append('the paper trains on right labels')
         share = longest.images * longest.epochs / (of_paper[0] * of_paper[1])
-        return dict(outside=tuple(found), share=share)
+        return dict(outside=tuple(found), share=share, setting=_setting(here, longest, of_paper, published))
 
     def _bits(self, place, kind, key, seeds):
         "Return which test images are right, one row per seed; `None` if it is not stored for every seed."
@@ -441,13 +506,14 @@ class Kinds:
     def _tested(self, place, label, a, b, key, side, **facts):
         "Compare test accuracies."
         first = self.value(place, a, key)
-        second = self.value(place, a, 'teacher_accuracy') if b is None else self.value(place, b, key)
+        second = self.value(place, a, f'teacher_{key}') if b is None else self.value(place, b, key)
         d = (first - second).dropna()
         if len(d) < 3: return judged(place, label, d, side, **facts)
         bits = [self._bits(place, kind, key, d.index) for kind in (a, b)]
         if all(v is not None for v in bits):
             return as_evidence(place, label, paired_by_image(*bits), d, side, pairing=BY_IMAGE, **facts)
         images = self.networks[self.networks.place == place].test_images.min()
+        if np.isnan(images): return judged(place, label, d, side, pairing='new seeds', **facts)
         of_images = image_variance(first[d.index].mean(), second[d.index].mean(), images)
         return judged(place, label, d, side, of_images, pairing=WIDEST, **facts)
 
@@ -468,14 +534,13 @@ class Comparisons(Kinds):
     ) -> Evidence:
         "Return the evidence from `a` minus `b`, or from the ratio of `a` to `b`, paired by seed."
         kinds = (a,) if b is None else (a, b)
-        facts = dict(published=published, part=part, **self.regime(place, kinds, of_paper))
+        facts = dict(published=published, part=part, **self.regime(place, kinds, of_paper, published))
         if aside: facts |= dict(part=None, outside=(*facts.get('outside', ()), aside))
         if key not in _BITS:
             first, second = self.value(place, a, key), self.value(place, b, key)
             d = np.log(first / second) if side.factor else first - second
             return judged(place, label, d, side, pairing='new seeds', **facts)
         found = self._tested(place, label, a, b, key, side, **facts)
-        if b is None: return found
         other = self._tested(place, label, a, b, 'accuracy_bn', side)
         return found._replace(re_estimated=(other.mean, other.low, other.high)) if other.n else found
 
@@ -496,8 +561,8 @@ class Comparisons(Kinds):
         low, high = ratio / stats.f.ppf([.975, .025], df, df)
         p = 2 * min(stats.f.cdf(ratio, df, df), stats.f.sf(ratio, df, df))
         regime = self.regime(place, [kind for pair in pairs for kind in pair], of_paper)
-        return Evidence(place, label, *np.sqrt([ratio, low, high]), len(first[0]), LOWER, p,
-                        pairing='new seeds', **regime)
+        return Evidence(place, label, *np.sqrt([ratio, low, high]), len(first[0]), LOWER, p, df=df,
+                        groups=len(pairs), pairing='new seeds', **regime)
 
 def _sum_of_squares(groups):
     "Return the squared deviations from each group's mean, summed over all groups."
@@ -536,11 +601,16 @@ def training_images(
     "Return on how many images a run trains."
     return run.n_train or int((1 - run.valid) * _IMAGES[run.data])
 
-def _tested(r, result):
+def accuracy_numbers(
+    r,                 # A row of `load_results`
+    result='accuracy', # Name of the accuracy that is compared
+) -> dict: # Name of a number: its value
     "Return the accuracies of a network in percent, and which test images are right if it is stored."
     run, facts = r['run'], r.get('data_facts')
-    images = facts['test'] if isinstance(facts, dict) else _TEST_IMAGES[run.data]
-    known = dict(accuracy=100 * r[result], accuracy_bn=100 * r['accuracy_bn'], test_images=images)
+    facts = facts if isinstance(facts, dict) else {}
+    images = facts.get('test', _TEST_IMAGES.get(run.data, np.nan))
+    known = dict(accuracy=100 * r[result], accuracy_bn=100 * r['accuracy_bn'], test_images=images,
+                 classes=facts.get('classes', np.nan))
     if isinstance(r.get('teacher'), dict): known['teacher_accuracy'] = 100 * r['teacher']['accuracy']
     if result != 'accuracy': return known # the bits are those of all test images
     for bits in _BITS.values():
@@ -554,7 +624,7 @@ def network_numbers(
 ) -> dict: # Name of a number: its value; accuracies in percent
     "Return the numbers of one network that the claims compare."
     run, history = r['run'], pd.DataFrame(r['history'])
-    known = dict(images=training_images(run), epochs=run.epochs, **_tested(r, result))
+    known = dict(images=training_images(run), epochs=run.epochs, **accuracy_numbers(r, result))
     if isinstance(r.get('teacher'), dict): known['logits'] = r['teacher']['logit_mse_train']
     known['pace'] = 100 * history.train_accuracy.mean()
     known['fit'] = 100 * history.train_accuracy.iloc[-1]
@@ -598,6 +668,8 @@ def stored_networks(
         for c in paper_grid(place.preset, amp=place.amp):
             if c.run not in runs: continue
             numbers = network_numbers(runs[c.run], place.study, c.result)
+            teacher = runs.get(c.run.teachers[0]) if len(c.run.teachers) == 1 else None
+            if teacher is not None: numbers['teacher_accuracy_bn'] = 100 * teacher['accuracy_bn']
             rows.append(dict(study=place.study, run=c.run, **place_kind_seed(c.label, place.name), **numbers))
         if place.preset not in _AVERAGED: continue
         for e in paper_ensembles(place.preset):

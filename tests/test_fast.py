@@ -129,6 +129,22 @@ def test_a_run_makes_the_steps_of_a_plain_loop(images):
         assert max((other[k] - want[k]).abs().max() for k in want) > 1e-5, name
 
 
+def test_the_schedule_of_the_larger_recipe(images):
+    "It peaks after a tenth of the steps and ends at zero; the steps are those of the plain loop."
+    options = {**RECIPE, 'sched': 'triangle_to_zero'}
+    cfg = Run(data=images, data_args=dict(size=24), bs=20, epochs=2, **options)
+    learn, twin = exact_learner(cfg), exact_learner(cfg)
+    passes = [[(x.clone(), y.clone()) for x, y in twin.dls.train] for _ in range(2)]
+    rates = []
+    learn.fit(2, cbs=Look(lambda learn: rates.append(learn.opt.param_groups[-1]['lr'])))
+    peak = 2 / (1024 * (1 + 1 / (1 - .85))) * 20 # for the mean of 20 losses
+    falling = [1 - (i / 14 - .1) / .9 for i in range(2, 14)]
+    assert rates == pytest.approx([peak * f for f in (.2, .2 + .8 / 1.4, *falling)], rel=1e-12)
+    want = by_hand(deepcopy(twin.model), passes, epochs=2, peak=.1, end=0)
+    for name, t in want.items():
+        torch.testing.assert_close(learn.model.state_dict()[name], t, rtol=1e-8, atol=1e-8, msg=name)
+
+
 # Forward and backward passes of the network in six steps, where the registry's number does not give them.
 # LookSAM has extra passes in every fifth step only, ESAM passes some rows only, MESA begins in the second
 # epoch, distillation also passes through a teacher, and the teachers of SADT-2 share a trunk.
@@ -320,7 +336,7 @@ REFUSED = {
     '`epochs`': [dict(epochs=.5), dict(epochs=NAN), dict(epochs=math.inf)],
     '`bs`, 151, is above': [dict(bs=151)],
     'at least 32, got 31; pass more images': [dict(bs=10, n_train=31)],
-    '9x9 pixels, got 8x8': [dict(data_args=dict(size=8))],
+    '9x9 pixels, got 8x8.*`size` in `data_args`': [dict(data_args=dict(size=8))],
     '`flip`': [dict(flip='no'), dict(flip=1)],
     '`pad_mode`': [dict(pad_mode='wrap'), dict(crop=0)],
     '`crop` must be at most 31': [dict(crop=32)],
@@ -437,10 +453,10 @@ def test_whitening_uses_images_of_all_classes(images):
 
 def test_lookahead_needs_more_steps_than_one_interval(images):
     learn = make_learner(Run(data=images, bs=100, epochs=2, **RECIPE))
-    with pytest.raises(ValueError, match='`every` is 5 batches, but training has 2'):
+    with pytest.raises(ValueError, match='`lookahead` of a run. is 5 batches, but training has 2'):
         learn.fit(2)
     learn = make_learner(Run(data=images, bs=50, epochs=1.3, **RECIPE))
-    with pytest.raises(ValueError, match='`every` is 5 batches, but training has 4'):
+    with pytest.raises(ValueError, match='`lookahead` of a run. is 5 batches, but training has 4'):
         learn.fit(2)
 
 

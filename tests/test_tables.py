@@ -520,9 +520,9 @@ def test_all_methods_side_by_side(table, epochs, seeds):
 
 AIRBENCH = { # from the authors' code; bn: the momentum of BatchNorm as PyTorch defines it
     'fast/94': dict(widths=(64, 256, 256), epochs=9.9, lr=11.5, decay=.0153, momentum=.85, smoothing=.2,
-                    shift=2, cutout=0, depth=2, bn=.4),
+                    shift=2, cutout=0, depth=2, bn=.4, sched='triangle'),
     'fast/96': dict(widths=(128, 384, 512), epochs=37, lr=9., decay=.012, momentum=.85, smoothing=.2,
-                    shift=4, cutout=12, depth=3, bn=.1),
+                    shift=4, cutout=12, depth=3, bn=.1, sched='triangle_to_zero'),
 }
 
 
@@ -540,7 +540,7 @@ def test_the_fast_presets_are_what_their_authors_ran(table):
     norms = [m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {(m.momentum, m.eps) for m in norms} == {(o['bn'], 1e-12)}
     assert (r.method, r.epochs, r.bs, r.lr) == ('baseline', o['epochs'], 1024, o['lr'])
-    assert (r.opt, r.sched) == ('decoupled_sgd', 'triangle')
+    assert (r.opt, r.sched) == ('decoupled_sgd', o['sched'])
     assert dict(r.opt_args) == dict(momentum=o['momentum'], weight_decay=o['decay'])
     assert (r.label_smoothing, r.crop, r.cutout) == (o['smoothing'], o['shift'], o['cutout'])
     assert r.cutout_inside == bool(o['cutout'])

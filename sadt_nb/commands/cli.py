@@ -387,7 +387,8 @@ def sadt_train(
     root:Path='runs',      # Folder for the results; a finished run is not repeated
     opt:Literal['keras_adam', 'adam', 'adamw', 'sgd', 'decoupled_sgd']='adam', # Optimizer
     # Schedule of the learning rate
-    sched:Literal['cosine', 'constant', 'step', 'thirds', 'restart', 'triangle']='cosine',
+    sched:Literal['cosine', 'constant', 'step', 'thirds', 'restart', 'triangle',
+                  'triangle_to_zero']='cosine',
     cutmix:float=0.,       # Alpha of CutMix, 0 for none
     crop:int=0,            # Border for random crops, in pixels
     pad_mode:Literal['zeros', 'reflect']='zeros', # Border of --crop: black, or the image mirrored at its edge

@@ -25,7 +25,7 @@ from ..models.registry import MODELS, make_model, model_options
 
 # %% ../../nbs/experiments/80_config.ipynb #6c751346
 OPTIMIZERS = ('keras_adam', 'adam', 'adamw', 'sgd', 'decoupled_sgd')
-SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart', 'triangle')
+SCHEDULES = ('cosine', 'constant', 'step', 'thirds', 'restart', 'triangle', 'triangle_to_zero')
 SELECT = ('last', 'valid', 'test', 'release')
 COMPILE = ('', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
@@ -215,7 +215,7 @@ def _check_warmup(run):
     if run.warmup_lr and not run.warmup:
         raise ValueError('`warmup_lr` is the rate at the start of a warm-up; set `warmup` above 0')
     if not run.warmup: return
-    if run.sched in ('triangle', 'restart') or run.opt == 'decoupled_sgd':
+    if run.sched in ('triangle', 'triangle_to_zero', 'restart') or run.opt == 'decoupled_sgd':
         raise ValueError(f'`warmup` must be 0 with sched={run.sched!r} and opt={run.opt!r}; it goes with '
                          'cosine, constant, step and thirds, and with any other optimizer')
     if run.warmup > run.epochs:
@@ -350,7 +350,8 @@ class Run(_Configuration):
     opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam', 'sgd' or 'decoupled_sgd' (airbench's)
     opt_args: tuple = ()         # `weight_decay`; sgd also `momentum`; decoupled_sgd also `bias_scale`
     # Learning rate: 'cosine' to 0; 'constant'; 'step': divided by 10 after every 30 epochs; 'thirds': divided
-    # by 10 after every third of training; 'restart': as in the SADT notebook; 'triangle': as in airbench
+    # by 10 after every third of training; 'restart': as in the SADT notebook; 'triangle': as in airbench94;
+    # 'triangle_to_zero': as in airbench96
     sched: str = 'cosine'
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
     n_train: int | None = None   # Number of training images; `None`: all

@@ -45,7 +45,7 @@ from ..core.precision import DeviceMixedPrecision
 from ..core.ranks import bare_loader, distributed_context, join_ranks, n_ranks, on_rank_zero
 from ..core.ranks import over_ranks, this_rank
 from ..core.recipe import FreezeAfter, Lookahead, PartialEpochs, RateSchedule
-from ..core.recipe import decoupled_sgd, norm_bias_split, triangle
+from ..core.recipe import decoupled_sgd, norm_bias_split, triangle, triangle_to_zero
 from ..data.datasets import data_checksums, get_dls
 from .archive import read_part
 from .config import Run
@@ -320,7 +320,8 @@ def _factor(cfg):
     def thirty_epochs(done): return .1**int(done * cfg.epochs / 30 + rounding)
     def cosine(done): return (1 + math.cos(math.pi * done)) / 2
     def constant(done): return 1.
-    known = dict(triangle=triangle, thirds=thirds, step=thirty_epochs, cosine=cosine)
+    known = dict(triangle=triangle, triangle_to_zero=triangle_to_zero, thirds=thirds, step=thirty_epochs,
+                 cosine=cosine)
     return known.get(cfg.sched, constant)
 
 def _with_warmup(cfg, rate):
@@ -335,7 +336,7 @@ def _schedule(cfg):
     factor = _factor(cfg)
     def rate(done): return cfg.lr * factor(done)
     if cfg.warmup: return [ParamScheduler({'lr': _with_warmup(cfg, rate)})]
-    if cfg.opt == 'decoupled_sgd' or cfg.sched == 'triangle': return [RateSchedule(factor)]
+    if cfg.opt == 'decoupled_sgd' or cfg.sched.startswith('triangle'): return [RateSchedule(factor)]
     if cfg.sched == 'cosine': return [ParamScheduler({'lr': SchedCos(cfg.lr, 0.)})]
     if cfg.sched in ('thirds', 'step'): return [ParamScheduler({'lr': rate})]
     return [RestartEveryEpoch(cfg.lr)] if cfg.sched == 'restart' else []

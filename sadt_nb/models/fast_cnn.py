@@ -119,7 +119,8 @@ class FastCNN(nn.Module):
         height, width = images.shape[-2:]
         if min(height, width) < 9:
             raise ValueError('fast_cnn halves an image three times and needs at least 9x9 pixels, '
-                             f'got {width}x{height}')
+                             f'got {width}x{height}; give larger images (for a run, raise `size` in '
+                             '`data_args`)')
         if not self.whitens: return
         filters = whitening_filters(images)
         with torch.no_grad():

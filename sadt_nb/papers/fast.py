@@ -18,7 +18,8 @@ _FAST = Run(data='cifar10', model='fast_cnn', epochs=9.9, bs=1024, lr=11.5, opt=
             flip='alternate', normalize='data', label_smoothing=.2, drop_last=True, lookahead=5, valid=0.,
             amp='bf16', views=2)
 _FAST96 = _FAST.but(model_args=dict(widths=(128, 384, 512), depth=3, bn_momentum=.1), epochs=37, lr=9.,
-                    opt_args=dict(momentum=.85, weight_decay=.012), crop=4, cutout=12, cutout_inside=True)
+                    sched='triangle_to_zero', opt_args=dict(momentum=.85, weight_decay=.012), crop=4,
+                    cutout=12, cutout_inside=True)
 _FAST_SMALL = _FAST.but(model_args=dict(widths=(64, 256, 256)), epochs=8, bs=512)
 _FAST_NARROW = _FAST_SMALL.but(model_args=dict(widths=(32, 128, 128)))
 _PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}

@@ -232,7 +232,8 @@ def claim_row(
     badge = f'<b style="border-color: {OUTCOMES[claim.outcome].removeprefix("tab:")}">{found}</b>'
     lines = [f'<details {facts}><summary>{badge} {claim.says}</summary>', '', f'*{claim.where}*']
     if claim.own: lines += ['', f"By the authors' own numbers: {claim.by_own}. By our runs: {claim.by_runs}."]
-    elif claim.control: lines += ['', f'As stated: {claim.as_stated}. With the control: {claim.by_runs}.']
+    elif claim.control:
+        lines += ['', f'Without the control: {claim.as_stated}. With the control: {claim.by_runs}.']
     evidence = [*_place_lines(claim.own, studies, "**The authors' own numbers.** "),
                 *_place_lines(claim.ours, studies), *_place_lines(claim.control, studies, '**Control.** ')]
     if evidence: lines += ['', *evidence]

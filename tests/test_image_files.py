@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from sadt_nb.data import datasets, image_files
 from sadt_nb.data.datasets import load_data
-from sadt_nb.data.image_files import archive_images, folder_images, image_class, open_image
+from sadt_nb.core import images
+from sadt_nb.core.images import open_image
+from sadt_nb.data.image_files import archive_images, folder_images, image_class
 from sadt_nb.data.mapped import mapped_folder
 
 
@@ -270,7 +272,7 @@ def test_too_large_a_file_is_refused(read, tmp_path, monkeypatch):
     root = photos(tmp_path / 'photos')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
         root / 'train' / 'cat' / '9.png')
-    monkeypatch.setattr(image_files, 'MOST_FILE_BYTES', 5000)
+    for module in (images, image_files): monkeypatch.setattr(module, 'MOST_FILE_BYTES', 5000)
     with pytest.raises(ValueError, match=r'9\.png.*(more than 5,000)'): read(root)
 
 

@@ -766,7 +766,7 @@ def _measure_line(name, m):
 @command("sadt_measure runs/RUN --measures 'trace eigenvalue'")
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:MeasureNames='', # Names in quotes; by default all but spectrum, top100 and the surfaces
+    measures:MeasureNames='', # Names in quotes; default: all but spectrum, top100, surfaces, shifted_accuracy
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
     json:bool=False,     # Print the result as JSON

@@ -181,16 +181,24 @@ RESUMED = dict(baseline={}, sadt1=dict(method='sadt1'), bf16=dict(amp='bf16'),
                saf=dict(method='saf', method_args=dict(start_epoch=1, lag=2)))
 
 
-@pytest.mark.filterwarnings('ignore:this processor emulates')
-@pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
-def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
-    "The run stops in the third epoch and in the fourth, half as long one; most pulls are within an epoch."
+def check_killed_run(options, device, tmp_path, monkeypatch):
+    """Check that a run of the recipe that is killed twice ends with the same bits; also for test_gpu.py.
+
+    The run stops in the third epoch and in the fourth, half as long one; most pulls are within an epoch."""
     cfg = DIGITS.but(epochs=3.5, n_train=96, bs=16, lookahead=4, **options)
-    run(cfg, tmp_path / 'whole', **quiet)
+    whole = run(cfg, tmp_path / 'whole', **quiet)
+    assert whole['hardware']['device'] == device
     cut = interrupted(cfg, tmp_path / 'cut', monkeypatch, at=((2, 1), (3, 2)))
+    assert cut['hardware']['device'] == device
     assert cut['resumed'] == 3
     assert cut['steps'] == 21 * METHODS[cfg.method].steps
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
+
+
+@pytest.mark.filterwarnings('ignore:this processor emulates')
+@pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
+def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
+    check_killed_run(options, 'cpu', tmp_path, monkeypatch)
 
 
 def mirrored_in(dl, pad=2):

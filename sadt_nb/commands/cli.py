@@ -457,7 +457,7 @@ def _list_tables(json=False, samples=1000, device=None):
     rows = [_size(name, machine, samples) for name in TABLES]
     if json: return _print_json(tables=rows)
     kind = 'GPU' if torch.device(device or torch_core.default_device()).type == 'cuda' else 'CPU'
-    heading = f'{"time on this " + kind:17}  {"of it measures":14}  what it trains'
+    heading = f'{"time on this " + kind:17}  {"for measures":14}  what it trains'
     print(f'{"table":26} {"runs":>5} {"million passes":>15}   {heading}')
     for r in rows:
         error = f'; {r["error"]}' if 'error' in r else ''

@@ -47,11 +47,11 @@ class _Filter:
         "Warn about files that are left out, and about images in folders inside class folders."
         if self.others:
             counts = [f'{n} {suffix or "without suffix"}' for suffix, n in sorted(self.others.items())]
-            warnings.warn(f'{source}: files of other types are left out: {visible(", ".join(counts))}')
+            warnings.warn(f'{source}: files of these types are not read: {visible(", ".join(counts))}')
         if self.deeper:
             label = self.deeper.split('/')[1]
-            warnings.warn(f'{source}: images in folders inside a class folder belong to that class, such as '
-                          f'those of {visible(self.deeper)} to {label!r}')
+            warnings.warn(f'{source}: there are folders inside class folders; their images belong to the '
+                          f'outer folder, for example those in {visible(self.deeper)} to class {label!r}')
 
 # %% ../../nbs/data/74_image_files.ipynb #8938cbd7
 def _files_below(folder, above=()):
@@ -81,7 +81,7 @@ def _inside(name, parts, archive):
     "Return a member's path from 'train' or 'test' on, else `None`. Raises `ValueError` for a path outside."
     path = PurePosixPath(name.replace('\\', '/'))
     if path.is_absolute() or '..' in path.parts or re.match('[A-Za-z]:', name):
-        raise ValueError(f'{archive}: the member {name!r} leads outside the archive; refusing to read it')
+        raise ValueError(f'{archive} is not read, because its member {name!r} leads outside the archive')
     start = next((i for i, p in enumerate(path.parts) if p in parts), None)
     return None if start is None else '/'.join(path.parts[start:])
 
@@ -97,20 +97,20 @@ class _Limits:
         self.members += 1
         self.bytes += size
         if size > MOST_FILE_BYTES:
-            raise ValueError(f'{self.archive}: the member {member!r} has {size:,} bytes, '
-                             f'more than {MOST_FILE_BYTES:,}; refusing to read it')
+            raise ValueError(f'{self.archive} is not read, because its member {member!r} has {size:,} bytes, '
+                             f'more than {MOST_FILE_BYTES:,}')
         if self.members > MOST_MEMBERS:
-            raise ValueError(f'{self.archive} has more than {MOST_MEMBERS:,} members; refusing to read it')
+            raise ValueError(f'{self.archive} is not read, because it has more than {MOST_MEMBERS:,} members')
         if self.bytes > MOST_ARCHIVE_BYTES:
-            raise ValueError(f'{self.archive} unpacks to more than {MOST_ARCHIVE_BYTES:,} bytes; '
-                             'refusing to read it')
+            raise ValueError(f'{self.archive} is not read, because it unpacks to more than '
+                             f'{MOST_ARCHIVE_BYTES:,} bytes')
 
 def _content(stream, member, archive):
     "Return the bytes of a member, but never more than its limit, whatever size it states."
     with stream: content = stream.read(MOST_FILE_BYTES + 1)
     if len(content) > MOST_FILE_BYTES:
-        raise ValueError(f'{archive}: the member {member!r} has more than {MOST_FILE_BYTES:,} bytes; '
-                         'refusing to read it')
+        raise ValueError(f'{archive} is not read, because its member {member!r} has more than '
+                         f'{MOST_FILE_BYTES:,} bytes')
     return content
 
 def _tar_members(archive):
@@ -119,7 +119,8 @@ def _tar_members(archive):
     with tarfile.open(archive) as tar:
         for member in tar:
             if member.issym() or member.islnk():
-                raise ValueError(f'{archive}: the member {member.name!r} is a link; refusing to read it')
+                raise ValueError(f'{archive} is not read, because its member {member.name!r} is a link; '
+                                 'pack the file itself')
             limits.check(member.name, member.size)
             if member.isfile(): yield member.name, partial(tar.extractfile, member)
             tar.members = [] # else the list of all members stays in memory

@@ -352,7 +352,8 @@ REFUSED = {
     '`lookahead`': [dict(lookahead=-1), dict(lookahead=True)],
     '`views`': [dict(views=3), dict(views=1.)],
     '`normalize`': [dict(normalize=v) for v in NOT_NORMALISATIONS],
-    "sched='restart' needs a whole number of epochs": [dict(sched='restart', opt='adam', opt_args={}, epochs=1.5)],
+    "sched='restart' needs a whole number of epochs":
+        [dict(sched='restart', opt='adam', opt_args={}, epochs=1.5)],
     '`opt_args`': [dict(opt_args=dict(bs=3))],
 }
 CASES = [(bad, message) for message, cases in REFUSED.items() for bad in cases]

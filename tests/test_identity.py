@@ -87,7 +87,8 @@ def test_another_folder_under_the_same_name(images, tmp_path, monkeypatch):
     monkeypatch.chdir(other)
     assert run(cfg, tmp_path / 'runs', **quiet) == result, 'a copy is the same data'
     change_pixels(first(other / 'imgs' / 'train' / 'b'))
-    with pytest.raises(RunError, match='the training data of .* have changed since'): run(cfg, tmp_path / 'runs', **quiet)
+    with pytest.raises(RunError, match='the training data of .* have changed since'):
+        run(cfg, tmp_path / 'runs', **quiet)
 
 
 def stored(cfg, root, name='result'): return json.loads((root / cfg.name / f'{name}.json').read_text())

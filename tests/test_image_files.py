@@ -286,7 +286,8 @@ def test_an_archive_has_a_limit(limit, name, tmp_path, monkeypatch):
     most, message = LIMITS[limit]
     archive = pack(photos(tmp_path / 'photos'), tmp_path / name)
     monkeypatch.setattr(image_files, limit, most)
-    with pytest.raises(ValueError, match=f'{name} is not read, because {message}'): list(archive_images(archive))
+    with pytest.raises(ValueError, match=f'{name} is not read, because {message}'):
+        list(archive_images(archive))
 
 
 def test_a_member_that_states_a_smaller_size_is_not_read_whole(tmp_path, monkeypatch):

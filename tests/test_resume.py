@@ -371,7 +371,8 @@ def test_other_code_or_configuration_is_refused(half_done, monkeypatch):
     assert same(tuple(whole[:1]), tuple(outcome(cfg, root)[:1]))
     config = root / cfg.name / 'config.json'
     config.write_text(config.read_text().replace('"lr": 0.001', '"lr": 0.002'))
-    with pytest.raises(RunError, match='lr is 0.002 there and 0.001 here.*force=True'): run(cfg, root, **quiet)
+    with pytest.raises(RunError, match='lr is 0.002 there and 0.001 here.*force=True'):
+        run(cfg, root, **quiet)
     assert run(cfg, root, force=True, **quiet)['status'] == 'finished'
     assert '"lr": 0.001' in config.read_text()
     older = json.loads(config.read_text())

@@ -264,7 +264,8 @@ def _held(cfg, file):
     quiet = now - _last_change(file.parent)
     delete = f'if that process has ended, delete {file}'
     if quiet < _STALE_SECONDS: return RunBusy(f'{name}; {holder}; {advice}; {delete}')
-    return RunError(f'{cfg.name}: {holder}, but no file in its folder has changed for {_age(quiet)}; {delete}')
+    return RunError(f'{cfg.name}: {holder}, but no file in its folder has changed for {_age(quiet)}; '
+                    f'{delete}')
 
 @contextmanager
 def _lock(cfg, root):

@@ -407,6 +407,8 @@ from sadt_nb.papers.base import PaperRun
 
 def narrow_cnn(classes=10, bottleneck=False, init='torch', dropout=.3):
     return cnn_of_widths(4, (32, 16), classes, bottleneck, init, dropout)
+def mark(name):
+    for stream in (sys.stdout, sys.stderr): print(f'<<{name}>>', file=stream, flush=True)
 simple_cnn = MODELS['simple_cnn']
 root, figure = Path(sys.argv[1]), Path(sys.argv[1]) / 'figure.png'
 small = Run(n_train=60, bs=30, epochs=1)
@@ -432,8 +434,11 @@ for json in (False, True):
     for name, command, args in CALLS:
         # in one epoch, the narrow network is no better than guessing, and a search warns of that
         MODELS['simple_cnn'] = simple_cnn if name == 'sweep' else narrow_cnn
-        for stream in (sys.stdout, sys.stderr): print(f'<<{name}{" json" * json}>>', file=stream, flush=True)
+        mark(name + ' json' * json)
         command(json=json, **args)
+mark('mistake')
+try: cli.sadt_train(bs=5000, root=root / 'mistake')
+except SystemExit as e: print(e.code)
 """
 
 
@@ -445,7 +450,7 @@ def parts(text):
 
 @pytest.fixture(scope='module')
 def every_output(tmp_path_factory):
-    "Run every command without a terminal, first as text and then as JSON; return outputs and messages."
+    "Run every command without a terminal, as text and as JSON, then a mistake; return outputs and messages."
     pytest.importorskip('optuna', reason='sadt_sweep needs Optuna')
     root = tmp_path_factory.mktemp('every')
     command = [sys.executable, '-c', EVERY_COMMAND, root]
@@ -456,12 +461,20 @@ def every_output(tmp_path_factory):
 
 def test_without_a_terminal_every_command_prints_plain_lines(every_output):
     _, out, err = every_output
-    assert len(out) == len(err) == 20
+    assert len(out) == len(err) == 21
     for streams in (out, err):
         for name, text in streams.items():
             assert not re.search(r'[\r\b\x1b]', text), name
             assert 'Warning' not in text, name
     for name in [n for n in out if not n.endswith(' json')]: assert out[name].strip(), name
+
+
+def test_a_mistake_that_is_found_after_the_imports_is_one_line(every_output):
+    root, out, err = every_output
+    assert out['mistake'] == '2\n'
+    line, = err['mistake'].splitlines()
+    assert line.startswith('sadt_train: error: the batch size `bs`, 5000, is above')
+    assert not (root / 'mistake').exists()
 
 
 def test_every_command_has_its_result_as_json_and_nothing_else(every_output):

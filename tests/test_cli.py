@@ -514,7 +514,7 @@ def test_the_list_of_tables_counts_measures(every_output):
     assert tiny['runs'] == 1
     assert spectra['measuring_seconds'] > tiny['measuring_seconds'] > 0
     assert spectra['training_seconds'] > tiny['training_seconds'] > 0
-    assert 'of it measures' in out['tables']
+    assert 'for measures' in out['tables']
 
 
 def test_a_bar_is_shown_in_terminals_only(monkeypatch):

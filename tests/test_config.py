@@ -120,10 +120,22 @@ WRONG = [
     (dict(**SAM, method_args=dict(adaptive=1)), '`method_args adaptive` must be True or False'),
     (dict(**SAM, method_args=dict(interval=1.5)), '`method_args interval` must be a whole number'),
     (dict(**SAM, method_args=dict(rho='big')), '`method_args rho` must be a number'),
-    (dict(**SGD, opt_args=dict(momentum=-1)), '`opt_args`: sgd does not take'),
-    (dict(opt='keras_adam', opt_args=dict(betas=(2., .9))), '`opt_args`: keras_adam does not take'),
+    (dict(**SGD, opt_args=dict(momentum=-1)), '`opt_args`: sgd does not accept'),
+    (dict(opt='keras_adam', opt_args=dict(betas=(2., .9))), '`opt_args`: keras_adam does not accept'),
     (dict(method='sma'), "did you mean 'sam'?"), (dict(model='resnet_20'), "did you mean 'resnet20'?"),
     (dict(opt='SGD'), "did you mean 'sgd'?"), (dict(sched='cosin'), "did you mean 'cosine'?"),
+    (dict(resized_crop=.1, crop=4), '`crop` and `resized_crop` cannot be used together, got 4 and 0.1'),
+    (dict(pad_mode='reflect'), "pad_mode='reflect' needs random crops, but `crop` is 0"),
+    (dict(cutout_fill='mean'), '`cutout_fill` needs the square of Cutout, but `cutout` is 0'),
+    (dict(cutout_inside=True), '`cutout_inside` needs the square of Cutout, but `cutout` is 0'),
+    (dict(normalize=(.5, 0.)), '`normalize` must be'), (dict(warmup_lr=.1), '`warmup_lr` needs a warm-up'),
+    (dict(warmup=1, opt='decoupled_sgd'), "opt='decoupled_sgd' has no warm-up; set `warmup` to 0"),
+    (dict(warmup=1, sched='triangle_to_zero'), "sched='triangle_to_zero' has no warm-up; set `warmup` to 0"),
+    (dict(sched='restart', opt='decoupled_sgd'), "opt='decoupled_sgd' has several"),
+    (dict(sched='restart', epochs=1.5), "sched='restart' needs a whole number of epochs, got 1.5"),
+    (dict(teachers=Run()), 'method baseline takes no teachers'),
+    (dict(method='distillation'), 'method distillation needs a teacher; set `teachers`'),
+    (dict(method='distillation', teachers=(5,)), 'each teacher must be a `Run`, got int'),
 ]
 
 
@@ -175,7 +187,7 @@ def test_what_depends_on_the_images_is_refused_by_name(tmp_path):
     one_class = ImageData(np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, ['cat'])
     grey = ImageData(np.zeros((4, 8, 8, 3), np.uint8), [0, 1] * 2, ['cat', 'dog'])
     nan, inf = float('nan'), float('inf')
-    for options, message in [(dict(crop=100_000), r'`crop` must be at most 31'), (dict(crop=32), '`crop`'),
+    for options, message in [(dict(crop=100_000), r'`crop` must be from 0 to 31'), (dict(crop=32), '`crop`'),
                              (dict(crop=-1), '`crop`'), (dict(std=0.), '`std` must'),
                              (dict(std=-1.), '`std`'),
                              (dict(std=nan), '`std`'), (dict(mean=inf), '`mean` must'),

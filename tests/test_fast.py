@@ -181,16 +181,24 @@ RESUMED = dict(baseline={}, sadt1=dict(method='sadt1'), bf16=dict(amp='bf16'),
                saf=dict(method='saf', method_args=dict(start_epoch=1, lag=2)))
 
 
-@pytest.mark.filterwarnings('ignore:this processor emulates')
-@pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
-def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
-    "The run stops in the third epoch and in the fourth, half as long one; most pulls are within an epoch."
+def check_killed_run(options, device, tmp_path, monkeypatch):
+    """Check that a run of the recipe that is killed twice ends with the same bits; also for test_gpu.py.
+
+    The run stops in the third epoch and in the fourth, half as long one; most pulls are within an epoch."""
     cfg = DIGITS.but(epochs=3.5, n_train=96, bs=16, lookahead=4, **options)
-    run(cfg, tmp_path / 'whole', **quiet)
+    whole = run(cfg, tmp_path / 'whole', **quiet)
+    assert whole['hardware']['device'] == device
     cut = interrupted(cfg, tmp_path / 'cut', monkeypatch, at=((2, 1), (3, 2)))
+    assert cut['hardware']['device'] == device
     assert cut['resumed'] == 3
     assert cut['steps'] == 21 * METHODS[cfg.method].steps
     assert same(outcome(cfg, tmp_path / 'whole'), outcome(cfg, tmp_path / 'cut'))
+
+
+@pytest.mark.filterwarnings('ignore:this processor emulates')
+@pytest.mark.parametrize('options', RESUMED.values(), ids=RESUMED)
+def test_a_killed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
+    check_killed_run(options, 'cpu', tmp_path, monkeypatch)
 
 
 def mirrored_in(dl, pad=2):
@@ -334,17 +342,18 @@ NOT_NORMALISATIONS = ('imagenet', (.5, 0), 5, None, ('data', 'data'), ('a', .5),
 REFUSED = {
     '`widths`': [dict(model_args=dict(widths=(8, 8))), dict(model_args=dict(widths=(8, 0, 8)))],
     '`epochs`': [dict(epochs=.5), dict(epochs=NAN), dict(epochs=math.inf)],
-    '`bs`, 151, is above': [dict(bs=151)],
+    '`bs` must be at most 150, .*, got 151': [dict(bs=151)],
     'at least 32, got 31; pass more images': [dict(bs=10, n_train=31)],
     '9x9 pixels, got 8x8.*`size` in `data_args`': [dict(data_args=dict(size=8))],
     '`flip`': [dict(flip='no'), dict(flip=1)],
     '`pad_mode`': [dict(pad_mode='wrap'), dict(crop=0)],
-    '`crop` must be at most 31': [dict(crop=32)],
+    '`crop` must be from 0 to 31': [dict(crop=32)],
     '`label_smoothing`': [dict(label_smoothing=1), dict(label_smoothing='a')],
     '`lookahead`': [dict(lookahead=-1), dict(lookahead=True)],
     '`views`': [dict(views=3), dict(views=1.)],
     '`normalize`': [dict(normalize=v) for v in NOT_NORMALISATIONS],
-    "sched='restart'.*whole epochs": [dict(sched='restart', opt='adam', opt_args={}, epochs=1.5)],
+    "sched='restart' needs a whole number of epochs":
+        [dict(sched='restart', opt='adam', opt_args={}, epochs=1.5)],
     '`opt_args`': [dict(opt_args=dict(bs=3))],
 }
 CASES = [(bad, message) for message, cases in REFUSED.items() for bad in cases]

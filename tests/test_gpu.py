@@ -28,6 +28,7 @@ from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.methods.sam import SAM
 from sadt_nb.models.simple_cnn import simple_cnn
+from test_fast import RESUMED as FAST_RESUMED, check_killed_run
 from test_resume import interrupted, of, outcome, same
 from torch import nn
 
@@ -153,6 +154,15 @@ def test_a_run_resumed_on_the_gpu_has_the_same_bits(cfg, tmp_path, monkeypatch):
         assert same(whole, outcome(cfg, tmp_path / 'parts'))
     finally: torch.use_deterministic_algorithms(False)
     assert read_result(cfg, tmp_path / 'whole')['hardware']['gpu'] == torch.cuda.get_device_name()
+
+
+@pytest.mark.filterwarnings('ignore:.*deterministic')
+@pytest.mark.parametrize('options', FAST_RESUMED.values(), ids=FAST_RESUMED)
+def test_a_run_of_the_fast_recipe_resumed_on_the_gpu_has_the_same_bits(options, tmp_path, monkeypatch):
+    "test_fast.py makes the same checks on the CPU."
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try: check_killed_run(options, 'cuda', tmp_path, monkeypatch)
+    finally: torch.use_deterministic_algorithms(False)
 
 
 WITH_CUDA_GRAPHS = ['baseline', 'sam', 'esam', 'looksam', 'gsam', 'friendly_sam', 'wsam', 'mesa',

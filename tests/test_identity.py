@@ -87,7 +87,8 @@ def test_another_folder_under_the_same_name(images, tmp_path, monkeypatch):
     monkeypatch.chdir(other)
     assert run(cfg, tmp_path / 'runs', **quiet) == result, 'a copy is the same data'
     change_pixels(first(other / 'imgs' / 'train' / 'b'))
-    with pytest.raises(RunError, match='other training data'): run(cfg, tmp_path / 'runs', **quiet)
+    with pytest.raises(RunError, match='the training data of .* have changed since'):
+        run(cfg, tmp_path / 'runs', **quiet)
 
 
 def stored(cfg, root, name='result'): return json.loads((root / cfg.name / f'{name}.json').read_text())
@@ -198,7 +199,7 @@ def test_weights_of_another_training_are_noticed(tmp_path):
     other = TEACHER.but(seed=5)
     run(other, tmp_path, **quiet)
     shutil.copy(tmp_path / other.name / 'weights.pt', tmp_path / TEACHER.name / 'weights.pt')
-    with pytest.raises(RunError, match='does not hold the weights of its result'):
+    with pytest.raises(RunError, match='weights.pt does not belong to the stored result'):
         run(STUDENT, tmp_path, **quiet)
 
 
@@ -214,7 +215,8 @@ def test_a_result_with_another_teacher_is_not_used(tmp_path):
     result = run(STUDENT, tmp_path, **quiet)
     assert result['teachers_crc32'] == [stored(TEACHER, tmp_path)['weights_crc32']]
     replace_teacher(tmp_path)
-    with pytest.raises(RunError, match='is of another teacher .*force=True'): run(STUDENT, tmp_path, **quiet)
+    changed = f'weights of its teacher {TEACHER.name} have changed since .*force=True'
+    with pytest.raises(RunError, match=changed): run(STUDENT, tmp_path, **quiet)
     assert run(STUDENT, tmp_path, force=True, **quiet)['teachers_crc32'] != result['teachers_crc32']
 
 
@@ -343,7 +345,7 @@ def test_a_run_keeps_its_number_of_threads(tmp_path, monkeypatch):
     cfg = SMALL.but(n_train=200, bs=100)
     with_threads(1, monkeypatch, cfg, tmp_path / 'whole')
     with pytest.raises(KeyboardInterrupt): with_threads(1, monkeypatch, cfg, tmp_path / 'cut', stop=(2, 1))
-    with pytest.warns(UserWarning, match='began with threads=1; it continues with 1, not 2.*--force'):
+    with pytest.warns(UserWarning, match='began with 1 CPU threads and continues with 1, not 2.*--force'):
         result = with_threads(2, monkeypatch, cfg, tmp_path / 'cut')
     assert result['resumed'] == 2
     assert result['hardware']['threads'] == 1

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from sadt_nb.data import datasets, image_files
 from sadt_nb.data.datasets import load_data
-from sadt_nb.data.image_files import archive_images, folder_images, image_class, open_image
+from sadt_nb.core import images
+from sadt_nb.core.images import open_image
+from sadt_nb.data.image_files import archive_images, folder_images, image_class
 from sadt_nb.data.mapped import mapped_folder
 
 
@@ -98,7 +100,7 @@ def test_other_files_are_counted(tmp_path):
     (root / 'train' / 'cat' / 'notes.txt').write_text('')
     (root / 'train' / 'dog' / 'film.mp4').write_text('')
     (root / 'README').write_text('')
-    with pytest.warns(UserWarning, match=r'left out: 1 \.mp4, 1 \.txt'): load_data(root)
+    with pytest.warns(UserWarning, match=r'not read: 1 \.mp4, 1 \.txt'): load_data(root)
 
 
 def saved(image, kind, **kwargs):
@@ -270,12 +272,12 @@ def test_too_large_a_file_is_refused(read, tmp_path, monkeypatch):
     root = photos(tmp_path / 'photos')
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
         root / 'train' / 'cat' / '9.png')
-    monkeypatch.setattr(image_files, 'MOST_FILE_BYTES', 5000)
+    for module in (images, image_files): monkeypatch.setattr(module, 'MOST_FILE_BYTES', 5000)
     with pytest.raises(ValueError, match=r'9\.png.*(more than 5,000)'): read(root)
 
 
-LIMITS = {'MOST_MEMBERS': (7, 'has more than 7 members'),
-          'MOST_ARCHIVE_BYTES': (300, 'unpacks to more than 300 bytes')}
+LIMITS = {'MOST_MEMBERS': (7, 'it has more than 7 members'),
+          'MOST_ARCHIVE_BYTES': (300, 'it unpacks to more than 300 bytes')}
 
 
 @pytest.mark.parametrize('name', ['a.zip', 'a.tgz'])
@@ -284,7 +286,8 @@ def test_an_archive_has_a_limit(limit, name, tmp_path, monkeypatch):
     most, message = LIMITS[limit]
     archive = pack(photos(tmp_path / 'photos'), tmp_path / name)
     monkeypatch.setattr(image_files, limit, most)
-    with pytest.raises(ValueError, match=f'{name} {message}'): list(archive_images(archive))
+    with pytest.raises(ValueError, match=f'{name} is not read, because {message}'):
+        list(archive_images(archive))
 
 
 def test_a_member_that_states_a_smaller_size_is_not_read_whole(tmp_path, monkeypatch):
@@ -312,7 +315,7 @@ def test_the_list_of_tar_members_does_not_grow(tmp_path):
 
 def test_all_images_together_have_a_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, 'MOST_ALL_PIXELS', 8 * 64 - 1)
-    with pytest.raises(ValueError, match='has more than 511 pixels, too many for the memory'):
+    with pytest.raises(ValueError, match='more than 511 pixels together, too many for the memory'):
         load_data(photos(tmp_path / 'photos'))
     assert len(load_data(tmp_path / 'photos', size=4)[0]) == 4
 

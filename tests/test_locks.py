@@ -66,7 +66,7 @@ def test_a_dead_process_of_this_machine_loses_its_lock(without_flock, tmp_path):
 def test_a_lock_of_another_machine_is_named(hours, age, without_flock, tmp_path):
     lock = locked_by(tmp_path, 'node17', 4711, hours)
     advice = 'if that process has ended, delete .*lock.held'
-    named = f'process 4711 on node17, which locked it {age} ago.*{advice}'
+    named = f'process 4711 on node17 locked this run {age} ago.*{advice}'
     with pytest.raises(RunBusy, match=named): run(CFG, tmp_path, **quiet)
     assert lock.exists()
 
@@ -78,8 +78,8 @@ def test_a_stale_lock_of_another_machine_is_an_error(monkeypatch, tmp_path):
     lock = locked_by(tmp_path, 'node17', 4711, 73)
     error, = run_grid([CFG], tmp_path, **quiet)
     assert type(error) is RunError
-    holder = 'process 4711 on node17, which locked it 3 days ago'
-    assert f'{holder}, has changed nothing there for 3 days' in str(error)
+    holder = 'process 4711 on node17 locked this run 3 days ago'
+    assert f'{holder}, but no file in its folder has changed for 3 days' in str(error)
     assert str(error).endswith(f'if that process has ended, delete {lock}')
     lock.unlink()
     with warnings.catch_warnings():

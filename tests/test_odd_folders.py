@@ -35,7 +35,7 @@ SMALL = dict(epochs=1, bs=8, valid=.25)
 def test_images_of_another_size_are_named_before_training(tmp_path, capsys):
     data, root = folder(tmp_path / 'photos', 48), tmp_path / 'runs'
     said = error(capsys, cli.sadt_train, data=str(data), root=root, **SMALL)
-    assert 'model simple_cnn takes no images of 48x48 pixels' in said and "'size=32'" in said
+    assert 'model simple_cnn cannot process images of 48x48 pixels' in said and "'size=32'" in said
     assert not list(root.rglob('result.json'))
     cli.sadt_train(data=str(data), root=root, data_args='size=32', **SMALL)
     cli.sadt_train(data=str(data), root=root, model='resnet20', **SMALL)
@@ -72,6 +72,6 @@ def test_the_search_takes_options_of_the_data(tmp_path, capsys):
     data = folder(tmp_path / 'photos', 48)
     options = dict(data=str(data), methods='baseline', trials=1, seeds=1, epochs=1, bs=8, valid=.25,
                    root=tmp_path / 'runs')
-    assert 'takes no images of 48x48' in error(capsys, cli.sadt_sweep, **options)
+    assert 'cannot process images of 48x48' in error(capsys, cli.sadt_sweep, **options)
     cli.sadt_sweep(data_args='size=32', **options)
     assert 'baseline' in capsys.readouterr().out

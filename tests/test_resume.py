@@ -371,7 +371,8 @@ def test_other_code_or_configuration_is_refused(half_done, monkeypatch):
     assert same(tuple(whole[:1]), tuple(outcome(cfg, root)[:1]))
     config = root / cfg.name / 'config.json'
     config.write_text(config.read_text().replace('"lr": 0.001', '"lr": 0.002'))
-    with pytest.raises(RunError, match='lr 0.002, not 0.001.*force=True'): run(cfg, root, **quiet)
+    with pytest.raises(RunError, match='lr is 0.002 there and 0.001 here.*force=True'):
+        run(cfg, root, **quiet)
     assert run(cfg, root, force=True, **quiet)['status'] == 'finished'
     assert '"lr": 0.001' in config.read_text()
     older = json.loads(config.read_text())
@@ -608,7 +609,7 @@ def test_a_full_disk(room, one_thread, tmp_path):
 
 
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
-    with pytest.raises(ValueError, match='above the number of training images'):
+    with pytest.raises(ValueError, match='`bs` must be at most .* the number of training images, got 5000'):
         run(SHORT.but(bs=5000), tmp_path, **quiet)
     assert not list(tmp_path.iterdir())
 

@@ -121,9 +121,9 @@ def test_a_warm_up_leaves_old_keys_alone_and_is_checked():
     short = scaled(SMALL.but(epochs=20, warmup=4, warmup_lr=1e-4), .25)
     assert (short.epochs, short.warmup, short.warmup_lr) == (5, 1, 1e-4)
     for changes, message in [(dict(warmup=-1), '`warmup` must not be negative'),
-                             (dict(warmup=3), 'not be longer than training, got 3 epochs of 2'),
-                             (dict(warmup_lr=.1), '`warmup_lr` is the rate at the start of a warm-up'),
-                             (dict(warmup=1, sched='restart'), "`warmup` must be 0 with sched='restart'")]:
+                             (dict(warmup=3), 'not be longer than training, got a warm-up of 3 epochs'),
+                             (dict(warmup_lr=.1), '`warmup_lr` needs a warm-up'),
+                             (dict(warmup=1, sched='restart'), "sched='restart' has no warm-up")]:
         with pytest.raises(ValueError, match=message): SMALL.but(**changes)
 
 

@@ -15,7 +15,7 @@ WITH_STUDENTS = {'digits': ['distill_digits'], 'cifar_cnn': ['all_methods_on_cif
                  'cifar_small': ['distill_cifar'],
                  'compare_digits': ['all_methods_on_noisy_digits'],
                  'digits_temperature': ['distill_digits']}
-NO_RUNS = 'step_cost', 'loops' # measurements of time and memory
+NO_RUNS = 'step_cost', 'loops', 'fast_cost' # measurements of time and memory
 
 
 def made(source, cpu='x', gpu=None): return dict(code=dict(source=source), hardware=dict(cpu=cpu, gpu=gpu))

@@ -457,7 +457,7 @@ def _list_tables(json=False, samples=1000, device=None):
     rows = [_size(name, machine, samples) for name in TABLES]
     if json: return _print_json(tables=rows)
     kind = 'GPU' if torch.device(device or torch_core.default_device()).type == 'cuda' else 'CPU'
-    heading = f'{"time on this " + kind:17}  {"of it measures":14}  what it trains'
+    heading = f'{"time on this " + kind:17}  {"for measures":14}  what it trains'
     print(f'{"table":26} {"runs":>5} {"million passes":>15}   {heading}')
     for r in rows:
         error = f'; {r["error"]}' if 'error' in r else ''
@@ -766,7 +766,7 @@ def _measure_line(name, m):
 @command("sadt_measure runs/RUN --measures 'trace eigenvalue'")
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:MeasureNames='', # Names in quotes; by default all but spectrum, top100 and the surfaces
+    measures:MeasureNames='', # Names in quotes; default: all but spectrum, top100, surfaces, shifted_accuracy
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
     json:bool=False,     # Print the result as JSON

@@ -22,11 +22,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
-from ..core.arguments import check_options
+from ..core.arguments import check_options, unknown_name
 from ..core.checkpoint import remove_abandoned, whole_file
+from ..core.images import open_image
 from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
-from .image_files import archive_images, folder_images, open_image
+from .image_files import archive_images, folder_images
 from .loader import ImageData, TensorDL
 from .mapped import MappedImages, mapped_folder
 
@@ -95,13 +96,13 @@ def _check_parts(found, source):
     for part, items in found.items():
         if not items:
             raise ValueError(f'{source}: no images in {part}/<class>/; '
-                             'the layout is train/<class>/* and test/<class>/*')
+                             'put the images into train/<class>/ and test/<class>/')
         classes[part] = {label for _, label, _ in items}
     for part, has in classes.items():
         missing = sorted((classes['train'] | classes['test']) - has)
         if missing:
             raise ValueError(f'{source}: class {missing[0]!r} has no images in {part}/; '
-                             'every class needs both')
+                             'every class needs images in train/ and in test/')
 
 def _from_files(files, source, size=None):
     "Return training and test images from what `folder_images` or `archive_images` yields."
@@ -111,11 +112,11 @@ def _from_files(files, source, size=None):
         shape = shape or im.shape
         if im.shape != shape:
             raise ValueError(f'{name} is {im.shape[1]}x{im.shape[0]} pixels, '
-                             f'others are {shape[1]}x{shape[0]}; pass `size` to resize all')
+                             f'but the first is {shape[1]}x{shape[0]}; set `size` to resize all images')
         pixels += im.shape[0] * im.shape[1]
         if pixels > MOST_ALL_PIXELS:
-            raise ValueError(f'{source} has more than {MOST_ALL_PIXELS:,} pixels, too many for the memory; '
-                             'pass a smaller `size`')
+            raise ValueError(f'{source}: the images have more than {MOST_ALL_PIXELS:,} pixels together, '
+                             'too many for the memory; set a smaller `size`')
         found[part].append((name, label, im))
     _check_parts(found, source)
     vocab = sorted({label for _, label, _ in found['train']})
@@ -135,8 +136,8 @@ def _official(name, folder):
     for train in (True, False):
         try: part = _OFFICIAL[name](str(folder), train=train, download=False)
         except RuntimeError:
-            raise ValueError(f'{folder}: the python batches of {name} do not match their published MD5 sums; '
-                             'the batches are not opened, download them again') from None
+            raise ValueError(f'{folder}: the python batches of {name} do not match their published MD5 sums, '
+                             'so they were not opened; download them again') from None
         data.append(ImageData(part.data, part.targets, part.classes))
     return tuple(data)
 
@@ -145,8 +146,8 @@ def _official_tar(name, path):
     cls = _OFFICIAL[name]
     with open(path, 'rb') as f: digest = hashlib.file_digest(f, 'md5').hexdigest()
     if digest != cls.tgz_md5:
-        raise ValueError(f'{path} does not match the published MD5 sum of {cls.filename}; '
-                         'the archive is not opened, download it again')
+        raise ValueError(f'{path} does not match the published MD5 sum of {cls.filename}, '
+                         'so it was not opened; download it again')
     with tempfile.TemporaryDirectory() as tmp, tarfile.open(path) as tar:
         tar.extraction_filter = getattr(tarfile, 'data_filter', None) # Python 3.11: from 3.11.4 on
         tar.extractall(tmp)
@@ -191,12 +192,12 @@ def _cached(source, size, build):
         try: return _read_arrays(file)
         except Exception: file.unlink(missing_ok=True) # a damaged file is written again
     if source.name.startswith('cifar'):
-        print(f'decoding {source.name} once; the next time it is read in a second', file=sys.stderr)
+        print(f'decoding {source.name}; only the first use takes this time', file=sys.stderr)
     train, test = build()
     try: _write_arrays(file, train, test)
     except OSError as e:
-        print(f'the decoded images could not be kept in {file.parent} ({e.strerror}); '
-              'set SADT_CACHE to a folder that can be written', file=sys.stderr)
+        print(f'the decoded images could not be stored in {file.parent} ({e.strerror}), so every use decodes '
+              'them again; set SADT_CACHE to a folder with write access', file=sys.stderr)
     return train, test
 
 # %% ../../nbs/data/72_datasets.ipynb #9f5840fd
@@ -205,8 +206,8 @@ _BATCHES = {'cifar10': 'cifar-10-batches-py', 'cifar100': 'cifar-100-python'} # 
 def _cifar_at(name, place):
     "Return the path of `name` at or below an existing path, or `None`."
     if not place.exists():
-        raise FileNotFoundError(f'{place} does not exist; give an image folder, a .tgz of one, '
-                                f'or the official python batches of {name}')
+        raise FileNotFoundError(f'{place} does not exist; give an image folder, a .tgz archive of such a '
+                                f'folder, or the official python batches of {name}')
     if place.is_file() or (place / 'train').is_dir() or place.name == _BATCHES[name]: return place
     for below in (name, f'{name}.tgz', f'{name}.tar.gz', _BATCHES[name], _OFFICIAL[name].filename):
         if (place / below).exists(): return place / below
@@ -222,15 +223,16 @@ def _find_cifar(name, path, download=True):
         found = _cifar_at(name, place)
         if found: return found
         if path:
-            raise FileNotFoundError(f'{place} holds neither train/ and test/, nor {name}.tgz, '
-                                    f'nor {_BATCHES[name]}')
+            raise FileNotFoundError(f'{place} has no {name}; it must contain the folders train/ and test/, '
+                                    f'the archive {name}.tgz, or the folder {_BATCHES[name]}')
     earlier = Path(fastai_cfg().path('data')) / name
-    if not download and not earlier.exists(): raise FileNotFoundError(f'{name} is not on this machine')
+    if not download and not earlier.exists():
+        raise FileNotFoundError(f'{name} is not on this machine; set SADT_DATA to its folder')
     try: return Path(untar_data(URLs.CIFAR if name == 'cifar10' else URLs.CIFAR_100))
     except Exception as e:
         raise FileNotFoundError(f'{name} was not found and could not be downloaded ({type(e).__name__}); '
                                 'set SADT_DATA to an image folder (train/<class>/*, test/<class>/*), '
-                                'a .tgz of one, or the official python batches') from None
+                                'a .tgz archive of such a folder, or the official python batches') from None
 
 # %% ../../nbs/data/72_datasets.ipynb #fe25e172
 def _read(source, size=None, name=None):
@@ -247,8 +249,8 @@ def _cifar(name, path=None, size=None):
     train, test = _cached(source, size, lambda: _read(source, size, name))
     want = 10 if name == 'cifar10' else 100
     if len(train.vocab) != want:
-        raise ValueError(f'{source} has {len(train.vocab)} classes, {name} has {want}; '
-                         f'set SADT_DATA or the path to {name}')
+        raise ValueError(f'{source} is not {name}: it has {len(train.vocab)} classes, not {want}; '
+                         f'set SADT_DATA, or the option `path`, to {name}')
     return train, test
 
 def cifar10(path=None, size=None) -> tuple[ImageData, ImageData]: # 50,000 and 10,000 images
@@ -279,16 +281,16 @@ def _find_folder(name, path, has, what):
         place = Path(given).expanduser()
         for p in (place, place / name):
             if p.is_dir() and has(p): return p
-    raise FileNotFoundError(f'{name} was not found; set SADT_DATA to a folder with {what}, '
-                            f'or to one that has it as {name}/')
+    raise FileNotFoundError(f'{name} was not found; set SADT_DATA to a folder that contains {what}, '
+                            f'or to the folder around it, if its name is {name}')
 
 def _read_svhn(folder):
     vocab, data = [str(c) for c in range(10)], []
     for split in ('train', 'test'):
         try: part = SVHN(str(folder), split=split, download=False)
         except RuntimeError:
-            raise ValueError(f'{folder}: the files of svhn do not match their published MD5 sums; '
-                             'the batches are not opened, download them again') from None
+            raise ValueError(f'{folder}: the files of svhn do not match their published MD5 sums, '
+                             'so they were not opened; download them again') from None
         data.append(ImageData(part.data.transpose(0, 2, 3, 1), part.labels, vocab))
     return tuple(data)
 
@@ -352,8 +354,8 @@ def load_data(
     if str(name_or_path) in DATASETS: return DATASETS[str(name_or_path)](**kwargs)
     source = Path(name_or_path).expanduser()
     if not source.exists():
-        raise ValueError(f'unknown data set {str(name_or_path)!r}: it is none of {", ".join(DATASETS)}, '
-                         'and no such folder or archive exists')
+        raise ValueError(f'{unknown_name("data set", str(name_or_path), DATASETS)}, '
+                         'or give the path of an image folder or archive')
     return _from_path(source, **kwargs)
 
 # %% ../../nbs/data/72_datasets.ipynb #12673061
@@ -389,8 +391,8 @@ def channel_statistics(
 ) -> tuple[tuple, tuple]: # Mean and standard deviation of each channel, of values in [0, 1]
     "Return means and deviations over all pixels. Raises `ValueError` for images that stay on disk."
     if isinstance(data, MappedImages):
-        raise ValueError('mean and std of images that stay on disk are not computed; give them as numbers, '
-                         'for ImageNet 0.485 0.456 0.406 and 0.229 0.224 0.225')
+        raise ValueError('mean and std are not computed from images that stay on disk; give them as numbers: '
+                         'for ImageNet, (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)')
     counts = torch.zeros(3, 256, dtype=torch.int64)
     for part in data.x.split(5000):
         for channel in range(3):
@@ -434,15 +436,13 @@ def _check_sizes(train, bs, crop, resized_crop, cutout):
     if len(train.vocab) < 2:
         raise ValueError(f'the data have one class, {train.vocab[0]!r}; a classifier needs at least two')
     if bs > len(train):
-        raise ValueError(f'the batch size `bs`, {bs}, is above the number of training images, {len(train)}; '
-                         'choose a smaller one')
+        raise ValueError(f'`bs` must be at most {len(train)}, the number of training images, got {bs}')
     if cutout > shorter:
         raise ValueError(f'`cutout` must be at most {shorter}, the shorter side of the images, got {cutout}')
     if resized_crop and crop:
-        raise ValueError('`crop` and `resized_crop` are two ways to cut; use one of them')
+        raise ValueError('`crop` and `resized_crop` cannot be used together; set one of them to 0')
     if not 0 <= crop < shorter: # a wider border lets some crops miss the image
-        raise ValueError(f'`crop` must be at most {shorter - 1} for images of {shorter} pixels, and not '
-                         f'negative, got {crop}')
+        raise ValueError(f'`crop` must be from 0 to {shorter - 1} for images of {shorter} pixels, got {crop}')
 
 # %% ../../nbs/data/72_datasets.ipynb #9abd45b8
 def _training_parts(train, valid, n_train, split):
@@ -489,7 +489,7 @@ def get_dls(
     Only training images are augmented. Cutout's square has the colour `mean`, which is black by default.
     With `cutout_fill='mean'`, the square has the mean colour of the training images."""
     if cutout_fill not in ('', 'mean'):
-        raise ValueError(f"`cutout_fill` must be 'mean' or empty, got {cutout_fill!r}")
+        raise ValueError(f"`cutout_fill` must be 'mean', or '' for the colour `mean`, got {cutout_fill!r}")
     _check_options(valid, cutmix, flip, pad_mode)
     train, test = load_data(name_or_path, **kwargs)
     checksums = dict(train_crc32=train.checksum(), test_crc32=test.checksum())

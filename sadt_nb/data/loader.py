@@ -28,11 +28,13 @@ class ImageData:
         x = torch.as_tensor(x)
         y = torch.as_tensor(y).long()
         if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
-            got = f'{x.dtype} {tuple(x.shape)}'
+            got = f'{x.dtype} of shape {tuple(x.shape)}'
             raise ValueError(f'images must be uint8 of shape (n, height, width, 3), got {got}')
-        if len(x) != len(y): raise ValueError(f'{len(x)} images but {len(y)} labels')
+        if len(x) != len(y):
+            raise ValueError(f'there must be one label per image, got {len(x)} images and {len(y)} labels')
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(vocab):
-            raise ValueError(f'labels must lie in 0..{len(vocab) - 1}, got {int(y.min())}..{int(y.max())}')
+            raise ValueError(f'labels must be from 0 to {len(vocab) - 1}, as there are {len(vocab)} classes, '
+                             f'got {int(y.min())} to {int(y.max())}')
         self.x, self.y, self.vocab = x, y, list(vocab)
 
     def __len__(self): return len(self.x)
@@ -61,7 +63,7 @@ def _check_scale(mean, std):
     mean, std = (np.asarray(v, dtype=float) for v in (mean, std))
     if not np.isfinite(mean).all(): raise ValueError(f'`mean` must be finite, got {mean}')
     if not (np.isfinite(std) & (std > 0)).all():
-        hint = "with 'data', a channel is constant"
+        hint = "if it was computed from the images ('data'), a channel is constant"
         raise ValueError(f'`std` must be finite and positive, got {std}; {hint}')
 
 def _scale_and_shift(mean, std, dtype, device):
@@ -184,7 +186,7 @@ class TensorDL(_BatchLoader):
         **kwargs:object,                   # Further arguments of fastai's `DataLoader`
     ):
         if not 1 <= bs <= max(1, len(dataset)):
-            raise ValueError(f'`bs` must lie in 1..{len(dataset)} (the size of the data set), got {bs}')
+            raise ValueError(f'`bs` must be from 1 to {len(dataset)}, the number of images, got {bs}')
         _check_scale(mean, std)
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0,
                          device=default_device() if device is None else device, **kwargs)

@@ -14,7 +14,8 @@ import numpy as np
 from torchvision.transforms import functional as vision
 
 from ..core.checkpoint import remove_abandoned, whole_file, write_whole
-from .image_files import folder_images, open_image
+from ..core.images import open_image
+from .image_files import folder_images
 from .loader import ImageData
 
 # %% ../../nbs/data/73_mapped.ipynb #3e4005d8

@@ -53,24 +53,24 @@ _CHECKS = (
     _Check('valid', _below_one, 'lie in [0, 1)'),
     _Check('cutmix', _not_negative, 'not be negative'),
     _Check('seed', _seed, 'be a whole number from 0 to 4294967295'),
-    _Check('split', _seed_or_none, 'be a whole number from 0 to 4294967295, or None for that of `seed`'),
+    _Check('split', _seed_or_none, 'be a whole number from 0 to 4294967295, or None to use `seed`'),
     _Check('n_train', _count_or_none, 'be a whole number of at least 1, or None for all images'),
     _Check('crop', _whole, 'be a whole number of at least 0'),
     _Check('rotate', _angle, 'lie in [0, 180]'),
     _Check('cutout', _whole, 'be a whole number of at least 0'),
-    _Check('amp', ('', 'bf16', 'fp16'), "be 'bf16', 'fp16' or empty"),
-    _Check('compile', COMPILE, f'be True or one of {", ".join(map(repr, COMPILE))}'),
+    _Check('amp', ('', 'bf16', 'fp16'), "be 'bf16', 'fp16', or '' for float32"),
+    _Check('compile', COMPILE, f'be True, False or one of {", ".join(map(repr, COMPILE))}'),
     _Check('resized_crop', _share, 'lie in [0, 1]'),
     _Check('track', _whole, 'be a whole number of at least 0'),
     _Check('clip', _not_negative, 'not be negative'),
     _Check('flip', _flips, "be True, False or 'alternate'"),
     _Check('pad_mode', PAD_MODES, "be 'zeros' or 'reflect'"),
     _Check('label_smoothing', _below_one, 'lie in [0, 1)'),
-    _Check('lookahead', _whole, 'be a whole number of batches, 0 for never'),
+    _Check('lookahead', _whole, 'be a whole number of batches, or 0 for no lookahead'),
     _Check('views', _level, 'be 0, 1 or 2'),
     _Check('warmup', _not_negative, 'not be negative'),
     _Check('warmup_lr', _not_negative, 'not be negative'),
-    _Check('cutout_fill', ('', 'mean'), "be 'mean' or empty"),
+    _Check('cutout_fill', ('', 'mean'), "be 'mean', or '' for the default colour"),
 )
 _CHOICES = dict(model=MODELS, method=METHODS, opt=OPTIMIZERS, sched=SCHEDULES, select=SELECT)
 
@@ -197,39 +197,46 @@ def _check_images(run):
     "Raise `ValueError` for impossible augmentation or normalisation."
     if run.autoaugment: _check_policy(run.autoaugment)
     if run.resized_crop and run.crop:
-        raise ValueError(f'`crop` must be 0 with `resized_crop`, got {run.crop} and {run.resized_crop}')
+        raise ValueError(f'`crop` and `resized_crop` cannot be used together, got {run.crop} and '
+                         f'{run.resized_crop}; set one of them to 0')
     if run.pad_mode != 'zeros' and not run.crop:
-        advice = f'set `crop` above 0, or leave {run.pad_mode!r} out'
-        raise ValueError(f'`pad_mode` is the border of a random crop; {advice}')
-    if run.cutout_fill and not run.cutout:
-        raise ValueError('`cutout_fill` colours a square that has no size; set `cutout` above 0')
-    if run.cutout_inside and not run.cutout:
-        raise ValueError('`cutout_inside` places a square that has no size; set `cutout` above 0')
+        raise ValueError(f'pad_mode={run.pad_mode!r} needs random crops, but `crop` is 0; '
+                         'set `crop` above 0, or leave `pad_mode` out')
+    for name in ('cutout_fill', 'cutout_inside'):
+        if getattr(run, name) and not run.cutout:
+            raise ValueError(f'`{name}` needs the square of Cutout, but `cutout` is 0; '
+                             f'set `cutout` above 0, or leave `{name}` out')
     if run.normalize not in ('', 'data') and not _is_mean_and_std(run.normalize):
-        allowed = "'data', empty, or a pair (mean, std) of numbers or of three each, std above 0"
-        raise ValueError(f'`normalize` must be {allowed}, got {run.normalize!r}')
+        allowed = "'data', '' for none, or a pair (mean, std): two numbers, or three numbers each"
+        raise ValueError(f'`normalize` must be {allowed}; std must be positive, got {run.normalize!r}')
 
 # %% ../../nbs/experiments/80_config.ipynb #b802159e
 def _check_warmup(run):
     "Raise `ValueError` for a warm-up that the schedule cannot have."
     if run.warmup_lr and not run.warmup:
-        raise ValueError('`warmup_lr` is the rate at the start of a warm-up; set `warmup` above 0')
+        raise ValueError('`warmup_lr` needs a warm-up, but `warmup` is 0; '
+                         'set `warmup` above 0, or leave `warmup_lr` out')
     if not run.warmup: return
-    if run.sched in ('triangle', 'triangle_to_zero', 'restart') or run.opt == 'decoupled_sgd':
-        raise ValueError(f'`warmup` must be 0 with sched={run.sched!r} and opt={run.opt!r}; it goes with '
-                         'cosine, constant, step and thirds, and with any other optimizer')
+    if run.opt == 'decoupled_sgd':
+        raise ValueError("opt='decoupled_sgd' has no warm-up; set `warmup` to 0, or choose another optimizer")
+    if run.sched in ('triangle', 'triangle_to_zero', 'restart'):
+        raise ValueError(f'sched={run.sched!r} has no warm-up; set `warmup` to 0, or choose the schedule '
+                         'cosine, constant, step or thirds')
     if run.warmup > run.epochs:
-        raise ValueError(f'`warmup` must not be longer than training, got {run.warmup:g} epochs '
-                         f'of {run.epochs:g}')
+        raise ValueError(f'`warmup` must not be longer than training, got a warm-up of {run.warmup:g} epochs '
+                         f'and a training of {run.epochs:g}')
 
 def _check_training(run):
     "Raise `ValueError` for an impossible optimizer, schedule, or choice of the epoch to keep."
-    if run.sched == 'restart' and (run.opt == 'decoupled_sgd' or run.epochs != int(run.epochs)):
-        raise ValueError("sched='restart' sets one rate for all parameters and counts whole epochs; "
-                         'take another `opt`, `epochs` or `sched`')
+    if run.sched == 'restart' and run.opt == 'decoupled_sgd':
+        raise ValueError("sched='restart' has one learning rate, but opt='decoupled_sgd' has several; "
+                         'choose another `sched` or `opt`')
+    if run.sched == 'restart' and run.epochs != int(run.epochs):
+        raise ValueError(f"sched='restart' needs a whole number of epochs, got {run.epochs:g}; "
+                         'change `epochs`, or choose another `sched`')
     _check_warmup(run)
     if run.select != 'last' and not run.epochs:
-        raise ValueError(f"select={run.select!r} needs epochs to choose from, got none; use 'last'")
+        raise ValueError(f"select={run.select!r} chooses among epochs, but `epochs` is 0; use select='last'")
     if run.select == 'valid' and not run.valid:
         raise ValueError("select='valid' needs validation images; set `valid` above 0")
 
@@ -241,12 +248,13 @@ def _split(run):
 def _check_teacher(run, teacher):
     "Raise `ValueError` for a teacher trained on other data, or on the student's validation images."
     if not isinstance(teacher, Run):
-        raise ValueError(f'a teacher is given as its `Run`, got {type(teacher).__name__}')
+        raise ValueError(f'each teacher must be a `Run`, got {type(teacher).__name__}')
     if teacher.data != run.data:
-        raise ValueError(f'the teacher was trained on {teacher.data}, but the student trains on {run.data}')
+        raise ValueError(f'the teacher was trained on {teacher.data}, but the student trains on {run.data}; '
+                         'give both the same `data`')
     if teacher.normalize != run.normalize:
         raise ValueError(f'the teacher was trained with normalize={teacher.normalize!r}, '
-                         f'the student has normalize={run.normalize!r}; give both the same value')
+                         f'but the student has normalize={run.normalize!r}; give both the same value')
     if run.valid and _split(teacher) != _split(run):
         raise ValueError('the teacher was trained on images that the student holds out for validation; '
                          'give both the same `split` and `valid`')
@@ -255,7 +263,8 @@ def _check_method(run):
     "Raise `ValueError` for impossible options of the method, and for missing or superfluous teachers."
     needs_teacher = METHODS[run.method].needs_teacher
     if bool(run.teachers) != needs_teacher:
-        problem = 'needs `teachers`, one run or several' if needs_teacher else 'has no teachers'
+        if needs_teacher: problem = 'needs a teacher; set `teachers` to one `Run` or several'
+        else: problem = 'takes no teachers; leave `teachers` out, or choose a method such as distillation'
         raise ValueError(f'method {run.method} {problem}')
     for teacher in run.teachers: _check_teacher(run, teacher)
     options = dict(run.method_args)
@@ -271,7 +280,7 @@ def _check_optimizer(name, args, bs):
         if name == 'decoupled_sgd': decoupled_groups([weight, bias], bs=bs, **dict(args))
         else: _OPTIMIZER_CLASSES[name](weight, lr=1e-3, **dict(args))
     except (ValueError, TypeError, RuntimeError) as e:
-        raise ValueError(f'`opt_args`: {name} does not take {dict(args)}: {e}') from None
+        raise ValueError(f'`opt_args`: {name} does not accept {dict(args)}: {e}') from None
 
 @lru_cache(None) # a grid checks the same few networks hundreds of times
 def _check_model(name, args):

@@ -6,14 +6,16 @@
 __all__ = ['MEASURES', 'SLOW', 'PASSES', 'missing_measures', 'measure_run']
 
 # %% ../../nbs/experiments/86_measure.ipynb #b89fa417
-import time, zlib
+import os, time, zlib
 from functools import partial
 from pathlib import Path
 from typing import Iterable
 
 import numpy as np
 import torch
+from torchvision.datasets import ImageFolder
 
+from ..core.images import open_image
 from .archive import read_part
 from .config import Run
 from .runner import RunError, is_trained, provenance, read_result, stored_learner
@@ -21,7 +23,7 @@ from .runner import weights_file, write_json
 from ..measures.hessian import Eigenvalues, SpectralDensity
 from ..measures.hessian import hessian_trace, spectral_density, top_eigenvalues
 from ..measures.landscape import Surface, loss_surface
-from ..measures.robustness import calibration_error, corrupted_accuracy
+from ..measures.robustness import calibration_error, corrupted_accuracy, shifted_accuracy
 from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 
 # %% ../../nbs/experiments/86_measure.ipynb #acf63586
@@ -64,6 +66,33 @@ def _corruption(learn, samples):
     found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples) # the loader knows its normalisation
     return float(found.mean(axis=None))
 
+def _shifted_folder():
+    "Return the folder SADT_SHIFTED. Raises `ValueError` if it is not set or is no folder."
+    given = os.environ.get('SADT_SHIFTED', '')
+    if given and Path(given).is_dir(): return Path(given)
+    got = f'; {given!r} is not a folder' if given else ''
+    raise ValueError('shifted_accuracy needs a test set of another origin; set SADT_SHIFTED to a folder with '
+                     f'<class>/* of it{got}')
+
+def _listing(folder):
+    "Return a checksum of the names and sizes of all files in a folder."
+    files = sorted(f for f in folder.rglob('*') if f.is_file())
+    lines = [f'{f.relative_to(folder).as_posix()} {f.stat().st_size}' for f in files]
+    return f'{zlib.crc32(chr(10).join(lines).encode()):08x}'
+
+def _names(learn): return set(map(str, learn.dls.vocab))
+
+def _shifted(learn, samples):
+    """Return the accuracy on all images of SADT_SHIFTED, at the size of the run's images.
+
+    If the first image has this size, the images are used as they are; otherwise they are resized."""
+    data, test = ImageFolder(_shifted_folder(), loader=open_image), learn.dls[2]
+    side = next(iter(test))[0].shape[-1]
+    width, height = data.loader(data.samples[0][0]).size
+    fits = width == height == side
+    numbered = all(c.isdecimal() for c in data.classes) and not set(data.classes) <= _names(learn)
+    return shifted_accuracy(learn, data.root, size=None if fits else side, numbered=numbered, dl=test)
+
 MEASURES = dict( # name: function `(learn, samples=...)` that returns a number or an estimate
     trace=partial(hessian_trace, tol=.1),
     eigenvalue=partial(top_eigenvalues, tol=1e-2),
@@ -73,6 +102,7 @@ MEASURES = dict( # name: function `(learn, samples=...)` that returns a number o
     gradient_norm=gradient_norm,
     calibration_error=_calibration,
     corrupted_accuracy=_corruption,
+    shifted_accuracy=_shifted,
     spectrum=spectral_density,
     top100=partial(top_eigenvalues, k=100, tol=1e-2),
     surface=partial(loss_surface, points=25),
@@ -81,11 +111,12 @@ MEASURES = dict( # name: function `(learn, samples=...)` that returns a number o
 )
 
 SLOW = ('spectrum', 'top100', 'surface', 'orthogonal_surface', 'orthogonal_surface_100')
+_DEFAULT = [name for name in MEASURES if name not in (*SLOW, 'shifted_accuracy')]
 
 # time of a measure, in passes over its samples: a product with the Hessian takes about four
 PASSES = dict(
     trace=160, eigenvalue=24, sharpness=1.3, adaptive_sharpness=1.3, average_sharpness=12, gradient_norm=1,
-    calibration_error=0, corrupted_accuracy=20, spectrum=820, top100=2800, surface=160,
+    calibration_error=0, corrupted_accuracy=20, shifted_accuracy=4, spectrum=820, top100=2800, surface=160,
     orthogonal_surface=160, orthogonal_surface_100=2560) # 16 times as many points as a surface
 
 # %% ../../nbs/experiments/86_measure.ipynb #f5be0559
@@ -100,24 +131,35 @@ def _known(cfg, root):
     same_weights = _checksum(cfg, root) in (None, stored.get('weights')) # else trained again
     return stored if same_weights else {}
 
+def _is_of_other_files(name, known):
+    "Return whether a stored measure was made on other files than those that SADT_SHIFTED names now."
+    if name != 'shifted_accuracy' or not os.environ.get('SADT_SHIFTED'): return False
+    return known[name]['files'] != _listing(_shifted_folder())
+
 def missing_measures(
     cfg:Run,       # Any run
     root='runs',   # Folder of all results
-    measures=None, # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
+    measures=None, # Names in `MEASURES`; `None`: all but `shifted_accuracy` and those in `SLOW`
     samples=1000,  # Number of images; a measure with another number of images counts as missing
 ) -> list[str]:
-    "Return the names of the measures that are not stored yet. Raises `ValueError` for an unknown measure."
-    names = [n for n in MEASURES if n not in SLOW] if measures is None else list(measures)
+    """Return the names of the measures that are not stored yet.
+
+    A stored `shifted_accuracy` on other files than those of SADT_SHIFTED counts as missing.
+    Raises `ValueError` for an unknown measure, and if `shifted_accuracy` is missing and has no folder."""
+    names = _DEFAULT if measures is None else list(measures)
     for n in names:
         if n not in MEASURES: raise ValueError(f'unknown measure {n!r}; choose of {", ".join(MEASURES)}')
     known = _known(cfg, root).get('measures', {})
-    return [n for n in names if known.get(n, {}).get('samples') != samples]
+    missing = [n for n in names if known.get(n, {}).get('samples') != samples or _is_of_other_files(n, known)]
+    if 'shifted_accuracy' in missing: _shifted_folder()
+    return missing
 
 # %% ../../nbs/experiments/86_measure.ipynb #58d60c3e
 def measure_run(
     cfg:Run,                           # A run that `is_trained`
     root:str|Path='runs',              # Folder of all results
-    measures:Iterable[str]|None=None,  # Names in `MEASURES`; `None`: all measures that are not in `SLOW`
+    # Names in `MEASURES`; `None`: all but `shifted_accuracy` and those in `SLOW`
+    measures:Iterable[str]|None=None,
     samples:int=1000, # Number of images, drawn at random but the same in every call; without augmentation
     force:bool=False,                  # Repeat measures that are stored already
     device:str|torch.device|None=None, # `None`: fastai's default device
@@ -126,7 +168,8 @@ def measure_run(
 
     If a measure is stored already with this number of images, it is not repeated. Measures that the call
     does not name stay stored.
-    Raises `ValueError` for an unknown measure, `RunError` if the run has no weights."""
+    Raises `ValueError` for an unknown measure, and if `shifted_accuracy` has no folder; `RunError` if the
+    run has no weights."""
     at = -1 if force else samples # no stored measure has -1 images, so `force` makes every measure anew
     missing, stored = missing_measures(cfg, root, measures, at), _known(cfg, root)
     if not missing: return stored
@@ -138,6 +181,7 @@ def measure_run(
     for n in missing: # write every measure at once, so that an interruption loses one at most
         started = time.time()
         found = _as_json(MEASURES[n](learn, samples=samples))
+        if n == 'shifted_accuracy': found['files'] = _listing(_shifted_folder())
         known = {**known, n: dict(**found, samples=samples, seconds=round(time.time() - started, 1))}
         stored = dict(measures=known, weights=_checksum(cfg, root), **provenance(learn.dls.device))
         write_json(Path(root) / cfg.name / 'measures.json', stored)

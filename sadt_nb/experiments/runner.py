@@ -119,16 +119,18 @@ def _disk_errors(root):
     "Turn an `OSError`, for example from a full disk, into a `RunError` that says what to do."
     try: yield
     except OSError as e:
-        advice = 'choose another root, or make room: the same command then continues'
+        advice = 'choose another root, or make room and repeat the command, which then continues'
         raise RunError(f'cannot write to {root} ({e.strerror}); {advice}') from None
 
 # %% ../../nbs/experiments/81_runner.ipynb #948bc320
+_ANEW = 'choose another root, or train the run again with force=True (--force)'
+
 def _differences(stored, mine):
-    "Return, as text, the fields in which two configurations differ, with both values."
+    "Return, as text, the fields in which two configurations differ: the stored value, then the new value."
     parts = []
     for k in sorted({*stored, *mine}):
         theirs, ours = stored.get(k, 'unknown'), mine.get(k, 'unknown')
-        if theirs != ours: parts.append(f'{k} {theirs!r}, not {ours!r}')
+        if theirs != ours: parts.append(f'{k} is {theirs!r} there and {ours!r} here')
     return ', '.join(parts)
 
 def _check_config(cfg, root):
@@ -139,7 +141,7 @@ def _check_config(cfg, root):
     except (TypeError, ValueError): same = False
     if same: return
     found = f'its folder holds another configuration ({_differences(stored, mine)})'
-    raise RunError(f'{cfg.name}: {found}; take another root, or train it anew with force=True (--force)')
+    raise RunError(f'{cfg.name}: {found}; {_ANEW}')
 
 def read_result(
     cfg:Run, # The configuration
@@ -195,16 +197,15 @@ def _replace(cfg, root):
         shutil.rmtree(new)
 
 # %% ../../nbs/experiments/81_runner.ipynb #d9e5a022
-_ANEW = 'take another root, or train it anew with force=True (--force)'
-
 def _check_data(cfg, result, checksums):
     "Raise `RunError` if the images of a result had other checksums than the present images."
     facts = result.get('data_facts', {})
     if 'train_crc32' not in facts: return # a result of an earlier version
     for part, key in (('training', 'train_crc32'), ('test', 'test_crc32')):
         if facts[key] == checksums[key]: continue
-        changed = f'other {part} data ({facts[key]}, now {checksums[key]})'
-        raise RunError(f'{cfg.name}: its result is of {changed} under the name {cfg.data!r}; {_ANEW}')
+        changed = f'the {part} data of {cfg.data!r} have changed since'
+        values = f'their checksum was {facts[key]} and is now {checksums[key]}'
+        raise RunError(f'{cfg.name} has a result, but {changed} ({values}); {_ANEW}')
 
 def _check_identity(cfg, root, result):
     "Raise `RunError` if the data or the teachers of a stored result have changed."
@@ -215,8 +216,9 @@ def _check_identity(cfg, root, result):
     for teacher, crc in zip(cfg.teachers, result.get('teachers_crc32', ())):
         now = (read_result(teacher, root) or {}).get('weights_crc32', crc)
         if now == crc: continue
-        changed = f'another teacher ({teacher.name}: weights {crc}, now {now})'
-        raise RunError(f'{cfg.name}: its result is of {changed}; {_ANEW}')
+        changed = f'the weights of its teacher {teacher.name} have changed since'
+        values = f'their checksum was {crc} and is now {now}'
+        raise RunError(f'{cfg.name} has a result, but {changed} ({values}); {_ANEW}')
 
 # %% ../../nbs/experiments/81_runner.ipynb #07bd1602
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -254,15 +256,16 @@ def _last_change(folder):
 def _held(cfg, file):
     "Return the error for a folder whose lock another process holds; `file` is empty if the disk has locks."
     name = f'{cfg.name}: another process is training it'
-    advice = 'wait for its result, or take another root'
+    advice = 'wait for its result, or choose another root'
     try: pid, host = file.read_text().split()[:2]
     except (OSError, ValueError): return RunBusy(f'{name}; {advice}')
     now = time.time()
-    holder = f'process {pid} on {host}, which locked it {_age(now - file.stat().st_mtime)} ago'
+    holder = f'process {pid} on {host} locked this run {_age(now - file.stat().st_mtime)} ago'
     quiet = now - _last_change(file.parent)
     delete = f'if that process has ended, delete {file}'
-    if quiet < _STALE_SECONDS: return RunBusy(f'{name} ({holder}); {advice}; {delete}')
-    return RunError(f'{cfg.name}: {holder}, has changed nothing there for {_age(quiet)}; {delete}')
+    if quiet < _STALE_SECONDS: return RunBusy(f'{name}; {holder}; {advice}; {delete}')
+    return RunError(f'{cfg.name}: {holder}, but no file in its folder has changed for {_age(quiet)}; '
+                    f'{delete}')
 
 @contextmanager
 def _lock(cfg, root):
@@ -535,12 +538,14 @@ def load_model(
         if _is_damaged(file): raise ValueError(f'{file.name} is damaged')
         load_weights(model, file)
     except (OSError, ValueError, zipfile.BadZipFile) as e:
-        raise RunError(f'{cfg.name}: {e}; get it again, or train it anew with force=True (--force)') from None
+        advice = 'copy the file again, or train the run again with force=True (--force)'
+        raise RunError(f'{cfg.name}: {e}; {advice}') from None
     stored = (read_result(cfg, root) or {}).get('weights_crc32')
     found = weights_checksum(model.state_dict())
     if stored not in (None, found):
-        raise RunError(f'{cfg.name}: {file.name} does not hold the weights of its result (checksum {found}, '
-                       f'not {stored}); train it anew with force=True (--force)')
+        raise RunError(f'{cfg.name}: {file.name} does not belong to the stored result: the checksum of the '
+                       f'weights is {found}, but the result says {stored}; copy the file again, or train the '
+                       'run again with force=True (--force)')
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
@@ -578,7 +583,8 @@ def run_loaders(
 def _share_among_ranks(dls, cfg):
     "Give each process its part of every batch; switch validation off if no images are held out."
     if cfg.bs % n_ranks():
-        raise ValueError(f'{n_ranks()} processes cannot share batches of {cfg.bs}; take a multiple')
+        raise ValueError(f'{n_ranks()} processes cannot share batches of {cfg.bs} images equally; '
+                         f'choose a `bs` that is a multiple of {n_ranks()}')
     if not cfg.valid: dls.loaders[1] = [] # the test set must not serve as validation set
     if n_ranks() == 1: return
     valid = dls[1] or dls[2].new(dls[2].dataset.new_empty())
@@ -596,8 +602,8 @@ def _init_from_images(model, dl):
     from folders are sorted by class."""
     if not hasattr(model, 'init_from_images'): return
     if not isinstance(getattr(dl.dataset, 'x', None), torch.Tensor):
-        raise ValueError('the network takes its first filters from training images, '
-                         'which this data set does not hold as a tensor')
+        raise ValueError('the first filters of this network are computed from training images in memory, but '
+                         'the images of this data set stay on disk; choose another model')
     n = len(dl.dataset)
     count = min(WHITENING_IMAGES, n)
     spread = torch.arange(count) * n // count
@@ -622,13 +628,13 @@ def _check_images(cfg, model, dl):
     for m, training in modes: m.training = training
     if refuses:
         size = f'{x.shape[-1]}x{x.shape[-2]}'
-        raise ValueError(f'model {cfg.model} takes no images of {size} pixels; resize them with data_args, '
-                         "such as 'size=32', or choose a model for any size, such as resnet18")
+        raise ValueError(f'model {cfg.model} cannot process images of {size} pixels; resize them with '
+                         "data_args, such as 'size=32', or choose a model for any size, such as resnet18")
     left = n % cfg.bs
     single = cfg.bs == 1 or (left == 1 and not cfg.drop_last)
     if single and _refuses(deepcopy(model).train(), x[:1]): # a copy, as a pass changes BatchNorm
-        raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, which '
-                         f'BatchNorm in {cfg.model} cannot normalise; choose another bs, or set drop_last')
+        raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, but '
+                         f'BatchNorm in {cfg.model} needs two or more; choose another bs, or set drop_last')
 
 def _network(cfg, dls):
     "Return the network of a run with its starting weights, which depend on the seed alone."
@@ -644,7 +650,7 @@ def _warn_emulated(device):
     "Warn if the processor is an x86 without AVX-512, because it has no arithmetic for half precision."
     if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX2': return
     warnings.warn('this processor emulates half precision, which can take ten times as long as float32; '
-                  'leave `amp` empty here', stacklevel=3)
+                  'leave `amp` empty on this machine', stacklevel=3)
 
 # %% ../../nbs/experiments/81_runner.ipynb #9fc1d919
 _CHOOSING = .3   # share of the test images by which the weights are chosen: 3,000 of 10,000
@@ -728,7 +734,7 @@ def make_learner(
                     default_cbs=False, **split)
     try: learn.create_opt()
     except TypeError as e:
-        raise ValueError(f'optimizer {cfg.opt} does not take {dict(cfg.opt_args)}: {e}') from None
+        raise ValueError(f'optimizer {cfg.opt} does not accept {dict(cfg.opt_args)}: {e}') from None
     # dropout gets the same masks, however many random numbers the starting weights needed
     torch.manual_seed(cfg.seed + 1 + 1_000_003 * this_rank())
     return learn
@@ -988,9 +994,9 @@ def _same_threads(cfg, root):
     mine = torch.get_num_threads()
     began = on_rank_zero(partial(_began_with, cfg, root)) or mine
     if began != mine:
-        rule = f'it continues with {began}, not {mine}, because its bits depend on them'
-        anew = f'force=True (--force) starts anew with {mine}'
-        warnings.warn(f'{cfg.name} began with threads={began}; {rule}; {anew}')
+        rule = f'continues with {began}, not {mine}, because another number changes the last digits'
+        anew = f'to start again with {mine}, pass force=True (--force)'
+        warnings.warn(f'{cfg.name} began with {began} CPU threads and {rule}; {anew}')
     torch.set_num_threads(began)
     try: yield
     finally: torch.set_num_threads(mine)
@@ -1010,7 +1016,7 @@ def _train(cfg, root, force, progress, device, minutes):
         if this_rank() == 0: training.interrupt(checkpoint.start)
         raise
     except CheckpointError as e:
-        advice = 'force=True (--force) trains it anew'
+        advice = 'to train it from the start, pass force=True (--force)'
         raise RunError(f'{cfg.name} cannot continue: {_own_message(e)}; {advice}') from None
     except RunError as e: raise RunError(_own_message(e)) from None
     finally: recorder.unhook()

@@ -55,8 +55,8 @@ class _Products:
         first = next(iter(loss.params.values()))
         for n, p in loss.params.items():
             if p.is_complex():
-                raise ValueError(f'{n!r} is complex, and the Hessian is that of real weights; store the real '
-                                 'and the imaginary part as two real parameters')
+                raise ValueError(f'the parameter {n!r} is complex, but the Hessian needs real weights; '
+                                 'store the real and the imaginary part as two real parameters')
         self.params, self.dtype, self.device = loss.params, first.dtype, first.device
         self.sizes = [p.numel() for p in loss.params.values()]
         self.size, self.n = sum(self.sizes), 0
@@ -68,7 +68,8 @@ class _Products:
         with differentiable(self.loss.model, twice=True), missing_derivative('twice'):
             out = _double_backward(self.loss, v, check=self.n == 1)
         if self.n == 1 and not torch.isfinite(out).all():
-            raise ValueError('the second derivatives of the loss are not finite at these weights and samples')
+            raise ValueError('the second derivatives of the loss are NaN or infinite at these weights and '
+                             'samples; check the weights, or choose other samples')
         self.bar.update()
         return out
 
@@ -150,7 +151,8 @@ def hessian_trace(
         raise ValueError(f'`max_probes` must be at least 20, got {max_probes}; '
                          'fewer give no reliable estimate of the error')
     if sketch < 0 or tol <= 0:
-        raise ValueError(f'`sketch` must not be negative and `tol` must be positive, got {sketch} and {tol}')
+        raise ValueError('`sketch` must not be negative, and `tol` must be positive, '
+                         f'got sketch={sketch} and tol={tol}')
     with _Products(learn, dl, samples, progress, 'trace', 2 * sketch + max_probes) as h:
         if h.size <= max_probes: return _exact_trace(h)
         estimate = _TraceEstimate(h, _generator(h, seed))
@@ -365,8 +367,8 @@ def spectral_density(
     if vectors < 2:
         raise ValueError(f'`vectors` must be at least 2, got {vectors}; one gives no estimate of the error')
     if steps < 2 or points < 2 or width <= 0:
-        raise ValueError('`steps` and `points` must be at least 2 and `width` positive, '
-                         f'got {steps}, {points}, {width}')
+        raise ValueError('`steps` and `points` must be at least 2, and `width` must be positive, '
+                         f'got steps={steps}, points={points} and width={width}')
     with _Products(learn, dl, samples, progress, 'density', None) as h:
         steps = min(steps, h.size)
         h.bar.total = vectors * steps

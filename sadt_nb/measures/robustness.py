@@ -26,6 +26,7 @@ from fastai.learner import Learner
 
 from ..core.display import bar
 from ..core.fixed_loss import FixedLoss
+from ..core.images import open_image
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec3eb93a
 # each function takes images `x` in [0, 1], the setting `c` of a severity, and a random generator `g`
@@ -231,7 +232,8 @@ def _by_number(folder, name, vocab):
 class _Folder:
     "The images of a folder `<class>/*`, opened when they are read, and their class numbers."
     def __init__(self, folder, vocab, size, numbered):
-        self.data, self.folder, self.size, self.shape = ImageFolder(folder), folder, size, None
+        self.data = ImageFolder(folder, loader=open_image)
+        self.folder, self.size, self.shape = folder, size, None
         position = _by_number if numbered else _by_name
         at = [position(folder, c, vocab) for c in self.data.classes]
         self.y = np.array([at[i] for i in self.data.targets])
@@ -252,11 +254,12 @@ def shifted_accuracy(
     learn:Learner,                        # A Learner whose network is in evaluation mode
     data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
     bs:int=256,                           # Images per batch
-    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the validation loader's
+    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: that of `dl`
     std:float|Sequence[float]|None=None,  # Standard deviation of the normalisation; `None`: as for `mean`
     size:int|None=None, # Side in pixels: a folder's images are resized to a shorter side of 8/7 of `size`, as
                         # in `mapped_folder`, and their centre is cut out; `None`: images are used as they are
     numbered:bool=False, # Are the folders named by the number of their class, from 0, as in ImageNetV2?
+    dl:Iterable|None=None, # Loader whose normalisation is used; `None`: the validation loader
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
 
@@ -276,7 +279,7 @@ def shifted_accuracy(
     if not 0 <= y.min() <= y.max() < len(vocab):
         raise ValueError(f'labels must lie in 0..{len(vocab) - 1}, got {y.min()}..{y.max()}')
     p = next(learn.model.parameters())
-    mean, std = _normalisation(learn, None, mean, std, p)
+    mean, std = _normalisation(learn, dl, mean, std, p)
     right = 0
     for i in range(0, len(y), bs):
         batch = torch.as_tensor(x[i:i + bs]).to(p.device).permute(0, 3, 1, 2).to(p.dtype) / 255

@@ -206,11 +206,13 @@ def _robust_teacher():
     for depth, alphas in ((50, (0., .2, .4, .6, .8, 1.)), (101, (0.,))):
         base = _CLIP.but(model=f'clip_resnet{depth}')
         teacher = base.but(model_args=dict(zero_shot=True), epochs=0)
-        yield PaperRun(f'teacher · CLIP ResNet-{depth}', teacher, note='weights in the folder SADT_WEIGHTS')
+        yield PaperRun(f'teacher · CLIP ResNet-{depth}', teacher, measures=('shifted_accuracy',),
+                       note='weights in the folder SADT_WEIGHTS')
         for alpha in alphas:
             student = base.but(method='distillation', method_args=dict(alpha=alpha), teachers=teacher, seed=1)
             label = f'alpha {alpha:g} · student of CLIP ResNet-{depth}'
-            yield PaperRun(label, student, note='published as points in a figure')
+            yield PaperRun(label, student, measures=('shifted_accuracy',),
+                           note='published as points in a figure')
 
 # %% ../../nbs/papers/104_distill.ipynb #42822098
 _NOISE = (0., .2, .4, .6)

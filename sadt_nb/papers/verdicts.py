@@ -548,8 +548,8 @@ def _robust_teacher(nets):
              'minus accuracy with alpha 0 (teacher only):')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', side=LESS, aside='another experiment')]
     note = ('A test needs ImageNet and CLIP networks. ' + _presets('distill/robust_teacher') +
-            ' `shifted_accuracy(..., size=224, numbered=True)` reads ImageNetV2, and `IMAGENETV2` has the '
-            'line of nine ordinary networks. A small version, on corrupted CIFAR-10, is on [the page of '
+            ' The preset measures its networks on ImageNetV2, and `IMAGENETV2` has the line of nine ordinary '
+            'networks. A small version, on corrupted CIFAR-10, is on [the page of '
             'flatness](flatness.ipynb), section "Is flatter more robust?": no method is seen above the line.')
     return Claim('A student inherits the robustness of a robust teacher. The larger the weight of the labels '
                  'is, the less robustness the student inherits.', 'section 7, Figure 9', 'distillation',

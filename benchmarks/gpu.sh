@@ -11,7 +11,7 @@
 #   job          minutes  claims  a minute  what
 #   tests          2 E       -       -      tests/test_gpu.py; everything else relies on what it tests
 #   fast           8 E      22     2.8      grid fast/94, 69 runs (23 rows, 3 seeds), 8 at a time
-#   noise40        8 E      22     2.8      grid fast/94_noise40, 69 runs, 8 at a time
+#   noise          8 E      22     2.8      grid fast/94_noise40, 69 runs, 8 at a time
 #   small          8 E      22     2.8      grid fast/small, 69 runs, 14 at a time
 #   fastbench      5 E       7     1.4      benchmarks.fast: Learner and bare loop, steps, whole runs
 #   full           5.5 M     6     1.1      SADT's Table 1, Simple CNN in batches of 2,048, 7 at a time
@@ -19,26 +19,27 @@
 #   table1_rest   80 M      30     0.4      all 42 CIFAR-10 runs of that table in bfloat16, 14 at a time
 #   fast96        71 E      22     0.3      grid fast/96, 69 runs, 6 at a time
 #   table1         4.5 M     1     0.2      how long those 42 runs take, projected from 4.5% of their epochs
-#   sam_study    430 E      11     0.03     grids sam_study/a_code and c_code, 17 runs, 26 E; then a and c, 20
-#   saf_table3   520 E       6     0.01     'cifar10 resnet18' of saf/table3_code, then of saf/table3, 12 runs each
-#
-# With AMP=bf16, sam_study takes 255 E and saf_table3 320 E.
+#   sam_study     26 E       3     0.1      grids sam_study/a_code and c_code, 6 and 11 runs
+#   saf_table3   260 E       3     0.01     'cifar10 resnet18' of saf/table3_code, 12 runs; with AMP=bf16 160 E
 #
 # MINUTES  No job begins after so many minutes, and what is under way is interrupted then. Runs continue from
 #          their last checkpoint, half a minute or an epoch old. Leave a minute for the packing.
 # RUNS     Folder of the runs with weights and checkpoints; OUT if it is not set. OUT gets one small file of
 #          finished runs from each grid, such as fast_94.tar.gz (benchmarks.pack_runs), and a later call reads it.
 # BEFORE   OUT of an earlier call, on another machine perhaps: what is finished there is not done again.
-# AMP      Mixed precision of sam_study and saf_table3, bf16 or fp16; without it they are as published.
+# AMP      Mixed precision of sam_study and saf_table3, bf16 or fp16. Without it, these two jobs train in the
+#          precision of the authors' programs, which their presets `_code` follow.
 #
-# A grid of which some runs failed counts as done. Name the job to try them again.
+# A grid of which some runs failed counts as done. Name the job to try them again, or to train the rows that a
+# preset has got since the job was done.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2; }
-queue='tests fast noise40 small fastbench full overhead table1_rest fast96 table1 sam_study saf_table3'
+queue='tests fast noise small fastbench full overhead table1_rest fast96 table1 sam_study saf_table3'
 mkdir -p "$1"
 out=$(realpath "$1"); shift
 runs=$(realpath -m "${RUNS:-$out}")
 before=${BEFORE:+$(realpath "$BEFORE")}
+[ -z "$before" ] || [ -d "$before" ] || { echo "BEFORE must be a folder, got $BEFORE"; exit 2; }
 limit=0
 if [ -n "${MINUTES:-}" ]; then
     limit=$(awk -v m="$MINUTES" 'BEGIN { printf "%d", 60 * m }')
@@ -48,7 +49,8 @@ for job in $*; do
     [[ " $queue " == *" $job "* ]] || { echo "unknown job $job; the jobs are: $queue"; exit 2; }
 done
 cd "$(dirname "$0")/.."
-export SADT_DATA=$(realpath "${SADT_DATA:?set it to cifar10.tgz or a folder of images}")
+SADT_DATA=$(realpath "${SADT_DATA:?set it to cifar10.tgz or a folder of images}") # `export` would hide a failure
+export SADT_DATA
 export PYTHONPATH=$PWD PYTHONWARNINGS=ignore
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo 'no GPU that torch can use'
@@ -108,12 +110,20 @@ fastbench() {
     done
 }
 
+# The second grid is trained even if the first one failed
+sam_study() {
+    local status=0
+    grid sam_study/a_code sam_study_a_code 6 "$@" || status=$?
+    grid sam_study/c_code sam_study_c_code 11 "$@" || status=$?
+    return $status
+}
+
 run_job() {
     local amp=${AMP:+--amp $AMP}
     case $1 in
         tests) limited python -m pytest -q tests/test_gpu.py | tee "$out/tests.log" ;;
         fast) grid fast/94 fast_94 8 ;;
-        noise40) grid fast/94_noise40 fast_94_noise40 8 ;;
+        noise) grid fast/94_noise40 fast_94_noise40 8 ;;
         small) grid fast/small fast_small 14 ;;
         fastbench) fastbench ;;
         full) grid sadt/table1 table1_bf16 7 --only 'cifar10 simple_cnn 2048' --amp bf16 ;;
@@ -123,10 +133,8 @@ run_job() {
         fast96) grid fast/96 fast_96 6 ;;
         table1) side_by_side limited python -m benchmarks.table1 --workers 14 --scale .045 --amp bf16 \
             --out "$out/table1.json" ;;
-        sam_study) grid sam_study/a_code sam_study_a_code 6 $amp && grid sam_study/c_code sam_study_c_code 11 $amp &&
-            grid sam_study/a sam_study_a 9 $amp && grid sam_study/c sam_study_c 11 $amp ;;
-        saf_table3) grid saf/table3_code saf_table3_code 12 --only 'cifar10 resnet18' $amp &&
-            grid saf/table3 saf_table3 12 --only 'cifar10 resnet18' $amp ;;
+        sam_study) sam_study $amp ;;
+        saf_table3) grid saf/table3_code saf_table3_code 12 --only 'cifar10 resnet18' $amp ;;
     esac
 }
 

@@ -1,147 +1,265 @@
-"The queue of GPU jobs, with a stub in place of Python: order, what is done, limits and failures."
+"""The queue `benchmarks/gpu.sh` with a `python` that trains nothing.
+
+This `python` is the real one, but it finds stubs of torch, pytest, the library and the benchmarks. The stubs
+write down how they were called. The packing of results is the real one."""
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import sadt_nb
+from sadt_nb.papers.grids import paper_grid
 
-SCRIPT = Path(__file__).parents[1] / 'benchmarks' / 'gpu.sh'
-NEEDED = ('bash', 'timeout', 'awk', 'realpath')
+ROOT = Path(sadt_nb.__file__).parents[1]
+SCRIPT = ROOT / 'benchmarks' / 'gpu.sh'
 pytestmark = [
     pytest.mark.skipif(not SCRIPT.is_file(), reason='only a checkout has the benchmarks'),
-    pytest.mark.skipif(any(not shutil.which(name) for name in NEEDED), reason=f'needs {", ".join(NEEDED)}')]
+    pytest.mark.skipif(not all(map(shutil.which, ('bash', 'timeout'))), reason='needs bash and timeout')]
 
-# Writes its arguments to a log and fails, or sleeps, if they have the words that FAIL and SLEEP name.
-# A pack is a file of one word: it shows whose results are kept.
-STUB = '''#!/bin/sh
-case "$*" in *cuda.is_available*) exit ${NO_GPU:-0};; *load_data*) exit 0;; esac
-if [ "$1" = -c ]; then shift 2; echo "grid $*" >> "$LOG"; else echo "$*" >> "$LOG"; fi
-case "$*" in
-    *pack_runs\\ pack*) echo packed > "$5";;
-    *) [ -z "$SLEEP" ] || case " $* " in *" $SLEEP "*) exec sleep 20;; esac
-       [ -z "$FAIL" ] || case " $* " in *" $FAIL "*) exit 3;; esac;;
-esac
-exit 0
+SETTINGS = ('MINUTES', 'RUNS', 'BEFORE', 'AMP', 'FAIL', 'SLOW', 'NO_GPU', 'SECONDS')
+
+# The environment names one call that fails (FAIL), or one that takes a minute (SLOW)
+STUB = '''
+import os, sys, time
+
+def called(*words):
+    call = ' '.join(map(str, words))
+    with open(os.environ['CALLS'], 'a') as f: f.write(call + '\\n')
+    return call
+
+def end(call):
+    if call == os.environ.get('SLOW'): time.sleep(60)
+    if call == os.environ.get('FAIL'): sys.exit(3)
 '''
+STUBS = {
+    'stub': STUB,
+    'torch': 'import os\nclass cuda:\n    def is_available(): return "NO_GPU" not in os.environ\n',
+    'pytest': 'import stub\nif __name__ == "__main__": stub.end(stub.called("tests"))\n',
+    'sadt_nb.data.datasets': 'import stub\ndef load_data(name): stub.called("decode", name)\n',
+    'sadt_nb.commands.cli': '''
+import argparse, pathlib, stub
+
+def sadt_grid():
+    p = argparse.ArgumentParser()
+    p.add_argument('name')
+    for option in ('root', 'workers', 'minutes', 'only', 'amp'): p.add_argument('--' + option)
+    a = p.parse_args()
+    call = ' '.join(filter(None, ['grid', a.name, a.only, a.amp]))
+    finished = pathlib.Path(a.root, 'run', 'result.json')
+    stub.called(call, '' if not finished.exists() else '(one run is finished)')
+    if not finished.exists():
+        finished.parent.mkdir(parents=True)
+        (finished.parent / 'config.json').write_text('{}')
+        finished.write_text('{"status": "finished", "table": "%s"}' % a.name)
+    stub.end(call)
+''',
+    'benchmarks.fast': '''
+import json, pathlib, stub, sys
+
+part, file = (sys.argv[sys.argv.index(o) + 1] for o in ('--part', '--out'))
+call = stub.called('fastbench', part)
+old = json.loads(pathlib.Path(file).read_text()) if pathlib.Path(file).exists() else {}
+stub.end(call)
+pathlib.Path(file).write_text(json.dumps({**old, part: {}}, indent=1))
+''',
+    'benchmarks.throughput': 'import stub\nstub.end(stub.called("overhead"))\n',
+    'benchmarks.table1': 'import stub\nstub.end(stub.called("table1"))\n',
+}
 
 
 @pytest.fixture
 def queue(tmp_path):
-    "Return a function that calls the script and returns its exit status, output and the calls of Python."
-    (tmp_path / 'bin').mkdir()
-    stub = tmp_path / 'bin' / 'python'
-    stub.write_text(STUB)
-    stub.chmod(0o755)
+    "Return a function that runs the queue. It returns status, calls in their order, and what was printed."
+    modules, programs = tmp_path / 'modules', tmp_path / 'programs'
+    for name, text in STUBS.items():
+        file = modules.joinpath(*name.split('.')).with_suffix('.py')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    shutil.copy(SCRIPT.with_name('pack_runs.py'), modules / 'benchmarks')
+    programs.mkdir()
+    # -S, -P: neither the installed packages nor the checkout
+    start = f'#!/bin/sh\nPYTHONPATH="{modules}" exec "{sys.executable}" -S -P "$@"\n'
+    for name, text in (('python', start), ('nvidia-cuda-mps-control', '#!/bin/sh\nexit 1\n')):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
     (tmp_path / 'images').mkdir()
-    log = tmp_path / 'log'
 
-    def call(*jobs, out='out', **env):
-        log.write_text('')
-        own = dict(PATH=f'{tmp_path / "bin"}:{os.environ["PATH"]}', LOG=str(log),
-                   SADT_DATA=str(tmp_path / 'images'))
-        done = subprocess.run(['bash', str(SCRIPT), str(tmp_path / out), *jobs], env={**CLEAN, **own, **env},
-                              capture_output=True, text=True, timeout=60)
-        return done.returncode, done.stdout + done.stderr, log.read_text().splitlines()
-    return call
-
-
-CLEAN = {k: v for k, v in os.environ.items() if k not in ('MINUTES', 'RUNS', 'BEFORE', 'AMP', 'SADT_DATA')}
-ORDER = re.search(r"^queue='(.*)'$", SCRIPT.read_text(), re.M)[1].split() if SCRIPT.is_file() else []
-
-
-def done_in(tmp_path, out='out'):
-    "Return the jobs that the script has noted as done."
-    return (tmp_path / out / 'done.txt').read_text().split()
-
-
-def started(output): return re.findall(r'^== (\w+), after', output, re.M)
-def trained(calls): return [line.split()[1] for line in calls if line.startswith('grid ')]
+    def run_queue(*args, out='out', done=None, **settings):
+        "Run the queue with `args` behind OUT; `done` is written to its done.txt first."
+        calls = tmp_path / 'calls.txt'
+        calls.write_text('')
+        plain = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+        own = dict(PATH=f'{programs}:{os.environ["PATH"]}', SADT_DATA=str(tmp_path / 'images'),
+                   CALLS=str(calls), PYTHONDONTWRITEBYTECODE='1')
+        env = plain | own | settings
+        if out is not None: args = (str(tmp_path / out), *args)
+        if done is not None:
+            (tmp_path / out).mkdir(exist_ok=True)
+            (tmp_path / out / 'done.txt').write_text(''.join(f'{job}\n' for job in done))
+        ended = subprocess.run(['bash', str(SCRIPT), *args], env=env, capture_output=True, text=True,
+                               timeout=300)
+        found = [line.strip() for line in calls.read_text().splitlines()]
+        return SimpleNamespace(status=ended.returncode, calls=found, said=ended.stdout + ended.stderr)
+    run_queue.folder = tmp_path
+    return run_queue
 
 
-def test_all_jobs_run_in_the_order_of_the_table(queue, tmp_path):
-    "The first comment lists the jobs in this order; the SAM study and SAF begin with the authors' settings."
-    status, output, calls = queue()
-    assert status == 0, output
-    header = re.findall(r'^#   (\w+) +[\d.]+ [EM] ', SCRIPT.read_text(), re.M)
-    assert started(output) == done_in(tmp_path) == header == ORDER
-    assert trained(calls) == [
-        'fast/94', 'fast/94_noise40', 'fast/small', 'sadt/table1', 'sadt/table1', 'fast/96',
-        'sam_study/a_code', 'sam_study/c_code', 'sam_study/a', 'sam_study/c', 'saf/table3_code', 'saf/table3']
-    parts = [c.split()[3] for c in calls if 'benchmarks.fast ' in c]
-    assert parts == ['overhead', 'loader', 'methods', 'seconds']
+def done_in(out): return (out / 'done.txt').read_text().split()
 
 
-def test_what_is_done_is_not_done_again_unless_it_is_named(queue, tmp_path):
-    (tmp_path / 'out').mkdir()
-    others = [j for j in ORDER if j not in ('small', 'full')]
-    (tmp_path / 'out' / 'done.txt').write_text('\n'.join(others) + '\n')
-    status, output, calls = queue()
-    assert status == 0
-    assert started(output) == ['small', 'full']
-    assert started(queue()[1]) == []
-    assert started(queue('fast')[1]) == ['fast']
-    assert sorted(done_in(tmp_path)) == sorted(ORDER), 'each job is noted once'
+def tables_in(pack, into):
+    "Return the tables whose finished runs a packed file holds."
+    subprocess.run([sys.executable, str(SCRIPT.with_name('pack_runs.py')), 'unpack', str(pack), str(into)],
+                   check=True, capture_output=True)
+    return [json.loads(f.read_text())['table'] for f in into.glob('*/result.json')]
 
 
-def test_an_unknown_job_is_refused_before_anything_runs(queue, tmp_path):
-    status, output, calls = queue('fast', 'fats')
-    assert status == 2
-    assert 'unknown job fats; the jobs are: tests fast' in output
-    assert calls == []
+JOBS = {
+    'tests': ['tests'],
+    'fast': ['grid fast/94'],
+    'noise': ['grid fast/94_noise40'],
+    'small': ['grid fast/small'],
+    'fastbench': [f'fastbench {part}' for part in ('overhead', 'loader', 'methods', 'seconds')],
+    'full': ['grid sadt/table1 cifar10 simple_cnn 2048 bf16'],
+    'overhead': ['overhead'],
+    'table1_rest': ['grid sadt/table1 cifar10 bf16 (one run is finished)'], # in the folder of `full`
+    'fast96': ['grid fast/96'],
+    'table1': ['table1'],
+    'sam_study': ['grid sam_study/a_code fp16', 'grid sam_study/c_code fp16'],
+    'saf_table3': ['grid saf/table3_code cifar10 resnet18 fp16'],
+}
+PACKS = {'fast_94': 'fast/94', 'fast_94_noise40': 'fast/94_noise40', 'fast_small': 'fast/small',
+         'table1_bf16': 'sadt/table1', 'fast_96': 'fast/96', 'sam_study_a_code': 'sam_study/a_code',
+         'sam_study_c_code': 'sam_study/c_code', 'saf_table3_code': 'saf/table3_code'}
 
 
-@pytest.mark.parametrize('minutes', ['0', '-1', 'soon'])
-def test_minutes_must_be_positive(minutes, queue):
-    status, output, calls = queue('fast', MINUTES=minutes)
-    assert status == 2
-    assert f'MINUTES must be a positive number, got {minutes}' in output
-    assert calls == []
+def all_but(*jobs): return [job for job in JOBS if job not in jobs]
 
 
-def test_without_a_gpu_nothing_runs(queue):
-    status, output, calls = queue('fast', NO_GPU='1')
-    assert (status, calls) == (2, [])
-    assert 'no GPU' in output
+def test_all_jobs_run_once_and_in_order(queue):
+    first = queue(AMP='fp16', RUNS=str(queue.folder / 'runs'))
+    assert first.status == 0, first.said
+    assert first.calls == ['decode cifar10', *(call for calls in JOBS.values() for call in calls)]
+    out = queue.folder / 'out'
+    assert done_in(out) == [*JOBS]
+    packs = sorted(f.name.removesuffix('.tar.gz') for f in out.glob('*.tar.gz'))
+    assert packs == sorted(PACKS) == sorted(f.name for f in (queue.folder / 'runs').iterdir())
+    assert tables_in(out / 'fast_94_noise40.tar.gz', queue.folder / 'one') == ['fast/94_noise40']
+    assert queue(AMP='fp16').calls == ['decode cifar10'] # everything is done
+    assert queue('overhead').calls[1:] == ['overhead'] # a job that is named is done again
+    assert done_in(out) == [*JOBS], 'a job is written down once'
 
 
-def test_the_end_of_the_minutes_interrupts_and_a_later_call_goes_on(queue, tmp_path):
-    "The second grid hangs until the time is over: its results are packed, and the third does not begin."
-    names = [j for j in ORDER if j not in ('fast', 'noise40', 'small')]
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'done.txt').write_text('\n'.join(names) + '\n')
-    status, output, calls = queue(MINUTES='.034', SLEEP='fast/94_noise40')
-    assert status == 0
-    assert started(output) == ['fast', 'noise40']
-    assert 'noise40 was interrupted' in output
-    assert 'small and what follows it are left for the next call' in output
-    assert done_in(tmp_path) == [*names, 'fast']
-    assert (tmp_path / 'out' / 'fast_94_noise40.tar.gz').is_file()
-    status, output, calls = queue()
-    assert started(output) == ['noise40', 'small']
-    assert 'unpack' in calls[0] and 'fast_94_noise40.tar.gz' in calls[0], 'what was packed is read first'
-    assert sorted(done_in(tmp_path)) == sorted(ORDER)
+def test_done_jobs_are_left_out(queue):
+    ended = queue(done=all_but('small', 'table1'))
+    assert ended.calls[1:] == ['grid fast/small', 'table1']
+    assert set(done_in(queue.folder / 'out')) == {*JOBS}
 
 
-def test_a_failing_job_leaves_the_results_of_the_others(queue, tmp_path):
-    status, output, calls = queue('fast', 'noise40', 'small', FAIL='fast/94_noise40')
-    assert status == 1
-    assert 'failed: noise40' in output
-    assert done_in(tmp_path) == ['fast', 'small']
-    for folder in ('fast_94', 'fast_94_noise40', 'fast_small'):
-        assert (tmp_path / 'out' / f'{folder}.tar.gz').is_file()
+def test_the_time_limit_stops_the_queue_and_a_later_call_goes_on(queue):
+    runs = str(queue.folder / 'runs')
+    done = all_but('fast', 'small', 'overhead')
+    stopped = queue(done=done, MINUTES='.05', SLOW='grid fast/94', RUNS=runs)
+    assert stopped.calls[1:] == ['grid fast/94']
+    assert stopped.status == 0, stopped.said
+    assert 'fast was interrupted' in stopped.said
+    assert 'KeyboardInterrupt' in stopped.said, 'the run can store a checkpoint'
+    assert 'the time is over; small' in stopped.said
+    out = queue.folder / 'out'
+    assert done_in(out) == done
+    assert tables_in(out / 'fast_94.tar.gz', queue.folder / 'one') == ['fast/94'], 'what was finished by then'
+
+    shutil.rmtree(runs) # as on another machine: only OUT is left
+    later = queue(MINUTES='9', RUNS=runs)
+    assert later.calls[1:] == ['grid fast/94 (one run is finished)', 'grid fast/small', 'overhead']
+    assert done_in(out) == [*done, 'fast', 'small', 'overhead']
 
 
-def test_an_earlier_folder_is_read(queue, tmp_path):
-    queue('fast', out='earlier')
-    (tmp_path / 'earlier' / 'fast.json').write_text('{\n "overhead": 1\n}')
-    (tmp_path / 'earlier' / 'fast_small.tar.gz').write_text('packed')
-    earlier = str(tmp_path / 'earlier')
-    status, output, calls = queue(out='next', BEFORE=earlier)
-    assert status == 0
-    assert started(output) == [j for j in ORDER if j != 'fast']
-    assert any(c.startswith(f'-m benchmarks.pack_runs unpack {earlier}/fast_small.tar.gz') for c in calls)
-    parts = [c.split()[3] for c in calls if 'benchmarks.fast ' in c]
-    assert parts == ['loader', 'methods', 'seconds']
-    assert done_in(tmp_path, 'earlier') == ['fast'], 'the earlier folder is left as it is'
+def test_what_an_earlier_folder_has_is_not_done_again(queue):
+    before = queue.folder / 'before'
+    first = queue(out='before', done=all_but('fast', 'fastbench'), FAIL='fastbench methods')
+    assert first.status == 1
+    assert first.calls[1:] == ['grid fast/94', 'fastbench overhead', 'fastbench loader', 'fastbench methods']
+    (before / 'done.txt').write_text('\n'.join(all_but('fast', 'fastbench')) + '\n')
+    kept = (before / 'done.txt').read_bytes()
+    later = queue(out='new', BEFORE=str(before))
+    assert later.calls[1:] == ['grid fast/94 (one run is finished)', 'fastbench methods', 'fastbench seconds']
+    assert set(done_in(queue.folder / 'new')) == {*JOBS}
+    assert tables_in(queue.folder / 'new' / 'fast_94.tar.gz', queue.folder / 'one') == ['fast/94']
+    assert (before / 'done.txt').read_bytes() == kept, 'the earlier folder is only read'
+
+
+@pytest.mark.parametrize('fails, job', [('grid fast/94', 'fast'), ('overhead', 'overhead'),
+                                        ('grid sam_study/a_code', 'sam_study'), ('tests', 'tests')])
+def test_a_job_that_fails_keeps_no_other_from_its_results(fails, job, queue):
+    others = ('fast', 'overhead', 'sam_study', 'tests', 'small')
+    ended = queue(done=all_but(*others), FAIL=fails)
+    assert ended.status == 1
+    assert f'failed: {job}\n' in ended.said
+    assert ended.calls[1:] == ['tests', 'grid fast/94', 'grid fast/small', 'overhead',
+                               'grid sam_study/a_code', 'grid sam_study/c_code']
+    out = queue.folder / 'out'
+    assert set(done_in(out)) == {*JOBS} - {job}
+    packs = {f.name.removesuffix('.tar.gz') for f in out.glob('*.tar.gz')}
+    assert packs == {'fast_94', 'fast_small', 'sam_study_a_code', 'sam_study_c_code'}
+    again = queue()
+    assert again.status == 0
+    assert set(call.removesuffix(' (one run is finished)') for call in again.calls[1:]) >= {fails}
+    assert done_in(out)[-1] == job
+
+
+REFUSED = { # the message: arguments and settings
+    'unknown job fats; the jobs are: tests fast noise small': (['fast', 'fats'], {}),
+    'MINUTES must be a positive number, got 0': ([], dict(MINUTES='0')),
+    'MINUTES must be a positive number, got -1': ([], dict(MINUTES='-1')),
+    'MINUTES must be a positive number, got soon': ([], dict(MINUTES='soon')),
+    'BEFORE must be a folder, got /nowhere': ([], dict(BEFORE='/nowhere')),
+    'SADT_DATA: set it to cifar10.tgz or a folder': ([], dict(SADT_DATA='')),
+    'no GPU that torch can use': ([], dict(NO_GPU='1')),
+}
+
+
+@pytest.mark.parametrize('message', REFUSED)
+def test_what_cannot_run_is_refused_before_the_first_job(message, queue):
+    args, settings = REFUSED[message]
+    ended = queue(*args, **settings)
+    assert ended.status in (1, 2)
+    assert message in ended.said
+    assert ended.calls == []
+
+
+def table_rows(text):
+    "Return the rows of the table of jobs: name, minutes, claims, claims a minute, and what the job is."
+    return re.findall(r'^ {2}(\w+) +([\d.]+) [EM] +([\d-]+) +([\d.-]+) {2,}(.*)$', text, flags=re.M)
+
+
+def test_without_arguments_the_queue_prints_its_table(queue):
+    "The jobs stand in the order of the queue, most claims a minute first, with the numbers of their presets."
+    ended = queue(out=None)
+    assert ended.status == 2
+    assert ended.calls == []
+    rows = table_rows(ended.said)
+    assert [name for name, *_ in rows] == [*JOBS]
+    rates = []
+    for name, minutes, claims, rate, what in rows[1:]:
+        exact = int(claims) / float(minutes)
+        assert float(rate) == pytest.approx(exact, abs=.05 if exact > .05 else .005), name
+        rates.append(exact)
+    assert rates == sorted(rates, reverse=True)
+    about = {name: (int(claims), what) for name, _, claims, _, what in rows[1:]}
+    grids = dict(fast='fast/94', noise='fast/94_noise40', small='fast/small', fast96='fast/96')
+    for name, table in grids.items():
+        cells = paper_grid(table)
+        claims, what = about[name]
+        assert f'grid {table}, {len(cells)} runs' in what
+        labels = {c.label.rpartition(' · seed')[0] for c in cells}
+        assert claims == len(labels - {'baseline'})
+    a, c = (len(paper_grid(f'sam_study/{part}_code')) for part in 'ac')
+    assert f'{a} and {c} runs' in about['sam_study'][1]
+    saf = paper_grid('saf/table3_code', only='cifar10 resnet18')
+    assert f'{len(saf)} runs' in about['saf_table3'][1]

@@ -237,7 +237,7 @@ MISTAKES = [
     (dict(lr=0.), 'lr'),
     (dict(epochs=0), 'epochs'),
     (dict(bs=0), 'bs'),
-    (dict(bs=9999), 'batch size'),
+    (dict(bs=9999), '`bs` must be at most'),
     (dict(method_args='rho=-1'), 'rho'),
     (dict(method_args='radius=1'), 'no option'),
     (dict(method_args='rho'), 'rho=0.1'),
@@ -473,7 +473,7 @@ def test_a_mistake_that_is_found_after_the_imports_is_one_line(every_output):
     root, out, err = every_output
     assert out['mistake'] == '2\n'
     line, = err['mistake'].splitlines()
-    assert line.startswith('sadt_train: error: the batch size `bs`, 5000, is above')
+    assert line.startswith('sadt_train: error: `bs` must be at most 1293')
     assert not list((root / 'mistake').iterdir()), 'no folder of a run'
 
 

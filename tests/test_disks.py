@@ -179,7 +179,7 @@ def test_weights_without_room_keep_the_newest_checkpoint(cfg, tmp_path, expected
         real(file, *args)
     with monkeypatch.context() as m:
         m.setattr(checkpoint, 'write_whole', write)
-        with pytest.raises(RunError, match='No space left.*the same command then continues'):
+        with pytest.raises(RunError, match='No space left.*repeat the command, which then continues'):
             run(cfg, root, **quiet)
     assert sorted(f.name for f in (root / cfg.name).glob('checkpoint*')) == ['checkpoint.pt']
     assert run(cfg, root, **quiet)['resumed'] == 2

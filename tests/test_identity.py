@@ -68,7 +68,7 @@ def test_a_result_of_other_images_is_not_used(part, change, images, tmp_path):
     for file in images.rglob('*.png'): os.utime(file) # other dates, the same images
     assert run(cfg, tmp_path / 'runs', **quiet) == result
     change(images)
-    message = f'other {part} data .* under the name .*imgs.*force=True .--force.'
+    message = f'the {part} data of .*imgs. have changed since .*force=True .--force.'
     with pytest.raises(RunError, match=message): run(cfg, tmp_path / 'runs', **quiet)
     with pytest.raises(RunError, match=message): measure_run(cfg, tmp_path / 'runs', ['sharpness'], 10)
     assert read_result(cfg, tmp_path / 'runs') == result

@@ -64,7 +64,7 @@ def test_the_class_is_the_first_folder_and_a_warning_says_so(tmp_path):
     with pytest.warns(UserWarning, match=r"train/cat/black/at home to 'cat'"):
         vocab, labels = classes(load_data(root))
     assert vocab == ['cat', 'dog'] and labels.count('cat') == 3
-    with pytest.warns(UserWarning, match='belong to that class'):
+    with pytest.warns(UserWarning, match='belong to the outer folder'):
         assert len(mapped_folder(root, tmp_path / 'mapped', 8)[0]) == 5
     assert image_class('train/mammals/cat/1.png', innermost=True) == 'cat'
 

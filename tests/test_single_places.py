@@ -133,7 +133,7 @@ def test_looksam_counts_steps_that_are_made_in_its_part_of_training(refused, ins
 @pytest.mark.parametrize('n', [2, 3])
 def test_an_interval_of_two_seeds_has_no_pairing(n, monkeypatch):
     monkeypatch.setattr(verdict_rows, 'evidence_text', lambda e: 'text')
-    e = SimpleNamespace(place='here', n=n, outside=(), pairing='by seed', exact=False)
+    e = SimpleNamespace(place='here', n=n, outside=(), pairing='by seed', exact=False, setting=None)
     shown = {2: '- here (2 seeds): text.', 3: '- here (3 seeds; interval: by seed): text.'}
     assert verdict_rows._place_lines([e], {}) == [shown[n]]
 

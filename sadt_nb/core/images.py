@@ -7,6 +7,7 @@ __all__ = ['FORMATS', 'MOST_PIXELS', 'MOST_FILE_BYTES', 'open_image']
 
 # %% ../../nbs/core/16_images.ipynb #img00003
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,7 +32,7 @@ def _check_pixels(image):
         raise ValueError(f'it has {width}x{height} pixels, more than {MOST_PIXELS:,}')
 
 def open_image(
-    file, # Path or binary stream
+    file:str|Path|BinaryIO, # Path or binary stream
 ) -> Image.Image: # RGB, 8 bits per channel, upright
     """Open an image file.
 

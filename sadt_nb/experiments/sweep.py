@@ -77,8 +77,9 @@ def _distributions(optuna, space):
 def _check_range(label, run, name, low, high):
     "Raise `ValueError` for a range or an option that cannot be searched."
     if not (low < high and (low > 0 or name in LINEAR)):
-        must = 'must be (lowest, highest), and positive'
-        raise ValueError(f'{label}: the range of {name} {must}, got {(low, high)}')
+        kind = 'numbers' if name in LINEAR else 'positive numbers'
+        raise ValueError(f'{label}: the range of {name} must be two {kind}, the lower one first, '
+                         f'got {(low, high)}')
     for v in (low, high): _changed(run, {name: v}) # raises an error for a wrong option
 
 def _check_search(cases, spaces, trials, batch):
@@ -118,11 +119,11 @@ def _warn_if_nothing_chosen(label, trials, facts):
     "Warn if all settings of a search have the same accuracy, or none is better than guessing."
     values = trials['value'][trials['error'] == '']
     if len(values) > 1 and values.min() == values.max():
-        warnings.warn(f'{label}: all {len(values)} settings end with the accuracy {values.max():.1%} on '
-                      'validation images, so nothing was chosen; train longer, or search other ranges')
+        warnings.warn(f'{label}: all {len(values)} settings have the same accuracy on validation images, '
+                      f'{values.max():.1%}, so none of them is best; train longer, or search other ranges')
     elif values.max() <= _chance(facts):
-        warnings.warn(f'{label}: the best of {len(values)} settings has {values.max():.1%} on validation '
-                      'images, no more than guessing; train longer, or search other ranges')
+        warnings.warn(f'{label}: the best of {len(values)} settings has an accuracy of {values.max():.1%} on '
+                      'validation images, no more than guessing; train longer, or search other ranges')
 
 # %% ../../nbs/experiments/89_sweep.ipynb #6f492b18
 class _Search:
@@ -149,7 +150,8 @@ class _Search:
     def found(self, label):
         trials = pd.DataFrame(self.rows)
         if (trials['error'] != '').all():
-            raise ValueError(f'{label}: all trials diverged; the first error: {trials["error"][0]}')
+            raise ValueError(f'{label}: all trials diverged; search ranges with lower values; '
+                             f'the first error: {trials["error"][0]}')
         _warn_if_nothing_chosen(label, trials, self.facts)
         top = trials.loc[trials['value'].idxmax()]
         passes = sum(c.epochs * _passes_per_batch(c) for c in trials['run'])
@@ -193,7 +195,7 @@ def finals(
     out = {}
     for label, f in found.items():
         if f.best.seed in seeds:
-            raise ValueError(f'{label} was searched with seed {f.best.seed}; answer with others')
+            raise ValueError(f'{label} was searched with seed {f.best.seed}; leave it out of `seeds`')
         out[label] = [f.best.but(seed=s) for s in seeds]
     return out
 

@@ -9,6 +9,7 @@ import pytest
 from published_tables import SAM_STUDY_LOGS
 from scipy import stats
 
+from sadt_nb.core.display import Card
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.papers import claims as claims_page
 from sadt_nb.papers import verdict_rows, verdicts
@@ -199,6 +200,13 @@ def test_bits_are_paired_by_image_and_missing_bits_widen_the_interval():
     assert without.low < e.low < e.high < without.high and 'widest' in without.pairing
     assert without.mean == pytest.approx(e.mean)
 
+def test_without_the_number_of_test_images_the_interval_holds_for_seeds():
+    table = networks(np.random.default_rng(0), dict(a=.3, b=0.)).drop(columns='right')
+    e = Comparisons(table.assign(test_images=np.nan)).gap('p', '', 'a', 'b')
+    a, b = (table[table.kind == k].accuracy.to_numpy() for k in 'ab')
+    low, high = stats.ttest_rel(a, b).confidence_interval(.95)
+    assert (e.low, e.high, e.pairing) == (pytest.approx(low), pytest.approx(high), 'new seeds')
+
 def test_stored_runs_that_lie_outside_the_regime_are_shown():
     table = networks(np.random.default_rng(0), dict(a=.3, b=0.))
     def found(**facts): return Comparisons(table.assign(**facts)).gap('p', '', 'a', 'b', of_paper=(1000, 20))
@@ -352,6 +360,21 @@ def test_the_open_comparison_sets_the_price():
     short = evidence(1, 0, 2, spread=3., share=.01, outside=('short',), published=Published(2.))
     long = short._replace(spread=1., share=.09)
     assert price(claim(short, long, tables=tables), speed).seeds == seeds_for_power(1., 1.)
+
+def test_a_ratio_of_spreads_has_a_price():
+    "Its seeds come from the F-test: it has no spread of differences."
+    speed = {('', False): 1e11, ('', True): 1e13}
+    e = Evidence('here', '', .7, .2, 2.4, 3, LOWER, df=4, groups=2)
+    p = price(claim(e, tables=(('sadt/notebook20', ''),)), speed)
+    assert p.seeds == e.seeds == claims_page.seeds_for_spread(np.log(1.05), groups=2)
+    assert p.factor and p.effect == pytest.approx(1.05) and np.isnan(p.spread)
+
+def test_a_folded_table_holds_the_table():
+    card = Card([['a', 'b'], ['1', '2']])
+    folded = verdict_rows.Folded(card, 'A line')
+    opened = folded._repr_markdown_()
+    assert opened.startswith('<details><summary>A line</summary>\n\n') and opened.endswith('\n\n</details>')
+    assert card._repr_markdown_() in opened and repr(folded) == repr(card)
 
 def test_a_row_opens_to_everything():
     e = evidence(1.25, .8, 1.7, published=Published(1.5, .3, 3), re_estimated=(1.1, .6, 1.6))

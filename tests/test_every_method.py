@@ -16,6 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
+from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.loss_terms import LossTerm
 from sadt_nb.core.passes import ExtraPass, PerturbedPass
 from sadt_nb.core.precision import DeviceMixedPrecision
@@ -185,6 +186,23 @@ def test_composes_with_gradient_accumulation(name):
     assert tally.steps == 6 * METHODS[name].steps, 'six steps of two micro-batches in two epochs'
     if per_micro_batch(name): assert not torch.allclose(parts, whole, rtol=1e-9, atol=1e-11)
     else: torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-11)
+
+
+@ALL
+def test_resumes_in_the_middle_of_an_accumulated_batch(name, tmp_path):
+    """Eleven batches of 4 and steps of 8: after one epoch, half of the sixth step is done.
+
+    In this step, LookSAM makes its second extra pass."""
+    class Stop(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    def trained(file, *more):
+        learn = learner(cnn(), [*methods(name), GradientAccumulation(8)], as_loader(conv(n=44, bs=4)))
+        learn.fit(2, cbs=[Checkpoint(file), *more])
+        return flat(learn.model, True)
+    with pytest.raises(KeyboardInterrupt): trained(tmp_path / 'stopped.pt', Stop())
+    resumed = trained(tmp_path / 'stopped.pt')
+    assert torch.equal(resumed, trained(tmp_path / 'whole.pt'))
 
 
 @ALL

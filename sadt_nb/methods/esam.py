@@ -83,6 +83,7 @@ class ESAM(PerturbedPass):
         self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
         self.spec, self.whole_norm = spec, self.by_reading(spec, whole_norm=whole_norm)['whole_norm']
         self.generator = torch.Generator().manual_seed(seed)
+        self._mask = {} # name of a parameter: whether the present step perturbs it
 
     readings = dict(paper=dict(whole_norm=True), code=dict(whole_norm=False))
     selects_samples = True # without a Learner, the closure may return one loss per sample
@@ -148,8 +149,10 @@ class ESAM(PerturbedPass):
         super().after_step()
         self._mask = {} # the next optimizer step makes a new draw
 
-    def state_dict(self): return dict(generator=self.generator.get_state())
-    def load_state_dict(self, state): self.generator.set_state(state['generator'])
+    def state_dict(self): return dict(generator=self.generator.get_state(), mask=dict(self._mask))
+    def load_state_dict(self, state):
+        self.generator.set_state(state['generator'])
+        self._mask = dict(state['mask'])
 
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(

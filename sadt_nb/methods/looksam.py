@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
+from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass
 from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
 from ..core.perturb import fitted, global_dot, global_norm, local_parts, trainable_params
 
@@ -52,12 +52,12 @@ def _unit_(direction):
 
 
 # %% ../../nbs/methods/23_looksam.ipynb #cf3aded5
-class LookSAM(PerturbedPass):
+class LookSAM(SummedPass):
     """Steps with SAM's gradient, or with `g + alpha ||g|| g_v / ||g_v||` between SAM steps (Liu et al. 2022).
 
     With gradient accumulation, a SAM step computes a `g_v` for every micro-batch and stores their mean.
     Raises `ValueError` for values out of range, and before training if a loaded `g_v` does not fit."""
-    per_rank, _stateattrs = False, ('direction',)
+    per_rank, needs_loss_scale, _stateattrs = False, False, ('direction',)
 
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
@@ -75,11 +75,10 @@ class LookSAM(PerturbedPass):
         self.rho, self.alpha, self.k, self.steps = rho, alpha, k, 0
         self._init_state()
 
-    def _init_state(self): self.direction, self._sum = None, None # by name; not in pickled Learners
+    def _init_state(self): self.direction = None # tensors by name; not in pickled Learners
 
     def before_fit(self):
         super().before_fit()
-        self._sum, self._refused = None, False
         if self.direction:
             self.direction = fitted(self.direction, trainable_params(self.learn.model), 'direction')
 
@@ -90,27 +89,23 @@ class LookSAM(PerturbedPass):
         spare, self.direction = self.direction, None # reuse the memory of the old g_v
         g = copied(grads, spare)
         yield from super().extra_pass(params, grads) # leaves g_s in `.grad`
-        g_v = _perpendicular_(g, trainable_params(self.learn.model))
-        if self._sum is None: self._sum = {}
-        both = [n for n in g_v if n in self._sum] # a micro-batch may not use all layers
-        sums, added = (local_parts(d[n] for n in both) for d in (self._sum, g_v))
-        if both: torch._foreach_add_(sums, added)
-        self._sum = g_v | self._sum
+        self.keep(_perpendicular_(g, trainable_params(self.learn.model)))
+
+    def after_sum(self, total, weight): self.direction = _unit_(total)
 
     def after_backward(self):
         if self.in_window() and not self.active():
             _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
         super().after_backward()
 
-    def after_cancel_step(self): self._refused = True
-
     def after_step(self):
+        counts = self.in_window() and not self._refused
         super().after_step()
-        total, refused = self._sum, self._refused
-        self._sum, self._refused = None, False
-        if refused or not self.in_window(): return
-        self.steps += 1
-        if total is not None: self.direction = _unit_(total)
+        self.steps += counts
 
-    def state_dict(self): return dict(steps=self.steps, direction=deepcopy(self.direction))
-    def load_state_dict(self, state): self.steps, self.direction = state['steps'], state['direction']
+    def state_dict(self):
+        return super().state_dict() | dict(steps=self.steps, direction=deepcopy(self.direction))
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.steps, self.direction = state['steps'], state['direction']

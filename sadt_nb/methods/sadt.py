@@ -177,6 +177,10 @@ class _MicroBatch(NamedTuple):
 
     def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
+    def stored(self):
+        "Return what a checkpoint keeps: all but the hidden states, which a checkpoint of a network lacks, too."
+        return tuple(self._replace(states=None))
+
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the divergence's gradient at `w_aux` to `.grad`; the divergence compares `q` with the teacher."
     def loss(aux, *yb): return divergence(micro.q, aux)
@@ -339,6 +343,7 @@ class SADT(_SeededNoise, _TwoSteps):
         self.variant, self.spec, self.noise_scale = variant, spec, noise_scale
         self.perturb, self.sigma, self.rho, self.seed = perturb, sigma, rho, seed
         self.rate = None # learning rate at the start of training, for `sigma='rate'`
+        self._micro = [] # the micro-batches of a step that is not complete
         self.kl, self.kl_weight, self.grad_at = kl, kl_weight, grad_at
         self.first_step, self.share_trunk, self.divergence = first_step, share_trunk, divergence
 
@@ -362,10 +367,12 @@ class SADT(_SeededNoise, _TwoSteps):
 
     def state_dict(self):
         state = super().state_dict()
+        if self._micro: state['micro_batches'] = [micro.stored() for micro in self._micro]
         return dict(state, rate=self.rate) if self.sigma == 'rate' else state
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
+        self._micro = [_MicroBatch(*stored) for stored in state.get('micro_batches', ())]
         if 'rate' in state: self.rate = self._loaded_rate = state['rate']
 
     def _add_teachers(self, params, g_up, micro_batches):

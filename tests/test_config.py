@@ -116,7 +116,7 @@ WRONG = [
     (dict(n_train=0), '`n_train` must'), (dict(crop=1.5), '`crop` must'), (dict(cutout=-1), '`cutout` must'),
     (dict(lr='fast'), '`lr` must be a number'), (dict(lr=True), '`lr` must be a number'),
     (dict(lr=10**400), '`lr` must be finite'), (dict(tf32=1), '`tf32` must be True or False'),
-    (dict(data=5), '`data` must be a text'), (dict(lr=torch.ones(1)), '`lr` must be a number'),
+    (dict(data=5), '`data` must be a string'), (dict(lr=torch.ones(1)), '`lr` must be a number'),
     (dict(**SAM, method_args=dict(adaptive=1)), '`method_args adaptive` must be True or False'),
     (dict(**SAM, method_args=dict(interval=1.5)), '`method_args interval` must be a whole number'),
     (dict(**SAM, method_args=dict(rho='big')), '`method_args rho` must be a number'),

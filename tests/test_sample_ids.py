@@ -65,7 +65,7 @@ def test_fastai_loaders(options, skipped):
 
 
 def test_skips_in_worker_processes_are_an_error():
-    with pytest.raises(Exception, match='sample 3, and sample ids are then unknown'):
+    with pytest.raises(Exception, match='sample 3; with worker processes, the positions'):
         fit(DataLoader(Items([3]), bs=4, num_workers=2), Check())
     fit(DataLoader(Items(), bs=4, num_workers=2, shuffle=True), Check())
 
@@ -111,7 +111,7 @@ def test_loaders_without_an_order_are_refused(make):
 
 def test_a_collate_function_that_drops_samples_is_refused():
     def collate(items): return torch.utils.data.default_collate(items[1:])
-    with pytest.raises(ValueError, match='a batch of 4 samples arrived with 3'):
+    with pytest.raises(ValueError, match='the sampler gave 4 samples, but the batch has 3'):
         fit(TorchLoader(Items(), batch_size=4, collate_fn=collate), Check())
 
 

@@ -310,7 +310,7 @@ def test_a_search_at_chance_says_so(best, warned, monkeypatch, tmp_path, recwarn
     "Guessing among ten classes exceeds 12.9% on 400 images in one of forty runs."
     made_up(monkeypatch, lambda cfg: best * height(cfg), data_facts=dict(classes=10, valid=400))
     sweep(dict(plain=PLAIN), tmp_path, trials=4, **quiet)
-    said = [w for w in recwarn if 'no more than guessing' in str(w.message)]
+    said = [w for w in recwarn if 'which guessing can reach' in str(w.message)]
     assert bool(said) == warned
 
 

@@ -17,9 +17,10 @@ from typing import Callable, Iterable, get_args, get_origin, Union
 # %% ../../nbs/core/15_arguments.ipynb #edc467a0
 def _comment(lines, arg, last):
     "Return the comment after a parameter, or else the lines of comment above it."
-    after = lines[last.end_lineno - 1].encode()[last.end_col_offset:].decode() # the parser counts bytes
+    line = lines[last.end_lineno - 1].encode() # the parser counts columns in bytes
+    after = line[last.end_col_offset:].decode()
     rest, _, comment = after.partition('#')
-    if comment and ')' not in rest: return comment.strip() # a comment after the `)` is about the result
+    if comment and ')' not in rest: return comment.strip() # after the closing `)`: about the result
     above = []
     for line in reversed(lines[:arg.lineno - 1]):
         if not line.strip().startswith('#'): break
@@ -29,13 +30,16 @@ def _comment(lines, arg, last):
 def parameter_comments(
     f:Callable, # Function or class with Python source
 ) -> dict[str, str]: # From parameter to comment; empty for a parameter without a comment
-    "Return the comments beside or above the parameters. Raises `OSError` or `TypeError` without source."
-    source = inspect.getsource(inspect.unwrap(f.__init__ if inspect.isclass(f) else f))
+    "Return the comments beside or above the parameters; raises `OSError` or `TypeError` for C code."
+    function = f.__init__ if inspect.isclass(f) else f
+    source = inspect.getsource(inspect.unwrap(function))
     lines = textwrap.dedent(source).splitlines()
-    a = ast.parse('\n'.join(lines)).body[0].args
-    args = [*a.posonlyargs, *a.args]
-    defaults = [None] * (len(args) - len(a.defaults)) + a.defaults
-    pairs = [*zip(args, defaults), (a.vararg, None), *zip(a.kwonlyargs, a.kw_defaults), (a.kwarg, None)]
+    found = ast.parse('\n'.join(lines)).body[0].args
+    args = [*found.posonlyargs, *found.args]
+    without_default = len(args) - len(found.defaults)
+    defaults = [None] * without_default + found.defaults
+    pairs = [*zip(args, defaults), (found.vararg, None)] # parameter and default
+    pairs += [*zip(found.kwonlyargs, found.kw_defaults), (found.kwarg, None)]
     return {arg.arg: _comment(lines, arg, default or arg) for arg, default in pairs if arg}
 
 # %% ../../nbs/core/15_arguments.ipynb #4415696e
@@ -47,11 +51,12 @@ def _type_text(anno):
     if isinstance(anno, str): return anno
     if get_origin(anno) in (Union, UnionType): return ' | '.join(map(_type_text, get_args(anno)))
     if inspect.isclass(anno) and not get_args(anno): return anno.__name__
-    return re.sub(r'(?:\w+\.)+(?=\w)', '', str(anno))
+    return re.sub(r'(?:\w+\.)+(?=\w)', '', str(anno)) # 'torch.nn.Module' becomes 'Module'
 
 def _parameter_text(p, comment):
     "Return two lines about a parameter: its name, type and default, and then its meaning."
-    first = '    ' + {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '') + p.name
+    stars = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+    first = f'    {stars}{p.name}'
     if p.annotation is not p.empty: first += f': {_type_text(p.annotation)}'
     if p.default is not p.empty: first += f' = {_value_text(p.default)}'
     return f'{first}\n        {comment}'
@@ -60,7 +65,8 @@ def explain(
     obj:Callable, # Function or class; its docstring is changed
 ) -> Callable: # The same object
     "Add the comments beside the parameters to a docstring, so that `help` shows them."
-    doc = inspect.cleandoc(vars(obj).get('__doc__') or '') if inspect.isclass(obj) else obj.__doc__ or ''
+    if inspect.isclass(obj): doc = vars(obj).get('__doc__') or '' # not the docstring of a base class
+    else: doc = obj.__doc__ or ''
     try: comments = parameter_comments(obj)
     except (OSError, TypeError, SyntaxError, AttributeError): return obj # no source, as for C code
     parameters = inspect.signature(obj).parameters.items()
@@ -80,17 +86,20 @@ def _value_text(value):
     "Return a short text of an argument."
     if isinstance(value, (list, tuple)):
         inner = ', '.join(map(_value_text, value))
-        return f'[{inner}]' if isinstance(value, list) else f'({inner}{"," * (len(value) == 1)})'
+        if isinstance(value, list): return f'[{inner}]'
+        return f'({inner},)' if len(value) == 1 else f'({inner})'
     if isinstance(value, dict):
         inner = ', '.join(f'{k!r}: {_value_text(v)}' for k, v in value.items())
         return f'{{{inner}}}'
     if inspect.isclass(value) or inspect.isroutine(value): return value.__name__
     text = repr(value)
-    return text if len(text) <= 60 and '\n' not in text and ' at 0x' not in text else type(value).__name__
+    is_short = len(text) <= 60 and '\n' not in text
+    has_address = ' at 0x' in text
+    return text if is_short and not has_address else type(value).__name__
 
 # %% ../../nbs/core/15_arguments.ipynb #f300a6b8
 def _is_default(value, default):
-    "Return whether an argument has its default; values that cannot be compared differ."
+    "Return whether an argument has its default; `False` for values that cannot be compared."
     if value is default: return True
     try: return bool(value == default)
     except (TypeError, ValueError, RuntimeError): return False # values such as arrays
@@ -98,14 +107,14 @@ def _is_default(value, default):
 class ShowsArguments:
     """Shows a class's parameters in `help`, and in `repr` the arguments that differ from the defaults.
 
-    A class whose argument `spec` chooses between readings of a method names in `readings`, for each reading,
-    the values of the arguments that are left out."""
+    Some classes have an argument `spec` that chooses a reading of a method, for example 'paper' or 'code'.
+    Their dict `readings` has, for each reading, the values of the arguments that the user leaves out."""
     readings = {}
 
     @classmethod
     def by_reading(cls,
         spec:str,  # A key of `readings`
-        **options:object, # Arguments by name; `None`: the value of the reading
+        **options:object, # Arguments by name; `None`: the value comes from `readings`
     ) -> dict: # The arguments, with values in place of `None`
         "Return the arguments of one reading of a method. Raises `ValueError` for an unknown `spec`."
         if spec not in cls.readings:
@@ -118,15 +127,18 @@ class ShowsArguments:
 
     @classmethod
     def _own_init(cls):
-        "Return the nearest `__init__`, of the class or of a base, if its arguments are shown; else `None`."
+        "Return the nearest `__init__` of the class and its bases; `None` if it is of another library."
         for base in cls.__mro__:
             if not issubclass(base, ShowsArguments): return None # such as fastai's Callback
             if '__init__' in vars(base): return vars(base)['__init__']
 
     def __repr__(self):
-        init, shown = self._own_init(), []
-        parameters = [] if init is None else list(inspect.signature(init).parameters.values())[1:]
-        of_reading = self.readings.get(vars(self).get('spec'), {})
+        init = self._own_init()
+        shown, parameters = [], []
+        if init is not None:
+            parameters = list(inspect.signature(init).parameters.values())[1:] # without `self`
+        spec = vars(self).get('spec')
+        of_reading = self.readings.get(spec, {}) # the defaults of this reading
         for p in parameters:
             if p.name not in vars(self): continue
             value = vars(self)[p.name]
@@ -142,7 +154,7 @@ def _suggestion(name, known):
     return f'did you mean {by_lower[near[0]]!r}? ' if near else ''
 
 def unknown_name(
-    what:str,            # What the name stands for, such as 'method'
+    what:str,            # Kind of name, such as 'method'
     name:object,         # The unknown name
     known:Iterable[str], # All names that are allowed
 ) -> str: # An error message
@@ -152,7 +164,7 @@ def unknown_name(
     return f'unknown {what} {name!r}; {hint}{"Choose" if hint else "choose"} one of {", ".join(known)}'
 
 def check_options(
-    owner:str,             # Who takes the options, such as 'method sam'
+    owner:str,             # What the options belong to, such as 'method sam'; for the message
     options:Iterable[str], # Names of the given options
     known:Iterable[str],   # Names of the options that `owner` takes
 ):

@@ -17,7 +17,7 @@ ARCHIVE = 'runs.jsonl.gz'                            # name of the archive in a 
 PARTS = ('config', 'result', 'history', 'measures') # files of a run: `config.json` and so on
 
 @lru_cache(maxsize=64)
-def _read_lines(file, modified, size): # with its date and size, a changed file is read again
+def _read_lines(file, modified, size): # the cache's key has date and size, so a changed file is read again
     records = {}
     try:
         with gzip.open(file, 'rt', encoding='utf-8') as lines:
@@ -26,7 +26,7 @@ def _read_lines(file, modified, size): # with its date and size, a changed file 
                 if not isinstance(parts, dict) or 'name' not in parts: raise ValueError('a line is not a run')
                 records[parts.pop('name')] = parts
     except (OSError, EOFError, ValueError, zlib.error) as e:
-        raise ValueError(f'the archive {file} is damaged ({e}); take another copy of it') from None
+        raise ValueError(f'the archive {file} is damaged ({e}); replace it by an undamaged copy') from None
     return records
 
 def read_archive(
@@ -62,7 +62,9 @@ _KINDS = dict(config=dict, result=dict, history=list, measures=dict)
 def _read_json(file, kind):
     "Return the content of a JSON file. Raises `ValueError` if it is too large, damaged, or not a `kind`."
     size = file.stat().st_size
-    if size > MOST_BYTES: raise ValueError(f'it has {size / 1e6:.0f} MB, no file of a run is so large')
+    if size > MOST_BYTES:
+        raise ValueError(f'it has {size / 1e6:.0f} MB, but a file of a run has at most '
+                         f'{MOST_BYTES / 1e6:.0f} MB')
     try: found = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'it is damaged: {str(e)[:100]}') from None
     if not isinstance(found, kind):
@@ -93,7 +95,7 @@ def read_parts(
     return found
 
 def _try(read, left_out):
-    "Return `read()`; if it raises `ValueError` and `left_out` is a list, add the message and return `{}`."
+    "Return the result of `read()`; for a `ValueError`, add the message to `left_out` and return `{}`."
     try: return read()
     except ValueError as e:
         if left_out is None: raise
@@ -102,7 +104,7 @@ def _try(read, left_out):
 
 def stored_runs(
     root, # Folder of results
-    left_out:list|None=None, # Gets a message for each run or archive that cannot be read; `None`: raise
+    left_out:list|None=None, # Gets a message for each run or archive that cannot be read; `None`: an error
 ) -> list: # Pairs (folder, parts), sorted; `folder` need not exist for a run in an archive
     """Return all runs below `root` that have a configuration, from folders and from archives.
 
@@ -110,7 +112,8 @@ def stored_runs(
     root = Path(root)
     found = {}
     for archive in root.glob(f'**/{ARCHIVE}'):
-        for name, parts in _try(partial(read_archive, archive.parent), left_out).items():
+        records = _try(partial(read_archive, archive.parent), left_out)
+        for name, parts in records.items():
             if 'config' in parts: found[archive.parent / name] = parts
     for config in root.glob('**/config.json'):
         found.pop(config.parent, None)

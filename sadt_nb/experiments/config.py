@@ -87,7 +87,7 @@ def _check_values(run):
 
 # %% ../../nbs/experiments/80_config.ipynb #7314ecc0
 def _simple(name, v):
-    """Return `v` as Python's numbers, texts and tuples, at any depth; JSON has no tuples and no NaN.
+    """Return `v` with Python's numbers, strings and tuples, also inside nested lists.
 
     Raises `ValueError` for numbers that are not finite, and for other kinds of values."""
     if isinstance(v, (np.generic, np.ndarray)): v = v.tolist()
@@ -95,14 +95,14 @@ def _simple(name, v):
     if isinstance(v, (list, tuple)): return tuple(_simple(name, x) for x in v)
     if isinstance(v, float) and not math.isfinite(v): raise ValueError(f'`{name}` must be finite, got {v}')
     if v is None or isinstance(v, (bool, int, float, str)): return v
-    raise ValueError(f'`{name}` must be a number, a text, True, False, None or a list of these, '
+    raise ValueError(f'`{name}` must be a number, a string, True, False, None, or a list of such values, '
                      f'got {type(v).__name__}')
 
 def _number(name, v, kind):
     "Return a number as `kind`, which is `int` or `float`."
-    if kind is int: must, right = 'a whole number', isinstance(v, int) or isinstance(v, float) and v == int(v)
-    else: must, right = 'a number', isinstance(v, (int, float))
-    if not right or isinstance(v, bool): raise ValueError(f'`{name}` must be {must}, got {v!r}')
+    is_number = isinstance(v, (int, float)) and not isinstance(v, bool)
+    must = 'a number' if kind is float else 'a whole number'
+    if not is_number or kind is int and v != int(v): raise ValueError(f'`{name}` must be {must}, got {v!r}')
     try: return kind(v)
     except OverflowError: raise ValueError(f'`{name}` must be finite, got {v}') from None
 
@@ -111,18 +111,22 @@ def _typed(name, v, kind):
 
     If `kind` is `None` (unknown), a float without fraction becomes an `int`."""
     if isinstance(v, tuple): return tuple(_typed(name, x, kind) for x in v)
-    if v is None or isinstance(v, bool) and kind is None: return v
+    if v is None: return v
+    if kind is None and isinstance(v, bool): return v
     if kind in (int, float): return _number(name, v, kind)
     if kind is bool and not isinstance(v, bool):
         raise ValueError(f'`{name}` must be True or False, got {v!r}')
-    return int(v) if isinstance(v, float) and v == int(v) else v
+    is_whole = isinstance(v, float) and v == int(v)
+    return int(v) if is_whole else v
 
 def _kind(parameter):
-    "Return the type of an option's numbers from its annotation or its default; `None` if it is unclear."
+    "Return `bool`, `int` or `float`, from an option's annotation or default; `None` if it is unclear."
+    # names of simple types in the annotation, such as {'int'} for `int|None`
     named = set(re.findall(r'\b(?:bool|int|float|str)\b', str(parameter.annotation)))
     if not named and parameter.default is not None: named = {type(parameter.default).__name__}
     kinds = dict(bool=bool, int=int, float=float)
-    return kinds.get(named.pop()) if len(named) == 1 else None
+    if len(named) != 1: return None
+    return kinds.get(named.pop())
 
 # %% ../../nbs/experiments/80_config.ipynb #dc18b919
 _OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=torch.optim.AdamW,
@@ -132,18 +136,19 @@ _OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=tor
 def _optimizer_options(name): return inspect.signature(_OPTIMIZER_CLASSES[name]).parameters
 
 def _options_of(run):
-    "Return, for each field with options, what takes them (such as 'model resnet18') and its parameters."
+    "For each field with options, return a text such as 'model resnet18' and the parameters to set."
     return dict(
         data_args=(f'data set {run.data}', data_options(run.data)),
         model_args=(f'model {run.model}', model_options(run.model)),
         method_args=(f'method {run.method}', method_options(run.method)),
         opt_args=(f'optimizer {run.opt}', _optimizer_options(run.opt)))
 
+# parameters that other fields of the run set; they are not allowed as options
 _FILLED_IN = dict(data_args=('seed',), model_args=(), method_args=('seed', 'teacher'),
                   opt_args=('params', 'lr', 'bs'))
 
 def _set_options(run):
-    "Sort the options and give numbers the types of the parameters. Raises `ValueError` if one is unknown."
+    "Sort the options, and convert numbers to the parameters' types. An unknown option is a `ValueError`."
     for field, (owner, parameters) in _options_of(run).items():
         options = dict(getattr(run, field))
         known = [k for k in parameters if k not in _FILLED_IN[field]]
@@ -159,14 +164,14 @@ def _set(run, **values):
     for k, v in values.items(): object.__setattr__(run, k, v)
 
 def _normal_form(run):
-    "Bring all fields but the options into a normal form, so that equal configurations compare as equal."
+    "Bring all fields except the options into a normal form, so that equal configurations compare as equal."
     for field in fields(run):
         name = field.name
         if name == 'teachers' or name.endswith('_args'): continue
         value = _simple(name, getattr(run, name))
         if field.type in (bool, float): value = _typed(name, value, field.type)
         elif field.type is str and name != 'compile' and not isinstance(value, str):
-            raise ValueError(f'`{name}` must be a text, got {value!r}')
+            raise ValueError(f'`{name}` must be a string, got {value!r}')
         _set(run, **{name: value})
     if isinstance(run.compile, bool): _set(run, compile='default' if run.compile else '')
     if isinstance(run.normalize, tuple): _set(run, normalize=_typed('normalize', run.normalize, float))
@@ -176,14 +181,15 @@ def _normal_form(run):
 def _check_epochs(run):
     "Raise `ValueError` for too few epochs (0 needs a pretrained network); store whole numbers as `int`."
     options = dict(run.model_args)
-    least = 0 if options.get('pretrained') or options.get('zero_shot') else 1
+    is_trained = options.get('pretrained') or options.get('zero_shot')
+    least = 0 if is_trained else 1
     n = run.epochs
     if n < 1 and n != least: raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
     if n == int(n): _set(run, epochs=int(n))
 
 # %% ../../nbs/experiments/80_config.ipynb #2d06d61c
 def _is_mean_and_std(pair):
-    "Return whether `pair` is a mean and a deviation above 0: two numbers, or three numbers each (channels)."
+    "Return whether `pair` is (mean, deviation), each a number or three numbers; deviations are above 0."
     if not isinstance(pair, tuple) or len(pair) != 2: return False
     try: mean, std = (np.asarray(v, dtype=float) for v in pair)
     except (TypeError, ValueError): return False
@@ -191,7 +197,9 @@ def _is_mean_and_std(pair):
     return whole and bool((std > 0).all())
 
 @lru_cache(None)
-def _check_policy(name): AutoAugment(name) # raises for an unknown policy
+def _check_policy(name):
+    try: AutoAugment(name)
+    except ValueError as e: raise ValueError(str(e).replace('`policy`', '`autoaugment`')) from None
 
 def _check_images(run):
     "Raise `ValueError` for impossible augmentation or normalisation."
@@ -207,8 +215,8 @@ def _check_images(run):
             raise ValueError(f'`{name}` needs the square of Cutout, but `cutout` is 0; '
                              f'set `cutout` above 0, or leave `{name}` out')
     if run.normalize not in ('', 'data') and not _is_mean_and_std(run.normalize):
-        allowed = "'data', '' for none, or a pair (mean, std): two numbers, or three numbers each"
-        raise ValueError(f'`normalize` must be {allowed}; std must be positive, got {run.normalize!r}')
+        allowed = "'data', '' for none, or (mean, std), each a number or three numbers, with a positive std"
+        raise ValueError(f'`normalize` must be {allowed}, got {run.normalize!r}')
 
 # %% ../../nbs/experiments/80_config.ipynb #b802159e
 def _check_warmup(run):
@@ -256,7 +264,7 @@ def _check_teacher(run, teacher):
         raise ValueError(f'the teacher was trained with normalize={teacher.normalize!r}, '
                          f'but the student has normalize={run.normalize!r}; give both the same value')
     if run.valid and _split(teacher) != _split(run):
-        raise ValueError('the teacher was trained on images that the student holds out for validation; '
+        raise ValueError('some training images of the teacher are validation images of the student; '
                          'give both the same `split` and `valid`')
 
 def _check_method(run):
@@ -275,7 +283,8 @@ def _check_method(run):
 @lru_cache(None)
 def _check_optimizer(name, args, bs):
     "Raise `ValueError` for a value that the optimizer does not take."
-    weight, bias = ([nn.Parameter(torch.zeros(1))] for _ in range(2))
+    weight = [nn.Parameter(torch.zeros(1))]
+    bias = [nn.Parameter(torch.zeros(1))]
     try:
         if name == 'decoupled_sgd': decoupled_groups([weight, bias], bs=bs, **dict(args))
         else: _OPTIMIZER_CLASSES[name](weight, lr=1e-3, **dict(args))
@@ -287,7 +296,7 @@ def _check_model(name, args):
     "Raise `ValueError` if the network cannot be built."
     try:
         with torch.device('meta'): make_model(name, **dict(args)) # without memory for weights
-    except ImportError: pass # the package is needed for training the run, not for listing it
+    except ImportError: pass # the missing package is needed to train the run, not to describe it
 
 def _check(run):
     "Bring a configuration into its normal form; raise `ValueError` if it cannot be trained."
@@ -328,7 +337,8 @@ class _Configuration:
             value = getattr(self, field.name)
             if value != field.default: changed[field.name] = value
         if self.teachers: changed['teachers'] = [t.key for t in self.teachers]
-        return hashlib.sha256(json.dumps(changed, sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
+        text = json.dumps(changed, sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
@@ -366,21 +376,24 @@ class Run(_Configuration):
     n_train: int | None = None   # Number of training images; `None`: all
     cutmix: float = 0.           # Alpha of CutMix, 0 for none
     crop: int = 0                # Border in pixels for random crops, 0 for none
-    # Mirror training images: True: a random half; 'alternate': a fixed half, then the other half, in turn
+    # Mirror training images. True: a random half; 'alternate': a fixed half, and the other half in the next
+    # epoch
     flip: bool | str = False
     channels_last: bool = True   # Memory format of torch: faster, with other rounding errors
     clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
-    # Epoch whose weights are kept: the 'last', or the best on 'valid' or, as some papers do, on 'test' data;
-    # 'release': by the loss of a part of the test data, as in the SADT notebook (see `KeepReleased`)
+    # Epoch whose weights are kept. 'last': the last; 'valid': the best on validation images; 'test': the best
+    # on test images, as in some papers; 'release': by the loss of a part of the test images, as in the SADT
+    # notebook (see `KeepReleased`)
     select: str = 'last'
     split: int | None = None     # Seed of the split into training and validation images; `None`: `seed`
     rotate: float = 0.           # Largest angle in degrees by which training images are turned
     autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
     cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
     amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
-    # Enlarge a random part that has at least this share of an image's area; Inception: 0.08; 0: off
+    # Cut out a random part of an image, with at least this share of its area, and enlarge it; 0: off;
+    # Inception: 0.08
     resized_crop: float = 0.
-    # `torch.compile` the network in training: 'default' or True, 'reduce-overhead' (CUDA graphs), '' for no
+    # `torch.compile` in training: mode 'default' (or True), 'reduce-overhead' (CUDA graphs); '': no compiling
     compile: str = ''
     tf32: bool = False           # Use TF32 in matrix products on GPUs that have TF32; convolutions always do
     track: int = 0               # Number of epochs between records of SAM's sharpness (radius 0.05); 0: never
@@ -391,12 +404,15 @@ class Run(_Configuration):
     normalize: str | tuple = ''
     label_smoothing: float = 0.  # Share of a label spread over all classes, in [0, 1); in training only
     drop_last: bool = False      # Leave out a smaller last training batch
-    lookahead: int = 0           # Number of batches between pulls of the weights to a slow average; 0: never
-    views: int = 0               # Also test mean outputs over views of an image; 1: mirrored; 2: also shifted
+    # Lookahead: number of batches after which the weights are set to their slow average; 0: never
+    lookahead: int = 0
+    # Also test with mean outputs: 1: of an image and its mirror image; 2: also of shifted images; 0: off
+    views: int = 0
     # Number of epochs in which the rate rises linearly from `warmup_lr` to `lr`; then the schedule takes over
     warmup: float = 0.
     warmup_lr: float = 0.        # Learning rate at the start of a warm-up
-    # Colour of Cutout's square: 'mean' of the training images; '': what `normalize` turns into 0, else black
+    # Colour of Cutout's square: 'mean' of the training images; '': the colour that `normalize` turns into 0,
+    # and black without `normalize`
     cutout_fill: str = ''
     teachers: tuple = ()         # One teacher's `Run`, or several; the logits of several are averaged
 

@@ -66,7 +66,7 @@ class Found(NamedTuple):
     best: Run            # The trial with the highest accuracy on validation images
     value: float         # The validation accuracy of `best`
     trials: pd.DataFrame # One row per proposal: its settings, and `value`, its accuracy (0: diverged)
-    passes: float        # Passes over the training images, summed over trials, as the registry counts them
+    passes: float        # Passes over the training images, summed over the trials
 
 def _distributions(optuna, space):
     found = {}
@@ -76,7 +76,8 @@ def _distributions(optuna, space):
 
 def _check_range(label, run, name, low, high):
     "Raise `ValueError` for a range or an option that cannot be searched."
-    if not (low < high and (low > 0 or name in LINEAR)):
+    too_low = low <= 0 and name not in LINEAR
+    if not low < high or too_low:
         kind = 'numbers' if name in LINEAR else 'positive numbers'
         raise ValueError(f'{label}: the range of {name} must be two {kind}, the lower one first, '
                          f'got {(low, high)}')
@@ -92,7 +93,7 @@ def _check_search(cases, spaces, trials, batch):
 def _import_optuna():
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore') # a warning of tqdm about Jupyter widgets
+            warnings.simplefilter('ignore') # hides tqdm's warning about Jupyter widgets
             import optuna
     except ImportError: raise ImportError('a search needs Optuna: pip install sadt_nb[sweep]') from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -107,13 +108,14 @@ def _valid_accuracy(run, root):
     "Return a run's accuracy on validation images with re-estimated BatchNorm statistics."
     stored = read_result(run, root) or {}
     if 'valid_accuracy_bn' in stored: return stored['valid_accuracy_bn']
-    return read_history(run, root)[-1]['valid_accuracy'] # earlier versions stored only this
+    return read_history(run, root)[-1]['valid_accuracy'] # results of earlier versions have only this accuracy
 
 def _chance(facts):
-    "Return the accuracy that guessing exceeds in one of forty runs; 0 if the number of images is unknown."
+    "Return an accuracy that guessing exceeds with probability 1/40; 0 if the number of images is unknown."
     classes, n = facts.get('classes'), facts.get('valid')
     if not classes or not n: return 0.
-    return 1 / classes + 1.96 * math.sqrt((1 - 1 / classes) / classes / n)
+    p = 1 / classes
+    return p + 1.96 * math.sqrt(p * (1 - p) / n)
 
 def _warn_if_nothing_chosen(label, trials, facts):
     "Warn if all settings of a search have the same accuracy, or none is better than guessing."
@@ -123,13 +125,15 @@ def _warn_if_nothing_chosen(label, trials, facts):
                       f'{values.max():.1%}, so none of them is best; train longer, or search other ranges')
     elif values.max() <= _chance(facts):
         warnings.warn(f'{label}: the best of {len(values)} settings has an accuracy of {values.max():.1%} on '
-                      'validation images, no more than guessing; train longer, or search other ranges')
+                      'validation images, which guessing can reach; train longer, or search other ranges')
 
 # %% ../../nbs/experiments/89_sweep.ipynb #6f492b18
 class _Search:
     "The proposals for one case (one method with its ranges), and the results of these proposals."
     def __init__(self, optuna, run, space, seed, startup):
-        self.run, self.distributions, self.rows = run, _distributions(optuna, space), []
+        self.run = run
+        self.distributions = _distributions(optuna, space)
+        self.rows = [] # one per proposal with a result
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
         self.study = optuna.create_study(direction='maximize', sampler=sampler)
 
@@ -159,10 +163,10 @@ class _Search:
 
 # %% ../../nbs/experiments/89_sweep.ipynb #da8cc7b3
 def sweep(
-    cases:dict,    # Name: `Run` with which the search starts; each trial has its number of epochs
+    cases:dict,    # Name: `Run` with which the search starts; all trials have this run's number of epochs
     root='runs',   # Folder of all results; finished runs are not repeated
     trials=16,     # Number of proposals per case
-    spaces=None,   # Name: ranges, as `ranges` returns them; a missing case gets `ranges(run)`
+    spaces=None,   # Name: ranges as from `ranges`; default for a missing case: `ranges(run)`
     workers:int=1, # Number of processes that train at the same time
     batch=4,       # Number of proposals per case that are made together, before their results are known
     seed=0,        # Seed of the proposals; the runs have their own seeds
@@ -174,15 +178,18 @@ def sweep(
     Raises `ValueError` for a case without validation images, for a range or an option that cannot be
     searched, or if all trials of a case diverged. Raises any other error that stops a run."""
     optuna = _import_optuna()
-    spaces = {label: (spaces or {}).get(label) or ranges(run) for label, run in cases.items()}
+    given = spaces or {}
+    spaces = {label: given.get(label) or ranges(run) for label, run in cases.items()}
     _check_search(cases, spaces, trials, batch)
     startup = max(4, trials // 3) # number of random proposals, before Optuna's model proposes
     searches = {label: _Search(optuna, run, spaces[label], seed, startup) for label, run in cases.items()}
     for start in range(0, trials, batch):
+        n = min(batch, trials - start)
         proposals = []
         for search in searches.values():
-            proposals += [(search, *search.propose()) for _ in range(min(batch, trials - start))]
-        results = run_grid([p[-1] for p in proposals], root, workers, progress=progress, **kwargs)
+            for _ in range(n): proposals.append((search, *search.propose()))
+        configs = [cfg for _, _, _, cfg in proposals]
+        results = run_grid(configs, root, workers, progress=progress, **kwargs)
         for (search, trial, values, cfg), result in zip(proposals, results):
             search.tell(trial, values, cfg, result, root)
     return {label: search.found(label) for label, search in searches.items()}
@@ -221,16 +228,20 @@ def confirmed(
     Raises any error that stops a run, except divergence."""
     if top < 1: raise ValueError(f'`top` must be at least 1, got {top}')
     seeds = list(seeds)
-    if not seeds: raise ValueError('`seeds` must name at least one seed, got none')
+    if not seeds: raise ValueError('`seeds` must contain at least one seed, got none')
     finals(found, seeds) # raises an error for the seed of the search
-    groups = {}
+    groups = {} # for each case: the runs of each of its best proposals
+    every = []  # all runs
     for label, f in found.items():
-        groups[label] = [[run.but(seed=s) for s in seeds] for run in _best_runs(f.trials, top)]
-    every = [run for candidates in groups.values() for runs in candidates for run in runs]
+        groups[label] = []
+        for best in _best_runs(f.trials, top):
+            runs = [best.but(seed=s) for s in seeds]
+            groups[label].append(runs)
+            every += runs
     results = run_grid(every, root, workers, progress=progress, **kwargs)
     diverged = {run for run, result in zip(every, results) if _has_diverged(result)}
-    def mean_accuracy(runs):
-        return sum(0. if run in diverged else _valid_accuracy(run, root) for run in runs) / len(runs)
+    def accuracy(run): return 0. if run in diverged else _valid_accuracy(run, root)
+    def mean_accuracy(runs): return sum(map(accuracy, runs)) / len(runs)
     return {label: max(candidates, key=mean_accuracy) for label, candidates in groups.items()}
 
 # %% ../../nbs/experiments/89_sweep.ipynb #748fb3fb
@@ -238,14 +249,14 @@ def _sadt_parts():
     "Return the cases: SADT and its parts, on digits of which a fifth have wrong labels."
     plain = Run(data='noisy_digits', data_args=dict(noise=.2), epochs=12, bs=64, valid=.25, split=0)
     rate = dict(lr=(1e-3 / 30, .03))
-    near = {**rate, 'rho': (5e-3, .5)}
-    weight = {'kl_weight': (.1, 100.)}
+    rate_and_radius = rate | dict(rho=(5e-3, .5))
+    weight = dict(kl_weight=(.1, 100.))
     def sadt(**options): return at_equal_passes(plain.but(method='sadt1', method_args=options), plain)
     def half(run): return run.but(epochs=run.epochs // 2)
     two_steps = plain.but(method='repeat_step')
     return {
         'plain': (plain, rate),
-        'SAM': (at_equal_passes(plain.but(method='sam'), plain), near),
+        'SAM': (at_equal_passes(plain.but(method='sam'), plain), rate_and_radius),
         'two steps': (two_steps, rate),
         'SADT-1': (sadt(), rate),
         'without noise': (sadt(noise_scale=0.), rate),
@@ -254,11 +265,11 @@ def _sadt_parts():
         'KL weighted': (sadt(), rate | weight),
         'same mask': (sadt(rng='replay'), rate),
         'same mask, without noise': (sadt(rng='replay', noise_scale=0.), rate),
-        'radius': (sadt(), near),
-        'radius, KL turned round': (sadt(kl='aux_to_clean'), near),
-        'radius, same mask': (sadt(rng='replay'), near),
-        'radius, one step': (sadt(first_step=False), near),
-        'radius, same mask, KL weighted': (sadt(rng='replay'), near | weight),
+        'radius': (sadt(), rate_and_radius),
+        'radius, KL turned round': (sadt(kl='aux_to_clean'), rate_and_radius),
+        'radius, same mask': (sadt(rng='replay'), rate_and_radius),
+        'radius, one step': (sadt(first_step=False), rate_and_radius),
+        'radius, same mask, KL weighted': (sadt(rng='replay'), rate_and_radius | weight),
         'plain, half the passes': (half(plain), rate),
         'two steps, half the passes': (half(two_steps), rate),
     }
@@ -276,7 +287,8 @@ def case_of(
     run:Run,    # Any run
     cases:dict, # Name: (`Run`, ranges), from a function in `SWEEPS`
 ): # Name of the case; `None` if the run belongs to no case
-    "Return the case to which a run belongs: as a proposal of its search, or as a test with another seed."
+    "Return the name of the case for which a run was proposed, or for which it tests a proposal."
     for label, (base, space) in cases.items():
-        has_searched = space.keys() - {'lr'} <= dict(run.method_args).keys()
+        searched_options = space.keys() - {'lr'}
+        has_searched = searched_options <= dict(run.method_args).keys() # is a subset
         if has_searched and _without_searched(run, space) == _without_searched(base, space): return label

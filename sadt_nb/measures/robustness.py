@@ -37,22 +37,28 @@ def _shot_noise(x, c, g): return torch.poisson(x * c, generator=g) / c
 
 def _impulse_noise(x, c, g):
     u = torch.rand(x.shape, generator=g, device=x.device, dtype=torch.float32)
-    return torch.where(u < c / 2, 1., torch.where(u < c, 0., x))
+    x = torch.where(u < c, 0., x)        # black
+    return torch.where(u < c / 2, 1., x) # half of these become white
 
 def _gaussian_blur(x, c, g): # the kernel ends at four standard deviations; border pixels are repeated
     r = int(4 * c + .5)
+    side = 2 * r + 1
     padded = pad(x, (r, r, r, r), mode='replicate')
-    return TF.gaussian_blur(padded, [2 * r + 1] * 2, [c] * 2)[..., r:-r, r:-r]
+    blurred = TF.gaussian_blur(padded, [side, side], [c, c])
+    return blurred[..., r:-r, r:-r]
 
 def _zoom_blur(x, c, g): # the mean of the image and of enlarged copies
-    h, total, factors = x.shape[-1], torch.zeros_like(x), np.arange(1, c, .01)
-    for f in factors:
-        s = math.ceil(h / f)
-        a = (h - s) // 2
-        centre = x[..., a:a + s, a:a + s]
-        big = interpolate(centre, size=[round(s * f)] * 2, mode='bilinear', align_corners=True)
-        b = (big.shape[-1] - h) // 2
-        total += big[..., b:b + h, b:b + h]
+    h = x.shape[-1]
+    total = torch.zeros_like(x)
+    factors = np.arange(1, c, .01)
+    for factor in factors:
+        side = math.ceil(h / factor)
+        first = (h - side) // 2
+        centre = x[..., first:first + side, first:first + side]
+        size = [round(side * factor)] * 2
+        big = interpolate(centre, size=size, mode='bilinear', align_corners=True)
+        border = (big.shape[-1] - h) // 2
+        total += big[..., border:border + h, border:border + h]
     return (x + total) / (len(factors) + 1)
 
 # %% ../../nbs/measures/53_robustness.ipynb #65844534
@@ -69,8 +75,9 @@ def _saturate(x, c, g):
     v, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     s = (v - low) / v.clamp(min=1e-12)
     new = (s * c[0] + c[1]).clamp(0, 1)
-    grey = torch.cat([v, v * (1 - new), v * (1 - new)], 1) # a grey pixel has no hue; HSV then takes red
-    return torch.where(s > 0, v - (v - x) * new / s.clamp(min=1e-12), grey)
+    grey = torch.cat([v, v * (1 - new), v * (1 - new)], 1) # a grey pixel has no hue; HSV gives it the hue red
+    coloured = v - (v - x) * new / s.clamp(min=1e-12)
+    return torch.where(s > 0, coloured, grey)
 
 # %% ../../nbs/measures/53_robustness.ipynb #b56b4f18
 def _in_256_levels(x): return (x * 255 + .5).floor() / 255
@@ -79,9 +86,11 @@ def _box_filter(n, m, like):
     "Return the matrix of the box filter with which Pillow resizes `n` pixels to `m`."
     out = torch.zeros(m, n)
     for i in range(m):
-        centre, support = (i + .5) * n / m, .5 * max(1, n / m)
-        a, b = max(0, int(centre - support + .5)), min(n, int(centre + support + .5))
-        out[i, a:b] = 1 / (b - a)
+        centre = (i + .5) * n / m
+        support = .5 * max(1, n / m)
+        first = max(0, int(centre - support + .5))
+        end = min(n, int(centre + support + .5))
+        out[i, first:end] = 1 / (end - first)
     return out.to(like)
 
 def _pixelate(x, c, g): # resize to `c` times the size and back
@@ -112,7 +121,7 @@ CORRUPTIONS = dict( # name: (function of images, setting and generator; settings
 
 def _check_corruption(kind, severity):
     if kind not in CORRUPTIONS:
-        raise ValueError(f'unknown corruption {kind!r}; choose of {", ".join(CORRUPTIONS)}')
+        raise ValueError(f'unknown corruption {kind!r}; choose one of {", ".join(CORRUPTIONS)}')
     if severity not in range(1, 6): raise ValueError(f'`severity` must be 1, 2, 3, 4 or 5, got {severity!r}')
 
 def corrupt(
@@ -129,9 +138,9 @@ def corrupt(
     square = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3]
     if not square or x.min() < -1e-4 or x.max() > 1 + 1e-4:
         raise ValueError('images must be square, of shape (n, 3, h, h), with values in [0, 1], got '
-                         f'{tuple(x.shape)} in [{x.min():.3g}, {x.max():.3g}]; is the normalisation known?')
+                         f'{tuple(x.shape)} in [{x.min():.3g}, {x.max():.3g}]')
     f, settings = CORRUPTIONS[kind]
-    x = _in_256_levels(x.clamp(0, 1)) # without rounding, a grey pixel could have a hue
+    x = _in_256_levels(x.clamp(0, 1)) # rounded, as else an inexact grey pixel would count as coloured
     g = torch.Generator(x.device).manual_seed(seed)
     out = f(x, settings[severity - 1], g).clamp(0, 1).mul(255)
     # like the authors, round down to whole levels; the thousandth compensates for rounding errors
@@ -173,7 +182,7 @@ def corrupted_accuracy(
     mean:float|Sequence[float]|None=None,     # Mean of the normalisation; `None`: the loader's mean
     std:float|Sequence[float]|None=None,      # Standard deviation of the normalisation; `None`: the loader's
     progress:bool=True,                       # Show a bar after three seconds
-) -> pd.DataFrame: # Accuracy by kind and severity; NaN for what Ctrl-C left out
+) -> pd.DataFrame: # Accuracy by kind and severity; NaN for those not measured before Ctrl-C
     """Return the accuracy on images that are corrupted as in CIFAR-10-C.
 
     The batches are read once. Raises `ValueError` for an unknown kind or severity, for images that are not in
@@ -184,14 +193,15 @@ def corrupted_accuracy(
     loss = FixedLoss(learn, learn.dls.valid if dl is None else dl, samples)
     mean, std = _normalisation(learn, dl, mean, std, loss.batches[0][0][0])
     clean = [(x * std + mean, y) for (x,), y in loss.batches]
-    for kind in kinds: corrupt(clean[0][0][:1], kind, 1) # wrong images raise before the work starts
+    for kind in kinds: corrupt(clean[0][0][:1], kind, 1) # wrong images raise an error before the work starts
     rows, columns = pd.Index(kinds, name='corruption'), pd.Index(severities, name='severity')
     out = pd.DataFrame(np.nan, index=rows, columns=columns)
     try:
         for kind, severity in bar(cells, progress, desc='corrupted'):
             right = 0
             for i, (x, y) in enumerate(clean):
-                x = corrupt(x, kind, severity, seed * 100_003 + i)
+                batch_seed = seed * 100_003 + i # different noise for each batch
+                x = corrupt(x, kind, severity, batch_seed)
                 right += (loss.model((x - mean) / std).argmax(1) == y).sum().item()
             out.loc[kind, severity] = right / loss.n
     except KeyboardInterrupt:
@@ -219,7 +229,7 @@ def _by_name(folder, name, vocab):
     "Return the position of a class in the network's classes."
     if name in vocab: return vocab.index(name)
     known = f'{", ".join(vocab[:10])}{", ..." if len(vocab) > 10 else ""}'
-    advice = '; are the folders numbers of classes? then give numbered=True' if name.isdecimal() else ''
+    advice = '; if the folders are named by class numbers, pass numbered=True' if name.isdecimal() else ''
     raise ValueError(f'{folder} has a class {name!r}, which the network does not have; '
                      f'it has {known}{advice}')
 
@@ -235,16 +245,19 @@ class _Folder:
         self.data = ImageFolder(folder, loader=open_image)
         self.folder, self.size, self.shape = folder, size, None
         position = _by_number if numbered else _by_name
-        at = [position(folder, c, vocab) for c in self.data.classes]
-        self.y = np.array([at[i] for i in self.data.targets])
+        class_of = [position(folder, c, vocab) for c in self.data.classes] # by the position of the folder
+        self.y = np.array([class_of[i] for i in self.data.targets])
 
     def _image(self, file):
         image = self.data.loader(file)
-        if self.size: image = TF.center_crop(TF.resize(image, [self.size * 8 // 7]), [self.size] * 2)
+        if self.size:
+            image = TF.resize(image, [self.size * 8 // 7]) # the shorter side
+            image = TF.center_crop(image, [self.size, self.size])
         x = np.asarray(image)
         self.shape = self.shape or x.shape
         if x.shape == self.shape: return x
-        raise ValueError(f'the images in {self.folder} differ in size; give `size`, that of the network')
+        raise ValueError(f'the images in {self.folder} differ in size; pass `size`, the image size of the '
+                         'network')
 
     def __getitem__(self, rows): return np.stack([self._image(f) for f, _ in self.data.samples[rows]])
 
@@ -254,19 +267,21 @@ def shifted_accuracy(
     learn:Learner,                        # A Learner whose network is in evaluation mode
     data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
     bs:int=256,                           # Images per batch
-    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: that of `dl`
-    std:float|Sequence[float]|None=None,  # Standard deviation of the normalisation; `None`: as for `mean`
-    size:int|None=None, # Side in pixels: a folder's images are resized to a shorter side of 8/7 of `size`, as
-                        # in `mapped_folder`, and their centre is cut out; `None`: images are used as they are
+    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the mean of `dl`
+    std:float|Sequence[float]|None=None,  # Standard deviation; `None`: the standard deviation of `dl`
+    # For a folder, side in pixels: images are resized to a shorter side of 8/7 of `size` and their centre is
+    # cut out, as in `mapped_folder`; `None`: images are used as they are
+    size:int|None=None,
     numbered:bool=False, # Are the folders named by the number of their class, from 0, as in ImageNetV2?
     dl:Iterable|None=None, # Loader whose normalisation is used; `None`: the validation loader
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
 
-    The `.npy` files hold the images as bytes `(n, h, w, 3)` and the class numbers `(n,)`. Raises `ValueError`
-    if the images are not bytes or the class numbers not integers, if there are not as many labels as images,
-    if images differ in size and no `size` is given, if `size` or `numbered` is given for files, and if the
-    network does not have a class of the data."""
+    The `.npy` files hold the images as bytes `(n, h, w, 3)` and the class numbers `(n,)`.
+
+    Raises `ValueError` for images that are not bytes, for class numbers that are not integers, for different
+    numbers of images and labels, for images of different sizes without `size`, for `size` or `numbered`
+    together with files, and for a class that the network does not have."""
     if learn.model.training:
         raise ValueError('the network is in training mode; call `learn.model.eval()` first')
     vocab = [str(v) for v in learn.dls.vocab]
@@ -277,12 +292,14 @@ def shifted_accuracy(
     else: x, y = _read_pair(*data)
     if not len(y): raise ValueError('there are no images')
     if not 0 <= y.min() <= y.max() < len(vocab):
-        raise ValueError(f'labels must lie in 0..{len(vocab) - 1}, got {y.min()}..{y.max()}')
-    p = next(learn.model.parameters())
-    mean, std = _normalisation(learn, dl, mean, std, p)
+        raise ValueError(f'labels must lie between 0 and {len(vocab) - 1}, got labels from {y.min()} to '
+                         f'{y.max()}')
+    weight = next(learn.model.parameters())
+    mean, std = _normalisation(learn, dl, mean, std, weight)
     right = 0
     for i in range(0, len(y), bs):
-        batch = torch.as_tensor(x[i:i + bs]).to(p.device).permute(0, 3, 1, 2).to(p.dtype) / 255
+        batch = torch.as_tensor(x[i:i + bs]).to(weight.device)
+        batch = batch.permute(0, 3, 1, 2).to(weight.dtype) / 255 # channels first, in [0, 1]
         answers = learn.model((batch - mean) / std).argmax(1).cpu().numpy()
         right += (answers == y[i:i + bs]).sum().item()
     n = len(y)
@@ -308,7 +325,7 @@ def _accuracies(v):
 def effective_robustness(
     reference:Sequence[float], # Accuracies on the ordinary test set, of the networks to measure, in (0, 1)
     shifted:Sequence[float],            # Accuracies of the same networks on the shifted test set
-    baseline_reference:Sequence[float], # Accuracies of >= 3 ordinary networks, ordinary test set
+    baseline_reference:Sequence[float], # Accuracies of at least 3 ordinary networks, ordinary test set
     baseline_shifted:Sequence[float],   # Accuracies of the same ordinary networks on the shifted test set
     level:float=.95,                    # Level of the confidence band, in (0, 1)
 ) -> EffectiveRobustness: # One value per network to measure
@@ -317,19 +334,22 @@ def effective_robustness(
     Raises `ValueError` for accuracies outside (0, 1), and for fewer than three ordinary networks of different
     accuracy."""
     r, s = _accuracies(reference), _accuracies(shifted)
-    br, bs = _accuracies(baseline_reference), _accuracies(baseline_shifted)
-    if r.shape != s.shape or br.shape != bs.shape: raise ValueError('each network needs both accuracies')
-    different = len(np.unique(br))
+    line_r, line_s = _accuracies(baseline_reference), _accuracies(baseline_shifted)
+    paired = r.shape == s.shape and line_r.shape == line_s.shape
+    if not paired: raise ValueError('each network needs both accuracies')
+    different = len(np.unique(line_r))
     if different < 3:
-        raise ValueError(f'a line with a band needs three baselines of different accuracy, got {different}')
-    x, y, n = logit(br), logit(bs), len(br)
+        raise ValueError('the line needs at least three ordinary networks with different accuracies, got '
+                         f'{different}')
+    x, y, n = logit(line_r), logit(line_s), len(line_r)
     fit = stats.linregress(x, y)
     spread = math.sqrt(((y - fit.intercept - fit.slope * x)**2).sum() / (n - 2))
     at = fit.intercept + fit.slope * logit(r)
     leverage = 1 / n + (logit(r) - x.mean())**2 / ((x - x.mean())**2).sum()
     half = stats.t.ppf(.5 + level / 2, n - 2) * spread * np.sqrt(leverage)
     low, high = expit(at - half), expit(at + half)
-    return EffectiveRobustness(s - expit(at), expit(at), low, high, float(fit.slope), float(fit.intercept))
+    expected = expit(at)
+    return EffectiveRobustness(s - expected, expected, low, high, float(fit.slope), float(fit.intercept))
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec375f8f
 IMAGENETV2 = { # torchvision's network with `IMAGENET1K_V1` weights: accuracy on ImageNet, and on ImageNetV2
@@ -346,9 +366,9 @@ IMAGENETV2 = { # torchvision's network with `IMAGENET1K_V1` weights: accuracy on
 
 # %% ../../nbs/measures/53_robustness.ipynb #f7ac96d3
 def plot_robustness(
-    reference:dict[str, Sequence[float]], # Label to accuracies on the ordinary test set, in (0, 1)
-    shifted:dict[str, Sequence[float]],   # The same labels to accuracies on the shifted test set
-    baseline_reference:Sequence[float],   # Accuracies of >= 3 ordinary networks, ordinary test set
+    reference:dict[str, Sequence[float]], # By label: accuracies on the ordinary test set, in (0, 1)
+    shifted:dict[str, Sequence[float]],   # By the same labels: accuracies on the shifted test set
+    baseline_reference:Sequence[float],   # Accuracies of at least 3 ordinary networks, ordinary test set
     baseline_shifted:Sequence[float],     # Accuracies of the same ordinary networks on the shifted test set
     ax:plt.Axes|None=None,                # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,      # Dictionary from label to colour
@@ -358,6 +378,7 @@ def plot_robustness(
     if ax is None: ax = plt.subplots(figsize=(5.5, 4.5), layout='constrained')[1]
     every = np.concatenate([np.atleast_1d(v) for v in (baseline_reference, *reference.values())])
     grid = expit(np.linspace(logit(every.min()), logit(every.max()), 100))
+    # only the line and its band are used, so the second argument may be any accuracies
     line = effective_robustness(grid, grid, baseline_reference, baseline_shifted, level)
     ax.plot(grid, line.expected, color='tab:gray', lw=1)
     ax.fill_between(grid, line.low, line.high, color='tab:gray', alpha=.25, lw=0)
@@ -398,8 +419,9 @@ def calibration_error(
         conf.append(p.max(1).values)
         right.append(p.argmax(1) == y)
     conf, right = torch.cat(conf).cpu(), torch.cat(right).double().cpu()
-    i = (conf * bins).ceil().long().sub(1).clamp(0, bins - 1) # a bin contains its upper edge, not its lower
-    def sum_by_bin(values): return torch.zeros(bins).double().scatter_add_(0, i, values)
+    bin_of = (conf * bins).ceil().long() - 1 # a bin contains its upper edge, not its lower
+    bin_of = bin_of.clamp(0, bins - 1)
+    def sum_by_bin(values): return torch.zeros(bins).double().scatter_add_(0, bin_of, values)
     count = sum_by_bin(torch.ones_like(conf))
     sums = sum_by_bin(conf)
     hits = sum_by_bin(right)
@@ -408,7 +430,7 @@ def calibration_error(
 
 # %% ../../nbs/measures/53_robustness.ipynb #40a8651e
 def plot_reliability(
-    calibrations:Calibration|dict[str, Calibration], # One, or a dictionary from label to `Calibration`
+    calibrations:Calibration|dict[str, Calibration], # One, or a dictionary with one per label
     ax:plt.Axes|None=None,                           # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,                 # Dictionary from label to colour
 ): # The axes
@@ -438,9 +460,9 @@ def memorisation(
     true:Tensor|Sequence[int], # `(n,)` true class numbers, in the order of `dl`
     dl:Iterable|None=None, # Batches `(x, y)` with the training labels, in order; `None`: the training loader
 ) -> Memorisation: # The two shares, and the number of samples with a wrong label
-    """Return how often a network predicts the wrong and the true label where its training label is wrong.
+    """Return how often a network predicts the wrong and the true label of samples with a wrong label.
 
-    Raises `ValueError` if the numbers of labels differ, or if no label is wrong."""
+    Raises `ValueError` if `true` and the loader have different numbers of labels, or if no label is wrong."""
     loss = FixedLoss(learn, dl)
     given = torch.cat([y for _, y in loss.batches]).cpu()
     answers = torch.cat([loss.model(*xb).argmax(1) for xb, _ in loss.batches]).cpu()

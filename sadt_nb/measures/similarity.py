@@ -14,13 +14,14 @@ from torch import nn, Tensor
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
 @torch.inference_mode()
 def collect_logits(
-    models:Iterable[nn.Module], # The networks; they run in evaluation mode; their modes are restored
+    models:Iterable[nn.Module], # The networks. They run in evaluation mode, and get their earlier modes back
     dl:Iterable,                # Batches `(x, ...)`, read once
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
     """Return the logits of several networks on the same samples.
 
     Raises `ValueError` if there is no network or no batch, or if outputs differ in shape."""
-    models, out = list(models), []
+    models = list(models)
+    out = []
     if not models: raise ValueError('at least one network is needed, got none')
     modes = [m.training for m in models]
     try:
@@ -28,7 +29,7 @@ def collect_logits(
         for x, *_ in dl:
             logits = [m(x) for m in models]
             shapes = {tuple(z.shape) for z in logits}
-            if len(shapes) > 1: raise ValueError(f'the networks need the same outputs, got {sorted(shapes)}')
+            if len(shapes) > 1: raise ValueError(f'outputs must have the same shape, got {sorted(shapes)}')
             out.append(torch.stack(logits).cpu())
     finally:
         for m, mode in zip(models, modes): m.train(mode)
@@ -50,7 +51,7 @@ def agreement(
     student:nn.Module, # One network
     teacher:nn.Module, # The other network
     dl:Iterable,       # Batches `(x, ...)`
-    axis:int|None=1,   # Axis of the classes; `None`: each output is a separate label, predicted if positive
+    axis:int|None=1,   # Axis of the classes; `None`: several labels, each predicted if its logit is positive
 ) -> float: # In [0, 1]
     """Return the share of predictions in which both networks agree: on the class, or on each label.
 
@@ -58,8 +59,8 @@ def agreement(
     a, b = collect_logits((student, teacher), dl)
     if axis is None: return ((a > 0) == (b > 0)).float().mean().item()
     if a.ndim <= axis or a.shape[axis] < 2:
-        raise ValueError(f'outputs of shape {tuple(a.shape)} hold no classes along axis {axis}; '
-                         'use axis=None for labels')
+        raise ValueError(f'outputs of shape {tuple(a.shape)} have no two classes along axis {axis}; '
+                         'for several labels per sample, use axis=None')
     return (a.argmax(axis) == b.argmax(axis)).float().mean().item()
 
 # %% ../../nbs/measures/54_similarity.ipynb #5a44f98b

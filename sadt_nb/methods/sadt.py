@@ -81,7 +81,7 @@ class gradient_ascent(Perturbation):
     def __init__(self,
         lr:float,        # The step is `lr` times the sum of gradient and noise, >= 0
         noise_std:float, # Standard deviation of the noise added to the gradient, >= 0
-        min_ndim:int=1,  # Add noise only to parameters with this many axes or more; released code: 2
+        min_ndim:int=1,  # Add noise only to gradients with at least this number of axes; released code: 2
     ):
         check_not_negative(lr=lr, noise_std=noise_std)
         self.lr, self.noise_std, self.min_ndim = lr, noise_std, min_ndim
@@ -152,7 +152,9 @@ def _code_presets(model, variant, scale):
 # %% ../../nbs/methods/40_sadt.ipynb #c0e02823
 class _SeededNoise:
     "Makes a random generator from `seed` at the first batch, on the parameters' device, and saves its state."
-    seed, generator, _loaded = 0, None, None
+    seed = 0
+    generator = None # made at the first batch
+    _loaded = None   # loaded state of a generator that is not made yet
     fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator
 
     def _generator_on(self, device):
@@ -164,7 +166,9 @@ class _SeededNoise:
         return self.generator
 
     def state_dict(self): return {} if self.generator is None else dict(generator=self.generator.get_state())
-    def load_state_dict(self, state): self.generator, self._loaded = None, state.get('generator')
+    def load_state_dict(self, state):
+        self.generator = None # made again at the next batch
+        self._loaded = state.get('generator')
 
 # %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
 class _MicroBatch(NamedTuple):
@@ -212,7 +216,8 @@ def _can_share(sadt, fns):
     one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
     # the user's closure calls the whole network, so layers cannot be shared
     closure = hasattr(sadt.learn, 'own_replay')
-    if changed_states(sadt.states): return False # a layer that runs once per teacher would lose its state
+    # if a layer keeps a state between passes, a pass shared by all teachers would leave a wrong state
+    if changed_states(sadt.states): return False
     sharded = any(map(is_sharded, sadt.learn.model.parameters()))
     own_forward = closure or sharded or unwrapped(sadt.model) is not sadt.learn.model
     return one_layer_each and not own_forward
@@ -246,13 +251,14 @@ class _TwoSteps(ExtraPass):
     def before_fit(self):
         super().before_fit()
         self.teachers() # a missing layer raises an error here, before the first batch
-        loss_func = self.learn.loss_func or F.cross_entropy # the loss of a plain loop's closure is unknown
+        loss_func = self.learn.loss_func or F.cross_entropy # in a plain loop, only a closure is known
         self.compare = as_divergence(self.divergence, loss_func)
         self._micro = []
         StepGrads.install(self.learn)
 
     def before_batch(self):
         super().before_batch()
+        # without a first step, the Learner's step is cancelled; SADT makes the only step later
         self.step_grads.hold = not self.first_step and self.in_window()
 
     def before_backward(self):
@@ -265,9 +271,10 @@ class _TwoSteps(ExtraPass):
         g_up = self.step_grads.grads
         # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient
         if not g_up or not self.in_window(): return
+        # all parameters of the optimizer with a gradient, and those of the network, which alone are perturbed
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
-        if not params: return # the loss depends only on parameters outside the network
+        if not params: return # no parameter of the network has a gradient
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
 
@@ -297,19 +304,19 @@ def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, 
     _check_choice('grad_at', grad_at, ('aux', 'up'))
     _check_choice('sigma', sigma, ('fixed', 'rate'))
     if sigma == 'rate' and (spec == 'code' or perturb is not None or rho is not None):
-        raise ValueError("sigma='rate' sets the noise of spec='paper'; leave `perturb` and `rho` out")
+        raise ValueError("sigma='rate' works only with spec='paper' and without `perturb` and `rho`")
     if rho is not None: check_not_negative(rho=rho)
     if rho is not None and perturb is not None:
-        raise ValueError('`rho` takes the place of `perturb`; give one of the two')
+        raise ValueError('`rho` and `perturb` cannot be used together; pass only one of them')
     check_not_negative(kl_weight=kl_weight, noise_scale=noise_scale)
 
 # %% ../../nbs/methods/40_sadt.ipynb #e658391a
 class SADT(_SeededNoise, _TwoSteps):
     """Makes two optimizer steps per batch; the second step uses `g_up` plus the teachers' gradients `g_aux`.
 
-    The method is from Fahim & Boutellier 2022, section 3.1. Callbacks that change gradients in `before_step`,
-    such as clipping, change `g_up` only. Raises `ValueError` for arguments out of range, and, before training
-    starts, if variant 2 finds no convolution or no dense layer."""
+    The method is from Fahim & Boutellier 2022, section 3.1. A callback that changes gradients in
+    `before_step`, such as clipping, changes only `g_up`. Raises `ValueError` for arguments out of range. At
+    the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer."""
     _loaded_rate = None
     def __init__(self,
         # 1: noise on every layer; 2: two teachers, noise on the last convolution and on the last dense layer;
@@ -361,8 +368,10 @@ class SADT(_SeededNoise, _TwoSteps):
         return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
 
     def before_fit(self):
-        if self._loaded_rate is not None: self.rate, self._loaded_rate = self._loaded_rate, None
-        else: self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers)
+        if self._loaded_rate is None: # not a resumed run
+            self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers) # of all groups
+        else: self.rate = self._loaded_rate
+        self._loaded_rate = None
         super().before_fit()
 
     def state_dict(self):
@@ -382,7 +391,7 @@ class SADT(_SeededNoise, _TwoSteps):
         groups = [[fn] for fn in fns]
         if _can_share(self, fns): groups = [fns]
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # drawn also if `kl_weight` is 0
+            deltas = [fn(params, g_up, generator) for fn in group] # drawn even if `kl_weight` is 0
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 

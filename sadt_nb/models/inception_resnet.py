@@ -19,16 +19,17 @@ def _conv(n_in, n_out): return nn.Conv2d(n_in, n_out, 3, padding=1)
 class InceptionResNetModule(nn.Module):
     """Runs three paths on the same input, concatenates their outputs, and pools the image to half its size.
 
-    The paths a and c have one convolution to n/32 channels. Path b has two convolutions to n channels, and
-    a shortcut with one convolution."""
+    Paths a and c have one convolution with n/32 output channels each. Path b has two convolutions with n
+    output channels, and a shortcut with one convolution."""
     def __init__(self,
         n_in:int,         # Input channels
         n:int,            # Channels of the wide path, a multiple of 32; the output has n + n/16 channels
-        init='torch',     # Constants of BatchNorm: 'torch' or 'keras'
+        init='torch',     # Momentum and epsilon of BatchNorm as in 'torch' or in 'keras'
         dropout:float=.2, # Dropout probability after the pooling
     ):
         super().__init__()
-        bn, thin = batch_norm(init), n // 32
+        bn = batch_norm(init)
+        thin = n // 32 # channels of paths a and c
         self.a = nn.Sequential(OrderedDict(conv=_conv(n_in, thin), bn=bn(thin), elu=nn.ELU()))
         self.b = nn.Sequential(OrderedDict(conv1=_conv(n_in, n), bn1=bn(n), elu=nn.ELU(),
                                            conv2=_conv(n, n), bn2=bn(n)))
@@ -45,18 +46,20 @@ class InceptionResNetModule(nn.Module):
 # %% ../../nbs/models/62_inception_resnet.ipynb #2aed6469
 def inception_resnet_slim(
     classes:int=10,   # Number of outputs
-    bottleneck=False, # The released code's extra ReLU layer of width `classes` before the classifier
+    bottleneck=False, # Add the released code's layer of width `classes` with ReLU before the classifier
     init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
     dropout:float=.2, # Dropout probability in the modules, before and after the dense layer
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
     "Return SADT's Inception-ResNet: 1 convolution, 3 modules, a dense layer of 128; 305,248 parameters."
     check_init(init)
-    layers, channels = OrderedDict(stem=nn.Conv2d(3, 32, 3)), 32
+    layers = OrderedDict(stem=nn.Conv2d(3, 32, 3))
+    channels = 32
     for i, n in enumerate((32, 64, 64), start=1):
         layers[f'module{i}'] = InceptionResNetModule(channels, n, init, dropout)
-        channels = n + 2 * (n // 32)
-    layers.update(flatten=nn.Flatten(), dropout1=nn.Dropout(dropout), dense=nn.Linear(3 * 3 * channels, 128),
-                  elu=nn.ELU(), dropout2=nn.Dropout(dropout))
+        channels = n + 2 * (n // 32) # of the wide path and of the two thin paths
+    layers.update(flatten=nn.Flatten(), dropout1=nn.Dropout(dropout))
+    layers['dense'] = nn.Linear(3 * 3 * channels, 128) # the image has 3 x 3 pixels here
+    layers.update(elu=nn.ELU(), dropout2=nn.Dropout(dropout))
     if bottleneck: layers.update(bottleneck=nn.Linear(128, classes), relu=nn.ReLU())
     layers['classifier'] = nn.Linear(classes if bottleneck else 128, classes)
     model = nn.Sequential(layers)

@@ -17,11 +17,11 @@ _FLATNESS_METHODS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf'
                      'weight_average')
 _FLATNESS_MEASURES = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness',
                       'gradient_norm', 'calibration_error', 'corrupted_accuracy')
-_PICTURES = { # measure for a figure: labels of its rows; only the first seed is measured
+_PICTURES = { # measure that is shown as a figure: kinds of network, whose first seed is measured
     'spectrum': ('baseline', 'sam', 'round 1', 'round 2'),
     'surface': ('baseline', 'sam', 'saf', 'mesa', 'round 1', 'round 2'),
 }
-_MEASURED = dict(select='last', track=3)
+_MEASURED = dict(select='last', track=3) # weights of the last epoch; sharpness after every third epoch
 _CIFAR_CNN = SMALL_CIFAR.but(model='simple_cnn', epochs=15, opt='adam', opt_args={}, lr=1e-3, clip=0.,
                              **_MEASURED)
 _SEEDS = (0, 10, 20)
@@ -40,7 +40,8 @@ def _flatness(base, methods, last_round=2, half_rate=False):
         runs['twice the epochs'] = plain.but(epochs=2 * plain.epochs)
         if half_rate:
             runs['repeat_step, half the rate'] = plain.but(method='repeat_step', lr=plain.lr / 2)
-        for r, run in enumerate(rounds(plain, .5, last_round), start=1):
+        students = rounds(plain, alpha=.5, n=last_round)
+        for r, run in enumerate(students, start=1):
             runs[f'round {r}'] = run
         for label, run in runs.items():
             yield _measured_row(label, run, seed)
@@ -68,11 +69,13 @@ def _all_methods(base, seeds):
     "Yield every method at equal epochs, at equal optimizer steps and at equal passes."
     for i, seed in enumerate(seeds):
         plain = base.but(seed=seed)
-        teacher = base.but(seed=seeds[(i + 1) % len(seeds)])
+        next_seed = seeds[(i + 1) % len(seeds)]
+        teacher = base.but(seed=next_seed)
         for where, cost in _EQUAL.items():
             for name, method in METHODS.items():
                 run = distilled(teacher, seed) if method.needs_teacher else plain.but(method=name)
-                run = run.but(epochs=max(1, round(base.epochs / cost(method))))
+                epochs = max(1, round(base.epochs / cost(method)))
+                run = run.but(epochs=epochs)
                 yield PaperRun(f'{name} · {where} · seed {seed}', run, note='no paper compares all of them')
 
 _DIGITS = SMALL_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last')
@@ -80,7 +83,7 @@ _DIGITS = SMALL_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last
 def _compare_digits():
     return _all_methods(_DIGITS, range(0, 50, 10))
 
-_NO_READINGS = 'the paper does not compare readings'
+_NOT_COMPARED = 'the paper does not compare interpretations'
 _READINGS = { # interpretation of the paper: options of SADT
     'gradient at w_aux': {},
     'gradient at w_up': dict(grad_at='up'),
@@ -97,7 +100,7 @@ def _sadt_readings(base, seeds):
         for name in ('sadt1', 'sadt2', 'sadt3'):
             for reading, options in _READINGS.items():
                 run = plain.but(method=name, method_args=options)
-                yield PaperRun(f'{name}, {reading} · seed {seed}', run, note=_NO_READINGS)
+                yield PaperRun(f'{name}, {reading} · seed {seed}', run, note=_NOT_COMPARED)
 
 def _compare_digits_short():
     for c in _compare_digits():

@@ -395,7 +395,7 @@ def test_mistakes(tmp_path):
     file = tmp_path / 'x.pt'
     for args in (dict(epochs=0), dict(epochs=1.5), dict(minutes=-1), dict(minutes=float('nan'))):
         with pytest.raises(ValueError): Checkpoint(file, **args)
-    with pytest.raises(ValueError, match='is for one .fit'): runner.make_learner(SHORT, cbs=[Checkpoint(file)])
+    with pytest.raises(ValueError, match='one .fit'): runner.make_learner(SHORT, cbs=[Checkpoint(file)])
     learn = runner.make_learner(SHORT)
     cp = Checkpoint(file)
     with pytest.raises(CheckpointError, match='no folder'):

@@ -182,7 +182,7 @@ def test_distillation_is_its_formula(name):
 def test_an_unknown_loss_is_refused_before_training():
     net, samples, _ = task('regression')
     for make in WITH_TERM.values():
-        with pytest.raises(ValueError, match='does not say how predictions are compared'):
+        with pytest.raises(ValueError, match='has no default for the loss function'):
             learn = Learner(DataLoaders(samples, samples), net, loss_func=nn.HuberLoss(), opt_func=SGD,
                             default_cbs=False, cbs=[TrainEvalCallback, make('regression')])
             learn.fit(1)

@@ -395,13 +395,13 @@ def test_mistakes(tmp_path):
     file = tmp_path / 'x.pt'
     for args in (dict(epochs=0), dict(epochs=1.5), dict(minutes=-1), dict(minutes=float('nan'))):
         with pytest.raises(ValueError): Checkpoint(file, **args)
-    with pytest.raises(ValueError, match='given to it'): runner.make_learner(SHORT, cbs=[Checkpoint(file)])
+    with pytest.raises(ValueError, match='one .fit'): runner.make_learner(SHORT, cbs=[Checkpoint(file)])
     learn = runner.make_learner(SHORT)
     cp = Checkpoint(file)
     with pytest.raises(CheckpointError, match='no folder'):
         learn.fit(1, cbs=Checkpoint(tmp_path / 'none' / 'x.pt'))
     learn.fit(1, cbs=cp)
-    with pytest.raises(ValueError, match='one fit'): learn.fit(1, cbs=cp)
+    with pytest.raises(ValueError, match='earlier .fit'): learn.fit(1, cbs=cp)
     torch.save(dict(weights=1), tmp_path / 'y.pt')
     with pytest.raises(CheckpointError, match='is not a checkpoint'):
         learn.fit(1, cbs=Checkpoint(tmp_path / 'y.pt'))
@@ -599,7 +599,7 @@ def test_a_full_disk(room, one_thread, tmp_path):
     whole_files(cut)
     if room == 'no checkpoint':
         assert answer == 'finished'
-        assert 'could not be written (File too large); training goes on' in messages[0]
+        assert 'could not be written (File too large); training continues' in messages[0]
     else:
         assert 'cannot write to' in answer
         assert 'File too large' in answer

@@ -302,7 +302,7 @@ def test_other_methods_see_the_samples_of_a_chunk():
 
 def test_mixed_labels_cannot_be_cut():
     cbs = [SAM(m=4), MixUp()]
-    with pytest.raises(ValueError, match='`m` cannot follow'):
+    with pytest.raises(ValueError, match='`m` does not work with'):
         train(cbs, loss_func=CrossEntropyLossFlat())
 
 

@@ -43,8 +43,8 @@ def _plain(x, where):
     if isinstance(x, tuple): return tuple(_plain(v, where) for v in x)
     if hasattr(x, '__iter__') and hasattr(x, '__len__') and not isinstance(x, np.ndarray):
         return [_plain(v, where) for v in x]
-    raise TypeError(f'the state of {where} holds a {type(x).__name__}; a checkpoint takes tensors, numbers, '
-                    'strings, and lists and dicts of them')
+    raise TypeError(f'the state of {where} holds a {type(x).__name__}; a checkpoint can hold only tensors, '
+                    'numbers, strings, and lists and dicts of them')
 
 # %% ../../nbs/core/08_checkpoint.ipynb #86f48077
 _COUNTERS = {Recorder: ('lrs', 'iters', 'losses', 'values'), GradientAccumulation: ('count',),
@@ -55,7 +55,7 @@ def _has_state(cb): return hasattr(type(cb), 'state_dict') or isinstance(cb, tup
 _PER_STEP = ('lrs', 'losses') # lists of a `Recorder` that grow with every step
 
 def _packed(values):
-    "Return a list of numbers, or of tensors of one shape, as one tensor; other lists as they are."
+    "Return a list of numbers, or of tensors with one shape, as one tensor; return other lists unchanged."
     try: return torch.stack(values)
     except (TypeError, RuntimeError): pass # not tensors, or tensors of different shapes, or an empty list
     try: return torch.tensor(values, dtype=torch.float64)
@@ -128,7 +128,8 @@ def training_state(
     """Return all that training needs to continue. In distributed training, all processes must call it.
 
     Raises `TypeError` for a callback whose state holds other objects."""
-    model, device = unwrapped(learn.model), next(learn.model.parameters()).device
+    model = unwrapped(learn.model)
+    device = next(learn.model.parameters()).device
     mine = dict(callbacks=_callback_states(learn), loader=_loader_state(learn.dls.train),
                 random=_random_state(device))
     grads = {} # gradients of an accumulated batch that is not complete
@@ -147,11 +148,12 @@ def _matched_callbacks(learn, pairs):
     "Return pairs of a callback and its stored state, without the `Recorder`."
     stored = [(name, state) for name, state in pairs if name != 'Recorder']
     cbs = [cb for cb in learn.cbs if _has_state(cb) and type(cb).__name__ != 'Recorder']
-    theirs = [name for name, _ in stored]
-    ours = [type(cb).__name__ for cb in cbs]
-    if theirs != ours:
-        raise CheckpointError(f'the checkpoint was made with the callbacks {", ".join(theirs) or "none"}; '
-                              f'the Learner has {", ".join(ours) or "none"}')
+    in_file = [name for name, _ in stored]
+    in_learner = [type(cb).__name__ for cb in cbs]
+    if in_file != in_learner:
+        raise CheckpointError('the checkpoint has the state of other callbacks than the Learner: '
+                              f'{", ".join(in_file) or "none"} in the checkpoint, '
+                              f'{", ".join(in_learner) or "none"} in the Learner')
     return [(cb, state) for cb, (_, state) in zip(cbs, stored)]
 
 def load_training_state(
@@ -163,12 +165,13 @@ def load_training_state(
     Raises `CheckpointError` for another network, other callbacks or another number of processes."""
     n = len(state['processes'])
     if n != n_ranks():
-        raise CheckpointError(f'the checkpoint is of training with {n} processes, not {n_ranks()}')
+        raise CheckpointError(f'the checkpoint is from training with {n} processes, not {n_ranks()}')
     mine = state['processes'][this_rank()]
     matched = _matched_callbacks(learn, mine['callbacks'])
-    model, device = unwrapped(learn.model), next(learn.model.parameters()).device
+    model = unwrapped(learn.model)
+    device = next(learn.model.parameters()).device
     try: model.load_state_dict(state['model'])
-    except RuntimeError as e: raise CheckpointError(f'the checkpoint is of another network: {e}') from None
+    except RuntimeError as e: raise CheckpointError(f'the checkpoint is from another network: {e}') from None
     learn.opt.load_state_dict(state['opt'])
     for name, p in model.named_parameters(): p.grad = state['grads'].get(name)
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
@@ -179,7 +182,7 @@ def load_training_state(
     _load_random(mine['random'], device)
 
 def _continue(learn, state):
-    "Load a state of training. If there is a progress bar, set it to 0, because its first update must be 0."
+    "Load a state of training, and set a progress bar to 0, because the first update of a bar must be 0."
     load_training_state(learn, state)
     bar = getattr(getattr(learn, 'progress', None), 'mbar', None)
     if bar is not None: bar.update(0)
@@ -189,8 +192,8 @@ _HOST = re.sub(r'[^\w-]', '-', platform.node()) or 'unknown'
 _INCOMPLETE = re.compile(r'\.(?P<file>.+)\.(?P<host>[\w-]+)\.(?P<pid>\d+)') # name of an incomplete file
 _DAY = 24 * 3600
 
-def _lives(pid):
-    "Return whether a process of this machine lives; `True` on systems other than Linux and macOS."
+def _is_alive(pid):
+    "Return whether a process of this machine is alive; `True` on systems other than Linux and macOS."
     if os.name != 'posix': return True
     try: os.kill(pid, 0) # sends no signal
     except (ProcessLookupError, OverflowError): return False
@@ -206,8 +209,8 @@ def remove_abandoned(
         for part in folder.iterdir():
             found = _INCOMPLETE.fullmatch(part.name)
             if not found or name not in ('', found['file']): continue
-            died = found['host'] == _HOST and not _lives(int(found['pid']))
-            with suppress(OSError):
+            died = found['host'] == _HOST and not _is_alive(int(found['pid']))
+            with suppress(OSError): # another process may have removed the file
                 if died or time.time() - part.stat().st_mtime > _DAY: part.unlink()
 
 @contextmanager
@@ -217,7 +220,7 @@ def whole_file(
 ):
     """Yield the path of a new file that takes the place of `file` when the block ends.
 
-    After an error in the block or in the move, the new file is removed, and `file` has not changed."""
+    After an error, the new file is removed, and the old content is still in `file` or in `previous`."""
     remove_abandoned(file.parent, file.name)
     part = file.with_name(f'.{file.name}.{_HOST}.{os.getpid()}')
     try:
@@ -233,7 +236,7 @@ def write_whole(
     data:bytes,                  # Bytes to write
     previous:str|Path|None=None, # New name for a `file` that already exists; `None`: it is overwritten
 ):
-    "Write a file completely or not at all. Raises `OSError` if it fails; then `file` has not changed."
+    "Write a file completely or not at all. Raises `OSError` if it fails; then the old content remains."
     with whole_file(file, previous) as part, open(part, 'wb') as f:
         f.write(data)
         f.flush()
@@ -262,7 +265,7 @@ def _is_whole(file):
     return True
 
 def _newest(file):
-    "Return `file` with the newest undamaged checkpoint; `None` if there is none. Warn of damaged files."
+    "Make `file` the newest undamaged checkpoint and return it, or return `None`. Warn of damaged files."
     for f in (file, _previous(file)):
         if not f.exists(): continue
         if _is_whole(f):
@@ -275,44 +278,49 @@ def _newest(file):
 # %% ../../nbs/core/08_checkpoint.ipynb #43505572
 def is_full(
     error:OSError, # Error of a write
-) -> bool:
-    "Return whether the disk, or the user's share of it, has no room."
+) -> bool: # `False` for all other errors
+    "Return whether the disk or the user's quota is full."
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 def _other_tag(stored, mine):
-    "Return a text with the parts in which two tags differ; commas separate the parts of a tag."
-    theirs, ours = stored.split(', '), mine.split(', ')
+    "Return a string with the parts in which two tags differ; commas separate the parts of a tag."
+    theirs = stored.split(', ')
+    ours = mine.split(', ')
     if len(theirs) == len(ours):
         differ = [(a, b) for a, b in zip(theirs, ours) if a != b]
-        stored, mine = (', '.join(parts) for parts in zip(*differ))
+        stored = ', '.join(a for a, _ in differ)
+        mine = ', '.join(b for _, b in differ)
     return f'{stored!r}, not of {mine!r}'
 
 class CheckpointFile:
     "The newest checkpoint of a training on disk, and the checkpoint before it."
     def __init__(self,
         file:str|Path, # Path of the file; the folder must exist
-        tag:str='',    # Text that identifies the training
+        tag:str='',    # String that identifies the training
     ): self.file, self.tag = Path(file), tag
 
     def _read(self, n_epoch):
         name, folder = self.file.name, self.file.parent
         if not folder.is_dir():
-            raise CheckpointError(f'there is no folder {folder} for checkpoints; make it first')
-        found = [_newest(self.file) if this_rank() == 0 else None]
-        if n_ranks() > 1: distributed.broadcast_object_list(found)
-        if found[0] is None: return None
-        try: state = torch.load(found[0], weights_only=True)
+            raise CheckpointError(f'no folder {folder} exists for the checkpoint; make this folder first')
+        newest = _newest(self.file) if this_rank() == 0 else None
+        if n_ranks() > 1:
+            shared = [newest]
+            distributed.broadcast_object_list(shared)
+            newest = shared[0]
+        if newest is None: return None
+        try: state = torch.load(newest, weights_only=True)
         except Exception as e:
-            raise CheckpointError(f'{name} is whole but cannot be loaded here: {e}') from None
+            raise CheckpointError(f'{name} is undamaged, but it cannot be loaded: {e}') from None
         if not isinstance(state, dict) or 'processes' not in state:
             raise CheckpointError(f'{name} is not a checkpoint')
         if state['tag'] != self.tag: other = _other_tag(state['tag'], self.tag)
         elif state['of'] != n_epoch: other = f'training for {state["of"]} epochs, not {n_epoch}'
         else: return state
-        raise CheckpointError(f'{name} is a checkpoint of {other}; delete it or take another file')
+        raise CheckpointError(f'{name} is a checkpoint of {other}; delete this file or choose another')
 
     def make_room(self):
-        "Delete the older of two checkpoints; the newest one stays."
+        "Delete the older of two checkpoints; the newer one stays."
         if self.file.exists(): _previous(self.file).unlink(missing_ok=True)
 
     def write(self,
@@ -331,7 +339,7 @@ class CheckpointFile:
         try: self.write(self.file, saved(state), _previous(self.file))
         except OSError as e:
             warnings.warn(f'the checkpoint after epoch {state["epoch"]} could not be written ({e.strerror}); '
-                          'training goes on without it')
+                          'training continues without this checkpoint')
 
     def fits(self,
         n_epoch:int, # Number of epochs of the whole training
@@ -358,7 +366,7 @@ def _check_interval(epochs, minutes):
     "Raise `ValueError` if `epochs` or `minutes` is out of range."
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f'`epochs` must be a whole number of at least 1, got {epochs!r}')
-    if not 0 <= minutes < math.inf: raise ValueError(f'`minutes` must not be negative, got {minutes}')
+    if not 0 <= minutes < math.inf: raise ValueError(f'`minutes` must be finite, at least 0, got {minutes}')
 
 # %% ../../nbs/core/08_checkpoint.ipynb #ba3f09e1
 class Checkpoint(ShowsArguments, CheckpointFile, Callback):
@@ -375,20 +383,24 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
         file:str|Path,    # Path of the file; the folder must exist
         epochs:int=1,     # Smallest number of epochs from one checkpoint to the next, >= 1
         minutes:float=0., # Shortest time from one checkpoint to the next, in minutes, >= 0
-        tag:str='',       # Text that identifies the training; it must be the same when training continues
+        tag:str='',       # String that identifies the training, equal when training continues
     ):
         _check_interval(epochs, minutes)
         super().__init__(file, tag)
         self.epochs, self.minutes = epochs, minutes
-        self.start, self._used, self._on = 0, False, False
+        self.start = 0     # number of epochs that were trained before this `fit`
+        self._used = False # `True` after a `fit` has begun to train
+        self._on = False   # `True` during the one `fit` of this callback
 
     def after_create(self):
-        raise ValueError('a Checkpoint serves one fit and is given to it: learn.fit(n, cbs=Checkpoint(file))')
+        raise ValueError('a Checkpoint is for one `fit`; pass it as `learn.fit(n, cbs=Checkpoint(file))`')
 
     def before_fit(self):
         self._on = not self._used and not hasattr(self.learn, 'lr_finder') # `get_preds` sends this event, too
         if not self._on: return
-        self._state, self._done, self._stored = self._read(self.n_epoch), None, None
+        self._state = self._read(self.n_epoch)
+        self._done = None   # number of finished epochs
+        self._stored = None # number of epochs in the last checkpoint of this `fit`
         self._since = time.monotonic()
         self.start = self._state['epoch'] if self._state else 0
 
@@ -402,7 +414,7 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
 
     def before_train(self):
         if not self._on and not hasattr(self.learn, 'lr_finder'):
-            raise ValueError('a Checkpoint serves one fit; make a new one, with a file of its own')
+            raise ValueError('this Checkpoint was used in an earlier `fit`; make a new one with another file')
         self._used = True
 
     def after_epoch(self):
@@ -413,8 +425,10 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
 
     def _store(self):
         if self._done is None or self._done == self._stored: return
-        epochs, seconds = self._done - (self._stored or self.start), time.monotonic() - self._since
+        epochs = self._done - (self._stored or self.start)
+        seconds = time.monotonic() - self._since
         if epochs < self.epochs or seconds < 60 * self.minutes: return
         state = dict(training_state(self.learn), epoch=self._done, of=self.n_epoch, tag=self.tag)
-        self._stored, self._since = self._done, time.monotonic()
+        self._stored = self._done
+        self._since = time.monotonic()
         if this_rank() == 0: self._write(state)

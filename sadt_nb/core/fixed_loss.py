@@ -47,8 +47,8 @@ def _inputs_and_target(batch, n_inp, device):
 # %% ../../nbs/core/07_fixed_loss.ipynb #2b02c7b9
 def collect_batches(
     learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
-    dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order, augmented
-    samples:int|None=None, # Largest number of samples; a loader gives random samples, a list its first
+    dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, with its augmentation
+    samples:int|None=None, # Largest number: random samples of a loader, first samples of a list; `None`: all
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 
@@ -57,7 +57,7 @@ def collect_batches(
     elif samples is not None: dl = _repeatable(dl, shuffle=True)
     n_inp = getattr(learn.dls, 'n_inp', 1)
     device = next(unwrapped(learn.model).parameters()).device
-    left = math.inf if samples is None else samples
+    left = math.inf if samples is None else samples # samples that are still to be read
     batches = []
     for batch in dl:
         if left <= 0: break
@@ -85,7 +85,7 @@ def _check_measurable(model, loss_func):
     if not trainable_params(model): raise ValueError('the network has no trainable parameters')
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_floating_point() and not torch.isfinite(t).all():
-            raise ValueError(f'{name!r} holds values that are not finite; training has diverged')
+            raise ValueError(f'{name!r} holds values that are not finite, so the network has no loss')
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #2472648c
 class _NotReentrant:
@@ -128,9 +128,9 @@ class MissingDerivative(ValueError):
     ):
         where = f' ({function})' if function else ''
         super().__init__(f'PyTorch cannot differentiate a layer of this network or its loss {times}{where}; '
-                         'write it with elementary operations')
+                         'write this layer or loss with elementary operations')
 
-_SAYS_MISSING = 'not implemented|support double backward'
+_SAYS_MISSING = 'not implemented|support double backward' # parts of PyTorch's messages
 
 @contextmanager
 def missing_derivative(
@@ -140,12 +140,13 @@ def missing_derivative(
     try: yield
     except RuntimeError as e:
         if not re.search(_SAYS_MISSING, str(e)): raise
-        function = re.search(r'aten::(\w+)', str(e))
-        raise MissingDerivative(times, function and function[1]) from None
+        found = re.search(r'aten::(\w+)', str(e))
+        function = found[1] if found else None
+        raise MissingDerivative(times, function) from None
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #5122cbe0
 class FixedLoss:
-    """The mean loss of a Learner's network on fixed samples; a call returns the loss at the present weights.
+    """The mean loss of a Learner's network on fixed samples; a call returns the loss at the current weights.
 
     Each batch counts in proportion to its number of samples. A loss function with class weights or ignored
     classes does not divide by the number of samples, so the result depends on the division into batches.
@@ -175,20 +176,20 @@ class FixedLoss:
 
     @torch.no_grad()
     def __call__(self) -> float: # In nats for cross-entropy
-        "Return the loss at the present weights."
+        "Return the loss at the current weights."
         total = 0.
         for loss in self.shares(): total = total + loss.double()
         return total.item()
 
     @torch.enable_grad()
     def gradient(self) -> tuple: # The loss, and a dictionary from parameter name to gradient
-        "Return the loss and its gradient at the present weights; `.grad` does not change."
+        "Return the loss and its gradient at the current weights; `.grad` does not change."
         ps = list(self.params.values())
         total, grads = 0., None
         with differentiable(self.model), missing_derivative('once'):
             for loss in self.shares():
                 gs = torch.autograd.grad(loss, ps, materialize_grads=True)
-                if grads is None: grads = [g.resolve_conj() for g in gs] # sums are made in this memory
+                if grads is None: grads = [g.resolve_conj() for g in gs] # memory of the sum
                 else: torch._foreach_add_(grads, gs)
                 total = total + loss.detach().double()
         return total.item(), dict(zip(self.params, grads))

@@ -24,7 +24,7 @@ def _check_shapes(teacher, student):
     "Raise `ValueError` unless both predictions have the same shape."
     if teacher.shape == student.shape: return
     shapes = f'{tuple(teacher.shape)} and {tuple(student.shape)}'
-    raise ValueError(f'teacher and student logits must have one shape, got {shapes}')
+    raise ValueError(f'teacher and student logits must have the same shape, got {shapes}')
 
 def kl_div(
     teacher_logits:Tensor, # Logits of the reference distribution, `(n, classes)` or with more axes
@@ -53,7 +53,7 @@ def _bernoulli(teacher, student):
 
 @dataclass(frozen=True)
 class Divergence:
-    """The divergence between two predictions, for the distribution that the outputs stand for.
+    """The divergence between two predictions, for the distribution that the outputs describe.
 
     Raises `ValueError` for an unknown kind and for a scale that is not positive."""
     kind: str = 'categorical' # 'categorical', 'bernoulli' or 'gaussian'
@@ -70,19 +70,20 @@ class Divergence:
         student:Tensor,       # Outputs of the network that is compared with the reference, same shape
         temperature:float=1., # Divides both outputs, > 0
     ) -> Tensor: # 0-d tensor, >= 0
-        "Return the mean divergence. Raises `ValueError` for shapes that differ or that have no classes."
+        "Return the mean divergence. Raises `ValueError` if shapes differ or `axis` has no classes."
         _check_shapes(teacher, student)
         if self.kind == 'bernoulli': return _bernoulli(teacher / temperature, student / temperature)
         if self.kind == 'gaussian': return self.scale * ((teacher - student) / temperature).square().mean()
-        classes = student.shape[self.axis] if -student.ndim <= self.axis < student.ndim else 0
+        has_axis = -student.ndim <= self.axis < student.ndim
+        classes = student.shape[self.axis] if has_axis else 0
         if classes < 2:
             shape = tuple(student.shape)
-            raise ValueError(f'outputs of shape {shape} hold no classes along axis {self.axis}; '
+            raise ValueError(f'outputs of shape {shape} have no classes along axis {self.axis}; '
                              "set `divergence` to 'bernoulli' for labels or to 'gaussian' for numbers")
         return kl_div(teacher, student, temperature, self.axis)
 
 # %% ../../nbs/core/02_losses.ipynb #3fbc7518
-_LOSSES = {
+_LOSSES = { # known loss classes and loss functions, by the distribution of the outputs
     'categorical': (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, FocalLoss,
                     LabelSmoothingCrossEntropy),
     'bernoulli': (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits,
@@ -92,7 +93,7 @@ _LOSSES = {
 
 def _is_one_of(loss, known):
     "Return whether a loss is one of these functions, or an instance of one of these classes."
-    return any(loss is k or isinstance(k, type) and isinstance(loss, k) for k in known)
+    return any(loss is k or (isinstance(k, type) and isinstance(loss, k)) for k in known)
 
 DivergenceLike = Divergence|Callable|str|None # what methods take as `divergence`, see `as_divergence`
 
@@ -111,18 +112,19 @@ def divergence_of(
     return None if axis is None else Divergence('categorical', axis)
 
 def as_divergence(
-    given:DivergenceLike, # A kind's name, a function `(teacher, student, temperature)`, or `None`
-    loss_func:Callable,   # The Learner's loss; determines the divergence if `given` is `None`, and the axis
+    given:DivergenceLike, # Name of a kind, a function `(teacher, student, temperature)`, or `None`
+    loss_func:Callable,   # The Learner's loss; determines the axis, and also the kind if `given` is `None`
 ): # A function `(teacher, student, temperature)`
     "Return the divergence that a method uses. Raises `ValueError` if neither argument determines it."
-    own = divergence_of(loss_func)
-    if given is None and own is None:
+    from_loss = divergence_of(loss_func)
+    if given is None and from_loss is None:
         name = getattr(loss_func, '__name__', type(loss_func).__name__)
-        raise ValueError(f'the loss {name} does not say how predictions are compared; set `divergence` to '
+        raise ValueError(f'`divergence` has no default for the loss function {name}; set it to '
                          "'categorical', 'bernoulli' or 'gaussian', or to a `Divergence`")
-    if given is None: return own
+    if given is None: return from_loss
     if not isinstance(given, str): return given
-    return own if own is not None and own.kind == given else Divergence(given)
+    if from_loss is not None and from_loss.kind == given: return from_loss # with the axis of the loss
+    return Divergence(given)
 
 # %% ../../nbs/core/02_losses.ipynb #31152c7d
 def kd_loss(

@@ -68,16 +68,20 @@ def set_rng_states(
 # %% ../../nbs/core/01_passes.ipynb #f346ef65
 def _buffer_copies(model):
     "Return module, name, buffer and a copy of the buffer, for every buffer of a network."
-    slots = [(m, name, b) for m in model.modules() for name, b in m._buffers.items()]
-    before = {id(b): b.clone() for _, _, b in slots if b is not None}
-    return [(m, name, b, None if b is None else before[id(b)]) for m, name, b in slots]
+    copies = {} # by identity, because modules can share a buffer
+    found = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in copies: copies[id(buffer)] = buffer.clone()
+            found.append((module, name, buffer, copies.get(id(buffer))))
+    return found
 
 @torch.no_grad()
 def _restore_buffers(copies):
     "Put back what `_buffer_copies` has copied."
     for module, name, buffer, before in copies:
         if buffer is not None: buffer.copy_(before)
-        module._buffers[name] = buffer # a forward may have replaced the tensor
+        module._buffers[name] = buffer # a forward pass may have put another tensor here
 
 @contextmanager
 def kept_buffers(
@@ -104,7 +108,7 @@ def rng_policy(
     state:tuple|None,    # Result of `rng_states` at the start of the first pass
     device:torch.device, # Device of the network
 ):
-    "With 'replay', draw inside the block the random numbers of the first pass; with 'fresh', new numbers."
+    "With 'replay', the block draws the random numbers of the first pass; with 'fresh', new numbers."
     if rng == 'fresh' or state is None:
         yield
         return
@@ -123,13 +127,13 @@ def device_of(
 # %% ../../nbs/core/01_passes.ipynb #0a0bd536
 def _detached_copy(t): return t.detach().clone()
 
-_OF_EVERY_MODULE = set(vars(nn.Module()))
-_MOST = 1000 # a longer list or dict is a table, not a state
+_OF_EVERY_MODULE = set(vars(nn.Module())) # attributes that hold no hidden state
+_LONGEST_STATE = 1000 # a longer list or dict is a table, not a state
 
 def _is_state(value):
     "Return whether an attribute can be a state or a part of one: a tensor, a number, or a container."
     if isinstance(value, nn.Parameter): return False
-    if isinstance(value, (list, tuple, dict)): return len(value) <= _MOST
+    if isinstance(value, (list, tuple, dict)): return len(value) <= _LONGEST_STATE
     return value is None or isinstance(value, (Tensor, bool, int, float))
 
 def _states_of(module):
@@ -138,20 +142,21 @@ def _states_of(module):
 
 def _tensors_and_versions(states):
     tensors = [t for t in tree_leaves(states) if isinstance(t, Tensor)]
+    # tensors of `torch.inference_mode` have no version
     return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
 def _copy_state(value): return tree_map(lambda v: _detached_copy(v) if isinstance(v, Tensor) else v, value)
 
-def _is_own(module):
-    "Return whether a module can keep a state in attributes; PyTorch's own modules keep none."
+def _may_keep_state(module):
+    "Return whether a module may keep a state in attributes; PyTorch's own modules keep none."
     return not type(module).__module__.startswith('torch.nn.')
 
 def hidden_states(
     model:nn.Module, # A network, before a pass
-) -> list: # Argument of `from_hidden_states`; PyTorch's own modules have no entry
+) -> list: # One entry per module with such tensors, for `from_hidden_states`
     "Return copies of the tensors that the network's modules keep in plain attributes."
     found = []
-    for module in filter(_is_own, model.modules()):
+    for module in filter(_may_keep_state, model.modules()):
         states = _states_of(module)
         # the tensors themselves are kept, too: a new tensor could get the identity of a freed tensor
         if states: found.append((module, states, _tensors_and_versions(states), _copy_state(states)))
@@ -160,7 +165,7 @@ def hidden_states(
 def changed_states(
     states:list|None, # Result of `hidden_states`; `None`: nothing has changed
 ) -> list: # The entries of modules whose tensors have changed since `hidden_states` ran
-    "Return what the passes since `hidden_states` have changed."
+    "Return the states that have changed since `hidden_states` ran."
     changed = []
     for entry in states or ():
         module, _, versions, _ = entry
@@ -186,15 +191,17 @@ def from_hidden_states(
     rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
-    "Inside, a pass starts from earlier hidden states; at the end, the newer states are put back."
-    present = [(module, _states_of(module), copies) for module, _, _, copies in changed_states(states)]
+    "Inside, a pass starts from earlier hidden states; at the end, the present states are put back."
+    present = [] # pairs of a module and its states before this pass
     try:
-        for module, _, copies in present:
-            copies = _copy_state(copies)
-            _set_states(module, copies if rows is None else _rows_of_state(copies, rows, n))
+        for module, _, _, copies in changed_states(states):
+            present.append((module, _states_of(module)))
+            earlier = _copy_state(copies)
+            if rows is not None: earlier = _rows_of_state(earlier, rows, n)
+            _set_states(module, earlier)
         yield
     finally:
-        for module, now, _ in present: _set_states(module, now)
+        for module, now in present: _set_states(module, now)
 
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
 def replaying(
@@ -218,7 +225,7 @@ def replays_other_loss(
 def evaluating(
     learn:Learner, # A Learner, in any event
 ) -> bool: # `True` inside `get_preds` and `validate`
-    "Return whether an evaluation sends the event: evaluations send `before_fit` and `after_fit`, too."
+    "Return whether an evaluation sends the event; evaluations, too, send `before_fit` and `after_fit`."
     lock = getattr(learn, 'lock', None) # fastai holds this lock while it evaluates outside of a fit's epochs
     return lock is not None and lock.locked()
 
@@ -226,7 +233,7 @@ def evaluating(
 def stepped_params(
     learn:Learner, # A Learner with an optimizer
 ) -> list[nn.Parameter]: # Each parameter once
-    "Return the network's parameters and all others that the optimizer steps, such as a loss's parameters."
+    "Return the network's parameters and all others that the optimizer steps, such as those of a loss."
     params = {id(p): p for p in learn.model.parameters()}
     for group in learn.opt.param_lists:
         for p in group: params.setdefault(id(p), p)
@@ -235,7 +242,7 @@ def stepped_params(
 def params_outside(
     learn:Learner, # A Learner with an optimizer
 ) -> dict[str, nn.Parameter]: # From a name with a number to parameter; usually empty
-    "Return the parameters that the optimizer steps and that are not the network's, such as the loss's."
+    "Return the parameters that the optimizer steps and the network lacks, such as those of a loss."
     known = {id(p) for p in learn.model.parameters()}
     others = [p for p in stepped_params(learn) if id(p) not in known]
     return {f'outside the model, {i}': p for i, p in enumerate(others)}
@@ -274,7 +281,7 @@ def _rows_of(batch, rows):
     return tree_map_only(Tensor, lambda t: t[rows], batch)
 
 def _shown_to_others(learn):
-    "Return prediction and losses of the first pass, as copies if the next pass would overwrite them."
+    "Return prediction and losses of the first pass; copy what a compiled network would overwrite."
     shown = {k: getattr(learn, k) for k in ('pred', 'loss', 'loss_grad')}
     compiled = hasattr(learn.model, '_orig_mod')
     if compiled: # CUDA graphs write the predictions and gradients of every pass into the same memory
@@ -299,7 +306,7 @@ def replay(
     loss_func:Callable|None=None, # Function of prediction and targets to call instead of `learn.loss_func`
     backward:bool=True,           # `False`: run only the forward, without a graph
     rows:Tensor|None=None,        # `(k,)` positions of the samples to run again; `None`: all samples
-    until:Callback|None=None, # Callback whose `after_backward` calls `replay`; later callbacks get no event
+    until:Callback|None=None, # Callback that calls `replay`; callbacks after it get no `after_backward`
     states:list|None=None,       # Hidden states at the start of the first pass, see `hidden_states`
 ) -> Tensor: # The prediction of the extra pass, detached
     """Repeat forward, loss and backward of the current batch through the Learner's events.
@@ -317,13 +324,16 @@ def replay(
     xb, yb = learn.xb, learn.yb
     if rows is not None:
         xb, yb = (_rows_of(b, rows) for b in (xb, yb))
-    learn._replaying, learn._replayed_rows, learn._other_loss = True, rows, loss_func is not None
+    learn._replaying = True
+    learn._replayed_rows = rows
+    learn._other_loss = loss_func is not None
     params = stepped_params(learn)
     taken = take_gradients(params)
     try:
         n = 0 if rows is None else batch_size(learn.xb)
-        starts = rng_policy(rng, rng_state, device), from_hidden_states(states, rows, n)
-        with bn_policy(learn.model, bn), starts[0], starts[1], torch.set_grad_enabled(backward):
+        randomness = rng_policy(rng, rng_state, device)
+        starting_states = from_hidden_states(states, rows, n)
+        with bn_policy(learn.model, bn), randomness, starting_states, torch.set_grad_enabled(backward):
             if amp: amp.autocast.__enter__() # MixedPrecision left autocast in the first pass's after_loss
             learn.pred = (forward or learn.model)(*xb)
             learn('after_pred')
@@ -342,23 +352,25 @@ def replay(
         weights_moved(learn.model) # after a pass without a graph, autocast's cached weights have no graph
         add_gradients(taken)
         if amp and torch.is_autocast_enabled(amp.autocast.device): amp.autocast.__exit__(None, None, None)
-        learn._replaying, learn._replayed_rows, learn._other_loss = False, None, False
+        learn._replaying = False
+        learn._replayed_rows = None
+        learn._other_loss = False
         for k, v in shown.items(): setattr(learn, k, v)
 
 # %% ../../nbs/core/01_passes.ipynb #2ebb6f19
 def check_single(
     cb:Callback, # Callback of a Learner
     kind:type,   # Class of which a Learner can have one instance, `type(cb)` or a base class
-    why:str,     # What the callback does; the message says that a Learner can have one method that does so
+    why:str,     # What such a callback does, for the message, such as 'averages the weights'
 ):
     "Raise `ValueError` if the Learner has another callback of this kind."
     others = [other for other in cb.learn.cbs if other is not cb and isinstance(other, kind)]
     if others:
         names = f'{type(cb).__name__} and {type(others[0]).__name__}'
-        raise ValueError(f'a Learner can have one method that {why}, got {names}; remove one of the two')
+        raise ValueError(f'a Learner can have only one method that {why}, got {names}; remove one of the two')
 
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
-_ROUNDING = 1e-9 # fastai adds up the finished share of training, batch by batch
+_ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch
 
 def check_window(
     start:float, # Share of training
@@ -375,14 +387,14 @@ def check_window(
 def is_whole_training(
     method:Callback, # A method with an extra pass
 ) -> bool: # `False`: the length of training must be known
-    "Return whether a method is at work from the start of training to its end."
+    "Return whether a method runs from the start of training to its end."
     return method.start == 0 and method.stop == 1
 
 class _Window:
-    "The part of training in which a method is at work."
+    "The part of training in which a method runs."
     start, stop = 0., 1. # shares of training
 
-    def in_window(self) -> bool: # `False`: the batch is one of plain training
+    def in_window(self) -> bool: # `False`: the batch gets plain training
         "Return whether the current batch lies between `start` and `stop`."
         if is_whole_training(self) or hasattr(self.learn, 'lr_finder'): return True
         done = self.learn.pct_train + _ROUNDING # the share before this batch
@@ -390,10 +402,10 @@ class _Window:
 
 # %% ../../nbs/core/01_passes.ipynb #b1694bf6
 class LoopMethod(_Window, ShowsArguments, Callback):
-    "Base class of the methods that work in any training loop: of a batch, they need only a closure."
+    "Base class of the methods that work in any training loop, which gives them a closure for each batch."
     run_valid = False
-    needs_logits = False # whether the predictions are needed, not the loss alone
-    needs_loss_scale = False # whether the size of the gradients counts, not the direction alone
+    needs_logits = False # `True`: the method needs the predictions, not only the loss
+    needs_loss_scale = False # `True`: the method uses the size of the gradients, not only their direction
 
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of a batch needs."
@@ -401,9 +413,9 @@ class LoopMethod(_Window, ShowsArguments, Callback):
     def state_dict(self) -> dict: # Tensors, numbers and strings only
         """Return the state that a resumed run needs to continue exactly.
 
-        It is the state of each `torch.Generator` in an attribute; a method with more state overrides this."""
-        drawn_from = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
-        return {k: g.get_state() for k, g in drawn_from.items()}
+        By default, this is the state of each `torch.Generator` in an attribute."""
+        generators = {k: v for k, v in vars(self).items() if isinstance(v, torch.Generator)}
+        return {k: g.get_state() for k, g in generators.items()}
 
     def load_state_dict(self,
         state:dict, # What `state_dict` returned
@@ -428,7 +440,9 @@ class ExtraPass(LoopMethod):
         _check_policy(bn, rng)
         check_window(start, stop)
         self.bn, self.rng, self.start, self.stop = bn, rng, start, stop
-        self.rng_state, self.states, self._hook = None, None, None
+        self.rng_state = None      # random state at the start of the first pass, for `rng='replay'`
+        self.states = None         # hidden states at the start of the first pass
+        self._hook = None          # handle of the hook that reads the random state
         self.scratch = {}          # memory for the copies of `perturbed`, reused at every step
         self._before_search = None # state at the start of a learning rate search
 
@@ -442,13 +456,13 @@ class ExtraPass(LoopMethod):
 
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
-        trainable_params(self.learn.model) # an error here is better than in mid-epoch
+        trainable_params(self.learn.model) # raises its errors here, before the first batch
         self._unhook() # a hook remains if the last fit ended in an exception
         if self.rng == 'replay': self._hook = self.model.register_forward_pre_hook(self._remember_rng)
         if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
 
     def before_batch(self): self.states = hidden_states(self.model)
-    def after_batch(self): weights_moved(self.learn.model) # perhaps inside the user's autocast
+    def after_batch(self): weights_moved(self.learn.model) # the user's loop may run inside `autocast`
 
     def after_fit(self):
         self._unhook()
@@ -512,7 +526,8 @@ class _OwnGradients(ExtraPass):
         zeros, self._zeros = self._zeros, {}
         self._stash = {}
         for p, g in take_gradients(params).items():
-            if zeros.get(id(p)) != (id(g), version_of(g)): self._stash[p] = g
+            untouched = zeros.get(id(p)) == (id(g), version_of(g)) # still the zeros that fastai has written
+            if not untouched: self._stash[p] = g
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
@@ -533,11 +548,11 @@ def _limit_backward(learn, inputs):
         learn.loss_grad = _LossOf(loss, inputs)
         try: whole()
         finally: learn.loss_grad = loss
-    limited.whole = own
+    limited.whole = own # for `_unlimit_backward`
     learn._backward = limited
 
 def _unlimit_backward(learn):
-    "Undo `_limit_backward` if no backward has followed, because another callback has cancelled the batch."
+    "Undo `_limit_backward` if no backward has followed, for example after a cancelled batch."
     limited = vars(learn).get('_backward')
     if not hasattr(limited, 'whole'): return
     if limited.whole is None: del learn._backward
@@ -591,7 +606,7 @@ def check_rows(
     "Raise `ValueError` if a callback of fastai mixes the labels of the whole batch in the loss."
     mixes = any(isinstance(cb, MixHandler) for cb in learn.cbs)
     if mixes and getattr(learn.loss_func, 'y_int', False):
-        raise ValueError(f"{option} cannot follow fastai's MixUp and CutMix callbacks with this loss; "
+        raise ValueError(f"{option} does not work with fastai's MixUp and CutMix callbacks under this loss; "
                          f"use the loader's CutMix, or {instead}")
 
 def check_chunk(
@@ -623,7 +638,7 @@ class _Chunks(_ChosenParams):
         super().before_batch()
         self.cuts = self.m is not None and self.makes_pass() and batch_size(self.learn.xb) > self.m
         if not self.cuts: return
-        # the forward over the whole batch leaves no statistics
+        # for `before_backward`, which undoes the changes by the forward pass over the whole batch
         self._buffers_before = _buffer_copies(self.model)
 
     def before_backward(self):
@@ -639,9 +654,12 @@ class _Chunks(_ChosenParams):
 
     def passes_by_chunk(self):
         "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
-        n, params, total = batch_size(self.learn.xb), stepped_params(self.learn), {}
+        n = batch_size(self.learn.xb)
+        params = stepped_params(self.learn)
+        total = {} # sum over the chunks so far
         sync_gradients(self.learn.model, False)
-        for rows in torch.arange(n, device=_device_of_batch(self.learn.xb)).split(int(self.m)):
+        positions = torch.arange(n, device=_device_of_batch(self.learn.xb))
+        for rows in positions.split(int(self.m)):
             start = rng_states(device_of(self.model)) if self.rng == 'replay' else None
             self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
@@ -671,13 +689,14 @@ class PerturbedPass(_Chunks):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
         elif self.makes_pass() and self.has_gradients():
-            # a generator yields where it needs a gradient; any other `extra_pass` makes its passes itself
-            for _ in self.extra_pass(*self.first_gradients()) or (): self.second_pass()
+            pauses = self.extra_pass(*self.first_gradients())
+            # a generator pauses where it needs a gradient; `None`: `extra_pass` has made its passes itself
+            for _ in pauses or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
 
     def first_gradients(self) -> tuple: # Parameters and gradients, each by name
-        "Return the gradients of the first pass, and set `.grad` to `None`, so the extra pass starts anew."
+        "Return the gradients of the first pass, and set `.grad` to `None` for the extra pass."
         params = {n: p for n, p in trainable_params(self.model).items() if p.grad is not None}
         grads = {n: p.grad for n, p in params.items()}
         _check_dense(grads)
@@ -690,10 +709,11 @@ class PerturbedPass(_Chunks):
     ):
         "Perturb the weights, and yield once; the caller then runs the pass that fills `.grad`."
         chosen = self.chosen(grads)
-        deltas = dict(self.perturbation(params, chosen)) if chosen else {} # perturbation may return `chosen`
+        deltas = dict(self.perturbation(params, chosen)) if chosen else {} # a copy: `chosen` is emptied
         grads.clear()
         chosen.clear()
-        if scales := self.radius_scales(params): deltas = {n: scales[n] * d for n, d in deltas.items()}
+        scales = self.radius_scales(params)
+        if scales: deltas = {n: scales[n] * d for n, d in deltas.items()}
         with perturbed(params, deltas, self.scratch):
             deltas.clear() # the weights contain the deltas now; free their memory before the pass
             yield          # `second_pass` runs here
@@ -701,8 +721,8 @@ class PerturbedPass(_Chunks):
     def radius_scales(self,
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; empty: 1 for all
-        "Return the factor of each parameter's perturbation; in a plain loop, a group can have its own `rho`."
-        own = getattr(self.learn, 'radius_scales', None)
+        "Return the factor of each parameter's perturbation; differs from 1 only in a plain loop."
+        own = getattr(self.learn, 'radius_scales', None) # a plain loop's parameter groups can have a `rho`
         return own(self, params) if own else {}
 
     def second_pass(self):
@@ -717,7 +737,7 @@ def loss_scale(
     learn:Learner, # In a training batch
 ) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
     "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
-    scaler = getattr(learn, 'loss_scaler', None) # a plain loop may have one
+    scaler = getattr(learn, 'loss_scaler', None) # the attribute of a plain loop
     if scaler is None: scaler = getattr(learn, 'scaler', None)
     if scaler is None or not scaler.is_enabled(): return None
     return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
@@ -727,7 +747,8 @@ def unscale_(
     tensors:Iterable[Tensor],  # Gradients of this batch; overwritten
 ):
     "Divide gradients by the loss scale of mixed precision, if there is one."
-    scale, tensors = loss_scale(learn), local_parts(tensors)
+    scale = loss_scale(learn)
+    tensors = local_parts(tensors)
     if scale is not None and tensors: torch._foreach_div_(tensors, scale)
 
 def micro_batch_share(
@@ -740,7 +761,7 @@ def micro_batch_share(
 
 # %% ../../nbs/core/01_passes.ipynb #fc24777c
 class SummedPass(PerturbedPass):
-    """Adds up tensors over the micro-batches of a step, and hands the sum over after the step.
+    """Adds up tensors over the micro-batches of a step, and calls `after_sum` with the sum after the step.
 
     A skipped step drops the sum. The sum of an incomplete step is part of the state."""
     needs_loss_scale = True
@@ -752,7 +773,8 @@ class SummedPass(PerturbedPass):
         stop:float=1.,  # Share of training at which the method ends, in [0, 1]; after: plain training
     ):
         super().__init__(bn, rng, start, stop)
-        self.total, self.weight, self._refused = {}, 0., False
+        self.total, self.weight = {}, 0.
+        self._refused = False # `True`: the step was skipped
         self._stash = {} # gradients of earlier micro-batches; empty in a loop's `first_step`
 
     def keep(self,
@@ -760,10 +782,11 @@ class SummedPass(PerturbedPass):
         weight:float=1.,           # Weight of this micro-batch, added to the sum of the weights
     ):
         "Add tensors of a micro-batch to the sums over the earlier micro-batches of the same step."
-        if not (self._stash or getattr(self.learn, 'kept', None)): self.total, self.weight = {}, 0.
+        earlier = self._stash or getattr(self.learn, 'kept', None) # a plain loop has them in `kept`
+        if not earlier: self.total, self.weight = {}, 0.
         both = [n for n in tensors if n in self.total] # some micro-batches do not use all layers
-        sums, added = (local_parts(d[n] for n in both) for d in (self.total, tensors))
-        if both: torch._foreach_add_(sums, added)
+        sums = local_parts(self.total[n] for n in both)
+        if both: torch._foreach_add_(sums, local_parts(tensors[n] for n in both))
         self.total = tensors | self.total
         self.weight += weight
 
@@ -790,7 +813,7 @@ class StepGrads(Callback):
     "Stores a copy of the gradients that the optimizer uses in its step, until the batch ends."
     order, run_valid = ORDERS['step_grads'], False
     grads = None # from name to gradient; `None` if this batch made no step
-    hold = False # `True`: cancel the Learner's step, because the method makes it later
+    hold = False # `True`: cancel the Learner's step, because the method itself steps later
 
     def __init__(self): self._copies = {}
 

@@ -20,7 +20,7 @@ from torch import distributed, nn, Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 try: from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
-except ImportError: DTensor = () # a torch without sharded tensors: no tensor is an instance of this
+except ImportError: DTensor = () # built without `torch.distributed`; `isinstance(t, ())` is always `False`
 
 # %% ../../nbs/core/00_perturb.ipynb #ad33caac
 def is_sharded(
@@ -31,7 +31,7 @@ def is_sharded(
 
 def check_whole(
     model:nn.Module, # A network
-    what:str,        # What cannot be done with a sharded network; the start of the message
+    what:str,        # Start of the message: what needs the whole weights, such as 'MESA keeps a copy'
 ):
     "Raise `ValueError` if a parameter of the network is a `DTensor`."
     drop_gathered(model)
@@ -51,12 +51,13 @@ def local_parts(
     tensors = list(tensors)
     for t in tensors:
         if is_sharded(t) and any(p.is_partial() for p in t.placements):
-            raise ValueError('the processes hold summands of a tensor, not parts; use `t.redistribute(...)`')
+            raise ValueError('the processes hold summands of a `DTensor`, not parts; add them up first with '
+                             '`t.redistribute(...)`')
     return [t.to_local() if is_sharded(t) else t for t in tensors]
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # Shaped like `like`; if `t` is ordinary, all processes get parts of the first process's `t`
+    t:Tensor,    # Shaped like `like`; an ordinary `t` is taken from the first process when it is split
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."
@@ -97,14 +98,14 @@ def unwrapped(
         if inner is None: return model
         model = inner
 
-_FSDP_MODULES = WeakSet() # all modules of FSDP2 that `drop_gathered` has met
+_FSDP_MODULES = WeakSet() # all modules of FSDP2 that `drop_gathered` has seen
 
 def drop_gathered(
     model:nn.Module, # A network, whose weights `fully_shard` may have distributed over processes
 ):
     """Drop whole weights that a forward pass of FSDP2 has gathered, so that the next pass gathers new ones.
 
-    Raises `ValueError` for FSDP1, where a process cannot see which weights it stores."""
+    Raises `ValueError` for FSDP1, which hides the shapes of the weights that a process stores."""
     if not (distributed.is_available() and distributed.is_initialized()): return
     from torch.distributed import fsdp
     for m in model.modules():
@@ -112,7 +113,7 @@ def drop_gathered(
             raise ValueError('FullyShardedDataParallel (FSDP1) hides the shapes of sharded weights, so a '
                              'perturbation of the right length is not possible; use '
                              '`torch.distributed.fsdp.fully_shard` (FSDP2) or DistributedDataParallel')
-        if isinstance(m, getattr(fsdp, 'FSDPModule', ())):
+        if isinstance(m, fsdp.FSDPModule):
             _FSDP_MODULES.add(m)
             m.reshard()
 
@@ -128,7 +129,7 @@ def trainable_params(
     return params
 
 # %% ../../nbs/core/00_perturb.ipynb #dd2fccf5
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, *filter(None, [getattr(nn, 'RMSNorm', None)]))
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAMES = re.compile('(batch|instance|layer|group|rms)_?norm', re.I)
 
 def is_norm_layer(
@@ -190,13 +191,15 @@ def real_views(
 
 def _over_parts(values, tensors):
     "Return the sum of `values`, one number per local part, over all tensors and all their processes."
-    totals, shared = [], {}
+    totals = []
+    shared = {}
     for value, t in zip(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
         else: totals.append(value)
     for (mesh, placements), parts in shared.items(): # one message for all tensors with the same sharding
-        how = [Replicate() if p.is_replicate() else Partial() for p in placements]
-        part = DTensor.from_local(torch.stack(parts).sum(), mesh, how, run_check=False)
+        # along a sharded axis of the mesh, each process holds a summand; along others, the whole sum
+        of_sum = [Replicate() if p.is_replicate() else Partial() for p in placements]
+        part = DTensor.from_local(torch.stack(parts).sum(), mesh, of_sum, run_check=False)
         totals.append(part.full_tensor())
     return torch.stack(totals).sum()
 
@@ -233,7 +236,8 @@ def clip_gradients_(
         return
     settle_gradients(params)
     grads = [p.grad for p in params]
-    torch._foreach_mul_(local_parts(grads), (max_norm / (global_norm(grads) + 1e-6)).clamp(max=1.))
+    factor = max_norm / (global_norm(grads) + 1e-6) # 1e-6 as in PyTorch, against a division by zero
+    torch._foreach_mul_(local_parts(grads), factor.clamp(max=1.))
 
 # %% ../../nbs/core/00_perturb.ipynb #a07d0763
 def check_finite(
@@ -246,7 +250,7 @@ def check_finite(
 def check_not_negative(
     **values:float, # Keyword arguments: the name of an option and its value
 ):
-    "Raise `ValueError` for a number below zero or not finite."
+    "Raise `ValueError` unless all values are finite and not negative."
     check_finite(**values)
     for name, value in values.items():
         if value < 0: raise ValueError(f'`{name}` must not be negative, got {value}')
@@ -270,14 +274,15 @@ def check_radius(
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
     rho:float,                          # Length of the step, in weight space if `scales` is `None`
-    scales:dict[str, Tensor]|None=None, # Name to diagonal of T, in the gradient's shape and dtype; default 1
+    scales:dict[str, Tensor]|None=None, # Diagonal of T by name, with the gradient's shape; missing: 1
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
     for n, g in grads.items():
-        if g.is_conj(): grads[n] = g.resolve_conj() # a complex gradient may be another tensor's conjugate
-    names = [n for n in grads if n in (scales or ())]
-    scaled, ts = real_views(grads[n] for n in names), real_views(scales[n] for n in names)
+        if g.is_conj(): grads[n] = g.resolve_conj() # a lazy conjugate cannot be changed in place
+    names = [n for n in grads if scales and n in scales]
+    scaled = real_views(grads[n] for n in names)
+    ts = real_views(scales[n] for n in names)
     if ts: torch._foreach_mul_(scaled, ts) # T g
     factor = rho / (global_norm(grads.values()) + eps)
     if ts: torch._foreach_mul_(scaled, ts) # T² g
@@ -292,11 +297,11 @@ def _check_deltas(params, deltas):
             example = next(iter(params), '(none)')
             raise ValueError(f'no trainable parameter is named {n!r}; names look like {example!r}')
         if d.shape != params[n].shape:
-            shapes = f'{tuple(d.shape)}, the parameter {tuple(params[n].shape)}'
+            shapes = f'{tuple(d.shape)}, but the parameter has {tuple(params[n].shape)}'
             raise ValueError(f'the change for {n!r} has shape {shapes}')
 
 def _layout(t):
-    "Return the properties that must be equal so that one tensor can be copied linearly into another."
+    "Return the properties in which two tensors must agree so that one copies into the other in order."
     return t.shape, t.stride(), t.dtype, t.device, t.placements if is_sharded(t) else None
 
 def scratch_like(
@@ -307,7 +312,7 @@ def scratch_like(
     "Return a tensor like `p`: the tensor `scratch[name]` if it fits, otherwise a new tensor."
     t = None if scratch is None else scratch.get(name)
     if t is None or _layout(t) != _layout(p):
-        t = torch.empty_like(p, requires_grad=False) # same strides as `p`, for a linear copy
+        t = torch.empty_like(p, requires_grad=False) # with the strides of `p`
         if scratch is not None: scratch[name] = t
     return t
 
@@ -337,15 +342,15 @@ def weights_moved(
 def fitted(
     tensors:dict[str, Tensor], # From name to a loaded tensor
     params:dict[str, Tensor],  # From name to parameter
-    what:str,                  # What the tensors are, for the error's text
+    what:str,                  # What the tensors are, for the error's message, such as 'direction'
 ) -> dict[str, Tensor]: # The tensors whose names are in `params`, on the parameters' devices
     "Return tensors by name, placed like parameters. Raises `ValueError` if a shape differs."
     found = {}
     for n, t in tensors.items():
         if n not in params: continue
         if params[n].shape != t.shape:
-            raise ValueError(f'the loaded {what} does not fit the model: {n} has shape '
-                             f'{tuple(params[n].shape)}, not {tuple(t.shape)}')
+            raise ValueError(f'the loaded {what} does not fit the model: {n!r} has shape {tuple(t.shape)}, '
+                             f'but the parameter has {tuple(params[n].shape)}')
         found[n] = placed_like(t.to(params[n].device), params[n])
     return found
 

@@ -25,7 +25,7 @@ from .ranks import n_ranks
 def norm_bias_split(
     model:nn.Module, # The network
 ) -> list[list[Tensor]]: # Biases of normalisation layers, if there are any, and all other parameters
-    """Split the trainable parameters in two groups, for a Learner's `splitter`.
+    """Split the trainable parameters into two groups, for a Learner's `splitter`.
 
     Raises `ValueError` if all trainable parameters are biases of normalisation layers."""
     biases = []
@@ -156,11 +156,11 @@ class Lookahead(ShowsArguments, Callback):
 
     def before_train(self):
         if hasattr(self.learn, 'lr_finder'): return
-        partial_epochs = getattr(self.learn, 'partial_epochs', None) # it knows the number of batches
+        partial_epochs = getattr(self.learn, 'partial_epochs', None) # `PartialEpochs` shortens training
         batches = partial_epochs.total if partial_epochs else len(self.dl) * self.n_epoch
         if batches < self.every:
             raise ValueError(f'`every` (`lookahead` of a run) is {self.every} batches, but training has '
-                             f'{batches} and would end where it began; lower it')
+                             f'{batches} and would end with its starting weights; lower `every`')
 
     def before_fit(self):
         self.slow = {name: t.clone() for name, t in _float_tensors(self.model).items()}
@@ -169,7 +169,8 @@ class Lookahead(ShowsArguments, Callback):
     def after_batch(self):
         self.batches += 1
         if self.batches % self.every == 0:
-            _pull_(self.slow, _float_tensors(self.model), self.decay**self.every * self.pct_train**3)
+            kept = self.decay**self.every * self.pct_train**3 # d
+            _pull_(self.slow, _float_tensors(self.model), kept)
 
     def after_train(self):
         if self.epoch == self.n_epoch - 1:
@@ -247,7 +248,7 @@ class PartialEpochs(ShowsArguments, Callback):
         if not self._on: return
         if self.n_epoch != math.ceil(self.epochs):
             whole = math.ceil(self.epochs)
-            raise ValueError(f'{self.epochs} epochs are trained by `fit({whole})`, not `fit({self.n_epoch})`')
+            raise ValueError(f'`epochs` is {self.epochs}, so call `fit({whole})`, not `fit({self.n_epoch})`')
 
     def _share(self, batches):
         "Return the share of all steps that is done after `batches` batches of this epoch."

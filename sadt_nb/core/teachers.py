@@ -25,12 +25,12 @@ class Ensemble(nn.Module):
     def forward(self,
         *xb:Tensor, # Inputs, passed to each member
     ) -> Tensor: # `(n, classes)` logits
-        "Return the mean logits. Members run in turn, so memory holds only the sum and one member's logits."
+        "Return the mean logits. Only the sum and the logits of one member are in memory at the same time."
         total = self.models[0](*xb)
         for m in self.models[1:]:
             z = m(*xb)
             if z.shape != total.shape:
                 shapes = f'{tuple(total.shape)} and {tuple(z.shape)}'
-                raise ValueError(f'all members need the same outputs, got {shapes}')
+                raise ValueError(f'all members must return outputs of the same shape, got {shapes}')
             total = total + z
         return total / len(self.models)

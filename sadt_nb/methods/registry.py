@@ -60,7 +60,7 @@ class Method:
     few_steps: dict = field(default_factory=dict, hash=False) # Options with an effect within a few steps
     every_batch: dict = field(default_factory=dict, hash=False) # Options with an extra pass in every batch
     follows_samples: bool = False # `True` if samples need ids; their labels cannot be mixed
-    chooses_samples: bool = False # `True` if the method cannot follow fastai's MixUp and CutMix callbacks
+    chooses_samples: bool = False # `True` if the method does not work with fastai's MixUp and CutMix
     # After six steps in half precision: largest allowed relative distance from single-precision weights
     half_precision: float = .05
 

@@ -51,5 +51,5 @@ from .papers.grids import PAPER_GRIDS, paper_grid
 # %% ../nbs/all.ipynb #2334f3da
 __all__ = sorted(n for n in globals() if not n.startswith('_'))
 
-for _name in __all__: # `help` shows what the parameters of functions mean, too
+for _name in __all__: # `help` then also shows what each parameter means
     if callable(globals()[_name]): _explain(globals()[_name])

@@ -113,7 +113,8 @@ def test_nested_superclasses_and_other_sizes(tmp_path, monkeypatch):
         write_image(root / part / 'fish' / 'ray' / 'a.png', grey(10, 8))
         write_image(root / part / 'fish' / 'shark' / 'a.png', grey(20, 8))
         write_image(root / part / 'trees' / 'oak' / 'a.png', grey(30, 8))
-    with pytest.warns(UserWarning, match='belong to the outer folder'): train, _ = load_data(root)
+    with pytest.warns(UserWarning, match='belong to the class of the outer folder'):
+        train, _ = load_data(root)
     assert train.vocab == ['fish', 'trees']
     assert sorted((train.vocab[y], int(x[0, 0, 0])) for x, y in zip(train.x, train.y)) == [
         ('fish', 10), ('fish', 20), ('trees', 30)]

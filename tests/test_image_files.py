@@ -61,10 +61,10 @@ def test_hidden_files_are_no_images(name, tmp_path):
 def test_the_class_is_the_first_folder_and_a_warning_says_so(tmp_path):
     root = photos(tmp_path / 'photos')
     write(root / 'train' / 'cat' / 'black' / 'at home' / '9.png')
-    with pytest.warns(UserWarning, match=r"train/cat/black/at home to class 'cat'"):
+    with pytest.warns(UserWarning, match=r"train/cat/black/at home belong to class 'cat'"):
         vocab, labels = classes(load_data(root))
     assert vocab == ['cat', 'dog'] and labels.count('cat') == 3
-    with pytest.warns(UserWarning, match='belong to the outer folder'):
+    with pytest.warns(UserWarning, match='belong to the class of the outer folder'):
         assert len(mapped_folder(root, tmp_path / 'mapped', 8)[0]) == 5
     assert image_class('train/mammals/cat/1.png', innermost=True) == 'cat'
 

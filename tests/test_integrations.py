@@ -323,7 +323,7 @@ def test_a_trainer_that_makes_no_pass_of_the_method_is_an_error(transformers, tm
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     opt = MethodOptimizer(SAM(.1), adamw(net), net)
     trainer = transformers.Trainer(net, args, train_dataset=sentences(), optimizers=(opt, None))
-    with pytest.raises(ValueError, match='the gradients are plain ones'): trainer.train()
+    with pytest.raises(ValueError, match='the gradients are plain, because'): trainer.train()
 
 
 @pytest.mark.parametrize('name', EVERY_FOURTH)

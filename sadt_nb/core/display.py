@@ -32,13 +32,16 @@ class Card:
         return '\n'.join(_markdown_row(r) for r in (headings, rule, *rest))
 
     def __repr__(self):
-        lines = [f'{what + ":":26}{" | ".join(values)}' for what, *values in self.rows[1:]]
+        lines = []
+        for what, *values in self.rows[1:]:
+            label = f'{what}:'
+            lines.append(f'{label:26}{" | ".join(values)}') # the label takes 26 columns
         return '\n'.join(lines)
 
 # %% ../../nbs/core/12_display.ipynb #5311ad7d
 def bar(
-    iterable:Iterable|None=None, # What is counted; `None`: calls of `update`
-    show:bool=True, # `False`: no bar
+    iterable:Iterable|None=None, # The bar counts its items; `None`: the bar counts calls of `update`
+    show:bool=True,  # `False`: no bar
     **kwargs:object, # Options of `tqdm`, such as `total` and `desc`
 ): # A bar of `tqdm`, on standard error
     "Return a progress bar, which is visible after three seconds in a notebook or a terminal."
@@ -58,21 +61,26 @@ def visible(
     text:object, # Anything; line breaks and tabs are kept
 ) -> str:
     "Return a text in which control characters are written as escapes."
-    return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in str(text))
+    chars = []
+    for c in str(text):
+        keep = c.isprintable() or c in '\n\t'
+        chars.append(c if keep else ascii(c)[1:-1]) # without the quotes that `ascii` adds
+    return ''.join(chars)
 
+# the characters that Markdown or HTML interprets
 _MARKDOWN = re.compile(r'[\\`*_{}\[\]<>&|~#!$]')
 
 def markdown_text(
     text:object, # Anything
 ) -> str: # One line
-    "Return the text with escapes, so that Markdown, also with HTML inside, shows it unchanged."
+    "Return the text with escapes, so that Markdown and HTML show the text unchanged."
     return _MARKDOWN.sub(r'\\\g<0>', visible(' '.join(str(text).splitlines())))
 
 # %% ../../nbs/core/12_display.ipynb #b17604dd
 def refused(
     f:Callable,      # Function or class to call
     *args:object,    # Arguments of the call
-    **kwargs:object, # Arguments of the call
+    **kwargs:object, # Keyword arguments of the call
 ):
     "Print the `ValueError` that `f` must raise. Raises `AssertionError` if `f` raises no `ValueError`."
     try: f(*args, **kwargs)

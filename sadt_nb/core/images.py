@@ -22,8 +22,8 @@ def _eight_bits(image):
         raise ValueError(f'its pixels are numbers of mode {image.mode}, not 8 or 16 bits')
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
-MOST_PIXELS = 50_000_000 # of one image; ImageNet's largest image has 16 million
-MOST_FILE_BYTES = 200_000_000 # of one image file
+MOST_PIXELS = 50_000_000 # largest number of pixels of an image; ImageNet's largest image has 16 million
+MOST_FILE_BYTES = 200_000_000 # largest size of an image file
 
 def _check_pixels(image):
     "Raise `ValueError` for an image with too many pixels; no pixel has been decoded yet."
@@ -37,7 +37,7 @@ def open_image(
     """Open an image file.
 
     Raises an error of Pillow, or `ValueError`, for a file that cannot be opened. Raises `ValueError` for
-    more than `MOST_PIXELS` or `MOST_FILE_BYTES`."""
+    more than `MOST_PIXELS` pixels or `MOST_FILE_BYTES` bytes."""
     is_path = not hasattr(file, 'read')
     if is_path and Path(file).stat().st_size > MOST_FILE_BYTES:
         raise ValueError(f'it has more than {MOST_FILE_BYTES:,} bytes')
@@ -46,5 +46,5 @@ def open_image(
     with Image.open(file, formats=formats) as image:
         _check_pixels(image)
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith(('I', 'F')): image = _eight_bits(image)
+        if image.mode.startswith(('I', 'F')): image = _eight_bits(image) # modes of 16 and 32 bits
         return image.convert('RGB')

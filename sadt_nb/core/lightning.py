@@ -33,11 +33,12 @@ def _loss_of(output):
     "Return the loss from the output of a `training_step`."
     loss = output.get('loss') if isinstance(output, Mapping) else output
     if isinstance(loss, Tensor): return loss
-    raise ValueError('the training step returned a loss for this batch, and none when it ran again')
+    raise ValueError('the training step must return a loss each time; it returned a loss for this batch, '
+                     'but none when it ran again on the same batch')
 
 @contextmanager
 def _without_logs(module):
-    "Inside, `self.log` and `self.log_dict` of a module do nothing; the first pass has logged the values."
+    "Inside the block, `log` and `log_dict` of a module do nothing; the first pass has logged the values."
     def log(*args, **kwargs): pass
     module.log, module.log_dict = log, log
     try: yield
@@ -58,24 +59,25 @@ def _check_trainer(trainer, module):
         raise ValueError('MethodCallback needs automatic optimization; in manual optimization call '
                          '`step(closure)` of a MethodOptimizer')
     if trainer.strategy.handles_gradient_accumulation:
-        raise ValueError(f'{type(trainer.strategy).__name__} accumulates gradients by itself, where '
-                         'MethodCallback cannot take them apart')
+        raise ValueError(f'{type(trainer.strategy).__name__} accumulates gradients by itself, so '
+                         'MethodCallback cannot separate the gradients of micro-batches; '
+                         'use another strategy')
     if trainer.world_size > 1 and trainer.accumulate_grad_batches > 1:
-        raise ValueError('MethodCallback does not serve accumulate_grad_batches > 1 with several processes; '
-                         'use larger batches, or accumulate_grad_batches=1')
+        raise ValueError('MethodCallback does not support accumulate_grad_batches > 1 with several '
+                         'processes; use larger batches, or accumulate_grad_batches=1')
 
 def _total_steps(trainer, method):
-    "Return the number of optimizer steps of a training; `None` without a limit, or if not needed."
+    "Return the number of optimizer steps of a training; `None` if it has no limit or is not needed."
     if is_whole_training(method): return None
     total = trainer.estimated_stepping_batches # -1 or infinity: no limit
     return int(total) if 0 < total < float('inf') else None
 
 def _check_optimizers(trainer):
-    "Raise `ValueError` if the optimizer makes the passes of a method, too."
+    "Raise `ValueError` for a `MethodOptimizer`, which makes the passes of a method itself."
     for opt in trainer.optimizers:
         if isinstance(opt, MethodOptimizer):
-            raise ValueError('with MethodCallback, `configure_optimizers` returns the base optimizer, '
-                             'not a MethodOptimizer')
+            raise ValueError('with MethodCallback, `configure_optimizers` must return the base optimizer, '
+                             'got a MethodOptimizer')
 
 # %% ../../nbs/core/14_lightning.ipynb #f635bdbf
 class MethodCallback(Callback):
@@ -88,7 +90,9 @@ class MethodCallback(Callback):
         method:PerturbedPass, # Such as `SAM(rho=.05)`
     ):
         check_one_pass(method, 'use manual optimization with a MethodOptimizer')
-        self.method, self._loop, self._passing = method, None, False
+        self.method = method
+        self._loop = None     # the `PlainLoop` during training
+        self._passing = False # is the extra pass running?
 
     def setup(self, trainer, pl_module, stage):
         if stage == 'fit': _check_trainer(trainer, pl_module)

@@ -38,14 +38,14 @@ def _end_when_orphaned(parent, seconds):
     while os.getppid() == parent: time.sleep(seconds)
     print('the launcher of this process has died, so the process ends; start the same command again',
           file=sys.stderr, flush=True)
-    os._exit(1) # the other processes end, too, so this one would wait for them in vain
+    os._exit(1) # at once: the other processes end, too, and waiting for them would never end
 
 def end_with_launcher(
-    seconds:float=1., # Time between two checks
+    seconds:float=1., # Seconds between two checks
 ):
-    """Watch, in a thread, the launcher that has started this process; if it dies, end this process.
+    """Start a thread that ends this process if the launcher that has started the process dies.
 
-    Nothing happens in a process that neither torchrun nor `accelerate launch` has started."""
+    Does nothing if neither torchrun nor `accelerate launch` has started this process."""
     if 'TORCHELASTIC_RUN_ID' not in os.environ or os.name != 'posix': return
     threading.Thread(target=_end_when_orphaned, args=(os.getppid(), seconds), daemon=True).start()
 
@@ -79,21 +79,21 @@ def over_ranks(
     return tensor
 
 def _ddp(model):
-    "Return the `DistributedDataParallel` of a network, also of a compiled network; `None` if there is none."
-    for m in (model, getattr(model, '_orig_mod', None)):
+    "Return the `DistributedDataParallel` of a network; `None` if the network is not wrapped in one."
+    for m in (model, getattr(model, '_orig_mod', None)): # `torch.compile` stores the network as `_orig_mod`
         if isinstance(m, DistributedDataParallel): return m
 
 def sync_gradients(
     model:nn.Module, # The Learner's model; nothing happens unless it is a `DistributedDataParallel`
     on:bool,         # Average gradients over processes?
 ):
-    "Switch the averaging of gradients over processes on or off, before the forward of a pass."
+    "Switch the averaging of gradients over processes on or off; call this before the forward of a pass."
     ddp = _ddp(model)
     if ddp is not None: ddp.require_backward_grad_sync = on
 
 def average_over_ranks(
     model:nn.Module,      # The Learner's model; nothing happens unless it is a `DistributedDataParallel`
-    tensors:list[Tensor], # Tensors of one precision and device; overwritten by the mean over processes
+    tensors:list[Tensor], # All with the same dtype and device; overwritten by their means over processes
 ):
     "Average tensors over processes, in one message, as `DistributedDataParallel` averages gradients."
     ddp = _ddp(model)
@@ -125,13 +125,14 @@ def bare_loader(
     dl:Iterable, # Any iterable of batches
 ): # The loader inside fastai's wrapper for distributed training; `dl` if there is no wrapper
     "Return the loader without fastai's wrapper; this loader yields all samples in every process."
-    return getattr(dl, '__dict__', {}).get('dl', dl)
+    own = getattr(dl, '__dict__', {}) # not `dl.dl`: loaders look up unknown names in their data set
+    return own.get('dl', dl)
 
 def _shared_loader_class():
     "Return a subclass of fastai's `DistributedDL` that sends the order of samples by `over_ranks`."
     from fastai.distributed import DistributedDL # takes seconds, so it is imported only if needed
     class SharedDL(DistributedDL):
-        @property
+        @property # set by fastai's `get_idxs`, which does not run for an empty loader
         def n(self): return vars(self).get('n', len(self.dl.dataset))
         @n.setter
         def n(self, n): vars(self)['n'] = n

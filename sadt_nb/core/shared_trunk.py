@@ -50,7 +50,7 @@ class _Trunk:
 def _recorded_trunk(model, touched):
     "Inside the block, the first call of `model` records the trunk's outputs, and later calls use them."
     modules = _trunk_modules(model, touched)
-    own_forwards = {m: vars(m).get('forward') for m in modules} # set where a tool has replaced `forward`
+    own_forwards = {m: vars(m).get('forward') for m in modules} # `None`, unless a tool has replaced it
     trunk = _Trunk(modules)
     hooks = [m.register_forward_pre_hook(trunk.begin) for m in touched]
     for m in modules: trunk.patch(m)
@@ -76,7 +76,9 @@ def _replaced(places, values):
         for module, key, parameter in saved: module._parameters[key] = parameter
 
 def _places(model, names):
-    "Return a dictionary from each parameter's name to the pairs of module and attribute that use it."
+    """Return the pairs (module, attribute) that hold each parameter, by the parameter's name.
+
+    `names` maps the `id` of a parameter to its name."""
     places = {n: [] for n in names.values()}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -90,9 +92,11 @@ def shared_forward(
 ) -> tuple: # The prediction of each network
     """Run one network per entry of `deltas`; layers before the first changed layer run only once.
 
-    Network i has the weights of `model` plus `deltas[i]`. All gradients arrive in the model's parameters."""
+    Network i has the weights of `model` plus `deltas[i]`. A backward pass adds the
+    gradients of all networks to `.grad` of the model's parameters."""
     params = dict(model.named_parameters())
-    names = {id(params[n]): n for changes in deltas for n in changes}
+    names = {}
+    for changes in deltas: names |= {id(params[n]): n for n in changes}
     places = _places(model, names)
     touched = set()
     for pairs in places.values():

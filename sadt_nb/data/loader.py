@@ -60,14 +60,15 @@ class ImageData:
 # %% ../../nbs/data/70_loader.ipynb #9ca69e25
 def _check_scale(mean, std):
     "Raise `ValueError` unless the means are finite, and the deviations finite and positive."
-    mean, std = (np.asarray(v, dtype=float) for v in (mean, std))
+    mean = np.asarray(mean, dtype=float)
+    std = np.asarray(std, dtype=float)
     if not np.isfinite(mean).all(): raise ValueError(f'`mean` must be finite, got {mean}')
     if not (np.isfinite(std) & (std > 0)).all():
         hint = "if it was computed from the images ('data'), a channel is constant"
         raise ValueError(f'`std` must be finite and positive, got {std}; {hint}')
 
 def _scale_and_shift(mean, std, dtype, device):
-    "Return the factor and the summand of (x / 255 - mean) / std, each one number or one per channel."
+    "Return the factor of x and the summand in (x / 255 - mean) / std, for all channels or one for each."
     mean = torch.as_tensor(mean, dtype=dtype, device=device)
     std = torch.as_tensor(std, dtype=dtype, device=device)
     mean, std = torch.broadcast_tensors(mean, std) # mean or std may be a single number
@@ -97,7 +98,7 @@ class _SeededLoader(DataLoader):
         self.epoch = -1 # number of the current pass, from 0
         self.order_rng = np.random.default_rng([self.seed, 0]) # the same in all processes
         rank = rank_distrib()
-        stream = [self.seed, 1, rank] if rank else [self.seed, 1] # each process draws its own numbers
+        stream = [self.seed, 1, rank] if rank else [self.seed, 1] # another stream in each process
         self.tfm_rng = np.random.default_rng(stream)
 
     def get_idxs(self) -> np.ndarray: # `(n,)` positions in the data set
@@ -121,7 +122,7 @@ class _SeededLoader(DataLoader):
 # %% ../../nbs/data/70_loader.ipynb #71736e8b
 class _BatchLoader(_SeededLoader):
     "Makes batches of `ImageData` on the device."
-    n_inp = 1
+    n_inp = 1 # fastai: a batch has one input, the images
 
     @property
     def vocab(self): return self.dataset.vocab
@@ -161,7 +162,8 @@ def _class_title(y, vocab):
     "Return the name of a class, or the names and shares of a mixed label's classes, largest first."
     if y.ndim == 0: return str(vocab[int(y)])
     shares, classes = y.sort(descending=True)
-    lines = [f'{s:.0%} {vocab[i]}' for s, i in zip(shares.tolist(), classes.tolist()) if s > .005]
+    pairs = zip(shares.tolist(), classes.tolist())
+    lines = [f'{s:.0%} {vocab[i]}' for s, i in pairs if s > .005] # without shares that round to 0%
     return '\n'.join(lines)
 
 # %% ../../nbs/data/70_loader.ipynb #19eb11cb
@@ -179,7 +181,7 @@ class TensorDL(_BatchLoader):
         mean:float|Sequence[float]=0.,     # Subtracted from values in [0, 1]; a number or one per channel
         std:float|Sequence[float]=1.,      # Divides the difference from the mean; a number or one per channel
         seed:int|None=None,                # Seed of order and augmentation; `None`: a random seed
-        channels_last:bool=False,          # Give the batches the `channels_last` memory format
+        channels_last:bool=False,          # Give the batches the `channels_last` memory format?
         dtype:torch.dtype=torch.float32,   # Type of the images that the model gets
         device:str|torch.device|None=None, # Device of data and batches; `None`: fastai's default device
         num_workers:int=0,                 # Ignored: batches are made in this process
@@ -190,12 +192,14 @@ class TensorDL(_BatchLoader):
         _check_scale(mean, std)
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=0,
                          device=default_device() if device is None else device, **kwargs)
-        self.tfms, self.mean, self.std = list(tfms), mean, std
-        self.channels_last, self.dtype, self.ids = channels_last, dtype, None
+        self.tfms = list(tfms)
+        self.mean, self.std = mean, std
+        self.channels_last, self.dtype = channels_last, dtype
+        self.ids = None # positions of the current batch's samples
         self._seed(seed)
 
     def new(self, dataset=None, cls=None, **kwargs) -> 'TensorDL':
-        "Return a copy with some arguments changed; the generators of the copy start anew from its seed."
+        "Return a copy with some arguments changed; its generators start from the seed of the copy."
         mine = dict(tfms=self.tfms, mean=self.mean, std=self.std, seed=self.seed,
                     channels_last=self.channels_last, dtype=self.dtype)
         if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))

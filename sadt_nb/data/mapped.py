@@ -22,7 +22,7 @@ from .loader import ImageData
 def _images_crc(x, file):
     """Return a CRC-32 of mapped images.
 
-    It is stored beside the array file, and computed again if the array file changes."""
+    The CRC is stored beside the array file, and computed again if the array file changes."""
     if file is None: return zlib.crc32(x.contiguous().numpy())
     kept, state = file.with_suffix('.crc32'), file.stat()
     stamp = [state.st_size, state.st_mtime_ns]
@@ -34,7 +34,7 @@ def _images_crc(x, file):
     crc = 0
     for part in np.load(file, mmap_mode='r'): crc = zlib.crc32(part, crc)
     try: write_whole(kept, json.dumps([*stamp, crc]).encode())
-    except OSError: pass # the next process computes it again
+    except OSError: pass # the next process computes the CRC again
     return crc
 
 class MappedImages(ImageData):
@@ -45,7 +45,7 @@ class MappedImages(ImageData):
         x,         # `(n, height, width, 3)` uint8 array, mapped from `file`
         y,         # `(n,)` class indices
         vocab,     # Names of the classes
-        file=None, # Path of the array file; its checksum is kept beside it. `None`: nothing is kept
+        file=None, # Path of the array file; the checksum is stored beside it. `None`: it is not stored
     ):
         super().__init__(x, y, vocab)
         self.file = file
@@ -67,14 +67,14 @@ class MappedImages(ImageData):
 def _prepared(file, size):
     "Resize an image to a shorter side of 8/7 of `size`, and return its middle: `(size, size, 3)` bytes."
     try:
-        image = vision.resize(open_image(file), size * 8 // 7)
+        image = vision.resize(open_image(file), size * 8 // 7) # for ImageNet the usual 256 before 224
         return np.asarray(vision.center_crop(image, size))
     except Exception as e:
         raise ValueError(f'{file} is not a readable image ({e}); remove or replace it') from None
 
 def _stamp(root, size, files):
     "Return a hash of the folder's path, the image size, and the names, sizes and dates of the files."
-    lines = ['v3', str(root.resolve()), str(size)]
+    lines = ['v3', str(root.resolve()), str(size)] # v3: layout of the array file
     for f in files:
         state = f.stat()
         lines.append(f'{f.relative_to(root)}|{state.st_size}|{state.st_mtime_ns}')
@@ -85,7 +85,7 @@ def _check_room(folder, shape, what):
     need = int(np.prod(shape, dtype=np.int64))
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise ValueError(f'{folder} has {free / 1e9:.1f} GB free, {what} needs {need / 1e9:.1f} GB; '
+        raise ValueError(f'{folder} has {free / 1e9:.1f} GB free, but {what} needs {need / 1e9:.1f} GB; '
                          'set SADT_CACHE to a folder with more room')
 
 def _write_array(array, files, shape):
@@ -95,7 +95,7 @@ def _write_array(array, files, shape):
     with whole_file(array) as part:
         out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
         with ThreadPoolExecutor(os.cpu_count()) as pool: # decoding and resizing release Python's lock
-            for start in range(0, len(files), 4096):
+            for start in range(0, len(files), 4096): # few results wait in memory
                 list(pool.map(decode, range(start, min(start + 4096, len(files)))))
         out.flush()
 
@@ -114,22 +114,23 @@ def _mapped(root, part, classes, files, vocab, cache, size):
     if not array.exists():
         shape = (len(files), size, size, 3)
         cache.mkdir(parents=True, exist_ok=True)
-        _check_room(cache, shape, f'{part} of {root.name}')
+        _check_room(cache, shape, f'{root.name}/{part}')
         print(f'decoding {len(files):,} images of {root.name}/{part} once', file=sys.stderr)
         _write_array(array, files, shape)
     index = dict(zip(vocab, range(len(vocab))))
-    return MappedImages(np.load(array, mmap_mode='c'), [index[c] for c in classes], vocab, array)
+    images = np.load(array, mmap_mode='c') # copy on write: the mapping is private
+    return MappedImages(images, [index[c] for c in classes], vocab, array)
 
 def mapped_folder(
     root,         # Folder with `train/<class>/*`, and `val/<class>/*` or `test/<class>/*`
     cache,        # Folder for the array files, which take `3 * size**2` bytes per image
     size:int=224, # Side of the images, in pixels
 ) -> tuple[MappedImages, MappedImages]: # Training and test images
-    """Return images of a folder, resized to 8/7 of `size`, cut to the centre, and read from disk.
+    """Return images of a folder, resized to 8/7 of `size`, cropped to the centre, and read from disk.
 
-    The images are decoded only once. If the image files or `size` change, a new
-    array file is written; remove the old file to make room. Raises `ValueError` for an image that cannot
-    be read, for a class that has no images in one of the parts, and for a disk without room."""
+    The images are decoded only once. If the image files or `size` change, a new array file is written;
+    remove the old file to make room. Raises `ValueError` for an image that cannot be read, for a class
+    without images in one of the parts, and for a disk without room."""
     root, cache = Path(root), Path(cache)
     parts = ('train', 'val' if (root / 'val').is_dir() else 'test')
     listed = {part: _listed(root, part) for part in parts}

@@ -20,20 +20,22 @@ from ..core.perturb import is_sharded, Replicate, trainable_params, weights_move
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb
 def _sharded_unit_norm(x):
     "Return the norms of all units of a sharded tensor, in every process."
-    norms = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)) or None, keepdim=x.ndim > 1)
+    unit_axes = tuple(range(1, x.ndim)) or None # `None`: a vector is one unit
+    norms = torch.linalg.vector_norm(x, dim=unit_axes, keepdim=x.ndim > 1)
     return norms.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
 
 def unit_norm(
     x:Tensor, # Weights or gradient of one parameter
-) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, the whole norm
+) -> Tensor: # Norm of each output unit, broadcastable to `x`; for a vector or scalar, one norm
     "Return the Euclidean norm of each unit."
     if is_sharded(x): return _sharded_unit_norm(x)
     if x.ndim <= 1: return x.norm()
-    return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+    norms = x.flatten(1).norm(dim=1)
+    return norms.view(-1, *[1] * (x.ndim - 1)) # add axes of length 1
 
 @torch.no_grad()
 def clip_units_(
-    params:Iterable[Tensor], # Parameters
+    params:Iterable[Tensor], # Parameters of any shape
     grads:Iterable[Tensor],  # Gradients of the parameters, changed in place
     clip:float=.01,          # Largest ratio of gradient norm to weight norm, > 0
     eps:float=1e-3,          # A weight norm below `eps` counts as `eps`
@@ -41,21 +43,22 @@ def clip_units_(
     "Scale each unit's gradient down to a norm of at most `clip` times the norm of the unit's weights."
     for p, g in zip(params, grads):
         bound = unit_norm(p).clamp_(min=eps).mul_(clip)
-        norm = unit_norm(g).clamp_(min=1e-6) # prevents division by zero; a published value
-        g.mul_(bound.div_(norm).clamp_(max=1))
+        norm = unit_norm(g).clamp_(min=1e-6) # prevents division by zero; 1e-6 as in the paper's code
+        factor = bound.div_(norm).clamp_(max=1)
+        g.mul_(factor)
 
 # %% ../../nbs/methods/11_agc.ipynb #f1cbb7f3
 class AGC(ShowsArguments, Callback):
     """Clips every unit's gradient relative to its weights before every step (Brock et al. 2021, eq. 3).
 
-    Raises `ValueError` if `clip` or `eps` is not positive, and, before training starts, if an entry of
-    `exclude` occurs in no parameter name."""
+    Raises `ValueError` if `clip` or `eps` is not positive. Before training starts, also raises `ValueError`
+    if an entry of `exclude` is part of no parameter name."""
     order, run_valid = ORDERS['grad_transform'], False
 
     def __init__(self,
         clip:float=.01,               # Largest ratio of gradient norm to weight norm, > 0
         eps:float=1e-3,               # A weight norm below `eps` counts as `eps`; > 0
-        exclude:str|Iterable[str]=(), # Do not clip a parameter whose name contains one of these texts
+        exclude:str|Iterable[str]=(), # Do not clip a parameter whose name contains one of these strings
     ):
         if not (0 < clip < math.inf and 0 < eps < math.inf):
             raise ValueError(f'`clip` and `eps` must be positive, got {clip} and {eps}')
@@ -66,7 +69,7 @@ class AGC(ShowsArguments, Callback):
         names = trainable_params(self.model)
         for part in self.exclude:
             if not any(part in name for name in names):
-                raise ValueError(f'`exclude`: no parameter name contains {part!r}')
+                raise ValueError(f'`exclude` must contain parts of parameter names, got {part!r}')
 
     def before_step(self):
         for name, p in trainable_params(self.model).items():

@@ -21,10 +21,11 @@ from ..core.ranks import average_over_ranks
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
 def _decompose_(params, g, alpha):
-    """Replace g_p in `.grad` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and overwrite `g`.
+    """Replace g_p in `.grad` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and return the new gradients.
 
+    The tensors of `g` are overwritten.
     If a parameter gets a gradient in only one of the two passes, its gradient in the other pass is zero."""
-    final, plain = [], []
+    final, plain = [], [] # `final` contains g_p first, and GSAM's gradient at the end
     for n, p in params.items():
         if p.grad is None and n not in g: continue
         if p.grad is None: p.grad = torch.zeros_like(p)
@@ -32,6 +33,7 @@ def _decompose_(params, g, alpha):
         plain.append(g[n] if n in g else torch.zeros_like(p))
     along = global_dot(plain, final) / global_dot(final, final).clamp_min(1e-24)
     g, g_p = local_parts(plain), local_parts(final)
+    # the same gradient in another form: (1 + alpha along) g_p - alpha g
     torch._foreach_mul_(g, -alpha)
     torch._foreach_mul_(g_p, 1 + alpha * along)
     torch._foreach_add_(g_p, g)
@@ -40,12 +42,15 @@ def _decompose_(params, g, alpha):
 # %% ../../nbs/methods/24_gsam.ipynb #a9ed7a4f
 def _peak(learn):
     "Return the last group's highest learning rate in the schedule; `None` if there is no schedule."
-    if hasattr(learn, 'lr_finder'): return None
+    if hasattr(learn, 'lr_finder'): return None # `lr_find` is running
     schedule = None
     for cb in learn.cbs:
         if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds: schedule = cb.scheds['lr']
     if schedule is None: return None
-    rates = [float(np.ravel(schedule(pos))[-1]) for pos in np.linspace(0, 1, 1001)]
+    rates = []
+    for pos in np.linspace(0, 1, 1001): # positions from the start to the end of training
+        by_group = np.ravel(schedule(pos))
+        rates.append(float(by_group[-1]))
     return max(rates)
 
 # %% ../../nbs/methods/24_gsam.ipynb #0569c96f
@@ -65,15 +70,16 @@ def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
 class GSAM(PerturbedPass):
     """Replaces each batch's gradient by `g_p - alpha g_perp` (Zhuang et al. 2022).
 
-    The gradient g_p is taken at the distance `rho` uphill. `g_p - alpha g_perp` is computed for each
-    micro-batch of each process, then averaged. Raises `ValueError` for values out of range."""
+    g_p is the gradient at the distance `rho` uphill. g_perp is the part of the plain gradient that is
+    perpendicular to g_p. `g_p - alpha g_perp` is computed for each micro-batch of each process, then
+    averaged. Raises `ValueError` for values out of range."""
     def __init__(self,
         rho_max:float=.05,      # Radius at the highest learning rate, > 0
         rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
         alpha:float=.4,         # Factor of the perpendicular part g_perp, >= 0; 0: SAM
         adaptive:bool=False,    # Radius relative to each weight's size; then set `rho_max` to about 2
         lr_max:float|None=None, # Learning rate for the radius `rho_max`; `None`: the peak of the schedule
-        lr_min:float=0.,        # Learning rate at which the radius is `rho_min`
+        lr_min:float=0.,        # Learning rate for the radius `rho_min`, >= 0
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
         start:float=0., # Share of training at which GSAM starts, in [0, 1]; plain training before
@@ -103,7 +109,8 @@ class GSAM(PerturbedPass):
     def extra_pass(self, params, grads):
         g = copied(grads, self._copies)
         yield from super().extra_pass(params, grads) # leaves g_p in `.grad`
-        average_over_ranks(self.learn.model, _decompose_(trainable_params(self.model), g, self.alpha))
+        final = _decompose_(trainable_params(self.model), g, self.alpha)
+        average_over_ranks(self.learn.model, final)
 
     def second_pass(self): self.replay() # not synchronised: each process first computes its own g_perp
 

@@ -24,7 +24,7 @@ def _per_sample(values, outputs):
 class Records:
     "Stores the logits of all samples in each of the last `lag` epochs."
     def __init__(self,
-        logits:Tensor,  # `(lag, samples, classes)` float16; or another shape after the samples
+        logits:Tensor,  # `(lag, samples, *shape)` float16, where `shape` is the shape of a sample's output
         written:Tensor, # `(lag, samples)` int16: the epoch in which each record was written
     ): self.logits, self.written = logits, written
 
@@ -34,11 +34,13 @@ class Records:
         samples:int,             # Number of training samples
         shape:int|Sequence[int], # Shape of a sample's output, such as `(classes,)`; or the number of classes
         device:str|torch.device|None=None, # Device of the records; `None`: the CPU
-    ) -> 'Records': # Buffers in which every record is still missing
-        never = torch.iinfo(torch.int16).min
+    ) -> 'Records': # Buffers in which every record is missing
+        "Return buffers for the records of all samples."
+        never = torch.iinfo(torch.int16).min # no epoch has this number
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         logits = torch.zeros(lag, samples, *shape, dtype=torch.float16, device=device)
-        return cls(logits, torch.full((lag, samples), never, dtype=torch.int16, device=device))
+        written = torch.full((lag, samples), never, dtype=torch.int16, device=device)
+        return cls(logits, written)
 
     @property
     def lag(self) -> int: return self.logits.shape[0]
@@ -48,35 +50,38 @@ class Records:
     def to(self,
         device:str|torch.device, # Device to move the buffers to
     ):
+        "Move the buffers to a device."
         self.logits, self.written = self.logits.to(device), self.written.to(device)
 
     def exchange(self,
         ids:Tensor, # `(n,)` positions of the samples in the data set
-        now:Tensor, # `(n, classes)` present logits of the samples, or outputs of another shape
-        epoch:int,  # Number of the present epoch, from 0
+        now:Tensor, # `(n, classes)` current logits of the samples, or outputs of another shape
+        epoch:int,  # Number of the current epoch, from 0
     ) -> Tensor: # `(n, classes)` logits of `lag` epochs ago; `now` for samples without a record
         "Return these samples' records of `lag` epochs ago, and overwrite the records with `now`."
         slot = epoch % self.lag
         known = self.written[slot, ids] == epoch - self.lag
-        past = torch.where(_per_sample(known, now), self.logits[slot, ids].to(now.dtype), now)
-        limit = torch.finfo(torch.float16).max
+        stored = self.logits[slot, ids].to(now.dtype)
+        past = torch.where(_per_sample(known, now), stored, now)
+        limit = torch.finfo(torch.float16).max # larger numbers become infinite in half precision
         self.logits[slot, ids] = now.clamp(-limit, limit).half()
         self.written[slot, ids] = epoch
         return past
 
     def merge(self,
-        epoch:int, # Number of the present epoch, from 0
+        epoch:int, # Number of the current epoch, from 0
     ):
         "Give every process the records that the other processes wrote in this epoch."
         if not (distributed.is_available() and distributed.is_initialized()): return
         if distributed.get_world_size() == 1: return
         slot = epoch % self.lag
-        mine = self.written[slot] == epoch
+        mine = self.written[slot] == epoch # the records that this process wrote
         logits = self.logits[slot].float()
-        logits, count = logits * _per_sample(mine, logits), mine.float()
+        logits = logits * _per_sample(mine, logits)
+        count = mine.float()
         distributed.all_reduce(logits)
-        distributed.all_reduce(count)
-        times = _per_sample(count.clamp_min(1), logits) # a sampler may repeat samples to fill the last batch
+        distributed.all_reduce(count) # a sampler may give some samples to several processes
+        times = _per_sample(count.clamp_min(1), logits)
         mean = logits / times
         self.logits[slot] = mean.half()
         self.written[slot] = torch.where(count > 0, epoch, self.written[slot])
@@ -86,16 +91,16 @@ def _check_records(records, lag, samples):
     "Raise `ValueError` unless the records are for this lag and this number of samples."
     if records.logits.shape[:2] == (lag, samples): return
     raise ValueError(f'the loaded records are for {records.logits.shape[1]} samples and lag {records.lag}, '
-                     f'the data set has {samples} and lag is {lag}')
+                     f'but the data set has {samples} samples and `lag` is {lag}')
 
 def _check_outputs(outputs, records):
     "Raise `ValueError` unless a sample's output is one tensor in the shape of its record."
     if not isinstance(outputs, Tensor):
         name = type(outputs).__name__
-        raise ValueError(f'SAF records one tensor per sample, and the network returns {name}')
+        raise ValueError(f'the network must return one tensor, so that SAF can record it; got {name}')
     if records is None or outputs.shape[1:] == records.logits.shape[2:]: return
-    shapes = f'{tuple(outputs.shape[1:])} per sample, the records {tuple(records.logits.shape[2:])}'
-    raise ValueError(f'the network returns outputs of shape {shapes}')
+    raise ValueError(f'the network returns outputs of shape {tuple(outputs.shape[1:])} per sample, '
+                     f'but the records have the shape {tuple(records.logits.shape[2:])}')
 
 def _check_labels(y, logits):
     "Raise `ValueError` if the label of a sample has positive shares of several classes."
@@ -109,8 +114,8 @@ class SAF(TrajectoryLoss):
     """Adds `lam` KL(prediction `lag` epochs ago || prediction), softened by `tau` (Du et al. 2022, eq. 9).
 
     Needs a DataLoader of fastai or PyTorch, or `TensorDL`, for sample ids. Raises `ValueError` for values
-    out of range, and, before training starts, for other loaders, for MixUp or CutMix, and for records of
-    another data set."""
+    out of range. Before training starts, also raises `ValueError` for other loaders, for MixUp or CutMix,
+    and for records of another data set."""
     _stateattrs = ('records',) # not in pickled Learners
     readings = dict(paper=dict(lag=3, start_epoch=5, tau_squared=False),
                     code=dict(lag=2, start_epoch=6, tau_squared=True))
@@ -118,12 +123,12 @@ class SAF(TrajectoryLoss):
     def __init__(self,
         lam:float=.3,      # Factor of the divergence, >= 0; read at every batch
         tau:float=5.,      # Temperature that softens both predictions, > 0
-        lag:int|None=None, # Age in epochs of the records that are compared, >= 1; `None`: 3, or 2 in the code
-        # Number of epochs without the term at the start of training, >= 0; `None`: 5, or 6 in the code
+        lag:int|None=None, # Age of the compared records in epochs, >= 1; `None`: 3, or 2 with spec='code'
+        # Number of epochs without the term at the start of training, >= 0; `None`: 5, or 6 with spec='code'
         start_epoch:int|None=None,
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
-        tau_squared:bool|None=None, # Multiply the term by `tau**2`? `None`: no, but yes in the code
-        spec:Literal['paper', 'code']='paper', # Reading of the options that are `None`: paper, authors' code
+        tau_squared:bool|None=None, # Multiply the term by `tau**2`? `None`: only with spec='code'
+        spec:Literal['paper', 'code']='paper', # Options that are `None` follow the paper or the authors' code
     ):
         options = self.by_reading(spec, lag=lag, start_epoch=start_epoch, tau_squared=tau_squared)
         check_count(lag=options['lag'])
@@ -144,13 +149,14 @@ class SAF(TrajectoryLoss):
 
     @torch.no_grad()
     def _exchange(self, now):
-        "Return the recorded past logits of this batch's samples, and record the present logits instead."
+        "Return the recorded past logits of this batch's samples, and record the current logits instead."
         _check_outputs(now, self.records)
-        classes = getattr(self.compare, 'kind', '') == 'categorical'
+        compares_classes = getattr(self.compare, 'kind', '') == 'categorical' # own functions have no `kind`
         # checked once per epoch, because the check waits for the device
-        if classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
+        if compares_classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
         if self.records is None:
-            whole = getattr(self.learn.dl, 'dl', self.learn.dl) # without fastai's distributed loader
+            # fastai's distributed loader has in `dl` the loader of the whole data set
+            whole = getattr(self.learn.dl, 'dl', self.learn.dl)
             self.records = Records.empty(self.lag, n_samples(whole), now.shape[1:], now.device)
         self.records.to(now.device)
         return self.records.exchange(self.sample_ids.ids, now, self.done)

@@ -25,12 +25,13 @@ class SAM(PerturbedPass):
     `only` chooses no parameter of the network, or if `m` is used with fastai's MixUp or CutMix."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
-        adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then `rho` is about 2
+        adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then set `rho` to about 2
         interval:int=1, # Extra pass only in the first of every `interval` optimizer steps
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
-        only:Only=None, # Perturb 'norm' layers, 'not norm', or if `only(name, parameter)`; `None`: all
-        m:int|None=None, # Perturb each chunk of m samples along its own gradient; `None`: the whole batch
+        # Which parameters to perturb: 'norm', 'not norm' or a function (name, parameter) -> bool; `None`: all
+        only:Only=None,
+        m:int|None=None, # Number of samples that share a perturbation; `None`: the whole batch
         start:float=0., # Share of training at which SAM starts, in [0, 1]; plain training before
         stop:float=1.,  # Share of training at which SAM ends, in [0, 1]; plain training after
     ):
@@ -39,8 +40,9 @@ class SAM(PerturbedPass):
         check_only(only)
         check_chunk(m)
         super().__init__(bn, rng, start, stop)
-        self.rho, self.adaptive, self.interval, self.steps = rho, adaptive, interval, 0
+        self.rho, self.adaptive, self.interval = rho, adaptive, interval
         self.only, self.m = only, m
+        self.steps = 0 # optimizer steps since `start`
 
     def active(self): return self.steps % self.interval == 0
 
@@ -49,7 +51,7 @@ class SAM(PerturbedPass):
 
     def after_step(self):
         super().after_step()
-        self.steps += self.in_window()
+        if self.in_window(): self.steps += 1
 
     def state_dict(self): return dict(steps=self.steps)
     def load_state_dict(self, state): self.steps = state['steps']
@@ -60,7 +62,7 @@ def sam_step(
     loss_fn:Callable[[], Tensor], # Runs the model on the batch and returns the loss
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0
-    adaptive:bool=False,          # Measure the radius relative to each weight's size; then `rho` is about 2
+    adaptive:bool=False,          # Scale the radius with each weight's size; then set `rho` to about 2
     bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'
 ) -> Tensor: # The loss at the unperturbed weights, detached

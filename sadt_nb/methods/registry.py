@@ -229,11 +229,11 @@ _SHARPNESS = dict(
         avoid='with batches so large that their gradient has little noise; '
               'where three copies of the weights do not fit in memory'),
     wsam=Method(
-        WSAM, 'adds sharpness to the loss, with a chosen weight, in a step of its own', passes=2,
+        WSAM, 'adds the sharpness to the loss, with a chosen factor, in a separate step', passes=2,
         memory='2 x weights', few_steps=dict(gamma=.7),
         paper='Weighted Sharpness-Aware Minimization, '
               '[Yue et al. 2023](https://arxiv.org/abs/2305.15817), KDD',
-        key='`gamma` = 0.9: sharpness counts `gamma / (1 - gamma)` = 9 times; `rho` as for SAM',
+        key='`gamma` = 0.9 multiplies the sharpness by `gamma / (1 - gamma)` = 9; `rho` as for SAM',
         avoid='with Adam, unless you tune the learning rate: the sharpness is lowered by a step of SGD, '
               'whose size differs from the size of a step of Adam'),
 )
@@ -296,7 +296,7 @@ _TWO_STEPS = dict(
         key='the standard deviation of the noise on the two layers, 1e-4',
         extra='one for each teacher; the layers that both teachers share run once where possible'),
     sadt3=_sadt(
-        partial(SADT, 3), 'learns from a teacher that is a noisy step of gradient ascent away', passes=2,
+        partial(SADT, 3), 'learns from a teacher that a noisy step of gradient ascent makes', passes=2,
         key='the learning rate of the step uphill, 1e-3, and the standard deviation of the noise, 1e-4'),
     weight_average=Method(
         WeightAverage, 'control: trains as usual, and ends with the average of the weights',
@@ -306,7 +306,7 @@ _TWO_STEPS = dict(
         key='`start` = 0.75, the share of training at which averaging begins',
         avoid='with a learning rate that is close to zero from `start` on: the weights hardly differ'),
     repeat_step=Method(
-        RepeatStep, 'control: makes two steps on one gradient', steps=2, memory='1 x weights',
+        RepeatStep, 'control: makes two steps with one gradient', steps=2, memory='1 x weights',
         key='`n` = 2 steps per batch, as SADT makes',
         avoid='as a method of its own; `repeat_step` is a control for methods with several steps per batch'),
 )

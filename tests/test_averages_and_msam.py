@@ -217,7 +217,7 @@ def test_a_skipped_step_leaves_weights_and_momentum_alone():
     (partial(OptimWrapper, opt=torch.optim.Adagrad), 'Adagrad')])
 def test_an_optimizer_without_momentum_is_refused_before_training(opt_func, words):
     net = cnn()
-    with pytest.raises(ValueError, match=f'this {words} has none'): fit([MSAM()], net, opt_func=opt_func)
+    with pytest.raises(ValueError, match=f'this {words} has none that'): fit([MSAM()], net, opt_func=opt_func)
     assert torch.equal(flat(net, True), flat(cnn(), True))
 
 
@@ -325,7 +325,7 @@ def test_the_state_of_a_plain_loop_is_the_state_of_its_optimizer():
 def test_what_a_plain_loop_refuses():
     net = cnn(bn=False)
     without = torch.optim.SGD(net.parameters(), lr=.1)
-    with pytest.raises(ValueError, match='this SGD has none'): MethodOptimizer(MSAM(), without, net)
+    with pytest.raises(ValueError, match='this SGD has none that'): MethodOptimizer(MSAM(), without, net)
     opt = MethodOptimizer(MSAM(), torch_sgd_of(net), net)
     with pytest.raises(ValueError, match='exactly one pass at perturbed weights; give `step` a closure'):
         opt.first_step()

@@ -191,7 +191,7 @@ from sadt_nb.methods.registry import Method
 METHOD = Method(lambda: None, f"one of {len(METHODS) + 1}")'''
     good, = entry_points(tmp_path, monkeypatch, plugin_sam=code)
     bad = EntryPoint(name='sam', value=good.value, group=good.group)
-    with pytest.warns(UserWarning, match='there is a method of that name'):
+    with pytest.warns(UserWarning, match='a method of this name exists already'):
         added = Methods(dict(METHODS), [bad, good])['plugin_sam']
         ours = Methods(dict(METHODS), [bad, good])['sam']
     assert added.summary == f'one of {len(METHODS) + 1}'

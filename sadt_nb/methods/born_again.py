@@ -19,7 +19,8 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-SELECT = {'last': None, 'valid': 1, 'test': 2} # from name to the position of the data in `learn.dls`
+# from a value of `select` to the position of its data in `learn.dls`; the last epoch needs no data
+SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 def _n_right(model, batches):
     "Return the number of samples that `model` classifies correctly, and the number of all samples."
@@ -35,17 +36,21 @@ class KeepBest(ShowsArguments, Callback):
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False
     def __init__(self,
-        select:Literal['valid', 'test']='valid', # Data to choose the epoch on; 'test' overestimates
+        select:Literal['valid', 'test']='valid', # Data to choose on; 'test' overestimates the accuracy
     ):
         if SELECT.get(select) is None: raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
         self.select = select
 
     def before_fit(self):
-        self.epoch_kept, self.best, self.last, self._weights = None, -1., None, None
-        loaders, place = self.learn.dls.loaders, SELECT[self.select]
+        self.epoch_kept = None
+        self.best = -1. # below every accuracy
+        self.last = None
+        self._weights = None
+        loaders = self.learn.dls.loaders
+        place = SELECT[self.select]
         if len(loaders) <= place or not len(loaders[place]):
-            raise ValueError(f"there is no data to select on: `learn.dls[{place}]` is missing or empty; "
-                             "use select='last'")
+            raise ValueError(f"`select` = {self.select!r} needs data in `learn.dls[{place}]`, which is "
+                             "missing or empty; use select='last'")
 
     @torch.no_grad()
     def after_epoch(self):
@@ -74,7 +79,7 @@ class KeepBest(ShowsArguments, Callback):
 class Generations(NamedTuple):
     "The result of `born_again`; all networks are in evaluation mode."
     models: list      # The generations, from round 0 to the last round
-    independent: list # The network of round 0, and one network per later round, without teacher; or empty
+    independent: list # The network of round 0, and one without a teacher per later round; or empty
 
     @property
     def ban(self) -> Ensemble:
@@ -88,9 +93,9 @@ class Generations(NamedTuple):
 
 # %% ../../nbs/methods/31_born_again.ipynb #6aef965c
 def born_again(
-    make_learner:Callable[[int, nn.Module|None], Learner], # Called with the round, from 0, and the teacher
+    make_learner:Callable[[int, nn.Module|None], Learner], # Gets the round (0, 1, ...) and the teacher
     rounds:int,                                      # Rounds of self-distillation after round 0, >= 1
-    fit:Callable[[Learner], None],                   # Called with the Learner; trains it
+    fit:Callable[[Learner], None],                   # Trains the Learner that it gets
     select:Literal['last', 'valid', 'test']='valid', # Keep the last epoch, or the best epoch on these data
     independent:bool=False,                          # Also train `rounds` networks without a teacher?
 ) -> Generations: # All generations, and the independent networks

@@ -26,14 +26,14 @@ class RepeatStep(ShowsArguments, Callback):
 
     def before_fit(self):
         check_single(self, RepeatStep, 'repeats steps')
-        StepGrads.install(self.learn).hold = False
+        StepGrads.install(self.learn).hold = False # `False`: the Learner makes the first step itself
 
     def after_step(self):
         grads = self.step_grads.grads
         if grads is None: return # the step was skipped after an overflow
         for _ in range(self.n - 1):
-            for n, p in self.step_grads.params().items():
-                if n in grads: p.grad.copy_(grads[n]) # the step may have overwritten the gradient
+            for name, p in self.step_grads.params().items():
+                if name in grads: p.grad.copy_(grads[name]) # the step may have overwritten the gradient
             self.learn._step()
 
     def after_batch(self): weights_moved()

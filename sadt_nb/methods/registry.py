@@ -53,13 +53,13 @@ class Method:
     extra: str = ''      # What the extra passes do, or how their number depends on the options
     key: str = ''        # Most important hyperparameters, with their published values
     avoid: str = ''      # When not to use the method
-    # Function that gets an object with the options as attributes, and returns the extra passes per batch
-    # between `start` and `stop`; `None`: `passes - 1` with any options
+    # Function that gets an object with the options as attributes, and returns the number of extra passes
+    # per batch while the method is active; `None`: `passes - 1` with any options
     extra_passes: Callable|None = None
     # The fields from here on are for the common tests, which train every method for a few steps
     few_steps: dict = field(default_factory=dict, hash=False) # Options with an effect within a few steps
     every_batch: dict = field(default_factory=dict, hash=False) # Options with an extra pass in every batch
-    follows_samples: bool = False # `True` if samples need ids; their labels cannot be mixed
+    follows_samples: bool = False # `True` if every sample needs an id; its label then cannot be mixed
     chooses_samples: bool = False # `True` if the method does not work with fastai's MixUp and CutMix
     # After six steps in half precision: largest allowed relative distance from single-precision weights
     half_precision: float = .05
@@ -104,7 +104,9 @@ class Methods(UserDict):
     def __init__(self,
         own:dict[str, Method],     # The library's methods by name
         points:Iterable[EntryPoint]|None=None, # `None`: all entry points of installed packages
-    ): self.own, self.points, self.loaded = own, points, False
+    ):
+        self.own, self.points = own, points
+        self.loaded = False
 
     @property
     def data(self):
@@ -128,7 +130,7 @@ class Methods(UserDict):
 
         No error of the other package is raised, not even `SystemExit` or `KeyboardInterrupt`."""
         try:
-            if ep.name in self.own: raise ValueError('there is a method of that name')
+            if ep.name in self.own: raise ValueError('a method of this name exists already')
             method = ep.load()
             _check_method(method, ep.value)
             self.own[ep.name] = method
@@ -154,12 +156,16 @@ _GRADIENTS = dict(
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #82e9cfc0
+# These functions get the options as attributes of `o`, and return the extra passes per batch
 def _sam_passes(o):
-    first = 2 / 3 if o.only == 'norm' else 1 # without the gradients of the kernels in the first backward
-    whole = 0 if o.m is None else 1 / 3      # a forward pass over the whole batch, before the chunks
+    # with `only='norm'`, the first backward leaves out the gradients of the kernels
+    first = 2 / 3 if o.only == 'norm' else 1
+    # with `m`, a forward pass over the whole batch comes before the passes over the chunks
+    whole = 0 if o.m is None else 1 / 3
     return (first + whole) / getattr(o, 'interval', 1)
 
 def _esam_passes(o):
+    # with `gamma` below 1, a forward pass chooses the samples, and a pass runs over this share of the batch
     extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
     # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
     whole_norm = ESAM.by_reading(o.spec, whole_norm=o.whole_norm)['whole_norm']
@@ -229,11 +235,11 @@ _SHARPNESS = dict(
         avoid='with batches so large that their gradient has little noise; '
               'where three copies of the weights do not fit in memory'),
     wsam=Method(
-        WSAM, 'adds sharpness to the loss, with a chosen weight, in a step of its own', passes=2,
+        WSAM, 'adds the sharpness to the loss, with a chosen factor, in a separate step', passes=2,
         memory='2 x weights', few_steps=dict(gamma=.7),
         paper='Weighted Sharpness-Aware Minimization, '
               '[Yue et al. 2023](https://arxiv.org/abs/2305.15817), KDD',
-        key='`gamma` = 0.9: sharpness counts `gamma / (1 - gamma)` = 9 times; `rho` as for SAM',
+        key='`gamma` = 0.9 multiplies the sharpness by `gamma / (1 - gamma)` = 9; `rho` as for SAM',
         avoid='with Adam, unless you tune the learning rate: the sharpness is lowered by a step of SGD, '
               'whose size differs from the size of a step of Adam'),
 )
@@ -274,9 +280,9 @@ _TEACHERS = dict(
 
 # %% ../../nbs/methods/99_registry.ipynb #d7a2391d
 def _sadt_passes(o, teachers=1):
-    if o.rho is not None: teachers = 1
+    if o.rho is not None: teachers = 1 # a teacher at SAM's point replaces the teachers of the variant
     elif o.perturb is not None: teachers = len(list(o.perturb))
-    each = 4 / 3 if o.grad_at == 'up' else 1 # 1/3: a forward pass for the teacher's prediction
+    each = 4 / 3 if o.grad_at == 'up' else 1 # 4/3: a pass, and a forward pass for the teacher's prediction
     return teachers * each if o.kl_weight else 0
 
 _sadt = partial(
@@ -296,7 +302,7 @@ _TWO_STEPS = dict(
         key='the standard deviation of the noise on the two layers, 1e-4',
         extra='one for each teacher; the layers that both teachers share run once where possible'),
     sadt3=_sadt(
-        partial(SADT, 3), 'learns from a teacher that is a noisy step of gradient ascent away', passes=2,
+        partial(SADT, 3), 'learns from a teacher that a noisy step of gradient ascent makes', passes=2,
         key='the learning rate of the step uphill, 1e-3, and the standard deviation of the noise, 1e-4'),
     weight_average=Method(
         WeightAverage, 'control: trains as usual, and ends with the average of the weights',
@@ -306,7 +312,7 @@ _TWO_STEPS = dict(
         key='`start` = 0.75, the share of training at which averaging begins',
         avoid='with a learning rate that is close to zero from `start` on: the weights hardly differ'),
     repeat_step=Method(
-        RepeatStep, 'control: makes two steps on one gradient', steps=2, memory='1 x weights',
+        RepeatStep, 'control: makes two steps with one gradient', steps=2, memory='1 x weights',
         key='`n` = 2 steps per batch, as SADT makes',
         avoid='as a method of its own; `repeat_step` is a control for methods with several steps per batch'),
 )
@@ -317,7 +323,7 @@ METHODS = Methods({**_GRADIENTS, **_SHARPNESS, **_TEACHERS, **_TWO_STEPS})
 def _check_name(name):
     if name not in METHODS: raise ValueError(unknown_name('method', name, METHODS))
 
-_EVENTS = inspect.signature(Callback).parameters # every callback takes these; they are not options
+_EVENTS = inspect.signature(Callback).parameters # functions for events, which every callback takes
 
 def method_options(
     name:str, # A name in `METHODS`
@@ -358,8 +364,9 @@ def passes_of(
     defaults = {k: p.default for k, p in parameters.items()}
     o = SimpleNamespace(**{**defaults, **options})
     extra = method.passes - 1 if method.extra_passes is None else method.extra_passes(o)
-    if not extra: return 1. # without an extra pass, `start` changes no cost
-    return 1 + (getattr(o, 'stop', 1.) - getattr(o, 'start', 0.)) * extra
+    if not extra: return 1. # `start` and `stop` then change no cost
+    share = getattr(o, 'stop', 1.) - getattr(o, 'start', 0.) # of training, with the method active
+    return 1 + share * extra
 
 # %% ../../nbs/methods/99_registry.ipynb #0b56f864
 def _costs():
@@ -392,7 +399,7 @@ def _measured_time(name):
     return f"{' and '.join(times)} times the time of a plain step, {where}"
 
 def _facts(name, m):
-    "Return the rows of a method's card; a row that does not apply to the method has an empty text."
+    "Return the rows of a method's card; a row that does not apply to the method has an empty string."
     passes = f'{m.passes - 1:.2g}' if m.passes > 1 else 'none'
     if m.extra: passes += f': {m.extra}'
     memory = 'none' if m.memory == '-' else m.memory
@@ -407,10 +414,10 @@ def method_card(
     *names:str,     # Names in `METHODS`; each gets a column
     **facts:object, # Fields of `Method` with other values than in `METHODS`
 ) -> Card: # The card, with a column per method
-    """Return a card: where a method comes from, what it costs, what to set, and when not to use it.
+    """Return a card: the source of a method, its costs, its key options, and when not to use it.
 
     Raises `ValueError` for an unknown name, and if no name is given."""
-    if not names: _check_name('')
+    if not names: raise ValueError(f"`method_card` needs a name; choose from {', '.join(METHODS)}")
     for n in names: _check_name(n)
     columns = [_facts(n, replace(METHODS[n], **facts)) for n in names]
     rows = [['', *(f'`{n}`' for n in names)]]

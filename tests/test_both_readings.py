@@ -51,7 +51,7 @@ def test_pairs_are_counted_once_and_kept_in_order():
 
 
 @pytest.mark.parametrize('pairs, message', [
-    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose of a, b, c"),
+    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose one of a, b, c"),
     ([('a', 'c')], "'a' and 'c' have no repetition in common")])
 def test_wrong_pairs_are_refused(pairs, message):
     groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c={'seed 9': runs((.7, .7))[0]})

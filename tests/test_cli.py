@@ -105,11 +105,11 @@ TYPOS = [
     ('sadt_train --bs many', '--bs: invalid int value'),
     ('sadt_grid sadt/notbook20', "unknown table 'sadt/notbook20'; did you mean sadt/notebook20?"),
     ('sadt_grid --list xyz', "unknown table 'xyz'; sadt_grid --list shows all"),
-    ('sadt_grid sadt/table1 sadt/figure2', 'one argument too many: sadt/figure2'),
+    ('sadt_grid sadt/table1 sadt/figure2', 'unexpected argument sadt/figure2'),
     ('sadt_report notebook20', "unknown table 'notebook20'; did you mean sadt/notebook20?"),
     ('sadt_sweep sadt_part', "unknown search 'sadt_part'; did you mean sadt_parts?"),
     ("sadt_sweep --methods 'baseline sma'", "unknown method 'sma'; did you mean sam?"),
-    ('sadt_measure', 'say which run'),
+    ('sadt_measure', 'the folder of a run is missing'),
     ('sadt_measure nowhere', 'not the folder of a run'),
     ('sadt_measure nowhere --measures trase', "unknown measure 'trase'; did you mean trace?"),
 ]

@@ -73,7 +73,7 @@ def check_rest(root, capsys, name, n=1):
     assert len(lines) == n + 1, lines
     assert all(line.startswith('left out: ') and len(line) < 500 for line in lines[:-1])
     assert name in lines[0]
-    assert lines[-1] == f'{n} could not be read and were left out'
+    assert lines[-1] == f'number of runs and archives that could not be read and were left out: {n}'
 
 
 @pytest.mark.parametrize('part, text', RAW.values(), ids=RAW)
@@ -106,12 +106,13 @@ def test_many_are_counted(root, capsys):
     assert len(load_results(root)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
-    assert lines[-1] == '15 could not be read and were left out (5 more than named)'
+    assert lines[-1] == ('number of runs and archives that could not be read and were left out: '
+                         '15, of which 5 are not named here')
 
 
 def test_only_damaged_runs(tmp_path):
     write_run(tmp_path, BAD, result=[])
-    message = 'no runs below .*; 1 could not be read'
+    message = r'no runs below .* \(1 could not be read\); train some'
     with pytest.raises(FileNotFoundError, match=message): load_results(tmp_path)
 
 
@@ -148,7 +149,7 @@ def test_a_report_on_an_ascii_terminal_without_home_and_with_odd_names(root, tmp
     assert 'sam' in out
     assert r'\udcff\udcfe\x1b[2J' in err
     assert '\x1b' not in err
-    assert '1 could not be read and were left out' in err
+    assert 'number of runs and archives that could not be read and were left out: 1' in err
     assert 'Traceback' not in err
 
 

@@ -147,7 +147,8 @@ def test_figure_9_needs_its_test_set_before_training_begins(given, tmp_path, mon
     if given: monkeypatch.setenv('SADT_SHIFTED', given)
     cells = paper_grid('distill/figure9')
     assert {c.measures for c in cells} == {('shifted_accuracy',)}
-    with pytest.raises(ValueError, match=f'set SADT_SHIFTED to a folder.*{given or ""}'):
+    message = f'set the environment variable SADT_SHIFTED to a folder.*{given or ""}'
+    with pytest.raises(ValueError, match=message):
         run_grid([Run()], tmp_path, measures={Run(): cells[0].measures}, progress=False)
     assert not list(tmp_path.glob('*/*.pt'))
 

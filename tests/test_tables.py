@@ -217,7 +217,7 @@ def test_a_part_of_a_table_in_another_precision(miniature, tmp_path, capsys):
 
 def test_mistakes_in_the_options_of_a_grid(miniature, tmp_path, capsys):
     cases = [(dict(amp='fp8'), 'bf16'),
-             (dict(only='sam seeds'), "'sam seeds'; its first is 'plain · rate 0.001 · seed 0'")]
+             (dict(only='sam seeds'), "'sam seeds'; the first label is 'plain · rate 0.001 · seed 0'")]
     for options, message in cases:
         with pytest.raises(SystemExit) as e: cli.sadt_grid('miniature', root=tmp_path, **options)
         assert e.value.code == 2

@@ -26,12 +26,13 @@ from ..models.registry import make_model
 _IMAGES = dict( # number of training images
     digits=1437, noisy_digits=1437, cifar10=50_000, noisy_cifar10=50_000, cifar100=50_000, svhn=73_257,
     tiny_imagenet=100_000, imagenet=1_281_167)
-_CLASSES = dict(cifar100=100, tiny_imagenet=200, imagenet=1000)
-_PIXELS = dict(tiny_imagenet=64, imagenet=224)
+_CLASSES = dict(cifar100=100, tiny_imagenet=200, imagenet=1000) # the other data sets have 10 classes
+_PIXELS = dict(tiny_imagenet=64, imagenet=224) # the other data sets have images of 32 by 32 pixels
+_NO_OPERATIONS = ('pretrained', 'zero_shot', 'dropout') # options of models that need no operations
 
 @lru_cache(None)
 def _forward_flops(model, args, classes, pixels):
-    args = {k: v for k, v in args if k not in ('pretrained', 'zero_shot', 'dropout')}
+    args = {k: v for k, v in args if k not in _NO_OPERATIONS}
     with torch.device('meta'): # shapes only, no memory for weights
         net = make_model(model, classes, **args).eval()
         x = torch.empty(1, 3, pixels, pixels)
@@ -40,7 +41,8 @@ def _forward_flops(model, args, classes, pixels):
 
 def _pass_flops(run):
     "Return the operations of a forward and a backward of one image; the backward counts as two forwards."
-    classes, pixels = _CLASSES.get(run.data, 10), _PIXELS.get(run.data, 32)
+    classes = _CLASSES.get(run.data, 10)
+    pixels = _PIXELS.get(run.data, 32)
     return 3 * _forward_flops(run.model, run.model_args, classes, pixels)
 
 def training_images(
@@ -67,11 +69,12 @@ def run_cost(
     Raises `ValueError` for an image folder, because its number of images is not known, and `ImportError` if
     the network needs a package that is missing."""
     n = training_images(run)
-    per_batch = passes_of(run.method, **dict(run.method_args)) + max(0, len(run.teachers) - 1) / 3
+    further_teachers = max(0, len(run.teachers) - 1) # `passes_of` counts the forward of one teacher
+    per_batch = passes_of(run.method, **dict(run.method_args)) + further_teachers / 3
     batches = n // run.bs if run.drop_last else -(-n // run.bs)
-    n = min(n, batches * run.bs)
-    passes = math.ceil(round(run.epochs * batches, 6)) * per_batch
-    return Cost(passes, run.epochs * n * per_batch * _pass_flops(run))
+    used = min(n, batches * run.bs) # images per epoch
+    all_batches = math.ceil(round(run.epochs * batches, 6)) # `round` removes rounding errors
+    return Cost(all_batches * per_batch, run.epochs * used * per_batch * _pass_flops(run))
 
 def measure_cost(
     run:Run,      # A run on a data set in `DATASETS`
@@ -94,7 +97,7 @@ def _seconds_per_pass(net, bs, device, repeats):
     x = torch.randn(bs, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
     y = torch.zeros(bs, dtype=torch.long, device=device)
     times = []
-    for i in range(repeats + 2):
+    for i in range(repeats + 2): # the first two passes are slower and are not counted
         if device.type != 'cpu': torch.get_device_module(device).synchronize()
         start = time.perf_counter()
         nn.functional.cross_entropy(net(x), y).backward()
@@ -109,9 +112,12 @@ def probe_machine(
     keep_pages()
     device = torch.device(device or default_device())
     net = make_model('resnet20', 10).to(device, memory_format=torch.channels_last)
-    small, large = (_seconds_per_pass(net, bs, device, 5) for bs in (2, 128))
-    rate = 3 * _forward_flops('resnet20', (), 10, 32) * 126 / max(large - small, 1e-9)
-    return Machine(max(0., small - 2 * 3 * _forward_flops('resnet20', (), 10, 32) / rate), rate)
+    small, large = 2, 128 # images per batch
+    small_seconds, large_seconds = (_seconds_per_pass(net, bs, device, 5) for bs in (small, large))
+    flops = 3 * _forward_flops('resnet20', (), 10, 32) # of a pass of one image
+    rate = flops * (large - small) / max(large_seconds - small_seconds, 1e-9)
+    overhead = small_seconds - small * flops / rate
+    return Machine(max(0., overhead), rate)
 
 def _seconds(cost, machine): return cost.passes * machine.overhead + cost.flops / machine.rate
 

@@ -33,7 +33,8 @@ def _spectrum_as_json(e):
     "Return the eigenvalues' root mean square as `value`; also nodes and their weights, to draw the spectrum."
     squares = torch.tensor([(w * v**2).sum() for v, w in zip(e.nodes, e.weights)])
     value = squares.mean().sqrt().item()
-    error = squares.std().item() / len(squares)**.5 / (2 * value)
+    error_of_square = squares.std().item() / len(squares)**.5
+    error = error_of_square / (2 * value) # the derivative of a root is 1 / (2 * root)
     return dict(value=value, error=error, n=e.n, converged=e.converged, nodes=_six_digits(e.nodes),
                 weights=_six_digits(e.weights))
 
@@ -63,34 +64,36 @@ def _calibration(learn, samples): return calibration_error(learn, learn.dls[2])
 
 def _corruption(learn, samples):
     "Return the mean accuracy over all corruptions and severities."
-    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples) # the loader knows its normalisation
+    found = corrupted_accuracy(learn, dl=learn.dls[2], samples=samples) # the loader normalises the images
     return float(found.mean(axis=None))
 
 def _shifted_folder():
-    "Return the folder SADT_SHIFTED. Raises `ValueError` if it is not set or is no folder."
+    "Return the folder that SADT_SHIFTED names. Raises `ValueError` if it names none or does not exist."
     given = os.environ.get('SADT_SHIFTED', '')
     if given and Path(given).is_dir(): return Path(given)
-    got = f'; {given!r} is not a folder' if given else ''
-    raise ValueError('shifted_accuracy needs a test set of another origin; set SADT_SHIFTED to a folder with '
-                     f'<class>/* of it{got}')
+    got = f', got {given!r}, which is not a folder' if given else ''
+    raise ValueError('shifted_accuracy needs a test set of another origin; set the environment variable '
+                     f'SADT_SHIFTED to a folder with images <class>/*{got}')
 
-def _listing(folder):
+def _names_checksum(folder):
     "Return a checksum of the names and sizes of all files in a folder."
     files = sorted(f for f in folder.rglob('*') if f.is_file())
     lines = [f'{f.relative_to(folder).as_posix()} {f.stat().st_size}' for f in files]
-    return f'{zlib.crc32(chr(10).join(lines).encode()):08x}'
-
-def _names(learn): return set(map(str, learn.dls.vocab))
+    text = '\n'.join(lines)
+    return f'{zlib.crc32(text.encode()):08x}'
 
 def _shifted(learn, samples):
     """Return the accuracy on all images of SADT_SHIFTED, at the size of the run's images.
 
     If the first image has this size, the images are used as they are; otherwise they are resized."""
-    data, test = ImageFolder(_shifted_folder(), loader=open_image), learn.dls[2]
+    data = ImageFolder(_shifted_folder(), loader=open_image)
+    test = learn.dls[2]
     side = next(iter(test))[0].shape[-1]
     width, height = data.loader(data.samples[0][0]).size
     fits = width == height == side
-    numbered = all(c.isdecimal() for c in data.classes) and not set(data.classes) <= _names(learn)
+    names = set(map(str, learn.dls.vocab))
+    are_names = set(data.classes) <= names # a class may have a name of digits, such as '7'
+    numbered = all(c.isdecimal() for c in data.classes) and not are_names
     return shifted_accuracy(learn, data.root, size=None if fits else side, numbered=numbered, dl=test)
 
 MEASURES = dict( # name: function `(learn, samples=...)` that returns a number or an estimate
@@ -113,7 +116,7 @@ MEASURES = dict( # name: function `(learn, samples=...)` that returns a number o
 SLOW = ('spectrum', 'top100', 'surface', 'orthogonal_surface', 'orthogonal_surface_100')
 _DEFAULT = [name for name in MEASURES if name not in (*SLOW, 'shifted_accuracy')]
 
-# time of a measure, in passes over its samples: a product with the Hessian takes about four
+# time of a measure, in passes over its samples; a product with the Hessian takes about four passes
 PASSES = dict(
     trace=160, eigenvalue=24, sharpness=1.3, adaptive_sharpness=1.3, average_sharpness=12, gradient_norm=1,
     calibration_error=0, corrupted_accuracy=20, shifted_accuracy=4, spectrum=820, top100=2800, surface=160,
@@ -128,13 +131,13 @@ def _checksum(cfg, root):
 def _known(cfg, root):
     "Return the stored measures of a run; `{}` if they were measured on weights that have been replaced."
     stored = read_part(root, cfg.name, 'measures', {})
-    same_weights = _checksum(cfg, root) in (None, stored.get('weights')) # else trained again
+    same_weights = _checksum(cfg, root) in (None, stored.get('weights')) # `None`: no weights to compare with
     return stored if same_weights else {}
 
 def _is_of_other_files(name, known):
-    "Return whether a stored measure was made on other files than those that SADT_SHIFTED names now."
+    "Return whether a stored measure was made on other files than those in the present SADT_SHIFTED."
     if name != 'shifted_accuracy' or not os.environ.get('SADT_SHIFTED'): return False
-    return known[name]['files'] != _listing(_shifted_folder())
+    return known[name]['files'] != _names_checksum(_shifted_folder())
 
 def missing_measures(
     cfg:Run,       # Any run
@@ -148,7 +151,7 @@ def missing_measures(
     Raises `ValueError` for an unknown measure, and if `shifted_accuracy` is missing and has no folder."""
     names = _DEFAULT if measures is None else list(measures)
     for n in names:
-        if n not in MEASURES: raise ValueError(f'unknown measure {n!r}; choose of {", ".join(MEASURES)}')
+        if n not in MEASURES: raise ValueError(f'unknown measure {n!r}; choose one of {", ".join(MEASURES)}')
     known = _known(cfg, root).get('measures', {})
     missing = [n for n in names if known.get(n, {}).get('samples') != samples or _is_of_other_files(n, known)]
     if 'shifted_accuracy' in missing: _shifted_folder()
@@ -170,18 +173,19 @@ def measure_run(
     does not name stay stored.
     Raises `ValueError` for an unknown measure, and if `shifted_accuracy` has no folder; `RunError` if the
     run has no weights."""
-    at = -1 if force else samples # no stored measure has -1 images, so `force` makes every measure anew
-    missing, stored = missing_measures(cfg, root, measures, at), _known(cfg, root)
+    at = -1 if force else samples # no stored measure has -1 images, so `force` repeats every measure
+    missing = missing_measures(cfg, root, measures, at)
+    stored = _known(cfg, root)
     if not missing: return stored
     if not is_trained(cfg, root):
-        why = ' (its stored result came without them)' if read_result(cfg, root) else ''
-        raise RunError(f'{cfg.name}: there are no weights to measure; train it first{why}')
+        why = ' (its stored result has no weights)' if read_result(cfg, root) else ''
+        raise RunError(f'{cfg.name}: there are no weights to measure{why}; train the run first')
     learn = stored_learner(cfg, root, device)
     known = stored.get('measures', {})
-    for n in missing: # write every measure at once, so that an interruption loses one at most
+    for n in missing: # each measure is written when it is made, so that an interruption loses at most one
         started = time.time()
         found = _as_json(MEASURES[n](learn, samples=samples))
-        if n == 'shifted_accuracy': found['files'] = _listing(_shifted_folder())
+        if n == 'shifted_accuracy': found['files'] = _names_checksum(_shifted_folder())
         known = {**known, n: dict(**found, samples=samples, seconds=round(time.time() - started, 1))}
         stored = dict(measures=known, weights=_checksum(cfg, root), **provenance(learn.dls.device))
         write_json(Path(root) / cfg.name / 'measures.json', stored)

@@ -74,7 +74,8 @@ def _row(parts):
     try: cfg = Run.from_dict(parts['config'])
     except (ValueError, TypeError, AttributeError) as e:
         raise ValueError(f'config.json describes no run: {str(e)[:200]}') from None
-    result, history = parts.get('result', {'status': 'unfinished'}), parts.get('history', [])
+    result = parts.get('result', {'status': 'unfinished'})
+    history = parts.get('history', [])
     measures = parts.get('measures', {}).get('measures', {})
     _check_result(result)
     _check_rows(history, measures)
@@ -82,17 +83,19 @@ def _row(parts):
     return {**row, 'run': cfg, 'name': cfg.name, 'history': history}
 
 def printable(
-    text:object, # Anything; paths may hold bytes that are no text, and control characters
-) -> str: # Without control characters and in any encoding
-    "Return a text that every terminal can show: other characters are written as escapes."
+    text:object, # Any object; a path, for example, may have control characters or bytes that are no text
+) -> str: # Printable ASCII characters only
+    "Return a text that every terminal can show: all other characters are written as escapes."
     return ''.join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 def _name_left_out(left_out, most=10):
     "Print the first messages, and the number of all messages, on standard error."
     for message in left_out[:most]: print(f'left out: {printable(message)[:400]}', file=sys.stderr)
     if not left_out: return
-    more = f' ({len(left_out) - most} more than named)' if len(left_out) > most else ''
-    print(f'{len(left_out)} could not be read and were left out{more}', file=sys.stderr)
+    unnamed = f', of which {len(left_out) - most} are not named here' if len(left_out) > most else ''
+    count = f'{len(left_out)}{unnamed}'
+    what = 'number of runs and archives that could not be read and were left out'
+    print(f'{what}: {count}', file=sys.stderr)
 
 def load_results(
     root:str|Path, # Folder that `run` wrote to, or 'published/...' for packaged results
@@ -107,7 +110,7 @@ def load_results(
         except ValueError as e: left_out.append(f'{folder}: {e}')
     _name_left_out(left_out)
     if not rows:
-        others = f'; {len(left_out)} could not be read' if left_out else ''
+        others = f' ({len(left_out)} could not be read)' if left_out else ''
         advice = 'train some with sadt_train or sadt_grid'
         raise FileNotFoundError(f'no runs below {printable(root)}{others}; {advice}')
     return pd.DataFrame(rows)
@@ -143,9 +146,10 @@ def _publish_weights(cfg, root, to):
     try: from safetensors.torch import save
     except ImportError:
         raise ImportError('publishing weights needs safetensors: pip install sadt_nb[weights]') from None
-    source, target = Path(root) / cfg.name / 'weights.pt', Path(to) / cfg.name
+    source = Path(root) / cfg.name / 'weights.pt'
+    target = Path(to) / cfg.name
     if not source.is_file():
-        advice = 'train it again, or publish it without'
+        advice = 'train the run again, or publish the run without weights'
         raise RunError(f'{cfg.name} has no weights.pt to publish; {advice}')
     tensors = torch.load(source, weights_only=True)
     data = save({k: v.contiguous() for k, v in tensors.items()})
@@ -197,8 +201,9 @@ def _differing(runs):
     differing = []
     for name in names:
         if name == 'method_args' or len({_field(r, name) for r in runs}) > 1: differing.append(name)
+    def settings(run): return run.method, *(_field(run, name) for name in names)
     methods = {r.method for r in runs}
-    kinds = {(r.method, *(_field(r, name) for name in names)) for r in runs}
+    kinds = {settings(r) for r in runs}
     if len(methods) == len(kinds): differing.remove('method_args') # every method has one set of options
     return differing
 
@@ -279,21 +284,22 @@ def _check_pair(pair, groups):
     "Raise `ValueError` unless both groups exist and have a common repetition."
     for name in pair:
         if name not in groups:
-            raise ValueError(f'no group is named {name!r}; choose of {", ".join(groups)}')
+            raise ValueError(f'no group is named {name!r}; choose one of {", ".join(groups)}')
     if not groups[pair[0]].keys() & groups[pair[1]].keys():
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
 
 def both_readings(
-    groups:dict[str, dict|Sequence], # Name: results, as a dict by repetition or a list in their order
+    groups:dict[str, dict|Sequence], # For each name, results: a dict by repetition, or a list in their order
     pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
 ) -> Sentence: # One line, and a line for each comparison that changes its sign, in points
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
-    A result has 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics), as a run has.
-    Means are taken over the repetitions that both groups have. A difference of zero has no sign. Raises
-    `ValueError` without pairs, for an unknown name, and for two groups without a common repetition."""
+    Each result needs 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics). Means are
+    taken over the repetitions that both groups have. A difference of zero has no sign. Raises `ValueError`
+    without pairs, for an unknown name, and for two groups without a common repetition."""
     groups = {name: _by_repetition(results) for name, results in groups.items()}
-    pairs, changed = list(dict.fromkeys(pairs)), []
+    pairs = list(dict.fromkeys(pairs))
+    changed = []
     if not pairs: raise ValueError('`pairs` must name at least one pair of groups')
     for pair in pairs:
         _check_pair(pair, groups)
@@ -323,7 +329,7 @@ def pairs_with_teachers(
 def _machine_of(result): return result['hardware']['gpu'] or result['hardware']['cpu']
 
 def trained_apart(
-    pairs:Iterable[tuple], # Pairs of stored results, each with 'code' and 'hardware', as a run has
+    pairs:Iterable[tuple], # Pairs of stored results; each result has 'code' and 'hardware'
     what:str='pairs of student and teacher', # What the pairs are, in the plural
 ) -> Sentence:
     "Return in words how many pairs were trained with different source code or on different hardware."
@@ -361,7 +367,7 @@ def _plot_seeds(ax, histories, x, key, label, **style):
 def plot_runs(
     results:pd.DataFrame,             # Table of runs from `load_results`
     by:Sequence[str]|None=None,       # Labels, one per row of `results`; `None`: `labels(results)`
-    x:Literal['epoch', 'steps', 'forwards']='epoch', # Horizontal axis; steps of the optimizer, forward passes
+    x:Literal['epoch', 'steps', 'forwards']='epoch', # Horizontal axis: epochs, steps or forward passes
     axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; `None`: a new figure
 ) -> np.ndarray: # The axes: training loss and accuracy, validation loss and accuracy
     "Draw training curves of stored runs."

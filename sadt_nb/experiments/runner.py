@@ -119,7 +119,7 @@ def _disk_errors(root):
     "Turn an `OSError`, for example from a full disk, into a `RunError` that says what to do."
     try: yield
     except OSError as e:
-        advice = 'choose another root, or make room and repeat the command, which then continues'
+        advice = 'choose another root, or free disk space and repeat the command, which then continues'
         raise RunError(f'cannot write to {root} ({e.strerror}); {advice}') from None
 
 # %% ../../nbs/experiments/81_runner.ipynb #948bc320
@@ -129,7 +129,8 @@ def _differences(stored, mine):
     "Return, as text, the fields in which two configurations differ: the stored value, then the new value."
     parts = []
     for k in sorted({*stored, *mine}):
-        theirs, ours = stored.get(k, 'unknown'), mine.get(k, 'unknown')
+        theirs = stored.get(k, 'unknown')
+        ours = mine.get(k, 'unknown')
         if theirs != ours: parts.append(f'{k} is {theirs!r} there and {ours!r} here')
     return ', '.join(parts)
 
@@ -184,15 +185,16 @@ def _has_replacement(cfg, root):
 def _replace(cfg, root):
     "If a new result is complete, replace the old result by it; the caller holds the folder's lock."
     if not _has_replacement(cfg, root): return
-    folder, new = Path(root) / cfg.name, Path(root) / cfg.name / 'new'
+    folder = Path(root) / cfg.name
+    new = folder / 'new'
     with _disk_errors(root):
         CheckpointFile(new / 'checkpoint.pt').remove()
         write_json(folder / 'config.json', cfg.to_dict())
         for name in ('weights.pt', 'history.json'):
             if (new / name).is_file(): os.replace(new / name, folder / name)
         measured = read_part(root, cfg.name, 'measures', {}).get('weights')
-        of_new = f'{zlib.crc32((folder / "weights.pt").read_bytes()):08x}'
-        if measured != of_new: (folder / 'measures.json').unlink(missing_ok=True)
+        weights = (folder / 'weights.pt').read_bytes()
+        if measured != f'{zlib.crc32(weights):08x}': (folder / 'measures.json').unlink(missing_ok=True)
         os.replace(new / 'result.json', folder / 'result.json')
         shutil.rmtree(new)
 
@@ -397,7 +399,7 @@ class _Sums:
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
 class _TermRatio:
-    """The strength of an added loss term: its gradient's norm, divided by that of the loss without the term.
+    """The strength of an added loss term: the norm of its gradient, divided by that norm for the other loss.
 
     Both gradients are with respect to the network's output, in a few batches spread over an epoch. These
     gradients need no pass through the network, and do not change the training in any bit."""
@@ -423,7 +425,8 @@ class _TermRatio:
         "Return the mean ratio since the last call; `None` if it is NaN or there were no batches."
         ratios, self.ratios = self.ratios, []
         if not ratios: return None
-        total, n = over_ranks(torch.stack([sum(ratios), torch.full_like(ratios[0], len(ratios))])).tolist()
+        counted = torch.stack([sum(ratios), torch.full_like(ratios[0], len(ratios))])
+        total, n = over_ranks(counted).tolist()
         return total / n if math.isfinite(total) else None
 
 class RunRecorder(ShowsArguments, Callback):
@@ -761,7 +764,7 @@ def _mirrored(model, x):
     return (model(x) + model(x.flip(-1))) / 2
 
 def _shifted(model, x):
-    "Return half `_mirrored(x)` plus half its mean over two copies of `x`, shifted diagonally by a pixel."
+    "Return a weighted mean of `_mirrored`: 1/2 for `x`, 1/4 for each of two copies shifted by a pixel."
     h, w = x.shape[-2:]
     wide = nn.functional.pad(x, (1, 1, 1, 1), mode='reflect')
     moved = _mirrored(model, wide[..., :h, :w]) + _mirrored(model, wide[..., 2:, 2:])
@@ -773,8 +776,8 @@ VIEWS = {0: _single, 1: _mirrored, 2: _shifted}
 def evaluate(
     model:nn.Module, # The network; `evaluate` puts it into evaluation mode
     dl,              # Batches `(x, y)` with class indices
-    # Level 0: the logits of an image; 1: their mean over the image and its mirror image;
-    # 2: their mean over these two and over copies of both that are shifted by a pixel
+    # Level 0: the logits of the image; 1: the mean logits of the image and its mirror image;
+    # 2: the weighted mean logits of these two images and of copies that are shifted by a pixel
     views:int=0,
     right=False,     # Also return which images were classified correctly, as text from `packed`
 ) -> dict: # `loss` (nats) and `accuracy`
@@ -819,7 +822,7 @@ def unpacked(
 
 # %% ../../nbs/experiments/81_runner.ipynb #af2bd258
 def first_layer_histogram(
-    model:nn.Module, # The weights are its first parameter with more than one axis
+    model:nn.Module, # The network; the histogram shows its first parameter with more than one axis
     bins=60,         # Bins of equal width, from minus to plus the largest absolute weight
 ) -> dict: # `counts`, one per bin, and `edges`, one more than bins
     "Return a histogram of the first layer's weights."
@@ -857,7 +860,7 @@ def _evaluations(cfg, model, dls):
     "Return accuracy and loss, with stored and with re-estimated BatchNorm statistics, and for views."
     test = dls[2]
     plain = fresh = evaluate(model, test, right=True)
-    if cfg.epochs: # a pretrained network keeps its statistics
+    if cfg.epochs: # without training (0 epochs), a pretrained network keeps its statistics
         whole_batches = len(dls.train.dataset) >= 2 * cfg.bs
         batches = dls.train.new(drop_last=True) if whole_batches else dls.train.new()
         network = reestimated(model, batches)
@@ -894,7 +897,7 @@ def keep_pages():
     The function does nothing on systems without glibc."""
     try: libc = ctypes.CDLL('libc.so.6')
     except OSError: return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4 # numbers of these options in malloc.h
     libc.mallopt(M_MMAP_MAX, 0)         # take large blocks from the heap, too
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
 
@@ -1034,12 +1037,12 @@ def _stored(cfg, root, force, weights):
     if result: _check_identity(cfg, root, result)
     return result
 
-def _left_by_the_dead(cfg, root):
+def _leftover_files(cfg, root):
     "Return the files that a dead process has left beside a finished result: checkpoints, and a folder `new`."
     folder = Path(root) / cfg.name
     left = [folder / 'checkpoint.pt', folder / 'checkpoint.pt.previous']
     new = folder / 'new'
-    if not [*new.glob('checkpoint.pt*')]: left.append(new) # with a checkpoint, `force` continues
+    if not [*new.glob('checkpoint.pt*')]: left.append(new) # `force` continues from a checkpoint
     return [f for f in left if f.exists()]
 
 def _tidy(cfg, root):
@@ -1048,10 +1051,10 @@ def _tidy(cfg, root):
     if _has_replacement(cfg, root):
         with _lock(cfg, root): _replace(cfg, root)
     remove_abandoned(Path(root) / cfg.name)
-    if not _left_by_the_dead(cfg, root): return
+    if not _leftover_files(cfg, root): return
     try:
         with _lock(cfg, root):
-            for f in _left_by_the_dead(cfg, root):
+            for f in _leftover_files(cfg, root):
                 if f.is_dir(): shutil.rmtree(f)
                 else: f.unlink()
     except (RunError, OSError): pass # another process trains the run anew, or the folder is read-only
@@ -1060,13 +1063,13 @@ def _tidy(cfg, root):
 def run(
     cfg:Run,         # The run to train
     root='runs',     # Folder of all results
-    force=False,     # Train again even if a result is stored; ignore a checkpoint that does not fit
+    force=False,     # Train again even if a result is stored; remove a checkpoint that does not fit
     progress=True,   # Show a progress bar in a terminal or a notebook, elsewhere a line per epoch
     device=None,     # `None`: fastai's default device
     minutes=1.,      # Least minutes between two checkpoints, stored after epochs; 0: after every epoch
     weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
-    """Train one configuration and store everything, or read what is stored.
+    """Train a network and store its result, or read the stored result.
 
     Missing teachers are trained first. An interrupted run, even after `kill -9`, continues from its last
     checkpoint. On a CPU it keeps the number of threads with which it began, and ends with the same bits as a

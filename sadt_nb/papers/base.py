@@ -86,12 +86,12 @@ def same_share(
     method:str,   # A name in `METHODS`; methods other than SAF and MESA keep their options
     options:dict, # Options of the method
     factor,       # Length of the training, as a share of the length that the options are for, > 0
-    steps=None,   # The same share in optimizer steps, if batches or images differ as well; `None`: `factor`
+    steps=None,   # The same for optimizer steps, if the steps per epoch differ; `None`: `factor`
 ) -> dict: # The options, with `start_epoch` and `beta` for the other length
     "Return the options of SAF and MESA for training of another length."
     options = dict(options)
     if method not in _TRAJECTORY: return options
-    callback, = make_method(method, **options) # it has the values of all options
+    callback, = make_method(method, **options) # has the values of all options, also of those left out
     options['start_epoch'] = round(callback.start_epoch * factor)
     if method == 'mesa': options['beta'] = round(callback.beta**(1 / (steps or factor)), 6)
     return options
@@ -132,7 +132,7 @@ def figure_rows(
 def preset_costs(
     grids:dict, # Name of each preset: function that returns its rows
 ) -> pd.DataFrame: # One row per preset: number of runs and teachers, millions of passes, PFLOP of training
-    "Return the number of runs and the work of each preset; the work is empty if a package is missing."
+    "Return the number of runs and the work of each preset; if a package is missing, the work is left empty."
     rows = []
     for name, table in grids.items():
         runs = set()

@@ -112,7 +112,7 @@ _TABLE1 = [ # network, data, strong augmentation, accuracies: teacher, student, 
     ('vit_b32', 'cifar10', True, 98.96, 98.98, 99.02),
     ('vit_b32', 'cifar100', True, 92.96, 93.02, None),
 ]
-_OTHER_ALPHA = {('vit_b32', 'cifar10'): .2} # Table 2 has this line's student with alpha 0.2, not 0.5
+_OTHER_ALPHA = {('vit_b32', 'cifar10'): .2} # with 0.5, Table 2 has another accuracy of the student
 _MISPRINT = 'printed as CIFAR-10, but 8 points below the row above, so taken as CIFAR-100'
 
 def _table1():
@@ -124,8 +124,7 @@ def _table1():
         if model.startswith('vit'):
             teacher = teacher.but(model_args=dict(pretrained=True))
             note = _PRETRAINED
-        if (model, data) == ('vit_s32', 'cifar100'):
-            note += f'; {_MISPRINT}'
+        if (model, data) == ('vit_s32', 'cifar100'): note += f'; {_MISPRINT}'
         sam_note = 'from Table 2' if sam else 'not in the paper'
         if note: sam_note += f'; {note}'
         yield _row(f'teacher · {where}', teacher, accuracy, note)
@@ -250,13 +249,14 @@ def _digits_sam():
     "Yield plain training, and SAM with its default radius and with the radius of `distill/digits`."
     for noise in _NOISE:
         for seed in _DIGIT_SEEDS:
-            plain, where = noisy_digits(noise, seed), f'noise {noise:.0%} · seed {seed}'
+            plain = noisy_digits(noise, seed)
+            where = f'noise {noise:.0%} · seed {seed}'
             yield PaperRun(f'teacher · {where}', plain)
             yield PaperRun(f'SAM, rho 0.05 · {where}', plain.but(method='sam'))
             yield PaperRun(f'SAM, rho 0.2 · {where}', plain.but(method='sam', method_args=dict(rho=.2)))
 
 def _digits_ensembles():
-    "Yield nine teachers with 40% wrong labels, and students of the first one to nine teachers."
+    "Yield nine teachers with 40% wrong labels, and students of the first n teachers for n from 1 to 9."
     for seed in _DIGIT_SEEDS:
         teachers = independent(noisy_digits(.4, seed), 9)
         for i, teacher in enumerate(teachers, start=1):

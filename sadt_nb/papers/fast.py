@@ -32,7 +32,8 @@ def _all_methods(base, seeds=range(3), noise=0.):
     seeds = list(seeds)
     for i, seed in enumerate(seeds):
         plain = base.but(seed=seed)
-        teacher = base.but(seed=seeds[(i + 1) % len(seeds)])
+        next_seed = seeds[(i + 1) % len(seeds)]
+        teacher = base.but(seed=next_seed)
         for name, method in METHODS.items():
             run = distilled(teacher, seed, .5) if method.needs_teacher else plain.but(method=name)
             yield PaperRun(f'{name} · seed {seed}', run)

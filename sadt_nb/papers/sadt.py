@@ -93,14 +93,13 @@ def _notebook20_factors():
         "PyTorch's starting weights": dict(model_args=dict(bottleneck=True)),
         'no bottleneck': dict(model_args=dict(init='keras')),
     }
+    methods = (('baseline', {}, .457), ('SADT-1', dict(method='sadt1', method_args=_CODE), .558))
     for label, change in changes.items():
-        for what, method in (('baseline', {}), ('SADT-1', dict(method='sadt1', method_args=_CODE))):
-            published = .558 if method else .457
-            result = 'accuracy_others' if change.get('select') else 'accuracy'
+        result = 'accuracy_others' if change.get('select') else 'accuracy'
+        for name, method, published in methods:
             for seed in range(3):
                 run = _NOTEBOOK.but(seed=seed, **method, **change)
-                where = f'{label} · seed {seed}'
-                yield PaperRun(f'{what} · {where}', run, published, result=result)
+                yield PaperRun(f'{name} · {label} · seed {seed}', run, published, result=result)
 
 def _table1_controls():
     "Yield three controls per column of Table 1: two steps per batch, twice the rate, twice the epochs."

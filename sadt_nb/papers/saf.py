@@ -38,7 +38,8 @@ _CODE_TERM = dict(saf=dict(tau_squared=True, lag=2, start_epoch=6),
 
 def _table3(spec='paper'):
     "Yield the runs of Table 3, three seeds per cell."
-    recipe, term = (_CODE_RECIPE, _CODE_TERM) if spec == 'code' else ({}, {})
+    recipe = _CODE_RECIPE if spec == 'code' else {}
+    term = _CODE_TERM if spec == 'code' else {}
     for (model, data), row in _ACCURACY.items():
         decay, rho = _TABLE3[model]
         base = _CIFAR.but(data=data, model=model, opt_args=dict(momentum=.9, weight_decay=decay), **recipe)
@@ -66,14 +67,18 @@ def _table1():
     "Yield the rows of Table 1."
     for model, (decay, trajectory_decay, row) in _TABLE1.items():
         if model.startswith('vit'):
-            recipe, start, momentum = dict(opt='adamw', lr=3e-3, epochs=300), 150, {}
+            recipe = dict(opt='adamw', lr=3e-3, epochs=300)
+            momentum = {}
+            start = 150
         else:
-            recipe, start, momentum = dict(opt='sgd', lr=1.4, epochs=90), 10, dict(momentum=.9)
+            recipe = dict(opt='sgd', lr=1.4, epochs=90)
+            momentum = dict(momentum=.9)
+            start = 10
         trajectory = dict(saf=dict(lam=.3, tau=5., lag=3, start_epoch=start),
                           mesa=dict(lam=.3, tau=5., beta=.9998, start_epoch=start))
         for method, published in row.items():
             weight_decay = trajectory_decay if method in trajectory else decay
-            stem = dict(stem='imagenet') if model == 'resnet101' else {} # else it is the network for CIFAR
+            stem = dict(stem='imagenet') if model == 'resnet101' else {} # its default is for CIFAR
             run = _IMAGENET.but(model=model, model_args=stem, method=method,
                                 method_args=trajectory.get(method, {}),
                                 opt_args=dict(weight_decay=weight_decay, **momentum), **recipe)
@@ -84,7 +89,7 @@ def _table1():
 _MEAN_STD = (.485, .456, .406), (.229, .224, .225) # of ImageNet's colours, the default of timm
 
 def _table1_code():
-    "Yield the ResNets of Table 1 with the settings of the released command."
+    "Yield the ResNets of Table 1 with the settings of the released commands."
     sgd = dict(momentum=.9, nesterov=True, weight_decay=1e-4)
     base = _IMAGENET.but(bs=1024, lr=.4, epochs=90, opt='sgd', opt_args=sgd, normalize=_MEAN_STD,
                          **_CODE_RECIPE)
@@ -162,11 +167,12 @@ _STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of the opti
 
 def code_term(
     method:str, # 'saf' or 'mesa'
-    run:Run,    # Training of another length: its epochs, batches and number of images are read
+    run:Run,    # A run of another length, which follows from its epochs, batch size and number of images
 ) -> dict: # Options of the method
-    "Return the options of the released code, with the start and the memory for the length of `run`."
-    epochs = run.epochs / _CIFAR.epochs
-    steps = epochs * (run.n_train or 50_000) / 50_000 * _CIFAR.bs / run.bs
+    "Return the options of the released code; starting epoch and MESA's average fit the length of `run`."
+    images = run.n_train or 50_000
+    epochs = run.epochs / _CIFAR.epochs                         # share of the epochs of Table 3
+    steps = epochs * images / 50_000 * _CIFAR.bs / run.bs       # share of the optimizer steps of Table 3
     return same_share(method, _CODE_TERM[method], epochs, steps)
 
 def _small():

@@ -39,11 +39,11 @@ _SEEDS_C = (1, 2, 3)
 _FULL = Run(data='cifar10', model='resnet18', opt='sgd', sched='constant', lr=.01, bs=128, epochs=100,
             valid=.01)
 _SMALL = _FULL.but(model='resnet20', n_train=10_000, valid=.04, amp='bf16', lr=.1, epochs=16)
-_WHOLE = _FULL.but(valid=.0, select='test', model_args=dict(stem='imagenet', outputs=1000),
-                   opt_args=dict(weight_decay=5e-4), normalize=(.5, .5))
-_BASES = dict(paper=_FULL.but(select='test'), code=_WHOLE, small=_SMALL)
+_RELEASED = _FULL.but(valid=.0, select='test', model_args=dict(stem='imagenet', outputs=1000),
+                      opt_args=dict(weight_decay=5e-4), normalize=(.5, .5))
+_BASES = dict(paper=_FULL.but(select='test'), code=_RELEASED, small=_SMALL)
 
-# Tables I and II as printed, except that the seeds 20 and 30, exchanged in Table I, are put right
+# Tables I and II as printed, but with the exchanged rows of seeds 20 and 30 in Table I corrected
 _TABLE_I = {'SGD': (.6403, .6515, .6417), 'SAM': (.7077, .7122, .7098)}
 _TABLE_II = {'SAM': (.7006, .6544, .6549), 'ASAM': (.6865, .6577, .6623)}
 
@@ -57,8 +57,9 @@ def _repeated(label, run, seeds=_SEEDS, published=None, log=None, **facts):
 # %% ../../nbs/papers/102_sam_study.ipynb #646db764
 def _study_a(spec='paper'):
     "Yield SGD, SAM with the same number of passes, and SAM with the same number of epochs."
-    sgd, published = _BASES[spec], {} if spec == 'small' else _TABLE_I
+    sgd = _BASES[spec]
     sam = sgd.but(method='sam')
+    published = {} if spec == 'small' else _TABLE_I
     logs = {name: LOGS[name, 128] if spec == 'code' else None for name in published}
     best = '' if spec == 'small' else 'published: the best test accuracy of 100 epochs'
     yield from _repeated('SGD', sgd, published=published.get('SGD'), note=best, log=logs.get('SGD'))
@@ -94,17 +95,19 @@ def _study_c(spec='paper'):
     base = _BASES[spec].but(**recipe)
     if spec != 'small': base = base.but(epochs=200)
     bare = base.but(model_args=dict(base.model_args, norm=False))
-    seeds, published = (_SEEDS, {}) if spec == 'small' else (_SEEDS_C, _TABLE_II)
+    seeds = _SEEDS if spec == 'small' else _SEEDS_C
+    published = {} if spec == 'small' else _TABLE_II
     last = {} if spec == 'small' else dict(result='accuracy_last')
     note = '' if spec == 'small' else 'published: the accuracy after the last epoch'
-    changes = {name: m['code' if spec == 'code' else 'paper'] for name, m in _METHODS_C.items()}
+    source = 'code' if spec == 'code' else 'paper'
+    changes = {name: method[source] for name, method in _METHODS_C.items()}
     for label, change in changes.items():
         log = LOGS_C[label] if spec == 'code' else None
         yield from _repeated(label, bare.but(**change), seeds, published.get(label), log, note=note, **last)
     yield from _repeated('SGD', bare, seeds, note='control', **last)
     for label, change in changes.items():
-        run, note = base.but(**change), 'for the weight histograms'
-        yield from _repeated(f'{label} with BatchNorm', run, seeds[:1], note=note, **last)
+        yield from _repeated(f'{label} with BatchNorm', base.but(**change), seeds[:1],
+                             note='for the weight histograms', **last)
 
 # %% ../../nbs/papers/102_sam_study.ipynb #bf98e714
 _STUDIES = dict(a=_study_a, b=_study_b, c=_study_c)

@@ -155,7 +155,7 @@ def _at_most(claimed):
     return Side(1.05 * claimed, above=False, factor=True)
 
 def _at_most_printed(claimed, digits):
-    "Return the side of a claim that a printed ratio is `claimed`, rounded to so many digits, or less."
+    "Return the side of a claim that a printed ratio, rounded to `digits` decimals, is `claimed` or less."
     return Side(claimed + .5 * 10**-digits, above=False, factor=True)
 
 def _presets(*names):
@@ -568,9 +568,10 @@ def _robust_teacher(nets):
              'minus accuracy with alpha 0 (teacher only):')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', side=LESS, aside='another experiment')]
     note = ('A test needs ImageNet and CLIP networks. ' + _presets('distill/robust_teacher') +
-            ' The preset measures its networks on ImageNetV2, and `IMAGENETV2` has the line of nine ordinary '
-            'networks. A small version, on corrupted CIFAR-10, is on [the page of '
-            'flatness](flatness.ipynb), section "Is flatter more robust?": no method is seen above the line.')
+            ' The preset measures its networks on ImageNetV2. `IMAGENETV2` has the accuracies of nine ordinary '
+            'networks, and their line gives the expected accuracy. A small version, on corrupted CIFAR-10, is '
+            'on [the page of flatness](flatness.ipynb), section "Is flatter more robust?": no method is seen '
+            'above the line.')
     return Claim('A student inherits the robustness of a robust teacher. With a larger weight of the labels, '
                  'the student inherits less robustness.', 'section 7, Figure 9', 'distillation',
                  'robustness is inherited', robust, note=note, tables=(('distill/robust_teacher', ''),))
@@ -623,7 +624,7 @@ def _sam_above_plain(nets):
                  'Figure 1, Table 3', 'SAM', 'SAM above plain training', ours, note=note, tables=_TABLE3)
 
 def _printed_costs(method, over, side):
-    "Return the times of a step that the paper prints, divided by those of `over`: one ratio per network."
+    "Return, for each network, the printed time of a step divided by the printed time of a step of `over`."
     own = []
     for network, speed in SPEEDS.items():
         if method not in speed: continue
@@ -651,8 +652,8 @@ def _costs():
                      own=_printed_costs(method, over, printed or side), note=note or _TOLERANCE)
     most, table = _at_most, 'section 1, Tables 1 and 3'
     saf_note = _extra_time('saf')
-    mesa_note = (_extra_time('mesa') + " The 15% are the loss of speed: section 4.2 states 84 to 85% of the "
-                 'speed of plain training.')
+    mesa_note = (_extra_time('mesa') + ' The claimed 15% is the loss of speed, not the extra time: section 4.2 '
+                 'states 84 to 85% of the speed of plain training.')
     plain, sam = 'a plain step', 'a step of SAM'
     return [
         claim('sam', f'twice the time of {plain}', _TWICE, 2., 'baseline', 'abstract, Tables 1 and 3'),

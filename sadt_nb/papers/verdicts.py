@@ -568,10 +568,10 @@ def _robust_teacher(nets):
              'minus accuracy with alpha 0 (teacher only):')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', side=LESS, aside='another experiment')]
     note = ('A test needs ImageNet and CLIP networks. ' + _presets('distill/robust_teacher') +
-            ' The preset measures its networks on ImageNetV2. `IMAGENETV2` has the accuracies of nine ordinary '
-            'networks, and their line gives the expected accuracy. A small version, on corrupted CIFAR-10, is '
-            'on [the page of flatness](flatness.ipynb), section "Is flatter more robust?": no method is seen '
-            'above the line.')
+            ' The preset measures its networks on ImageNetV2. `IMAGENETV2` has the accuracies of nine '
+            'ordinary networks, and their line gives the expected accuracy. A small version, on corrupted '
+            'CIFAR-10, is on [the page of flatness](flatness.ipynb), section "Is flatter more robust?": no '
+            'method is seen above the line.')
     return Claim('A student inherits the robustness of a robust teacher. With a larger weight of the labels, '
                  'the student inherits less robustness.', 'section 7, Figure 9', 'distillation',
                  'robustness is inherited', robust, note=note, tables=(('distill/robust_teacher', ''),))
@@ -652,8 +652,8 @@ def _costs():
                      own=_printed_costs(method, over, printed or side), note=note or _TOLERANCE)
     most, table = _at_most, 'section 1, Tables 1 and 3'
     saf_note = _extra_time('saf')
-    mesa_note = (_extra_time('mesa') + ' The claimed 15% is the loss of speed, not the extra time: section 4.2 '
-                 'states 84 to 85% of the speed of plain training.')
+    mesa_note = (_extra_time('mesa') + ' The claimed 15% is the loss of speed, not the extra time: section '
+                 '4.2 states 84 to 85% of the speed of plain training.')
     plain, sam = 'a plain step', 'a step of SAM'
     return [
         claim('sam', f'twice the time of {plain}', _TWICE, 2., 'baseline', 'abstract, Tables 1 and 3'),

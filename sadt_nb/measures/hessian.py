@@ -21,8 +21,9 @@ from ..core.fixed_loss import FixedLoss, MissingDerivative, differentiable, miss
 
 # %% ../../nbs/measures/50_hessian.ipynb #661ef478
 def _check_twice(grads):
-    "Raise `MissingDerivative` if a function behind the gradients says that it is differentiable only once."
-    todo, seen = [g.grad_fn for g in grads], set()
+    "Raise `MissingDerivative` if a function behind the gradients is marked as differentiable only once."
+    todo = [g.grad_fn for g in grads]
+    seen = set()
     while todo:
         node = todo.pop()
         if node is None or node in seen: continue
@@ -36,7 +37,8 @@ def _joined(tensors): return torch.cat([t.detach().flatten() for t in tensors])
 def _double_backward(loss, v, check=False):
     "Return `Hv` for a `FixedLoss`, by a backward pass through its gradient."
     ps = list(loss.params.values())
-    parts = [part.view(p.shape) for p, part in zip(ps, v.split([p.numel() for p in ps]))]
+    sizes = [p.numel() for p in ps]
+    parts = [part.view(p.shape) for p, part in zip(ps, v.split(sizes))]
     out = torch.zeros_like(v)
     for share in loss.shares():
         grads = torch.autograd.grad(share, ps, create_graph=True, materialize_grads=True)
@@ -57,10 +59,13 @@ class _Products:
             if p.is_complex():
                 raise ValueError(f'the parameter {n!r} is complex, but the Hessian needs real weights; '
                                  'store the real and the imaginary part as two real parameters')
-        self.params, self.dtype, self.device = loss.params, first.dtype, first.device
+        self.params = loss.params
+        self.dtype = first.dtype
+        self.device = first.device
         self.sizes = [p.numel() for p in loss.params.values()]
-        self.size, self.n = sum(self.sizes), 0
-        total = total and min(total, self.size)
+        self.size = sum(self.sizes)
+        self.n = 0
+        if total is not None: total = min(total, self.size)
         self.bar = bar(None, progress, total=total, desc=name)
 
     def __call__(self, v):
@@ -138,8 +143,8 @@ def hessian_trace(
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
     tol:float=.05,      # Stop when the standard error is below this share of the value
-    max_probes:int=200, # Largest number of random vectors, >= 20; with at most this many weights: exact trace
-    sketch:int=10, # Dimension of the subspace with exact trace; costs 2 products each; 0: plain Hutchinson
+    max_probes:int=200, # Largest number of random vectors, >= 20; networks of at most this size: exact trace
+    sketch:int=10,      # Dimension of the subspace `Q`, 2 products per dimension; 0: no subspace
     seed:int=0,         # Seed of the random vectors
     progress:bool=True, # Show a bar after three seconds
 ) -> Trace: # Value, standard error, number of products, and whether `tol` was reached
@@ -160,7 +165,7 @@ def hessian_trace(
             if sketch: estimate.sketch(sketch)
             while len(estimate.rest) < max_probes:
                 estimate.sample()
-                if len(estimate.rest) < 20 or len(estimate.rest) % 10: continue
+                if len(estimate.rest) < 20 or len(estimate.rest) % 10: continue # check after 20, 30, 40 ...
                 found = estimate.result(tol)
                 if found.converged: return found
         except KeyboardInterrupt:
@@ -241,7 +246,8 @@ def _top(h, k, tol, max_products, seed):
         raise ValueError(f'`k` must be from 1 to the number of trainable weights, {h.size}, got {k}')
     if max_products is not None and max_products < k:
         raise ValueError(f'`max_products` must be at least `k`, {k}, got {max_products}')
-    g, eps = _generator(h, seed), torch.finfo(h.dtype).eps
+    g = _generator(h, seed)
+    eps = torch.finfo(h.dtype).eps
     krylov = _Krylov(h, torch.randn(h.size, generator=g, dtype=h.dtype, device=h.device))
     most = min(h.size, max_products or 200 + 5 * k)
     theta, converged = None, False
@@ -253,9 +259,11 @@ def _top(h, k, tol, max_products, seed):
             theta, S = krylov.ritz()
             floor = 10 * eps * theta.abs().max()
             error = (krylov.betas[-1] * S[-1].abs()).clamp(min=floor)
-            theta, error, S = theta.flip(0)[:k], error.flip(0)[:k], S.flip(1)[:, :k]
+            theta = theta.flip(0)[:k] # the largest first
+            error = error.flip(0)[:k]
+            S = S.flip(1)[:, :k]
             small = bool((error <= torch.maximum(tol * theta.abs(), floor)).all())
-            converged = small and steps > k or steps == h.size
+            converged = (small and steps > k) or steps == h.size
     except KeyboardInterrupt:
         if theta is None: raise
     return Eigenvalues(theta, error, h.n, converged), krylov, S
@@ -335,17 +343,18 @@ def smoothed_density(
     "Return the spectral density for given nodes and node weights, such as stored nodes."
     nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
     weights = [torch.as_tensor(v, dtype=torch.float64) for v in weights]
-    low, high = min(float(v[0]) for v in nodes), max(float(v[-1]) for v in nodes)
+    low = min(float(v[0]) for v in nodes)
+    high = max(float(v[-1]) for v in nodes)
     sigma = width * max(high - low, 1e-12)
     grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
     curves = []
     for v, w in zip(nodes, weights):
         bumps = torch.exp(-.5 * ((grid - v[:, None]) / sigma)**2)
         curves.append((w[:, None] * bumps).sum(0))
-    per = torch.stack(curves) / (sigma * math.sqrt(2 * math.pi))
-    error = per.std(0) / math.sqrt(len(per))
+    densities = torch.stack(curves) / (sigma * math.sqrt(2 * math.pi))
+    error = densities.std(0) / math.sqrt(len(densities))
     converged = asked and float(torch.trapezoid(error, grid)) <= tol
-    return SpectralDensity(per.mean(0), error, n, converged, grid, nodes, weights)
+    return SpectralDensity(densities.mean(0), error, n, converged, grid, nodes, weights)
 
 # %% ../../nbs/measures/50_hessian.ipynb #d2c95af4
 def spectral_density(
@@ -372,7 +381,8 @@ def spectral_density(
     with _Products(learn, dl, samples, progress, 'density', None) as h:
         steps = min(steps, h.size)
         h.bar.total = vectors * steps
-        g, nodes, weights = _generator(h, seed), [], []
+        g = _generator(h, seed)
+        nodes, weights = [], []
         try:
             for _ in range(vectors):
                 krylov = _Krylov(h, _signs(h, g))

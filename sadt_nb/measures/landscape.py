@@ -35,14 +35,16 @@ def random_direction(
     Raises `ValueError` for another `norm`."""
     if norm not in ('filter', 'layer', 'none'):
         raise ValueError(f"`norm` must be 'filter', 'layer' or 'none', got {norm!r}")
-    g, out = torch.Generator().manual_seed(seed), {}
+    g = torch.Generator().manual_seed(seed)
+    out = {}
     check_whole(model, 'a direction needs all weights in one process')
     for n, p in trainable_params(model).items():
         p = p.detach()
         d = torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)
         if norm == 'filter' and p.ndim < 2: d.zero_()
         elif norm != 'none' and p.ndim:
-            axes = tuple(range(norm == 'filter', p.ndim)) # all axes, or all but the output units' axis
+            start = 1 if norm == 'filter' else 0 # the first axis counts the output units
+            axes = tuple(range(start, p.ndim))
             d *= _norm_over(p, axes) / _norm_over(d, axes)
         out[n] = d
     return out
@@ -54,15 +56,17 @@ def orthogonal_directions(
     """Return two random, filter-normalised directions that are orthogonal in each output unit.
 
     The second direction is zero in units with a single weight, which have one direction only."""
-    first, second = (random_direction(model, 2 * seed + i) for i in range(2))
+    first = random_direction(model, 2 * seed) # no other `seed` gives either of them
+    second = random_direction(model, 2 * seed + 1)
     for n, a in first.items():
         if a.ndim < 2: continue # both directions are zero there
-        b, axes = second[n], tuple(range(1, a.ndim))
+        b = second[n]
+        axes = tuple(range(1, a.ndim)) # all axes of one output unit
         size = _norm_over(a, axes)
         unit = a / size.clamp_min(torch.finfo(size.dtype).tiny)
         b -= unit * (unit.conj() * b).sum(axes, keepdim=True)
         rest = _norm_over(b, axes)
-        has_rest = rest > 1e-4 * size # less is rounding
+        has_rest = rest > 1e-4 * size # a smaller rest is only rounding error
         b *= torch.where(has_rest, size / rest, 0.)
     return [first, second]
 
@@ -116,12 +120,14 @@ class _Slice:
     def __init__(self, learn, directions, dl, samples):
         self.loss = FixedLoss(learn, dl, samples)
         named = _movable(self.loss.model)
-        moved, self.moves = {}, []
+        moved = {} # name to tensor, for all tensors that a direction moves
+        self.moves = [] # per direction: the tensors, and their changes for the multiple 1
         for d in directions: _check_direction(d, named)
         for d in directions:
             tensors = {n: named[n] for n in d}
             moved |= tensors
-            self.moves.append((list(tensors.values()), [d[n].to(t) for n, t in tensors.items()]))
+            deltas = [d[n].to(t) for n, t in tensors.items()]
+            self.moves.append((list(tensors.values()), deltas))
         self.here = list(moved.values())
         self.loss.batches = [(tuple(map(_channels_last, xb)), y) for xb, y in self.loss.batches]
 
@@ -153,7 +159,8 @@ def _multiples(span, points):
 
 def _filled(f, grid, shape, name, progress):
     "Return `f` at each point of the grid; NaN at points not computed because of Ctrl-C."
-    loss, done = np.full(shape, np.nan), 0
+    loss = np.full(shape, np.nan)
+    done = 0
     try:
         for i, at in enumerate(bar(grid, progress, desc=name)):
             loss.flat[i] = f(*at)
@@ -175,10 +182,10 @@ def loss_line(
 ) -> Line: # Multiples, losses, and a description of direction and samples
     """Compute the loss along a straight line through the weights. Ctrl-C returns the losses so far.
 
-    Raises `ValueError` for fewer than two points, for a direction that does not fit the network, and if
-    `FixedLoss` (the mean loss on fixed batches) raises: for a network in training mode, without trainable
-    weights, or with weights that are sharded or not finite, for batches without labels, and for a loss that
-    is not a mean."""
+    Raises `ValueError` for fewer than two points, and for a direction that does not fit the network.
+    Also raises the errors of `FixedLoss` (the mean loss on fixed batches): for a network in training mode or
+    without trainable weights, for weights that are sharded or not finite, for batches without labels, and
+    for a loss that is not a mean."""
     at = _multiples(span, points)
     about = 'given direction'
     if direction is None:
@@ -239,7 +246,7 @@ def plot_line(
     about = dict.fromkeys(line.about for line in lines.values()) # each text once
     ax.set(xlabel=f'multiple of the direction\n({"; ".join(about)})', ylabel='loss, nats')
     ax.grid(alpha=.3)
-    if any(lines): ax.legend(fontsize=8)
+    if any(lines): ax.legend(fontsize=8) # any label that is not empty
     return ax
 
 def _draw_contours(ax, surface, z, levels):

@@ -37,9 +37,11 @@ def sam_sharpness(
     if not rho > 0: raise ValueError(f'`rho` must be positive, got {rho}')
     loss = FixedLoss(learn, dl, samples)
     here, grads = loss.gradient()
-    scales = weight_sizes(loss.params, loss.params) if adaptive else None
+    scales, scaled = None, grads.values()
+    if adaptive:
+        scales = weight_sizes(loss.params, loss.params) # T: the absolute value of every weight
+        with torch.no_grad(): scaled = [g * scales[n] for n, g in grads.items()]
     with torch.no_grad():
-        scaled = [g * scales[n] for n, g in grads.items()] if adaptive else grads.values()
         if not float(global_norm(scaled)) > 0:
             raise ValueError('the gradient is zero, so no direction is the steepest')
         deltas = ascent(grads, rho, scales, eps=0.)
@@ -89,7 +91,8 @@ def average_sharpness(
         raise ValueError(f'`pairs` must be at least 2, got {pairs}; one gives no estimate of the error')
     if not std > 0: raise ValueError(f'`std` must be positive, got {std}')
     loss = FixedLoss(learn, dl, samples)
-    here, rises = loss(), []
+    here = loss()
+    rises = []
     g = torch.Generator(next(iter(loss.params.values())).device).manual_seed(seed)
     try:
         for _ in bar(range(pairs), progress, desc='average sharpness'):
@@ -100,8 +103,10 @@ def average_sharpness(
             rises.append(both / 2 - here)
     except KeyboardInterrupt:
         if len(rises) < 2: raise
+    n = len(rises)
     v = torch.tensor(rises, dtype=torch.float64)
-    return AverageSharpness(v.mean().item(), v.std().item() / math.sqrt(len(v)), len(v), len(v) == pairs)
+    error = v.std().item() / math.sqrt(n)
+    return AverageSharpness(v.mean().item(), error, n, n == pairs)
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
 class FlatnessRecorder(ShowsArguments, Callback):
@@ -123,13 +128,15 @@ class FlatnessRecorder(ShowsArguments, Callback):
 
     def before_fit(self):
         self.rows = []
+        # nothing is measured during `lr_find` and `get_preds`
         self._quiet = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
         if self._quiet: return
         batches = collect_batches(self.learn, self.dl, self.samples)
         self._batches = [(*xb, y) for xb, y in batches]
 
     def after_epoch(self):
-        due = self.epoch % self.every == self.every - 1 or self.epoch == self.n_epoch - 1
+        last = self.epoch + 1 == self.n_epoch
+        due = last or (self.epoch + 1) % self.every == 0
         if self._quiet or not due: return
         modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
@@ -160,12 +167,12 @@ def weight_histograms(
     model:nn.Module, # The network; parameters with one axis, such as biases, are left out
     bins:int=60,     # Number of bins of equal width, from minus to plus the layer's largest absolute weight
 ) -> dict: # From parameter name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
-    "Return a histogram of each layer's weights. Raises `ValueError` without kernels or matrices."
+    "Return a histogram of each layer's weights. Raises `ValueError` if no parameter has two axes or more."
     out = {}
     for n, p in model.named_parameters():
         if p.ndim < 2: continue
         v = p.detach().float().cpu().flatten()
-        top = float(v.abs().max()) or 1.
+        top = float(v.abs().max()) or 1. # 1 if all weights are zero
         counts, edges = torch.histogram(v, bins, range=(-top, top))
         out[n] = edges, counts.long()
     if not out: raise ValueError('the network has no kernels or matrices')

@@ -25,7 +25,7 @@ def whitening_filters(
 
     Raises `ValueError` for fewer than 32 images."""
     if len(images) < 32:
-        raise ValueError(f'whitening takes its statistics from training images and needs at least 32, '
+        raise ValueError('whitening computes its filters from training images and needs at least 32 images, '
                          f'got {len(images)}; pass more images (for a run, raise `n_train`)')
     channels = images.shape[1]
     numbers = channels * size**2
@@ -95,8 +95,9 @@ class FastCNN(nn.Module):
         a, b, c = widths
         self.whiten = nn.Conv2d(3, 24, 2)
         self.whitens = whiten
-        self.frozen_after = {'whiten.bias': whiten_bias_epochs} if whiten else {}
+        self.frozen_after = {} # name of a parameter: epochs after which the callback `FreezeAfter` fixes it
         if whiten:
+            self.frozen_after['whiten.bias'] = whiten_bias_epochs
             self.whiten.weight.requires_grad_(False)
         nn.init.zeros_(self.whiten.bias)
         self.act = nn.GELU()
@@ -117,7 +118,7 @@ class FastCNN(nn.Module):
     ):
         "Set the whitening filters. Raises `ValueError` for too few or too small images."
         height, width = images.shape[-2:]
-        if min(height, width) < 9:
+        if min(height, width) < 9: # whitening leaves 8 pixels, and three groups halve them to 1
             raise ValueError('fast_cnn halves an image three times and needs at least 9x9 pixels, '
                              f'got {width}x{height}; give larger images (for a run, raise `size` in '
                              '`data_args`)')

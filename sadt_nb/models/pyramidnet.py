@@ -25,7 +25,8 @@ class PyramidBlock(nn.Module):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(n_in)
         self.conv1 = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)
-        self.bn2, self.relu = nn.BatchNorm2d(n), nn.ReLU()
+        self.bn2 = nn.BatchNorm2d(n)
+        self.relu = nn.ReLU()
         self.conv2 = nn.Conv2d(n, n, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(n)
         self.shortcut = nn.Sequential()
@@ -49,13 +50,13 @@ def pyramidnet_110(
     if alpha < 0:
         raise ValueError(f'`alpha` must not be negative, got {alpha}; 0 keeps 16 channels throughout')
     blocks = 18 # per stage; 110 layers = 3 x 18 x 2 + first convolution + dense layer
-    widths = [int(16 + alpha * k / (3 * blocks) + .5) for k in range(3 * blocks + 1)]
+    widths = [int(16 + alpha * k / (3 * blocks) + .5) for k in range(3 * blocks + 1)] # D_k of the paper
     layers = OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(16))
     for i in range(3):
         stage = nn.Sequential()
         for k in range(i * blocks, (i + 1) * blocks):
-            halves = i > 0 and k == i * blocks
-            stage.append(PyramidBlock(widths[k], widths[k + 1], stride=2 if halves else 1))
+            stride = 2 if i > 0 and k == i * blocks else 1 # the first block of a later stage halves the image
+            stage.append(PyramidBlock(widths[k], widths[k + 1], stride))
         layers[f'layer{i + 1}'] = stage
     layers.update(bn=nn.BatchNorm2d(widths[-1]), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1),
                   flatten=nn.Flatten(), fc=nn.Linear(widths[-1], classes))

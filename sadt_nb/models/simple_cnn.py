@@ -15,8 +15,9 @@ from torch import nn
 
 # %% ../../nbs/models/60_simple_cnn.ipynb #b7f772b4
 def he_normal_(w:torch.Tensor) -> torch.Tensor:
-    "Fill `w` like Keras' `he_normal`: a normal, truncated at two deviations, scaled to variance 2 / fan_in."
-    std = (2 / w[0].numel())**.5 / .87962566103423978 # the divisor corrects for the truncation at 2
+    "Fill `w` like Keras' `he_normal`: normal, truncated at two standard deviations, variance 2 / fan_in."
+    truncated = .87962566103423978 # standard deviation of a standard normal that is truncated at 2
+    std = (2 / w[0].numel())**.5 / truncated
     return nn.init.trunc_normal_(w, std=std, a=-2 * std, b=2 * std)
 
 def check_init(init):
@@ -24,7 +25,7 @@ def check_init(init):
     if init not in ('torch', 'keras'): raise ValueError(f"`init` must be 'torch' or 'keras', got {init!r}")
 
 def batch_norm(init, dim=2):
-    "Return a function from number of channels to a BatchNorm with the constants of torch or of Keras."
+    "Return a function that makes a BatchNorm of `n` channels with the constants of torch or of Keras."
     cls = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d}[dim]
     if init == 'keras': return partial(cls, eps=1e-3, momentum=.01)
     return cls

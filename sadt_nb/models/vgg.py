@@ -28,7 +28,8 @@ def vgg16_slim(
     "Return SADT's VGG: 13 convolutions of 32 to 256 channels, two dense layers; 4,085,802 parameters."
     check_init(init)
     bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
-    layers, channels = OrderedDict(), 3
+    layers = OrderedDict()
+    channels = 3
     for b, widths in enumerate([(32,) * 2, (64,) * 2, (128,) * 3, (256,) * 3, (256,) * 3], start=1):
         for i, width in enumerate(widths, start=1):
             conv = nn.Conv2d(channels, width, 3, padding=1)
@@ -39,11 +40,13 @@ def vgg16_slim(
                   fc1=_unit(nn.Linear(256, 512), bn1(512), dropout),
                   fc2=_unit(nn.Linear(512, 512), bn1(512), dropout))
     if bottleneck: layers.update(bottleneck=nn.Linear(512, classes), relu=nn.ReLU())
-    layers['classifier'] = nn.Linear(classes if bottleneck else 512, classes)
+    features = classes if bottleneck else 512
+    layers['classifier'] = nn.Linear(features, classes)
     model = nn.Sequential(layers)
-    # SADT's released code perturbs this moving variance, which is not read in training mode
+    # SADT's released code perturbs this running variance, which is not read in training mode
     model.code_array = 'block4_conv2.bn.running_var'
-    return keras_init_(model, he=('fc1.layer', 'fc2.layer')) if init == 'keras' else model
+    if init == 'keras': keras_init_(model, he=('fc1.layer', 'fc2.layer'))
+    return model
 
 # %% ../../nbs/models/61_vgg.ipynb #bed273ba
 def vgg16(

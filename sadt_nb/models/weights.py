@@ -16,8 +16,8 @@ from torch import nn, Tensor
 def _read_safetensors(file):
     try: from safetensors.torch import load_file
     except ImportError:
-        advice = 'pip install sadt_nb[weights]'
-        raise ImportError(f'reading {Path(file).name} needs safetensors: {advice}') from None
+        advice = "install it with pip install 'sadt_nb[weights]'"
+        raise ImportError(f'reading {Path(file).name} needs safetensors; {advice}') from None
     return load_file(file)
 
 def read_tensors(
@@ -31,7 +31,8 @@ def read_tensors(
     except ImportError: raise
     except Exception:
         raise ValueError(f'{file} is not a plain weights file and was not opened; {advice}') from None
-    if isinstance(state, dict) and isinstance(state.get('model'), dict): state = state['model'] # fastai's
+    if isinstance(state, dict) and isinstance(state.get('model'), dict):
+        state = state['model'] # fastai stores the optimizer's state beside the weights
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f'{file} holds no weights; {advice}')
     return state
@@ -39,24 +40,24 @@ def read_tensors(
 # %% ../../nbs/models/59_weights.ipynb #7860d6fd
 def _differences(state, own):
     "Return a text that lists how names and shapes in `state` differ from `own`, or '' if they agree."
-    missing, unknown = own.keys() - state.keys(), state.keys() - own.keys()
+    missing = own.keys() - state.keys()
+    unknown = state.keys() - own.keys()
     reshaped = {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}
     found = []
-    if missing: found.append(f'{len(missing)} missing, such as {min(missing)!r}')
-    if unknown: found.append(f'{len(unknown)} unknown, such as {min(unknown)!r}')
+    if missing: found.append(f'missing tensors: {len(missing)}, such as {min(missing)!r}')
+    if unknown: found.append(f'unknown tensors: {len(unknown)}, such as {min(unknown)!r}')
     if reshaped:
         k = min(reshaped)
         shapes = f'{tuple(state[k].shape)} in place of {tuple(own[k].shape)}'
-        found.append(f'{len(reshaped)} of another shape, such as {k!r} with {shapes}')
+        found.append(f'tensors of another shape: {len(reshaped)}, such as {k!r} with {shapes}')
     return '; '.join(found)
 
 def _keeping(state, kept):
-    "Return `state`, with all of `kept` if `state` lacks a tensor of `kept` or has it in another shape."
-    for k, v in kept.items():
-        if k not in state or state[k].shape != v.shape:
-            others = {k: v for k, v in state.items() if k not in kept}
-            return others | kept
-    return state
+    """Return `state`; if it does not fit `kept`, with the tensors of `kept` in place of its own.
+
+    `state` does not fit if it lacks a tensor of `kept` or has it in another shape."""
+    fits = all(k in state and state[k].shape == v.shape for k, v in kept.items())
+    return state if fits else state | kept
 
 # %% ../../nbs/models/59_weights.ipynb #ca3fa173
 def load_weights(
@@ -70,12 +71,13 @@ def load_weights(
     under `fresh`. Raises `FileNotFoundError` if there is no file, and `ValueError` if the file does not
     hold only tensors, or holds tensors that do not fit the network."""
     if not Path(file).is_file(): raise FileNotFoundError(f'{file} does not exist')
-    own, state = model.state_dict(), read_tensors(file)
+    own = model.state_dict()
+    state = read_tensors(file)
     if fresh: state = _keeping(state, {k: v for k, v in own.items() if k.startswith(fresh)})
     wrong = _differences(state, own)
     if wrong:
         network = type(model).__name__
-        raise ValueError(f'{file} does not fit {network}: tensors {wrong}')
+        raise ValueError(f'{file} does not fit {network}; {wrong}')
     if not any(v.is_meta for v in own.values()): model.load_state_dict(state)
     return model
 

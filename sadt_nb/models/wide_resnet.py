@@ -26,7 +26,8 @@ class WideBlock(nn.Module):
         self.conv1 = nn.Conv2d(n_in, n, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(n)
         self.conv2 = nn.Conv2d(n, n, 3, padding=1, bias=False)
-        self.relu, self.dropout = nn.ReLU(), nn.Dropout(dropout)
+        self.relu = nn.ReLU()
+        self.dropout = nn.Dropout(dropout)
         self.shortcut = None
         if n != n_in or stride > 1: self.shortcut = nn.Conv2d(n_in, n, 1, stride, bias=False)
 
@@ -45,11 +46,14 @@ def wide_resnet(
 ) -> nn.Sequential: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     "Return a Wide ResNet, WRN-`depth`-`width`. Raises `ValueError` for a depth that is not 6n + 4."
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f'`depth` must be 6n + 4 (10, 16, 22, 28, 40), got {depth}')
-    layers, n_in = OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False)), 16
+        raise ValueError(f'`depth` must be 6n + 4 with n of at least 1, such as 16, 22 or 28, got {depth}')
+    blocks = (depth - 4) // 6 # in each stage
+    layers = OrderedDict(conv1=nn.Conv2d(3, 16, 3, padding=1, bias=False))
+    n_in = 16
     for i, n in enumerate((16 * width, 32 * width, 64 * width), start=1):
-        first = WideBlock(n_in, n, 1 if i == 1 else 2, dropout)
-        others = [WideBlock(n, n, 1, dropout) for _ in range((depth - 4) // 6 - 1)]
+        stride = 1 if i == 1 else 2
+        first = WideBlock(n_in, n, stride, dropout)
+        others = [WideBlock(n, n, 1, dropout) for _ in range(blocks - 1)]
         layers[f'layer{i}'] = nn.Sequential(first, *others)
         n_in = n
     layers.update(bn=nn.BatchNorm2d(n), relu=nn.ReLU(), avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),

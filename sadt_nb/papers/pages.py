@@ -69,7 +69,9 @@ def _beside_measured(cell, result):
 class _Row:
     "One row of a table with all its repetitions; accuracies in percent."
     def __init__(self, what, cells):
-        self.what, self.first, self.planned = what, cells['cell'].iloc[0], len(cells)
+        self.what = what
+        self.first = cells['cell'].iloc[0]
+        self.planned = len(cells)
         self.of_paper = cells['of_paper'].iloc[0]
         self.published = [100 * c.published for c in cells['cell'] if c.published is not None]
         self.notes = dict.fromkeys(c.note for c in cells['cell'] if c.note)
@@ -95,7 +97,7 @@ class _Row:
         }
 
     def claim(self, plain):
-        "Return the published difference from the plain row; `None` without one."
+        "Return the published difference from the plain row; `None` if the paper does not give both numbers."
         if not (self.published and plain.published): return None
         return np.mean(self.published) - np.mean(plain.published)
 
@@ -111,9 +113,9 @@ class _Row:
                             of_paper=self.of_paper)
 
 def _without_claim(networks, where, a, b):
-    """Return the difference of two rows as evidence for no claim.
+    """Return the difference of two rows as evidence, where the paper makes no claim.
 
-    Where it is not stored which test images are right, the interval holds for new repetitions only."""
+    If the runs do not store which test images are right, the interval holds for new repetitions only."""
     e = networks.gap(where, '', a, b)
     if e.pairing != WIDEST: return e
     found = {key: judged(where, '', networks.value(where, a, key) - networks.value(where, b, key))
@@ -167,9 +169,10 @@ def beside_logs(
     for c in _cells(name, results, scale, amp):
         log = c['cell'].log
         if log is None: continue
-        ours = EpochLog(*[np.nan] * 4) if c['result'] is None else _logged(c['result'])
-        rows.append(dict(row=' · '.join(p for p in (c['what'], c['where']) if p),
-                         seed=c['seed'].removeprefix('seed '), **_log_columns(log, ours)))
+        no_numbers = EpochLog(np.nan, np.nan, np.nan, np.nan)
+        ours = no_numbers if c['result'] is None else _logged(c['result'])
+        row = ' · '.join(p for p in (c['what'], c['where']) if p)
+        rows.append(dict(row=row, seed=c['seed'].removeprefix('seed '), **_log_columns(log, ours)))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/papers/108_pages.ipynb #84d5cc36
@@ -203,14 +206,16 @@ def comparison(
     out, compared = [], []
     for where, group in cells.groupby('where', sort=False):
         rows = {what: _Row(what, g) for what, g in group.groupby('what', sort=False)}
-        plain = rows.get(next(iter(group[group['plain']]['what']), None))
+        plain_rows = group[group['plain']]['what']
+        plain = rows[plain_rows.iloc[0]] if len(plain_rows) else None
         for row in rows.values():
             out.append({**row.beside_published(where), 'note': '; '.join(row.notes)})
             if plain is None or row is plain: continue
             compared.append((out[-1], row, plain, row.evidence(plain, where, networks)))
-    marked = iter(marked_by_chance([e for *_, row, plain, e in compared if row.claim(plain)]))
+    claimed = [e for _, row, plain, e in compared if row.claim(plain)]
+    marked = iter(marked_by_chance(claimed))
     for columns, row, plain, e in compared:
-        if row.claim(plain): e = next(marked)
+        if row.claim(plain): e = next(marked) # in the same order
         columns |= _against(row, plain, e)
     df = pd.DataFrame(out).fillna('')
     return df[[c for c in df if c != 'note'] + ['note']]
@@ -233,11 +238,12 @@ def _plot_group(axs, title, group):
     "Draw the rows of a group: validation accuracy if all runs have stored it, otherwise training accuracy."
     validated = all('valid_accuracy' in r['history'][-1] for r in group['result'])
     key, kind = ('valid_accuracy', 'validation') if validated else ('train_accuracy', 'training')
-    used = {}
+    used = {} # method: number of its rows so far; they have the same colour and different line styles
     for what, g in group.groupby('what', sort=False):
         method = g['cell'].iloc[0].run.method
-        style = LINE_STYLES[used.setdefault(method, 0) % len(LINE_STYLES)]
-        used[method] += 1
+        nth = used.get(method, 0)
+        used[method] = nth + 1
+        style = LINE_STYLES[nth % len(LINE_STYLES)]
         _plot_row(axs, what, method, style, [r['history'] for r in g['result']], key)
     for ax, label in zip(axs, _X.values()):
         ax.set_xlabel(label)
@@ -279,12 +285,13 @@ _RULE = ('Each row is compared with the plain row of the same network and data, 
          'interval holds for new repetitions and new test images. The smallest effect of interest is half '
          'the published difference, at least 0.2 points. Seen: the interval lies on the side of the claim '
          'and reaches the published difference, and our mean reaches the smallest effect. Smaller than '
-         'claimed: it lies on the side of the claim, and ends before the published difference. Absent: it '
-         'lies between minus and plus the smallest effect. Claimed size excluded: it contains zero, and '
-         'ends before the published difference. Opposite: it lies on the other side of zero. No power: '
-         'everything else, fewer than three repetitions, or an effect that may be due to chance (procedure '
-         'of Benjamini and Hochberg over the page). Outside its regime: a tenth of the training or less, a '
-         'network near chance, or an inert loss term. The power is estimated from the spread that we saw.')
+         'claimed: the interval lies on the side of the claim, and ends before the published difference. '
+         'Absent: the interval lies between minus and plus the smallest effect. Claimed size excluded: the '
+         'interval contains zero, and ends before the published difference. Opposite: the interval lies on '
+         'the other side of zero. No power: any other interval, fewer than three repetitions, or an effect '
+         'that may be due to chance (procedure of Benjamini and Hochberg over the page). Outside its regime: '
+         "a tenth of the paper's training or less, a network near chance, or a loss term without effect. The "
+         'power is estimated from the spread of our runs.')
 
 _ALT = 'Accuracy while training, at equal epochs, optimizer steps and passes'
 
@@ -364,9 +371,14 @@ def write_pages(
     tables = [table] if logs.empty else [table, logs]
     cells = list(_cells(name, results, scale, amp))
     runs = [c['result'] for c in cells if c['result'] is not None]
-    title, stem = f'{name}: published and ours', name.replace('/', '-')
-    if scale != 1: title, stem = f'{title}, scaled to {scale:g} of the epochs', f'{stem}-{scale:g}'
-    if amp: title, stem = f'{title}, in {amp}', f'{stem}-{amp}'
+    title = f'{name}: published and ours'
+    stem = name.replace('/', '-')
+    if scale != 1:
+        title += f', scaled to {scale:g} of the epochs'
+        stem += f'-{scale:g}'
+    if amp:
+        title += f', in {amp}'
+        stem += f'-{amp}'
     finished = f'{len(runs)} of {len(cells)} runs are finished.'
     counted = f'{finished} Accuracies are on the test set, in percent; differences in points.'
     facts = dict(rule=_RULE, **_origin(runs))

@@ -20,10 +20,10 @@ from .tables import TABLES
 # %% ../../nbs/papers/114_sizes.ipynb #52c132fc
 class Size(NamedTuple):
     "The work of a table."
-    runs:int        # Number of runs, with the teachers
+    runs:int        # Number of runs, including the teachers
     passes:float    # Passes of all trainings, each a forward and a backward over one batch
     flops:float     # Floating point operations of all trainings
-    measures:tuple  # Per group of runs: images per batch, training images, passes, operations per image
+    measures:tuple  # Per group of runs: batch size, training images, passes per batch, operations per image
     needs:tuple     # Packages, beside the requirements of the library, that a network of the table imports
 
 _NEEDS = dict(vit='timm', clip='open_clip') # the first part of a network's name: the package that it imports
@@ -38,26 +38,28 @@ def table_size(
     runs = {c.run for c in cells} | {t for c in cells for t in c.run.teachers}
     costs = [run_cost(r) for r in runs]
     groups = {}
-    for run, names in {c.run: c.measures for c in cells if c.measures}.items():
+    measured = {c.run: c.measures for c in cells if c.measures}
+    for run, names in measured.items():
         one_image = measure_cost(run, names, samples=1)
         groups.setdefault((run.bs, training_images(run)), []).append(one_image)
     measures = []
     for group, found in sorted(groups.items()):
         measures.append((*group, math.fsum(c.passes for c in found), math.fsum(c.flops for c in found)))
-    packages = {_NEEDS.get(r.model.partition('_')[0]) for r in runs} - {None}
+    families = {r.model.partition('_')[0] for r in runs}
+    packages = {_NEEDS[f] for f in families if f in _NEEDS}
     return Size(len(runs), math.fsum(c.passes for c in costs), math.fsum(c.flops for c in costs),
                 tuple(measures), tuple(sorted(packages)))
 
 # %% ../../nbs/papers/114_sizes.ipynb #9c2eca18
 def seconds_to_train(
-    size:Size,       # Of a table
+    size:Size,       # The work of a table
     machine:Machine, # Speed of the machine, from `probe_machine`
 ) -> float: # Seconds to train one run after the other, without evaluation
     "Return the estimated time, as `estimated_seconds` does for runs."
     return size.passes * machine.overhead + size.flops / machine.rate
 
 def seconds_to_measure(
-    size:Size,       # Of a table
+    size:Size,       # The work of a table
     machine:Machine, # Speed of the machine, from `probe_machine`
     samples:int=1000, # Number of training images to measure on
 ) -> float: # Seconds to measure one trained run after the other
@@ -65,11 +67,12 @@ def seconds_to_measure(
     total = 0.
     for bs, images, passes, flops in size.measures:
         n = min(samples, images)
-        total += passes * -(-n // bs) * machine.overhead + flops * n / machine.rate
+        batches = math.ceil(n / bs)
+        total += passes * batches * machine.overhead + flops * n / machine.rate
     return total
 
 def missing(
-    size:Size, # Of a table
+    size:Size, # The work of a table
 ) -> list[str]: # Names of packages
     "Return the packages that a table needs and that are not installed."
     return [package for package in size.needs if find_spec(package) is None]
@@ -92,8 +95,8 @@ def store(
     names=None, # Names in `PAPER_GRIDS`; `None`: all
 ):
     "Count the work of tables and write it to the file of the library."
-    known = _stored() if names and _FILE.exists() else {}
-    known = {**known, **{name: table_size(name) for name in names or TABLES}}
-    lines = [f'{json.dumps(name)}: {json.dumps(size)}' for name, size in known.items()]
+    sizes = dict(_stored()) if names and _FILE.exists() else {}
+    for name in names or TABLES: sizes[name] = table_size(name)
+    lines = [f'{json.dumps(name)}: {json.dumps(size)}' for name, size in sizes.items()]
     _FILE.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
     _stored.cache_clear()

@@ -23,18 +23,23 @@ from .saf import SPEEDS
 from .sam_study import LOGS, LOGS_C
 
 # %% ../../nbs/papers/110_verdicts.ipynb #c3c80460
-_DIGITS, _NOISY = 'digits', 'digits, a fifth of the labels wrong'
+# names of places: a data set with one setup
+_DIGITS = 'digits'
+_NOISY = 'digits, a fifth of the labels wrong'
 _FORTY = 'digits, 40% wrong labels'
 _TUNED = 'digits, a fifth of the labels wrong, each method at its best rate'
-_CIFAR, _NOTEBOOK, _ALL = 'CIFAR-10', 'CIFAR-10, released notebook', 'CIFAR-10, all methods'
+_CIFAR = 'CIFAR-10'
+_NOTEBOOK = 'CIFAR-10, released notebook'
+_ALL = 'CIFAR-10, all methods'
 _FACTORS = 'CIFAR-10, released notebook, one factor changed'
-_CONSTANT, _BARE = 'CIFAR-10, constant rate', 'CIFAR-10, no BatchNorm'
+_CONSTANT = 'CIFAR-10, constant rate'
+_BARE = 'CIFAR-10, no BatchNorm'
 _FULL = 'CIFAR-10, full length'
 _FLAT = ('digits, flatness measured', 'Simple CNN on CIFAR-10', 'ResNet-20 on CIFAR-10')
 _STEP = 'a step of ResNet-18 on a CPU'
 _LOGS = 'ResNet-18 on CIFAR-10'
 
-PLACES = [
+PLACES = [ # name, study page, folder of the stored runs, preset, mixed precision
     Place(_DIGITS, 'distill_digits', 'digits', 'distill/digits'),
     Place(_FORTY, 'distill_digits', 'digits', 'distill/digits_ensembles'),
     Place(_FORTY, 'distill_digits', 'digits', 'distill/digits_robust'),
@@ -64,7 +69,7 @@ def studies() -> dict: # Name of a place (a data set with one setup): study page
     return shown
 
 def all_networks() -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `study`, `run`, and measured numbers
-    "Return all stored networks that the evidence for the claims comes from."
+    "Return all stored networks that are evidence for the claims."
     stored = stored_networks(PLACES)
     tuned = tuned_networks(_TUNED, 'what_helps_at_a_tuned_rate')
     return pd.concat([stored, tuned], ignore_index=True)
@@ -77,13 +82,13 @@ def _columns(name, row, words):
     "Return the cells of one row of a table, in the columns that have all `words`."
     found = []
     for c in _rows(name):
-        first, *rest = c.label.split(' · ')
+        first, *rest = c.label.split(' · ') # the row, then the columns
         if first == row and set(words) <= set(rest): found.append(c)
     return found
 
 def _accuracy(name, row, words):
     "Return a published accuracy in percent, its standard deviation over seeds, and the number of seeds."
-    cells = _columns(name, row, words)
+    cells = _columns(name, row, words) # one for each seed
     values = [100 * c.published for c in cells]
     if cells[0].spread is not None: return np.mean(values), 100 * cells[0].spread, len(values)
     if len(set(values)) > 1: return np.mean(values), np.std(values, ddof=1), len(values)
@@ -96,7 +101,8 @@ def _size(name, *words):
 
 def _paper(name, a, b, *words):
     "Return the published row `a`, or the mean of several rows, minus row `b`; and the regime of the claim."
-    first = [_accuracy(name, row, words) for row in ([a] if isinstance(a, str) else a)]
+    rows = [a] if isinstance(a, str) else a
+    first = [_accuracy(name, row, words) for row in rows]
     other, spread, n = _accuracy(name, b, words)
     spreads = [s for _, s, _ in first] + [spread]
     known = len(first) == 1 and None not in spreads
@@ -106,10 +112,13 @@ def _paper(name, a, b, *words):
 
 def _ratio(name, a, b, measure):
     "Return a published measure of flatness of row `a`, divided by that of row `b`."
-    of = {row: dict(_columns(name, row, ())[0].measured)[measure] for row in (a, b)}
-    return Published(of[a] / of[b])
+    def published_measure(row):
+        first = _columns(name, row, ())[0]
+        return dict(first.measured)[measure]
+    return Published(published_measure(a) / published_measure(b))
 
 # %% ../../nbs/papers/110_verdicts.ipynb #662ccad3
+# key of a measured number: its name in the text of a comparison
 _WORDS = dict(trace='trace', eigenvalue='largest eigenvalue', sharpness='sharpness',
               late_sharpness='sharpness after epoch 5', accuracy='')
 
@@ -131,8 +140,10 @@ _ON_CPU = 'claimed for a GPU, measured on a CPU'
 
 def _cost(method, label, side, claimed=None, over='baseline', part=''):
     "Return the time of a step of `method` divided by the time of a step of `over`."
-    step = json.loads((published('step_cost') / 'resnet18_128.json').read_text())
-    row, unit = step['rows'][method], step['rows'][over]['ratio']
+    file = published('step_cost') / 'resnet18_128.json'
+    step = json.loads(file.read_text())
+    row = step['rows'][method]
+    unit = step['rows'][over]['ratio']
     ends = row['ratio'] / unit, row['low'] / unit, row['high'] / unit
     stated = None if claimed is None else Published(claimed)
     outside = () if step['hardware']['gpu'] else (_ON_CPU,)
@@ -144,12 +155,13 @@ def _at_most(claimed):
     return Side(1.05 * claimed, above=False, factor=True)
 
 def _at_most_printed(claimed, digits):
-    "Return the side of a claim that a printed ratio is `claimed`, rounded to so many digits, or less."
+    "Return the side of a claim that a printed ratio, rounded to `digits` decimals, is `claimed` or less."
     return Side(claimed + .5 * 10**-digits, above=False, factor=True)
 
 def _presets(*names):
     "Return a text that names the presets to train, with their numbers of runs."
-    return 'A test needs ' + ' and '.join(f'`sadt_grid {n}` ({len(paper_grid(n))} runs)' for n in names) + '.'
+    commands = [f'`sadt_grid {n}` ({len(paper_grid(n))} runs)' for n in names]
+    return 'A test needs ' + ' and '.join(commands) + '.'
 
 def _number(place, label, value, side):
     "Return, as evidence without an interval, a number that the authors print."
@@ -184,9 +196,10 @@ def _at_length(nets, label, a, b, key='accuracy', sizes=(_SMALL_BATCH, _LARGE_BA
 def _each_variant(nets, other, at='equal epochs', when='', key='accuracy', places=(_NOISY, _ALL)):
     "Compare each variant of SADT with another kind of network, in several places."
     found = []
+    method = other.split(' · ')[0]
     for place in places:
         for v in _VARIANTS:
-            stated = _stated(v, other.split(' · ')[0], key=key)
+            stated = _stated(v, method, key=key)
             if at != 'equal epochs': stated.pop('published', None) # Table 1 is at equal epochs
             words = _called(v) + when
             found.append(nets.gap(place, words, f'{v} · {at}', other, key, **stated, part=_called(v)))
@@ -328,6 +341,7 @@ def _sam_above_both(nets):
                  _above_another(nets, 'sam', ['gc', 'agc']), tables=(('sadt/notebook20', ''),))
 
 # %% ../../nbs/papers/110_verdicts.ipynb #611b0bda
+# numbers from 0 to 12 as words
 _COUNTS = 'no one two three four five six seven eight nine ten eleven twelve'.split()
 
 def _no_clear_winner():
@@ -337,15 +351,15 @@ def _no_clear_winner():
         method, *column = c.label.split(' · ')
         if method in _VARIANTS: columns.setdefault(tuple(column), {})[method] = c.published
     best = dict.fromkeys(_VARIANTS, 0)
-    for of in columns.values():
-        for v in best: best[v] += of[v] == max(of.values())
-    apart = sum(max(of.values()) - min(of.values()) > .01 for of in columns.values())
+    for accuracies in columns.values(): # accuracy of each variant in one column
+        for v in best: best[v] += accuracies[v] == max(accuracies.values())
+    apart = sum(max(c.values()) - min(c.values()) > .01 for c in columns.values())
     number = {v: _COUNTS[n] for v, n in best.items()}
-    words = (f'best in {number["sadt3"]} of {_COUNTS[len(columns)]} columns is variant 3, in '
-             f'{number["sadt2"]} variant 2, in {number["sadt1"]} variant 1; largest share of columns:')
+    words = (f'variant 3 is best in {number["sadt3"]} of {_COUNTS[len(columns)]} columns, variant 2 in '
+             f'{number["sadt2"]}, variant 1 in {number["sadt1"]}; largest share of columns:')
     share = max(best.values()) / len(columns)
     note = (f"Needs no run. In {_COUNTS[apart]} of {_COUNTS[len(columns)]} columns the variants differ by "
-            'more than a point; the best result of a column may be shared.')
+            'more than a point; two variants may share the best result of a column.')
     return Claim('No variant of SADT is a clear winner (none is best in every column)',
                  'section 4.2, Table 1', 'SADT', 'no variant is a clear winner',
                  own=[_number("the paper's Table 1", words, share, LOWER)], note=note)
@@ -372,10 +386,10 @@ def _wider_minima(nets):
         ours += _everywhere(nets, _called(v), v, 'baseline', 'sharpness', **facts)
         words = f'{_called(v)} against two steps per batch:'
         control += _everywhere(nets, words, v, 'repeat_step', 'sharpness', **facts)
-    says = ('SADT ends in wider minima than plain training (sharpness as SAM defines it: after SADT, '
-            'divided by after plain training)')
+    says = ("SADT ends in wider minima than plain training (SAM's sharpness: the value after SADT, divided "
+            'by the value after plain training)')
     return Claim(says, 'section 3', 'SADT', 'SADT ends in wider minima', ours, control,
-                 note='The paper measures no minimum.', tables=_SMALL_TABLE)
+                 note='The paper does not measure how wide its minima are.', tables=_SMALL_TABLE)
 
 # %% ../../nbs/papers/110_verdicts.ipynb #03997f36
 def _large_batches(nets):
@@ -409,7 +423,8 @@ def _gc_in_large_batches(nets):
                  tables=(('sadt/table1', 'gc cifar10 simple_cnn'),))
 
 def _other_data():
-    need = 'Training for 200 and 370 epochs on all images. ' + _presets('sadt/table1', 'sadt/table1_controls')
+    need = 'The runs train for 200 and 370 epochs on all images. '
+    need += _presets('sadt/table1', 'sadt/table1_controls')
     need += (' `sadt_grid sadt/table1_code` trains Table 1 as released, and `sadt_grid '
              'sadt/notebook20_factors` changes one factor of the notebook at a time.')
     return Claim('The results above also hold on CIFAR-100, with VGG and with Inception-ResNet', 'Table 1',
@@ -435,7 +450,7 @@ def sadt_claims(
 # %% ../../nbs/papers/110_verdicts.ipynb #fb874588
 _ALPHAS = (.2, .5, .8)
 _RESNET18 = 'resnet18', 'crop and mirror' # a line of Table 2
-_LENGTH = _size('distill/table2')
+_LENGTH = _size('distill/table2') # training images and epochs
 _LINE = (('distill/table2', 'resnet18 crop and mirror'),)
 
 def _round(alpha, r): return f'alpha {alpha}, round {r}'
@@ -462,7 +477,7 @@ def _further_rounds(nets):
             words = f'alpha {a}, round {last} against round 1'
             ours.append(nets.gap(place, words, *kinds, side=NO_GAIN, **_in_table2(*kinds)))
     note = ("The text's example, 95.17 to 95.8 to 95.58 to 96.25, disagrees with Table 2, which has 95.57, "
-            '95.80, 95.58 and 95.62; 96.25 is SAM.')
+            '95.80, 95.58 and 95.62; 96.25 is the accuracy of SAM.')
     return Claim('After the first round, further rounds of distillation raise the test accuracy by less than '
                  'a point (difference in points)', 'section 5.1, Table 2', 'distillation',
                  'further rounds add little', ours, note=note, tables=_LINE)
@@ -470,8 +485,9 @@ def _further_rounds(nets):
 def _sam_above_student(nets):
     ours = []
     for place in (_DIGITS, _FORTY):
-        for a in _ALPHAS: ours.append(nets.gap(place, f'alpha {a}', 'SAM', _round(a, 1),
-                                               **_in_table2('SAM', _round(a, 1))))
+        for a in _ALPHAS:
+            kinds = 'SAM', _round(a, 1)
+            ours.append(nets.gap(place, f'alpha {a}', *kinds, **_in_table2(*kinds)))
     ours += _accuracy_everywhere(nets, 'alpha 0.5', 'sam', 'round 1', **_in_table2('SAM', _round(.5, 1)))
     return Claim('SAM, without a teacher, has a higher test accuracy than the student of the first round '
                  '(difference in points)', 'Tables 2 and 3', 'SAM', 'SAM above the student', ours,
@@ -537,12 +553,12 @@ def _flatter_students(nets):
               'student flatter than teacher', teacher, tables=_FLAT_TABLES,
               note="The paper's own Table 4 has an exception: on SVHN the student of the first round is less "
                    'flat than its teacher (trace 197.5 to 205.8, largest eigenvalue 9.24 to 11.2). The '
-                   'published ratio here is that of Table 5, Tiny ImageNet.'),
+                   'published ratio here comes from Table 5, Tiny ImageNet.'),
         Claim('A student ends in a flatter minimum than a network trained with SAM (measures of curvature: '
               'student divided by SAM)', 'section 6, Figures 4 and 7', 'distillation',
               'student flatter than SAM', sam, tables=_FLAT_TABLES,
-              note="The paper's own Table 5 contradicts it: on Tiny ImageNet SAM is flatter than every "
-                   'student (trace 310.9 and largest eigenvalue 8.04, against 332.7 and 12.1 and more).'),
+              note="The paper's own Table 5 contradicts this claim: on Tiny ImageNet SAM is flatter than "
+                   'every student (trace 310.9, largest eigenvalue 8.04, against 332.7 and 12.1 or more).'),
         Claim('The student of the second round ends in no flatter minimum than the student of the first '
               'round (measures of curvature: second round divided by first; at least 0.8)',
               'section 6, Figure 4', 'distillation', 'round 2 no flatter', second, tables=_FLAT_TABLES)]
@@ -552,11 +568,12 @@ def _robust_teacher(nets):
              'minus accuracy with alpha 0 (teacher only):')
     robust = [nets.gap(_FORTY, words, 'alpha 1.0', 'alpha 0.0', side=LESS, aside='another experiment')]
     note = ('A test needs ImageNet and CLIP networks. ' + _presets('distill/robust_teacher') +
-            ' The preset measures its networks on ImageNetV2, and `IMAGENETV2` has the line of nine ordinary '
-            'networks. A small version, on corrupted CIFAR-10, is on [the page of '
-            'flatness](flatness.ipynb), section "Is flatter more robust?": no method is seen above the line.')
-    return Claim('A student inherits the robustness of a robust teacher. The larger the weight of the labels '
-                 'is, the less robustness the student inherits.', 'section 7, Figure 9', 'distillation',
+            ' The preset measures its networks on ImageNetV2. `IMAGENETV2` has the accuracies of nine '
+            'ordinary networks, and their line gives the expected accuracy. A small version, on corrupted '
+            'CIFAR-10, is on [the page of flatness](flatness.ipynb), section "Is flatter more robust?": no '
+            'method is seen above the line.')
+    return Claim('A student inherits the robustness of a robust teacher. With a larger weight of the labels, '
+                 'the student inherits less robustness.', 'section 7, Figure 9', 'distillation',
                  'robustness is inherited', robust, note=note, tables=(('distill/robust_teacher', ''),))
 
 def distill_claims(
@@ -572,7 +589,7 @@ def distill_claims(
               'Well-trained teachers have a higher test accuracy than the students of earlier papers. '
               'Spectra of the Hessian and surfaces of the loss show the same flatness.',
               'Tables 1 to 5, Figures 7, 8, 10 to 16', 'distillation', 'other data and networks',
-              note=f"Training for 600 epochs each. {other} The figures have presets as well.",
+              note=f'Each run trains for 600 epochs. {other} The figures have presets as well.',
               tables=(('distill/table1', ''), ('distill/table2', ''), ('distill/table5', '')))]
 
 # %% ../../nbs/papers/110_verdicts.ipynb #e197f2da
@@ -582,7 +599,7 @@ _CIFAR_200 = _size('saf/table3', 'cifar10', 'resnet18')
 def _in_table3(a, b): return _paper('saf/table3', a, b, 'cifar10', 'resnet18')
 
 def _memory(method, stores):
-    "Return the claim on the bytes that a method keeps: a formula, which needs no run."
+    "Return the claim on the bytes that a method stores. A formula gives the bytes, so no run is needed."
     own = []
     for c in _rows('saf/table2'):
         if c.run.method != method: continue
@@ -600,14 +617,14 @@ def _sam_above_plain(nets):
             nets.gap(_CONSTANT, 'batches of 128', 'SAM · batch 128', 'SGD · batch 128', **stated)]
     ours += _accuracy_everywhere(nets, 'SAM', 'sam', 'baseline', **stated)
     ours.append(nets.gap(_FORTY, 'rho 0.2', 'SAM', 'teacher', **stated))
-    note = ("SAM's own Table 2 (Foret et al. 2021), ImageNet top-1 error at equal passes: with ResNet-50, "
-            'SAM with 100 epochs has 22.5 and plain training with 200 epochs has 22.3; with ResNet-101, 20.2 '
-            'against 20.9.')
+    note = ('Table 2 of the SAM paper (Foret et al. 2021) has top-1 errors on ImageNet at equal passes. With '
+            'ResNet-50, SAM has 22.5 after 100 epochs, and plain training has 22.3 after 200 epochs. With '
+            'ResNet-101, SAM has 20.2 and plain training has 20.9.')
     return Claim('SAM has a higher test accuracy than plain training (difference in points)',
                  'Figure 1, Table 3', 'SAM', 'SAM above plain training', ours, note=note, tables=_TABLE3)
 
 def _printed_costs(method, over, side):
-    "Return the times of a step that the paper prints, divided by those of `over`: one ratio per network."
+    "Return, for each network, the printed time of a step divided by the printed time of a step of `over`."
     own = []
     for network, speed in SPEEDS.items():
         if method not in speed: continue
@@ -621,7 +638,7 @@ def _extra_time(method):
     return f"The paper's tables have {100 * min(extra):.1f} to {100 * max(extra):.1f}% more time."
 
 _TWICE = Side(2., factor=True, within=.05)
-_TOLERANCE = 'A ratio of times may miss the claimed one by 5%.'
+_TOLERANCE = 'A ratio of times may differ from the claimed ratio by 5%.'
 _CITED = (_TOLERANCE + ' The paper cites these speeds from the paper of the method; on ImageNet it states '
           '22% for ESAM.')
 
@@ -635,8 +652,8 @@ def _costs():
                      own=_printed_costs(method, over, printed or side), note=note or _TOLERANCE)
     most, table = _at_most, 'section 1, Tables 1 and 3'
     saf_note = _extra_time('saf')
-    mesa_note = (_extra_time('mesa') + " The 15% are the loss of speed: section 4.2 states 84 to 85% of the "
-                 'speed of plain training.')
+    mesa_note = (_extra_time('mesa') + ' The claimed 15% is the loss of speed, not the extra time: section '
+                 '4.2 states 84 to 85% of the speed of plain training.')
     plain, sam = 'a plain step', 'a step of SAM'
     return [
         claim('sam', f'twice the time of {plain}', _TWICE, 2., 'baseline', 'abstract, Tables 1 and 3'),
@@ -678,8 +695,9 @@ def _trajectory(nets, m):
               'training)', 'section 4.3, Figure 4', name,
               f'{name} trains as fast', [pace], **facts),
         Claim(f'{name} ends in flatter minima than plain training, and its minima are flatter from the epoch '
-              f'in which its loss term begins (sharpness as SAM defines it: after {name}, divided by after '
-              'plain training)', 'section 4.3, Figures 2, 4, 5', name, f'{name} ends flatter', flat, **facts),
+              f"in which its loss term begins (SAM's sharpness: the value after {name}, divided by the value "
+              'after plain training)', 'section 4.3, Figures 2, 4, 5', name, f'{name} ends flatter', flat,
+              **facts),
         Claim(f'On ImageNet, and on CIFAR with large networks, {name} has a higher test accuracy than SAM',
               'abstract, Tables 1 and 3', name, f'{name} above SAM, large networks',
               note=_LARGE + _presets('saf/table1', 'saf/table3'), tables=_LARGE_TABLES)]
@@ -693,7 +711,9 @@ def saf_claims(
 
 # %% ../../nbs/papers/110_verdicts.ipynb #9defd14f
 def _logged(kind, logs):
-    "Yield each network of one kind twice: at the end, and after epoch 50 (SAM: passes of 100 epochs of SGD)."
+    """Yield each network of one kind twice: at the end, and after epoch 50.
+
+    With SAM, 50 epochs make as many passes as 100 epochs of SGD."""
     for i, log in enumerate(logs):
         seed = f'seed number {i + 1}'
         facts = dict(place=_LOGS, seed=seed, test_images=10_000)
@@ -716,9 +736,10 @@ def _in_study_b(a, b, bs, other=None):
     "Return what Figure 1 shows of two methods in batches of `bs`, as far as the authors have published logs."
     other = other or bs
     if not {bs, other} <= set(_LOGGED_SIZES): return dict(of_paper=_EPOCHS_100)
-    first, second = (_accuracy('sam_study/b', m, [f'batch {n}']) for m, n in ((a, bs), (b, other)))
-    return dict(published=Published(first[0] - second[0], np.hypot(first[1], second[1]), first[2]),
-                of_paper=_EPOCHS_100)
+    mean_a, spread_a, n = _accuracy('sam_study/b', a, [f'batch {bs}'])
+    mean_b, spread_b, _ = _accuracy('sam_study/b', b, [f'batch {other}'])
+    stated = Published(mean_a - mean_b, np.hypot(spread_a, spread_b), n)
+    return dict(published=stated, of_paper=_EPOCHS_100)
 
 def _sam_against_sgd(nets, place=_CONSTANT, sizes=_SIZES, key='accuracy', side=MORE):
     found = []
@@ -735,14 +756,15 @@ def _smaller_batches(nets, m, place=_CONSTANT, smallest=32):
 
 def _larger_lead(nets, place=_CONSTANT, smallest=32):
     "Compare SAM's lead over SGD at batch size 128 with its lead at the smallest batch size."
+    label = f"SAM's lead over SGD with batches of 128, minus that with batches of {smallest}"
     def compared(key, **facts):
-        leads, of_images = {}, 0
+        leads = {}
+        of_images = 0
         for bs in (128, smallest):
             of_sam, of_sgd = (nets.value(place, f'{m} · batch {bs}', key) for m in ('SAM', 'SGD'))
             leads[bs] = of_sam - of_sgd
             if len(leads[bs]): of_images += image_variance(of_sam.mean(), of_sgd.mean(), 10_000)
         return judged(place, label, leads[128] - leads[smallest], MORE, of_images, pairing=WIDEST, **facts)
-    label = f"SAM's lead over SGD with batches of 128, minus that with batches of {smallest}"
     stated = [_in_study_b('SAM', 'SGD', bs).get('published') for bs in (128, smallest)]
     effect = None if None in stated else Published(stated[0].effect - stated[1].effect, n=3)
     kinds = [f'{m} · batch {bs}' for m in ('SAM', 'SGD') for bs in (128, smallest)]
@@ -758,7 +780,9 @@ def _logged_spreads(nets):
     return found
 
 # %% ../../nbs/papers/110_verdicts.ipynb #363e2794
-_STUDY_A, _STUDY_B, _STUDY_C = (((f'sam_study/{letter}_code', ''),) for letter in 'abc')
+_STUDY_A = (('sam_study/a_code', ''),)
+_STUDY_B = (('sam_study/b_code', ''),)
+_STUDY_C = (('sam_study/c_code', ''),)
 
 def _experiment_a(nets):
     stated = _paper('sam_study/a', 'SAM, equal epochs', 'SGD')
@@ -813,7 +837,8 @@ def _experiment_c(nets):
     return [
         Claim('Without BatchNorm, ASAM has a higher test accuracy than SAM (difference in points)',
               'section IV, Table II', 'ASAM', 'ASAM above SAM', [asam_sam], own=[of_logs],
-              note='In Table II the mean of ASAM is below that of SAM; with two of three seeds it is above.',
+              note='In Table II, the mean of ASAM is below the mean of SAM; with two of three seeds, ASAM is '
+                   'above SAM.',
               tables=_STUDY_C),
         Claim('Without BatchNorm, SAM ends with a training loss an order of magnitude below that of ASAM '
               '(loss of SAM divided by loss of ASAM)', 'section III-C, Table II', 'SAM',
@@ -834,10 +859,10 @@ def sam_study_claims(
     for m in ('sam', 'asam'):
         name = m.upper()
         found = _everywhere(nets, name, m, 'baseline', 'sharpness', of_paper=_EPOCHS_100)
-        says = (f'{name} ends in flatter minima than plain training (sharpness as SAM defines it: after '
-                f'{name}, divided by after plain training)')
+        says = (f"{name} ends in flatter minima than plain training (SAM's sharpness: the value after "
+                f'{name}, divided by the value after plain training)')
         flatter.append(Claim(says, 'sections II, III-B', name, f'{name} ends flatter', found,
-                             note='The report measures no minimum.', tables=_STUDY_A))
+                             note='The report does not measure how flat its minima are.', tables=_STUDY_A))
     return [_experiment_a(nets), *_experiment_b(nets), *_experiment_c(nets), *flatter]
 
 # %% ../../nbs/papers/110_verdicts.ipynb #10f2bab0

@@ -33,6 +33,18 @@ def test_equal_signs_and_differences_of_zero_do_not_change(running, fresh):
     assert text(groups, [('a', 'b')]) == one_line
 
 
+def test_changed_signs_come_with_the_reading_that_decides():
+    decides = ("A paper's claim is decided by the running averages, because the papers' authors measure with "
+               'them.')
+    groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c=runs((.7, .7)))
+    for pairs in ([('b', 'a')], [('b', 'a'), ('c', 'a')]): # one difference, and one of two
+        head, _, rest = text(groups, pairs).partition('\n\n')
+        assert head.endswith(f'and re-estimated statistics. {decides} In points, in this order:')
+        assert rest == '- b minus a: +10.00 and -10.00' # the running averages come first
+    for pairs in ([('c', 'a')], [('c', 'a'), ('a', 'c')]):
+        assert 'decide' not in text(groups, pairs)
+
+
 def test_only_common_repetitions_count():
     a, b, extra = runs((.5, .5), (.6, .4), (.9, .9))
     groups = dict(first={0: b, 7: extra}, second={0: a, 3: extra})
@@ -51,7 +63,7 @@ def test_pairs_are_counted_once_and_kept_in_order():
 
 
 @pytest.mark.parametrize('pairs, message', [
-    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose of a, b, c"),
+    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose one of a, b, c"),
     ([('a', 'c')], "'a' and 'c' have no repetition in common")])
 def test_wrong_pairs_are_refused(pairs, message):
     groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c={'seed 9': runs((.7, .7))[0]})

@@ -112,7 +112,7 @@ def test_the_pace_of_a_network_is_its_mean_train_accuracy_in_percent():
 
 def test_an_unknown_group_is_named():
     groups = dict(a=[dict(accuracy=.5, accuracy_bn=.5)])
-    with pytest.raises(ValueError, match="no group is named 'b'; choose of a"):
+    with pytest.raises(ValueError, match="no group is named 'b'; choose one of a"):
         both_readings(groups, [('a', 'b')])
 
 

@@ -279,14 +279,17 @@ def _check_pair(pair, groups):
     "Raise `ValueError` unless both groups exist and have a common repetition."
     for name in pair:
         if name not in groups:
-            raise ValueError(f'no group is named {name!r}; choose of {", ".join(groups)}')
+            raise ValueError(f'no group is named {name!r}; choose one of {", ".join(groups)}')
     if not groups[pair[0]].keys() & groups[pair[1]].keys():
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
+
+_WHICH_DECIDES = ("A paper's claim is decided by the running averages, because the papers' authors measure "
+                  'with them.')
 
 def both_readings(
     groups:dict[str, dict|Sequence], # Name: results, as a dict by repetition or a list in their order
     pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
-) -> Sentence: # One line, and a line for each comparison that changes its sign, in points
+) -> Sentence: # In words; then a line for each comparison that changes its sign, in points
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
     A result has 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics), as a run has.
@@ -301,16 +304,16 @@ def both_readings(
         name = markdown_text(' minus '.join(pair))
         if running * fresh < 0: changed.append(f'- {name}: {running:+.2f} and {fresh:+.2f}')
     of = f'of {len(pairs)} differences of accuracies on this page'
-    readings = "BatchNorm's running averages and re-estimated statistics"
+    readings = "between BatchNorm's running averages and re-estimated statistics."
     if len(pairs) == 1:
         verb = 'changes its sign' if changed else 'does not change its sign'
-        sentence = f'The one difference of accuracies on this page {verb} between {readings}'
-        if not changed: return Sentence(f'{sentence}.')
-        return Sentence('\n'.join([f'{sentence} (points, in this order):', '', *changed]))
-    if not changed: return Sentence(f'None {of} changes its sign between {readings}.')
-    verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
-    first = f'{len(changed)} {of} {verb} between {readings} (points, in this order):'
-    return Sentence('\n'.join([first, '', *changed]))
+        sentence = f'The one difference of accuracies on this page {verb} {readings}'
+    elif not changed: sentence = f'None {of} changes its sign {readings}'
+    else:
+        verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
+        sentence = f'{len(changed)} {of} {verb} {readings}'
+    if not changed: return Sentence(sentence)
+    return Sentence('\n'.join([f'{sentence} {_WHICH_DECIDES} In points, in this order:', '', *changed]))
 
 # %% ../../nbs/experiments/82_report.ipynb #3726b817
 def pairs_with_teachers(

@@ -39,7 +39,8 @@ def test_changed_signs_come_with_the_reading_that_decides():
     groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c=runs((.7, .7)))
     for pairs in ([('b', 'a')], [('b', 'a'), ('c', 'a')]): # one difference, and one of two
         head, _, rest = text(groups, pairs).partition('\n\n')
-        assert head.endswith(f'and re-estimated statistics. {decides} In points, in this order:')
+        order = 'Differences in points, running averages first:'
+        assert head.endswith(f'and re-estimated statistics. {decides} {order}')
         assert rest == '- b minus a: +10.00 and -10.00' # the running averages come first
     for pairs in ([('c', 'a')], [('c', 'a'), ('a', 'c')]):
         assert 'decide' not in text(groups, pairs)

@@ -313,7 +313,8 @@ def both_readings(
         verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
         sentence = f'{len(changed)} {of} {verb} {readings}'
     if not changed: return Sentence(sentence)
-    return Sentence('\n'.join([f'{sentence} {_WHICH_DECIDES} In points, in this order:', '', *changed]))
+    first = f'{sentence} {_WHICH_DECIDES} Differences in points, running averages first:'
+    return Sentence('\n'.join([first, '', *changed]))
 
 # %% ../../nbs/experiments/82_report.ipynb #3726b817
 def pairs_with_teachers(

@@ -10,14 +10,14 @@
 #
 #   job          minutes  claims  a minute  what
 #   tests          2 E       -       -      tests/test_gpu.py; everything else relies on what it tests
-#   fast           8 E      22     2.8      grid fast/94, 69 runs (23 rows, 3 seeds), 8 at a time
-#   noise          8 E      22     2.8      grid fast/94_noise40, 69 runs, 8 at a time
-#   small          8 E      22     2.8      grid fast/small, 69 runs, 14 at a time
+#   fast           9 E      25     2.8      grid fast/94, 78 runs (26 rows, 3 seeds), 8 at a time
+#   noise          9 E      25     2.8      grid fast/94_noise40, 78 runs, 8 at a time
+#   small          9 E      25     2.8      grid fast/small, 78 runs, 14 at a time
 #   fastbench      5 E       7     1.4      benchmarks.fast: Learner and bare loop, steps, whole runs
 #   full           5.5 M     6     1.1      SADT's Table 1, Simple CNN in batches of 2,048, 7 at a time
 #   overhead       3 E       2     0.7      milliseconds of a step, of its kernels, and with CUDA graphs
 #   table1_rest   80 M      30     0.4      all 42 CIFAR-10 runs of that table in bfloat16, 14 at a time
-#   fast96        71 E      22     0.3      grid fast/96, 69 runs, 6 at a time
+#   fast96        79 E      25     0.3      grid fast/96, 78 runs, 6 at a time
 #   table1         4.5 M     1     0.2      how long those 42 runs take, projected from 4.5% of their epochs
 #   sam_study     26 E       3     0.1      grids sam_study/a_code and c_code, 6 and 11 runs
 #   saf_table3   260 E       3     0.01     'cifar10 resnet18' of saf/table3_code, 12 runs; with AMP=bf16 160 E

@@ -178,7 +178,7 @@ class _MicroBatch(NamedTuple):
     def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
     def stored(self):
-        "Return what a checkpoint keeps: all but the hidden states, which a checkpoint of a network lacks, too."
+        "Return what a checkpoint keeps; the hidden states are left out, as in every checkpoint."
         return tuple(self._replace(states=None))
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):

@@ -11,6 +11,7 @@ from functools import partial
 from ..experiments.config import Run
 from ..methods.registry import METHODS
 from .base import PaperRun, distilled
+from .saf import code_term
 
 # %% ../../nbs/papers/105_fast.ipynb #1bc09f31
 _FAST = Run(data='cifar10', model='fast_cnn', epochs=9.9, bs=1024, lr=11.5, opt='decoupled_sgd',
@@ -25,7 +26,7 @@ _FAST_NARROW = _FAST_SMALL.but(model_args=dict(widths=(32, 128, 128)))
 _PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
 
 def _all_methods(base, seeds=range(3), noise=0.):
-    "Yield all methods at equal epochs, SAM with a second radius, and plain training with more passes."
+    "Yield all methods at equal epochs, some with other options, and plain training with more passes."
     if noise:
         base = base.but(data='noisy_cifar10', data_args=dict(noise=noise))
     seeds = list(seeds)
@@ -36,6 +37,11 @@ def _all_methods(base, seeds=range(3), noise=0.):
             run = distilled(teacher, seed, .5) if method.needs_teacher else plain.but(method=name)
             yield PaperRun(f'{name} · seed {seed}', run)
         yield PaperRun(f'sam, radius 0.1 · seed {seed}', plain.but(method='sam', method_args=dict(rho=.1)))
+        for name in ('saf', 'mesa'):
+            run = plain.but(method=name, method_args=code_term(name, base))
+            yield PaperRun(f'{name}, scaled · seed {seed}', run)
+        average = plain.but(method='weight_average', epochs=round(2 * base.epochs, 2))
+        yield PaperRun(f'weight_average, twice the passes · seed {seed}', average, note='control')
         for factor, label in _PASSES.items():
             epochs = round(base.epochs * factor, 2)
             yield PaperRun(f'baseline, {label} · seed {seed}', plain.but(epochs=epochs), note='control')

@@ -26,7 +26,7 @@ TABLES = {
     'saf/table1_code': 'the ResNets of Table 1, with the settings of the released code',
     'saf/table2': 'the memory of SAF and MESA',
     'saf/table3': 'SGD, SAM, SAF and MESA on CIFAR, four networks',
-    'saf/table3_code': 'Table 3, with the loss term as in the released code',
+    'saf/table3_code': 'Table 3, with the loss term, warm-up and label smoothing of the released code',
     'saf/cifar_small': 'SAF and MESA as in the paper and as in the code, small version',
     'saf/figure1': 'the runs of Table 1; the figure shows their training speed',
     'saf/figure2': 'loss surfaces of PyramidNet-110',

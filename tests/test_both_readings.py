@@ -33,6 +33,19 @@ def test_equal_signs_and_differences_of_zero_do_not_change(running, fresh):
     assert text(groups, [('a', 'b')]) == one_line
 
 
+def test_changed_signs_come_with_the_reading_that_decides():
+    decides = ("A paper's claim is decided by the running averages, because the papers' authors measure with "
+               'them.')
+    groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c=runs((.7, .7)))
+    for pairs in ([('b', 'a')], [('b', 'a'), ('c', 'a')]): # one difference, and one of two
+        head, _, rest = text(groups, pairs).partition('\n\n')
+        order = 'Differences in points, running averages first:'
+        assert head.endswith(f'and re-estimated statistics. {decides} {order}')
+        assert rest == '- b minus a: +10.00 and -10.00' # the running averages come first
+    for pairs in ([('c', 'a')], [('c', 'a'), ('a', 'c')]):
+        assert 'decide' not in text(groups, pairs)
+
+
 def test_only_common_repetitions_count():
     a, b, extra = runs((.5, .5), (.6, .4), (.9, .9))
     groups = dict(first={0: b, 7: extra}, second={0: a, 3: extra})

@@ -288,10 +288,13 @@ def _check_pair(pair, groups):
     if not groups[pair[0]].keys() & groups[pair[1]].keys():
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
 
+_WHICH_DECIDES = ("A paper's claim is decided by the running averages, because the papers' authors measure "
+                  'with them.')
+
 def both_readings(
     groups:dict[str, dict|Sequence], # For each name, results: a dict by repetition, or a list in their order
     pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
-) -> Sentence: # One line, and a line for each comparison that changes its sign, in points
+) -> Sentence: # In words; then a line for each comparison that changes its sign, in points
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
     Each result needs 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics). Means are
@@ -307,15 +310,16 @@ def both_readings(
         name = markdown_text(' minus '.join(pair))
         if running * fresh < 0: changed.append(f'- {name}: {running:+.2f} and {fresh:+.2f}')
     of = f'of {len(pairs)} differences of accuracies on this page'
-    readings = "BatchNorm's running averages and re-estimated statistics"
+    readings = "between BatchNorm's running averages and re-estimated statistics."
     if len(pairs) == 1:
         verb = 'changes its sign' if changed else 'does not change its sign'
-        sentence = f'The one difference of accuracies on this page {verb} between {readings}'
-        if not changed: return Sentence(f'{sentence}.')
-        return Sentence('\n'.join([f'{sentence} (points, in this order):', '', *changed]))
-    if not changed: return Sentence(f'None {of} changes its sign between {readings}.')
-    verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
-    first = f'{len(changed)} {of} {verb} between {readings} (points, in this order):'
+        sentence = f'The one difference of accuracies on this page {verb} {readings}'
+    elif not changed: sentence = f'None {of} changes its sign {readings}'
+    else:
+        verb = 'changes its sign' if len(changed) == 1 else 'change their sign'
+        sentence = f'{len(changed)} {of} {verb} {readings}'
+    if not changed: return Sentence(sentence)
+    first = f'{sentence} {_WHICH_DECIDES} Differences in points, running averages first:'
     return Sentence('\n'.join([first, '', *changed]))
 
 # %% ../../nbs/experiments/82_report.ipynb #3726b817

@@ -66,14 +66,15 @@ def cost(stem, known):
     return f'{passes} pass{"" if passes == "1" else "es"} per batch'
 
 def measured():
-    "Return the processor and the seconds of each notebook, by the stem of its page, from docs/minutes.json."
-    return json.loads(MINUTES.read_text()) if MINUTES.exists() else dict(hardware='', seconds={})
+    "Return the seconds of each notebook and the processor, by the stem of its page, from docs/minutes.json."
+    return json.loads(MINUTES.read_text()) if MINUTES.exists() else {}
 
 def about_times():
     "Return a sentence about the times on the cards; '' where no notebook was measured."
-    if not measured()['seconds']: return ''
-    return ('The cards give the time to read a page, and the time to run all of its cells on one core of the '
-            f'processor {measured()["hardware"]}.')
+    if not measured(): return ''
+    processors = sorted({m['hardware'] for m in measured().values()})
+    return ('The cards give the time to read a page, and the time to run all of its cells on one core '
+            f'({" or ".join(processors)}).')
 
 def to_run(seconds):
     "Return a measured time as text, rounded as a time on another machine may differ."
@@ -82,7 +83,7 @@ def to_run(seconds):
 
 def times(nb, stem):
     "Return the minutes to read a notebook and, where it was measured, the time to run it."
-    seconds = measured()['seconds'].get(stem)
+    seconds = measured().get(stem, {}).get('seconds')
     return [f'{minutes_to_read(nb)} min to read', *([to_run(seconds)] if seconds else [])]
 
 def card(stem, title, lead, nb, folder, known):
@@ -113,11 +114,12 @@ def main(notebooks):
     "Measure notebooks, by default those of tutorials and methods without a time, and store the seconds."
     from sadt_nb.experiments.runner import _cpu_name
     every = [nb for folder in TIMED for nb in sorted((ROOT / 'nbs' / folder).glob('*.ipynb'))]
-    known = measured()['seconds']
+    known = measured()
     for nb in map(Path, notebooks) if notebooks else [nb for nb in every if stem_of(nb) not in known]:
-        known[stem_of(nb)] = seconds_to_run(nb.resolve())
-        now = dict(hardware=_cpu_name(), seconds=dict(sorted(known.items())))
-        MINUTES.write_text(json.dumps(now, indent=1) + '\n')
-        print(f'{nb.name}: {known[stem_of(nb)]} s', flush=True)
+        seconds = seconds_to_run(nb.resolve())
+        known[stem_of(nb)] = dict(seconds=seconds, hardware=_cpu_name())
+        lines = [f'{json.dumps(stem)}: {json.dumps(known[stem])}' for stem in sorted(known)]
+        MINUTES.write_text('{' + ',\n '.join(lines) + '}\n')
+        print(f'{nb.name}: {seconds} s', flush=True)
 
 if __name__ == '__main__': main(sys.argv[1:])

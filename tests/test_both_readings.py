@@ -34,8 +34,8 @@ def test_equal_signs_and_differences_of_zero_do_not_change(running, fresh):
 
 
 def test_changed_signs_come_with_the_reading_that_decides():
-    decides = ("A paper's claim is decided by the running averages, because the papers' authors measure with "
-               'them.')
+    decides = ("To judge a paper's claim, we use the accuracies with the running averages, because the "
+               "papers' authors measure in this way.")
     groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c=runs((.7, .7)))
     for pairs in ([('b', 'a')], [('b', 'a'), ('c', 'a')]): # one difference, and one of two
         head, _, rest = text(groups, pairs).partition('\n\n')

@@ -51,7 +51,7 @@ def test_the_cases_are_disjoint_and_complete(s, p):
 def test_examples(numbers, expected): assert outcome(*numbers) == expected
 
 def test_wrong_numbers_are_refused():
-    with pytest.raises(ValueError, match='must not fall'): outcome(0, 1, 2, .2)
+    with pytest.raises(ValueError, match='must be in ascending order'): outcome(0, 1, 2, .2)
     with pytest.raises(ValueError, match='smallest'): outcome(1, 0, 2, 0)
 
 def test_the_smallest_effect():
@@ -142,7 +142,7 @@ def test_the_regime():
     full = 50_000, 200
     assert outside_regime(50_000, 200, full, 94) == [] and outside_regime(50_000, 21, full) == []
     assert len(outside_regime(10_000, 16, full, 11, term=.001)) == 3
-    assert outside_regime(50_000, 20, full) == ['10% of the training images that the paper shows']
+    assert outside_regime(50_000, 20, full) == ["10% of the size of the paper's training"]
 
 
 # From evidence to the outcome of a claim

@@ -253,7 +253,7 @@ MISTAKES = [
     (dict(method='distillation'), 'teachers'),
     (dict(select='best'), 'select'),
     (dict(amp='fp8'), 'amp'),
-    (dict(autoaugment='mnist'), 'policy'),
+    (dict(autoaugment='mnist'), '`autoaugment` must be one of imagenet'),
     (dict(cutout=99), 'cutout'),
 ]
 

@@ -1,6 +1,7 @@
 "Configurations of runs: equal runs have equal keys, keys never change, and nothing unknown is accepted."
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,37 @@ def preset_digests():
             found[f'{name} {frame}'] = digest(runs)
     for name, cases in SWEEPS.items(): found[name] = digest([run for run, _ in cases().values()])
     return found
+
+
+@pytest.mark.parametrize('field', ['data_args', 'model_args', 'method_args', 'opt_args'])
+@pytest.mark.parametrize('value', [None, 5, 'size'])
+def test_options_must_be_a_dict(field, value):
+    with pytest.raises(ValueError, match=f'`{field}` must be a dict, got {value!r}'): Run(**{field: value})
+
+
+def test_numbers_and_switches_cannot_be_none():
+    for field in fields(Run):
+        if field.type not in (float, bool): continue
+        must = 'a number' if field.type is float else 'True or False'
+        with pytest.raises(ValueError, match=f'`{field.name}` must be {must}, got None'):
+            Run(**{field.name: None})
+
+
+@pytest.mark.parametrize('size', [0, -3, 7.5, 'a', True])
+def test_a_size_is_a_whole_number_of_pixels(size, tmp_path):
+    for data in ('cifar10', 'tiny_imagenet', str(tmp_path)):
+        with pytest.raises(ValueError, match='`size` must be a whole number of pixels'):
+            Run(data=data, data_args=dict(size=size))
+    with pytest.raises(ValueError, match='`size` must be a whole number of pixels'):
+        load_data(tmp_path, size=size)
+    assert Run(data='cifar10', data_args=dict(size=24)).data_args == (('size', 24),)
+
+
+@pytest.mark.parametrize('noise', [-.1, 1., 7])
+def test_noise_out_of_range_is_refused_before_the_data_is_read(noise):
+    for data in ('noisy_digits', 'noisy_cifar10'):
+        with pytest.raises(ValueError, match=r'`noise` must lie in \[0, 1\)'):
+            Run(data=data, data_args=dict(noise=noise))
 
 
 def test_keys_of_presets_are_those_of_earlier_versions():

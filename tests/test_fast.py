@@ -343,7 +343,7 @@ REFUSED = {
     '`widths`': [dict(model_args=dict(widths=(8, 8))), dict(model_args=dict(widths=(8, 0, 8)))],
     '`epochs`': [dict(epochs=.5), dict(epochs=NAN), dict(epochs=math.inf)],
     '`bs` must be at most 150, .*, got 151': [dict(bs=151)],
-    'at least 32, got 31; pass more images': [dict(bs=10, n_train=31)],
+    'at least 32 images, got 31; pass more images': [dict(bs=10, n_train=31)],
     '9x9 pixels, got 8x8.*`size` in `data_args`': [dict(data_args=dict(size=8))],
     '`flip`': [dict(flip='no'), dict(flip=1)],
     '`pad_mode`': [dict(pad_mode='wrap'), dict(crop=0)],

@@ -63,7 +63,7 @@ def test_folders_with_numbers_are_read_as_numbers(tmp_path):
 def test_folders_with_names_may_have_images_of_any_size(tmp_path):
     folder = pictures(tmp_path, 'n{:04}'.format)
     assert shifted_accuracy(learner(16), folder, size=16).value == 1
-    with pytest.raises(ValueError, match='differ in size; give `size`'): shifted_accuracy(learner(), folder)
+    with pytest.raises(ValueError, match='differ in size; pass `size`'): shifted_accuracy(learner(), folder)
     same = pictures(tmp_path / 'same', 'n{:04}'.format, sizes=[(24, 24)])
     assert shifted_accuracy(learner(24), same).value == 1
 
@@ -90,7 +90,7 @@ def test_only_formats_of_the_list_are_opened(tmp_path):
 
 def test_names_that_are_no_classes(tmp_path):
     folder = pictures(tmp_path)
-    with pytest.raises(ValueError, match='give numbered=True'): shifted_accuracy(learner(), folder, size=16)
+    with pytest.raises(ValueError, match='pass numbered=True'): shifted_accuracy(learner(), folder, size=16)
     (tmp_path / '12').mkdir()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / '12' / 'a.png')
     with pytest.raises(ValueError, match='0 to 11'):

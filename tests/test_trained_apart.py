@@ -31,7 +31,8 @@ def test_pairs_with_other_code_or_hardware_are_counted_once():
 
 def test_equal_pairs_have_no_difference():
     assert trained_apart([(made('a'), made('a'))], 'pairs of A and B') == (
-        'No difference was found between the source code and hardware of the 1 pairs of A and B.')
+        'Of 1 pairs of A and B, none was trained apart: '
+        'the source code and the kind of hardware are the same.')
 
 
 def test_no_pair_is_refused():

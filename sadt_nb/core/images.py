@@ -19,7 +19,7 @@ def _eight_bits(image):
     "Reduce a grey image of 16 or 32 bits to 8 bits. Raises `ValueError` for values outside 16 bits."
     values = np.asarray(image)
     if image.mode == 'F' or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f'its pixels are numbers of mode {image.mode}, not 8 or 16 bits')
+        raise ValueError(f'the image has mode {image.mode} and values that do not fit into 16 bits')
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 MOST_PIXELS = 50_000_000 # largest number of pixels of an image; ImageNet's largest image has 16 million
@@ -29,7 +29,7 @@ def _check_pixels(image):
     "Raise `ValueError` for an image with too many pixels; no pixel has been decoded yet."
     width, height = image.size
     if width * height > MOST_PIXELS:
-        raise ValueError(f'it has {width}x{height} pixels, more than {MOST_PIXELS:,}')
+        raise ValueError(f'the image has {width}x{height} pixels, more than {MOST_PIXELS:,}')
 
 def open_image(
     file:str|Path|BinaryIO, # Path or binary stream
@@ -37,10 +37,10 @@ def open_image(
     """Open an image file.
 
     Raises an error of Pillow, or `ValueError`, for a file that cannot be opened. Raises `ValueError` for
-    more than `MOST_PIXELS` pixels or `MOST_FILE_BYTES` bytes."""
+    more than `MOST_PIXELS` pixels and, if `file` is a path, for more than `MOST_FILE_BYTES` bytes."""
     is_path = not hasattr(file, 'read')
     if is_path and Path(file).stat().st_size > MOST_FILE_BYTES:
-        raise ValueError(f'it has more than {MOST_FILE_BYTES:,} bytes')
+        raise ValueError(f'the file has more than {MOST_FILE_BYTES:,} bytes')
     Image.init()
     formats = [f for f in FORMATS if f in Image.OPEN] # a build of Pillow may lack some formats
     with Image.open(file, formats=formats) as image:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_ALL_PIXELS', 'DATASETS', 'digits', 'wrong_labels', 'noisy_digits', 'cifar10', 'cifar100', 'noisy_cifar10',
-           'svhn', 'tiny_imagenet', 'imagenet', 'data_options', 'load_data', 'data_checksums', 'channel_statistics',
-           'get_dls']
+           'svhn', 'tiny_imagenet', 'imagenet', 'data_options', 'check_data_options', 'load_data', 'data_checksums',
+           'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
 import hashlib, inspect, json, math, os, sys, tarfile, tempfile
@@ -57,13 +57,16 @@ def digits() -> tuple[ImageData, ImageData]: # 1,437 training and 360 test image
     return train, test
 
 # %% ../../nbs/data/72_datasets.ipynb #50e4a391
+def _check_noise(noise):
+    if not 0 <= noise < 1: raise ValueError(f'`noise` must lie in [0, 1), got {noise}')
+
 def wrong_labels(
     data:ImageData, # Images and labels; not changed
     noise:float,    # Share of the labels that are replaced by another class, in [0, 1)
     seed:int=0,     # Decides which labels are replaced, and by which other class (all equally likely)
 ) -> ImageData: # The same images with the new labels
     "Return the data with symmetric label noise. Raises `ValueError` for a share outside [0, 1)."
-    if not 0 <= noise < 1: raise ValueError(f'`noise` must lie in [0, 1), got {noise}')
+    _check_noise(noise)
     rng, classes = np.random.default_rng(seed), len(data.vocab)
     wrong = rng.permutation(len(data))[:round(noise * len(data))]
     shift = torch.as_tensor(rng.integers(1, classes, len(wrong)))
@@ -355,6 +358,17 @@ def data_options(
     parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
     return {k: p for k, p in parameters.items() if k != 'source'}
 
+def check_data_options(
+    name_or_path, # A name in `DATASETS`, or the path of an image folder or of its archive
+    options:dict, # Options of the data set by name
+):
+    "Raise `ValueError` for an unknown option, or for an impossible `size` or `noise`. Nothing is read."
+    check_options(f'data set {name_or_path}', options, data_options(name_or_path))
+    size = options.get('size')
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(f'`size` must be a whole number of pixels of at least 1, got {size!r}')
+    _check_noise(options.get('noise', 0.))
+
 def load_data(
     name_or_path, # A name in `DATASETS`, or the path of an image folder or of its archive
     **kwargs,     # Options of the data set: `path`, `size` (pixels), `noise` and `seed` (of the noise)
@@ -362,7 +376,7 @@ def load_data(
     """Load a data set.
 
     Raises `ValueError` for an unknown name or option, `FileNotFoundError` for a missing path."""
-    check_options(f'data set {name_or_path}', kwargs, data_options(name_or_path))
+    check_data_options(name_or_path, kwargs)
     if str(name_or_path) in DATASETS: return DATASETS[str(name_or_path)](**kwargs)
     source = Path(name_or_path).expanduser()
     if not source.exists():

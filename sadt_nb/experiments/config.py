@@ -19,7 +19,7 @@ from ..core.arguments import check_options, unknown_name
 from ..core.optim import KerasAdam
 from ..core.recipe import decoupled_groups
 from ..data.augment import PAD_MODES, AutoAugment
-from ..data.datasets import data_options
+from ..data.datasets import check_data_options, data_options
 from ..methods.registry import METHODS, make_method, method_options
 from ..models.registry import MODELS, make_model, model_options
 
@@ -150,7 +150,9 @@ _FILLED_IN = dict(data_args=('seed',), model_args=(), method_args=('seed', 'teac
 def _set_options(run):
     "Sort the options, and convert numbers to the parameters' types. An unknown option is a `ValueError`."
     for field, (owner, parameters) in _options_of(run).items():
-        options = dict(getattr(run, field))
+        given = getattr(run, field)
+        try: options = dict(given)
+        except (TypeError, ValueError): raise ValueError(f'`{field}` must be a dict, got {given!r}') from None
         known = [k for k in parameters if k not in _FILLED_IN[field]]
         check_options(f'`{field}`: {owner}', options, known)
         pairs = []
@@ -169,7 +171,10 @@ def _normal_form(run):
         name = field.name
         if name == 'teachers' or name.endswith('_args'): continue
         value = _simple(name, getattr(run, name))
-        if field.type in (bool, float): value = _typed(name, value, field.type)
+        if field.type in (bool, float):
+            value = _typed(name, value, field.type)
+            must = 'a number' if field.type is float else 'True or False'
+            if value is None: raise ValueError(f'`{name}` must be {must}, got None')
         elif field.type is str and name != 'compile' and not isinstance(value, str):
             raise ValueError(f'`{name}` must be a string, got {value!r}')
         _set(run, **{name: value})
@@ -303,6 +308,7 @@ def _check(run):
     _normal_form(run)
     _check_values(run)
     _set_options(run)
+    check_data_options(run.data, dict(run.data_args))
     _check_epochs(run)
     _check_images(run)
     _check_training(run)

@@ -288,8 +288,8 @@ def _check_pair(pair, groups):
     if not groups[pair[0]].keys() & groups[pair[1]].keys():
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
 
-_WHICH_DECIDES = ("A paper's claim is decided by the running averages, because the papers' authors measure "
-                  'with them.')
+_WHICH_DECIDES = ("To judge a paper's claim, we use the accuracies with the running averages, because the "
+                  "papers' authors measure in this way.")
 
 def both_readings(
     groups:dict[str, dict|Sequence], # For each name, results: a dict by repetition, or a list in their order
@@ -343,8 +343,8 @@ def trained_apart(
     machine = [_machine_of(a) != _machine_of(b) for a, b in pairs]
     apart = sum(c or m for c, m in zip(code, machine))
     if not apart:
-        return Sentence(f'No difference was found between the source code and hardware of the {len(pairs)} '
-                        f'{what}.')
+        return Sentence(f'Of {len(pairs)} {what}, none was trained apart: the source code and the kind of '
+                        'hardware are the same.')
     return Sentence(
         f'Of {len(pairs)} {what}, {apart} were trained apart: {sum(code)} with different versions of the '
         f'source code, {sum(machine)} on different hardware. In these pairs, the version or the hardware '

@@ -138,7 +138,8 @@ def corrupt(
     square = x.ndim == 4 and x.shape[1] == 3 and x.shape[2] == x.shape[3]
     if not square or x.min() < -1e-4 or x.max() > 1 + 1e-4:
         raise ValueError('images must be square, of shape (n, 3, h, h), with values in [0, 1], got '
-                         f'{tuple(x.shape)} in [{x.min():.3g}, {x.max():.3g}]')
+                         f'{tuple(x.shape)} in [{x.min():.3g}, {x.max():.3g}]; for normalised images, '
+                         '`corrupted_accuracy` needs their `mean` and `std`')
     f, settings = CORRUPTIONS[kind]
     x = _in_256_levels(x.clamp(0, 1)) # rounded, as else an inexact grey pixel would count as coloured
     g = torch.Generator(x.device).manual_seed(seed)

@@ -76,4 +76,4 @@ class AGC(ShowsArguments, Callback):
             if p.grad is None or any(part in name for part in self.exclude): continue
             clip_units_([p], [p.grad], self.clip, self.eps)
 
-    def after_batch(self): weights_moved()
+    def after_batch(self): weights_moved() # drops cached copies of the old weights

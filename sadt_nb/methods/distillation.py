@@ -22,8 +22,10 @@ class Distillation(LossTerm):
     """Replaces each training loss by `alpha` loss + (1 - `alpha`) `temperature`² KL(teacher || student).
 
     The loss is from Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
-    and is not pickled with the Learner. Raises `ValueError` for values out of range; before training starts,
-    if there is no teacher; and at the first batch, if the outputs of teacher and student differ in shape."""
+    and is not pickled with the Learner.
+
+    Raises `ValueError` for values out of range. Before training starts, also raises it if there is no
+    teacher. At the first batch, raises it if the outputs of teacher and student differ in shape."""
     order = ORDERS['loss_term'] - 1 # so that `alpha` multiplies the labels' loss only
     _stateattrs = ('teacher',)      # not in pickled Learners
 
@@ -41,6 +43,7 @@ class Distillation(LossTerm):
         self.divergence = divergence
 
     def before_fit(self):
+        # completes the message 'a Learner can have only one method that ...'
         check_single(self, Distillation, 'distils (for several teachers, pass a list)')
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
 

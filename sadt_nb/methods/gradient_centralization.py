@@ -34,4 +34,4 @@ class GradientCentralization(ShowsArguments, Callback):
     def before_step(self):
         centralize_(p.grad for p in trainable_params(self.model).values() if p.grad is not None)
 
-    def after_batch(self): weights_moved()
+    def after_batch(self): weights_moved() # drops cached copies of the old weights

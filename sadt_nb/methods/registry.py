@@ -275,7 +275,7 @@ _TEACHERS = dict(
         key='`alpha` = 0.2, 0.5 or 0.8, the weight of the labels; '
             '`temperature` = 4 is our choice, the paper states none',
         avoid='before you have tried label smoothing, which needs no teacher; '
-              'when there is time for the predictions of an ensemble'),
+              'if you can afford to run several networks at prediction time: then use an ensemble'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #d7a2391d

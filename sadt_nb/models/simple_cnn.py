@@ -35,7 +35,7 @@ def keras_init_(
     model:nn.Module,  # Changed in place
     he=(),            # Names of dense layers that start with `he_normal` instead of Glorot's uniform
 ) -> nn.Module:
-    "Give all convolutions and dense layers of `model` Keras' starting weights."
+    "Set the weights of all convolutions and dense layers of `model` to Keras' starting weights."
     for name, m in model.named_modules():
         if not isinstance(m, (nn.Conv2d, nn.Linear)): continue
         if isinstance(m, nn.Conv2d) or name in he: he_normal_(m.weight)
@@ -66,7 +66,7 @@ def cnn_of_widths(
     if bottleneck: layers.update(bottleneck=nn.Linear(second, 10), relu6=nn.ReLU())
     layers['classifier'] = nn.Linear(10 if bottleneck else second, classes)
     model = nn.Sequential(layers)
-    model.code_array = 'conv2.bias' # the parameter that variant 2 of SADT's released code perturbs
+    model.code_array = 'conv2.bias' # read by `SADT`: variant 2 of its released code perturbs this parameter
     return keras_init_(model) if init == 'keras' else model
 
 def simple_cnn(

@@ -76,7 +76,8 @@ class _Row:
         self.published = [100 * c.published for c in cells['cell'] if c.published is not None]
         self.notes = dict.fromkeys(c.note for c in cells['cell'] if c.note)
         results = {seed: r for seed, r in zip(cells['seed'], cells['result']) if r is not None}
-        self.ours = {seed: 100 * r[self.first.result] for seed, r in results.items()}
+        accuracy_key = self.first.result # name of the accuracy that the table reports
+        self.ours = {seed: 100 * r[accuracy_key] for seed, r in results.items()}
         self.result = next(iter(results.values()), {})
 
     def beside_published(self, where):
@@ -109,15 +110,16 @@ class _Row:
         spread = 100 * np.hypot(self.first.spread, plain.first.spread) if known else None
         stated = Published(claim, spread, self.planned, np.mean(plain.published))
         side = MORE if claim > 0 else LESS
-        return networks.gap(where, '', self.what, plain.what, side=side, published=stated,
+        return networks.gap(where, label='', a=self.what, b=plain.what, side=side, published=stated,
                             of_paper=self.of_paper)
 
 def _without_claim(networks, where, a, b):
     """Return the difference of two rows as evidence, where the paper makes no claim.
 
-    If the runs do not store which test images are right, the interval holds for new repetitions only."""
+    If the runs do not store which test images are classified correctly, the interval covers new seeds, but
+    not new test images."""
     e = networks.gap(where, '', a, b)
-    if e.pairing != WIDEST: return e
+    if e.pairing != WIDEST: return e # paired by image
     found = {key: judged(where, '', networks.value(where, a, key) - networks.value(where, b, key))
              for key in ('accuracy', 'accuracy_bn')}
     other = found['accuracy_bn']
@@ -213,9 +215,9 @@ def comparison(
             if plain is None or row is plain: continue
             compared.append((out[-1], row, plain, row.evidence(plain, where, networks)))
     claimed = [e for _, row, plain, e in compared if row.claim(plain)]
-    marked = iter(marked_by_chance(claimed))
+    marked = iter(marked_by_chance(claimed)) # in the order of the rows with a claim
     for columns, row, plain, e in compared:
-        if row.claim(plain): e = next(marked) # in the same order
+        if row.claim(plain): e = next(marked)
         columns |= _against(row, plain, e)
     df = pd.DataFrame(out).fillna('')
     return df[[c for c in df if c != 'note'] + ['note']]

@@ -89,6 +89,7 @@ def _notebook20_factors():
         'as in sadt/notebook20': {},
         'all training images': dict(valid=0.),
         'weights by test images': dict(valid=0., select='release'),
+        'constant rate': dict(sched='constant'),
         'cosine to 0': dict(sched='cosine'),
         "PyTorch's starting weights": dict(model_args=dict(bottleneck=True)),
         'no bottleneck': dict(model_args=dict(init='keras')),

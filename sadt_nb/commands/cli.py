@@ -476,6 +476,7 @@ def _list_tables(json=False, samples=1000, device=None):
 
 def _percent(v, digits=1): return '-' if v is None else f'{100 * v:.{digits}f}'
 
+# %% ../../nbs/commands/110_cli.ipynb #86e7654d
 def _published(cell):
     "Return the published value of a row as text, with the standard deviation if the paper gives it."
     if cell.spread is None: return _percent(cell.published)

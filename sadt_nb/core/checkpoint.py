@@ -292,6 +292,7 @@ def _other_tag(stored, mine):
         mine = ', '.join(b for _, b in differ)
     return f'{stored!r}, not of {mine!r}'
 
+# %% ../../nbs/core/08_checkpoint.ipynb #9c54db48
 class CheckpointFile:
     "The newest checkpoint of a training on disk, and the checkpoint before it."
     def __init__(self,

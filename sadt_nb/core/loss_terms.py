@@ -162,6 +162,7 @@ class _FastaiOrder:
         vars(self.loaders[0]).pop('get_idxs', None)
         vars(self.loaders[1]).pop('do_item', None)
 
+# %% ../../nbs/core/04_loss_terms.ipynb #13ba1625
 class _TorchOrder:
     "The positions that a PyTorch loader gives out."
     def __init__(self, dl):

@@ -92,6 +92,7 @@ def _inside(name, parts, archive):
     start = next((i for i, p in enumerate(path.parts) if p in parts), None)
     return None if start is None else '/'.join(path.parts[start:])
 
+# %% ../../nbs/data/74_image_files.ipynb #7209aeb9
 MOST_MEMBERS = 5_000_000              # of an archive; ImageNet has 1.3 million images
 MOST_ARCHIVE_BYTES = 400_000_000_000  # of all members together; ImageNet has 150 GB
 
@@ -123,6 +124,7 @@ def _content(stream, member, archive):
                          f'{MOST_FILE_BYTES:,} bytes')
     return content
 
+# %% ../../nbs/data/74_image_files.ipynb #b028b99e
 def _tar_members(archive):
     "Yield name and stream of each file of a tar archive, one after the other. Raises `ValueError` for links."
     limits = _Limits(archive)

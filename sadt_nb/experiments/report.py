@@ -64,6 +64,7 @@ def _check_rows(history, measures):
     if not well_formed or not all(isinstance(m.get('value'), (int, float)) for m in measures.values()):
         raise ValueError('measures.json has measures without a value')
 
+# %% ../../nbs/experiments/82_report.ipynb #fe583d0a
 def _row(parts):
     "Return a run as a row of the table. Raises `ValueError` for parts that this version cannot read."
     known = {f.name for f in fields(Run)}

@@ -429,6 +429,7 @@ class _TermRatio:
         total, n = over_ranks(counted).tolist()
         return total / n if math.isfinite(total) else None
 
+# %% ../../nbs/experiments/81_runner.ipynb #96915f76
 class RunRecorder(ShowsArguments, Callback):
     "Records a row per epoch, counts steps and passes, and stops at a loss that is NaN or infinite."
     order = Recorder.order + 1

@@ -70,6 +70,7 @@ def orthogonal_directions(
         b *= torch.where(has_rest, size / rest, 0.)
     return [first, second]
 
+# %% ../../nbs/measures/52_landscape.ipynb #fe997f3c
 def _movable(model):
     "Return parameters and floating-point buffers by name."
     out = dict(model.named_parameters())

@@ -174,6 +174,7 @@ def _esam_passes(o):
 
 def _looksam_passes(o): return 1 / o.k
 
+# %% ../../nbs/methods/99_registry.ipynb #441fc9a2
 _SHARPNESS = dict(
     sam=Method(
         SAM, 'takes the gradient at a distance rho uphill', passes=2, memory='1 x weights',

@@ -21,6 +21,7 @@ def _per_sample(values, outputs):
     "Reshape a vector with one value per sample, so that it can be multiplied with `outputs`."
     return values.reshape(-1, *[1] * (outputs.ndim - 1))
 
+# %% ../../nbs/methods/25_saf.ipynb #3020645e
 class Records:
     "Stores the logits of all samples in each of the last `lag` epochs."
     def __init__(self,

@@ -92,6 +92,7 @@ def _check_average(kind, start, decay, every):
     if not 0 <= decay < 1: raise ValueError(f'`decay` must lie in [0, 1), got {decay}')
     check_count(every=every)
 
+# %% ../../nbs/methods/91_weight_average.ipynb #0cb573ce
 class _Average(ShowsArguments, Callback):
     "Keeps the averaged weights and the counters; the subclass `WeightAverage` has options and events."
     _stateattrs = ('averaged', '_recent') # not in pickled Learners

@@ -190,6 +190,7 @@ def seeds_for_spread(
     "Return how many seeds a comparison of two standard deviations needs for the wanted power."
     return _fewest(lambda n: spread_power(groups * (n - 1), effect) >= wanted, most)
 
+# %% ../../nbs/papers/109_claims.ipynb #2fc6e307
 def discoveries(
     p:np.ndarray, # p-values of all judged comparisons of a page
     level=.05,    # Share of false discoveries that is allowed
@@ -262,6 +263,7 @@ class Setting(NamedTuple):
 
 _EFFECTS = ('seen', 'smaller than claimed', 'opposite') # outcomes that can be due to chance
 
+# %% ../../nbs/papers/109_claims.ipynb #2a790583
 class Evidence(NamedTuple):
     "One comparison: a difference, in most cases in points of accuracy, or a ratio."
     place: str          # Data, network and labels of the networks
@@ -353,6 +355,7 @@ def _most_telling(evidence):
     def rank(e): return e.n >= 3, np.nan_to_num(e.share) # enough seeds first, then the longest training
     return max(best, key=rank, default=None)
 
+# %% ../../nbs/papers/109_claims.ipynb #b0d1640e
 class Claim(NamedTuple):
     "A claim of a paper, with our evidence for it."
     says: str
@@ -480,6 +483,7 @@ def _setting(networks, longest, of_paper, published):
     ours = model, longest.images, longest.epochs, networks.accuracy.mean()
     return Setting(*ours, *of_paper, theirs, term)
 
+# %% ../../nbs/papers/109_claims.ipynb #6c99843d
 class Kinds:
     "A table of networks; a place is data, network and labels, and a kind is, for example, a method."
     def __init__(self,

@@ -245,6 +245,7 @@ def _digits_temperature():
                 for r, run in enumerate(rounds(teacher, .5, temperature=t), start=1):
                     yield PaperRun(f'temperature {t:g}, round {r} · {where}', run, note=_NO_TEMPERATURE)
 
+# %% ../../nbs/papers/104_distill.ipynb #1eac63db
 def _digits_sam():
     "Yield plain training, and SAM with its default radius and with the radius of `distill/digits`."
     for noise in _NOISE:

@@ -113,6 +113,7 @@ class _Row:
         return networks.gap(where, label='', a=self.what, b=plain.what, side=side, published=stated,
                             of_paper=self.of_paper)
 
+# %% ../../nbs/papers/108_pages.ipynb #3c268be6
 def _without_claim(networks, where, a, b):
     """Return the difference of two rows as evidence, where the paper makes no claim.
 

@@ -60,6 +60,7 @@ _ACCURACY = { # one row per method, one column per network and batch size
 _EPOCHS = {512: 200, 2048: 370}
 _BY_RELEASE = 'weights chosen and tested as in the released notebook'
 
+# %% ../../nbs/papers/101_sadt.ipynb #46d2ce98
 def _plain(data, model, bs):
     return Run(data=data, model=model, bs=bs, epochs=_EPOCHS[bs], lr=1e-4, opt='keras_adam', sched='cosine',
                cutmix=.25, valid=.01, model_args=dict(init='keras'))

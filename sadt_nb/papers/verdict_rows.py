@@ -48,6 +48,7 @@ class Price(NamedTuple):
     hours: float   # On two CPU cores, with one run on each core; NaN without the network's package
     minutes: float # On one GPU
 
+# %% ../../nbs/papers/113_verdict_rows.ipynb #34ff42b8
 def _open_comparison(claim):
     """Return the judged comparison without power that needs most seeds.
 
@@ -176,6 +177,7 @@ def _span(values, form):
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high else f'{low} to {high}'
 
+# %% ../../nbs/papers/113_verdict_rows.ipynb #b22d1c6e
 def _setting_text(group):
     "Return the trainings of one line as text: ours, and those of the paper; empty if they are unknown."
     known = [e.setting for e in group if e.setting]

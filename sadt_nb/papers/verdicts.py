@@ -623,6 +623,7 @@ def _sam_above_plain(nets):
     return Claim('SAM has a higher test accuracy than plain training (difference in points)',
                  'Figure 1, Table 3', 'SAM', 'SAM above plain training', ours, note=note, tables=_TABLE3)
 
+# %% ../../nbs/papers/110_verdicts.ipynb #9cbb153d
 def _printed_costs(method, over, side):
     "Return, for each network, the printed time of a step divided by the printed time of a step of `over`."
     own = []

@@ -395,13 +395,14 @@ def test_mistakes(tmp_path):
     file = tmp_path / 'x.pt'
     for args in (dict(epochs=0), dict(epochs=1.5), dict(minutes=-1), dict(minutes=float('nan'))):
         with pytest.raises(ValueError): Checkpoint(file, **args)
-    with pytest.raises(ValueError, match='one .fit'): runner.make_learner(SHORT, cbs=[Checkpoint(file)])
+    with pytest.raises(ValueError, match='a Checkpoint is for one `fit`; pass it as'):
+        runner.make_learner(SHORT, cbs=[Checkpoint(file)])
     learn = runner.make_learner(SHORT)
     cp = Checkpoint(file)
     with pytest.raises(CheckpointError, match='no folder'):
         learn.fit(1, cbs=Checkpoint(tmp_path / 'none' / 'x.pt'))
     learn.fit(1, cbs=cp)
-    with pytest.raises(ValueError, match='earlier .fit'): learn.fit(1, cbs=cp)
+    with pytest.raises(ValueError, match='was used in an earlier `fit`; make a new one'): learn.fit(1, cbs=cp)
     torch.save(dict(weights=1), tmp_path / 'y.pt')
     with pytest.raises(CheckpointError, match='is not a checkpoint'):
         learn.fit(1, cbs=Checkpoint(tmp_path / 'y.pt'))

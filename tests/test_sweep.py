@@ -216,7 +216,8 @@ MISTAKES = [
     (dict(spaces=dict(sam=dict(rho=(.5, .1)))), 'range of rho must be two positive numbers'),
     (dict(spaces=dict(sam=dict(lr=(0., .1)))), 'range of lr'),
     (dict(spaces=dict(sam=dict(radius=(.1, .2)))), 'has no option .radius.'),
-    (dict(spaces=dict(sam=dict(lr=(1., 2.)))), 'lower values; the first error: .*the loss became NaN'),
+    (dict(spaces=dict(sam=dict(lr=(1., 2.)))), 
+     'all trials diverged; search ranges with lower values; the first error: .*the loss became NaN'),
 ]
 
 

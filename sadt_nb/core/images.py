@@ -19,7 +19,8 @@ def _eight_bits(image):
     "Reduce a grey image of 16 or 32 bits to 8 bits. Raises `ValueError` for values outside 16 bits."
     values = np.asarray(image)
     if image.mode == 'F' or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f'the image has mode {image.mode} and values that do not fit into 16 bits')
+        raise ValueError('the image must have whole numbers of at most 16 bits, got values from '
+                         f'{values.min()} to {values.max()} (Pillow mode {image.mode})')
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
 MOST_PIXELS = 50_000_000 # largest number of pixels of an image; ImageNet's largest image has 16 million

@@ -162,25 +162,26 @@ def _table2():
     yield from _memory_rows(_table3, 'cifar100', 'resnet18', dict(saf=57), 50_000, 100, 0)
 
 # %% ../../nbs/papers/103_saf.ipynb #07b25473
-_SHARE = SMALL_CIFAR.epochs / _CIFAR.epochs                  # share of the epochs of Table 3
-_STEPS = _SHARE * SMALL_CIFAR.n_train / 50_000               # share of the optimizer steps of Table 3
+def _scaled(method, term, run):
+    "Return the options `term` of a method of Table 3, for the length of `run`."
+    images = run.n_train or 50_000
+    epochs = run.epochs / _CIFAR.epochs                   # share of the epochs of Table 3
+    steps = epochs * images / 50_000 * _CIFAR.bs / run.bs # share of the optimizer steps of Table 3
+    return same_share(method, term, epochs, steps)
 
 def code_term(
     method:str, # 'saf' or 'mesa'
     run:Run,    # A run of another length, which follows from its epochs, batch size and number of images
 ) -> dict: # Options of the method
     "Return the options of the released code; starting epoch and MESA's average fit the length of `run`."
-    images = run.n_train or 50_000
-    epochs = run.epochs / _CIFAR.epochs                         # share of the epochs of Table 3
-    steps = epochs * images / 50_000 * _CIFAR.bs / run.bs       # share of the optimizer steps of Table 3
-    return same_share(method, _CODE_TERM[method], epochs, steps)
+    return _scaled(method, _CODE_TERM[method], run)
 
 def _small():
     "Yield plain training, SAM, and SAF and MESA with the term of the paper and of the code."
     changes = {'baseline': {}, 'sam': dict(method='sam')}
     for method in ('saf', 'mesa'):
         for spec, term in (('paper', {}), ('code', _CODE_TERM[method])):
-            options = same_share(method, term, _SHARE, _STEPS)
+            options = _scaled(method, term, SMALL_CIFAR)
             changes[f'{method}, {spec}'] = dict(method=method, method_args=options)
     for seed in range(3):
         for label, change in changes.items():

@@ -17,7 +17,7 @@ from ..core.perturb import trainable_params
 # %% ../../nbs/methods/27_friendly_sam.ipynb #a4825286
 class _RunningMean(SummedPass):
     "Keeps in `mean` the running mean of the gradients of past steps."
-    per_rank = False # the mean must be equal in all processes
+    per_rank = False # average first-pass gradients over processes, so that all have the same mean
 
     def __init__(self, decay, *passes):
         super().__init__(*passes) # `bn`, `rng`, `start` and `stop`
@@ -46,13 +46,15 @@ class _RunningMean(SummedPass):
         self.keep(g, micro_batch_share(self.learn))
 
     def after_sum(self, total, weight):
+        # `weight`: the sum of the micro-batches' shares, below 1 for an incomplete step
         if weight != 1: torch._foreach_div_(local_parts(total.values()), weight)
         known = [n for n in total if n in self.mean]
         gs = local_parts(total[n] for n in known)
         means = local_parts(self.mean[n] for n in known)
         if known: torch._foreach_lerp_(means, gs, 1 - self.decay) # decay m + (1 - decay) g
         self._spare = {n: total[n] for n in known}
-        self.mean = total | self.mean # a parameter without a mean starts with its first gradient
+        # old means win in the union; a parameter without a mean starts with its first gradient
+        self.mean = total | self.mean
 
     def state_dict(self): return super().state_dict() | dict(mean=deepcopy(self.mean))
     def load_state_dict(self, state):

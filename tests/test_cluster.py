@@ -62,6 +62,7 @@ def assert_same_as_uninterrupted(runs, tmp_path):
         assert same(outcome(r, tmp_path / 'cut'), outcome(r, tmp_path / 'whole'))
 
 
+@pytest.mark.slow
 def test_a_process_dies_in_mid_run(cluster, one_thread, tmp_path):
     runs = [of('sadt1').but(epochs=20, n_train=120, seed=s) for s in range(2)]
     t, out = in_background(runs, tmp_path / 'cut', 2, ray='auto')

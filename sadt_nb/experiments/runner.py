@@ -914,13 +914,61 @@ def _own_message(e):
     "Return the message of an error without the line that fastai adds before it."
     return str(e).split('\n\t')[-1]
 
-# %% ../../nbs/experiments/81_runner.ipynb #050ee729
+# %% ../../nbs/experiments/81_runner.ipynb #6861a72c
+def _progress_bars():
+    "Return the callbacks that show progress bars; an empty list if the output goes to a file."
+    if not (IN_NOTEBOOK or sys.stdout.isatty()): return []
+    return [Recorder(), _ForgetSteps(), ProgressCallback()]
+
 def _epoch_line(row, epochs):
     "Return the line that a log shows after an epoch."
     text = f'epoch {row["epoch"]} of {epochs}: training loss {row["train_loss"]:.3f}'
     if 'valid_accuracy' in row: text += f', validation accuracy {row["valid_accuracy"]:.3f}'
     return f'{text}, {row["seconds"]:.1f} s'
 
+# %% ../../nbs/experiments/81_runner.ipynb #6d68c138
+def _checkpoint_tag(cfg, root, checksums):
+    "Return, as text, everything that must be unchanged when a run continues from a checkpoint."
+    parts = [cfg.key, f'code {code_version()["source"]}', f'torch {torch.__version__}',
+             f'threads {torch.get_num_threads()}', f'training data {checksums["train_crc32"]}',
+             f'test data {checksums["test_crc32"]}']
+    parts += [f'teacher {_stored_checksum(t, root)}' for t in cfg.teachers]
+    return ', '.join(parts)
+
+# %% ../../nbs/experiments/81_runner.ipynb #3de14836
+def _began_with(cfg, root):
+    "Return the number of threads with which an interrupted run began; `None` without a checkpoint."
+    tag = CheckpointFile(work_folder(cfg, root) / 'checkpoint.pt').stored_tag()
+    found = re.search(r', threads (\d+)', tag or '')
+    return int(found[1]) if found else None
+
+@contextmanager
+def _same_threads(cfg, root):
+    "Set the number of threads with which an interrupted run began; warn if PyTorch had another number."
+    mine = torch.get_num_threads()
+    began = on_rank_zero(partial(_began_with, cfg, root)) or mine
+    if began != mine:
+        rule = f'continues with {began}, not {mine}, because another number changes the last digits'
+        anew = f'to start again with {mine}, pass force=True (--force)'
+        warnings.warn(f'{cfg.name} began with {began} CPU threads and {rule}; {anew}')
+    torch.set_num_threads(began)
+    try: yield
+    finally: torch.set_num_threads(mine)
+
+# %% ../../nbs/experiments/81_runner.ipynb #40012220
+def _counts(recorder):
+    "Return the epochs, seconds, steps and passes that a `RunRecorder` has counted; it may not have started."
+    seconds = sum(row['seconds'] for row in recorder.rows)
+    counts = getattr(recorder, 'counts', {})
+    return dict(epochs=len(recorder.rows), train_seconds=seconds, **counts,
+                method_bytes=getattr(recorder, 'kept', 0))
+
+def _times(started):
+    "Return the date at which a training started, in UTC, and the seconds since then; `started` is a time."
+    date = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(started))
+    return dict(started=date, wall_seconds=time.time() - started)
+
+# %% ../../nbs/experiments/81_runner.ipynb #050ee729
 class _Training:
     "One training of a run: its Learner, its files, and the result that it writes."
     def __init__(self, cfg, root, progress, device):
@@ -928,9 +976,8 @@ class _Training:
         self.device = torch.device(device or default_device())
         self.started = time.time()
         self.recorder = RunRecorder(on_epoch=self.write_history)
-        shows_bars = progress and (IN_NOTEBOOK or sys.stdout.isatty())
-        self.shows_lines = progress and not shows_bars # a file cannot show a progress bar
-        bars = [Recorder(), _ForgetSteps(), ProgressCallback()] if shows_bars else []
+        bars = _progress_bars() if progress else []
+        self.shows_lines = progress and not bars
         self.learn = make_learner(cfg, device, [self.recorder, *bars], root)
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 
@@ -945,25 +992,16 @@ class _Training:
 
     def store(self, status, resumed, **more):
         "Write the result with counts, seconds and provenance, and return it."
-        recorder = self.recorder
-        seconds = sum(row['seconds'] for row in recorder.rows)
-        result = dict(status=status, **more, epochs=len(recorder.rows), train_seconds=seconds,
-                      **getattr(recorder, 'counts', {}),
-                      method_bytes=getattr(recorder, 'kept', 0), resumed=resumed, **provenance(self.device),
-                      started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(self.started)),
-                      wall_seconds=time.time() - self.started)
+        result = dict(status=status, **more, **_counts(self.recorder), resumed=resumed,
+                      **provenance(self.device), **_times(self.started))
         if n_ranks() > 1: result['processes'] = n_ranks()
         self.write('result.json', result)
         return result
 
     def checkpoint(self, minutes, force):
         "Return the checkpoint, valid only for the same configuration, code, data, teachers and threads."
-        data = self.learn.dls.checksums
-        parts = [self.cfg.key, f'code {code_version()["source"]}', f'torch {torch.__version__}',
-                 f'threads {torch.get_num_threads()}', f'training data {data["train_crc32"]}',
-                 f'test data {data["test_crc32"]}']
-        parts += [f'teacher {_stored_checksum(t, self.root)}' for t in self.cfg.teachers]
-        checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=', '.join(parts))
+        tag = _checkpoint_tag(self.cfg, self.root, self.learn.dls.checksums)
+        checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=tag)
         if force and not checkpoint.fits(math.ceil(self.cfg.epochs)): checkpoint.remove()
         return checkpoint
 
@@ -986,25 +1024,6 @@ class _Training:
         if self.recorder.failed and self.folder.name == 'new': shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/experiments/81_runner.ipynb #256f62c3
-def _began_with(cfg, root):
-    "Return the number of threads with which an interrupted run began; `None` without a checkpoint."
-    tag = CheckpointFile(work_folder(cfg, root) / 'checkpoint.pt').stored_tag()
-    found = re.search(r', threads (\d+)', tag or '')
-    return int(found[1]) if found else None
-
-@contextmanager
-def _same_threads(cfg, root):
-    "Set the number of threads with which an interrupted run began; warn if PyTorch had another number."
-    mine = torch.get_num_threads()
-    began = on_rank_zero(partial(_began_with, cfg, root)) or mine
-    if began != mine:
-        rule = f'continues with {began}, not {mine}, because another number changes the last digits'
-        anew = f'to start again with {mine}, pass force=True (--force)'
-        warnings.warn(f'{cfg.name} began with {began} CPU threads and {rule}; {anew}')
-    torch.set_num_threads(began)
-    try: yield
-    finally: torch.set_num_threads(mine)
-
 def _train(cfg, root, force, progress, device, minutes):
     "Train a run, store its result and return it; the caller holds the lock."
     keep_pages()

@@ -240,6 +240,7 @@ class _Parser(argparse.ArgumentParser):
         guess = f'did you mean {close[0]}? ' if close else ''
         self.error(f'unknown option {option}; {guess}--help shows all')
 
+# %% ../../nbs/commands/110_cli.ipynb #5d97c4a6
 def _help_text(comment, anno, default):
     "Return the help text of an argument: its comment, allowed values and default."
     facts = []

@@ -224,7 +224,6 @@ def _check_identity(cfg, root, result):
 
 # %% ../../nbs/experiments/81_runner.ipynb #07bd1602
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_STALE_SECONDS = 24 * 3600
 
 def _has_flock(file):
     "Return whether the system has locks for the disk of `file`. Raises `OSError` if `file` cannot be made."
@@ -243,6 +242,9 @@ def _acquired(folder):
             if e.errno not in _NO_LOCKS: raise
     # `timeout` allows two tries: in the first, older versions of filelock delete a dead process' file
     return soft.acquire(timeout=.1, poll_interval=.05).lock
+
+# %% ../../nbs/experiments/81_runner.ipynb #3a90ed19
+_STALE_SECONDS = 24 * 3600 # without a change in the folder, the run counts as failed
 
 def _age(seconds):
     "Return a time as text, in minutes, hours or days."
@@ -269,6 +271,7 @@ def _held(cfg, file):
     return RunError(f'{cfg.name}: {holder}, but no file in its folder has changed for {_age(quiet)}; '
                     f'{delete}')
 
+# %% ../../nbs/experiments/81_runner.ipynb #1096d6f0
 @contextmanager
 def _lock(cfg, root):
     """Hold the lock of a run's folder.
@@ -521,6 +524,7 @@ def is_trained(
     "Return whether a run can be a teacher."
     return read_result(cfg, root) is not None and weights_file(cfg, root).is_file()
 
+# %% ../../nbs/experiments/81_runner.ipynb #522b0f8b
 def _is_damaged(file):
     "Return whether a file of weights does not agree with the hash beside it, or with checksums inside it."
     stored = file.with_name('weights.sha256')
@@ -553,6 +557,7 @@ def load_model(
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
+# %% ../../nbs/experiments/81_runner.ipynb #e824b3b8
 def _stored_checksum(cfg, root):
     "Return the checksum of a finished run's weights, from its result or, if that has none, from its file."
     stored = (read_result(cfg, root) or {}).get('weights_crc32')
@@ -614,6 +619,7 @@ def _init_from_images(model, dl):
     plain = dl.new(tfms=[], shuffle=False, channels_last=False)
     model.init_from_images(plain.batch(spread)[0])
 
+# %% ../../nbs/experiments/81_runner.ipynb #1d0f3176
 def _refuses(model, x):
     "Return whether a network cannot run a batch."
     try:
@@ -640,6 +646,7 @@ def _check_images(cfg, model, dl):
         raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, but '
                          f'BatchNorm in {cfg.model} needs two or more; choose another bs, or set drop_last')
 
+# %% ../../nbs/experiments/81_runner.ipynb #5ec812e0
 def _network(cfg, dls):
     "Return the network of a run with its starting weights, which depend on the seed alone."
     torch.manual_seed(cfg.seed)
@@ -719,6 +726,7 @@ def _features(cfg, dls):
     if cfg.track: cbs.append(FlatnessRecorder(every=cfg.track, dl=_in_order(dls.train), samples=1000))
     return cbs
 
+# %% ../../nbs/experiments/81_runner.ipynb #4a7a84c1
 def make_learner(
     cfg:Run,     # The run to train
     device=None, # `None`: fastai's default device
@@ -743,6 +751,7 @@ def make_learner(
     torch.manual_seed(cfg.seed + 1 + 1_000_003 * this_rank())
     return learn
 
+# %% ../../nbs/experiments/81_runner.ipynb #32be6e7a
 def stored_learner(
     cfg:Run,                           # A run that `is_trained`
     root:str|Path='runs',              # Folder of all results
@@ -857,6 +866,7 @@ def _beside_teacher(learn):
         for part, dl in loaders.items(): facts[f'{name}_{part}'] = measure(student, teacher, dl)
     return dict(teacher=facts)
 
+# %% ../../nbs/experiments/81_runner.ipynb #07ada38c
 def _evaluations(cfg, model, dls):
     "Return accuracy and loss, with stored and with re-estimated BatchNorm statistics, and for views."
     test = dls[2]

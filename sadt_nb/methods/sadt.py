@@ -47,6 +47,7 @@ class Perturbation(ShowsArguments):
         "Return the teacher's weights minus the network's weights."
         raise NotImplementedError
 
+# %% ../../nbs/methods/40_sadt.ipynb #e77e71c3
 class weight_noise(Perturbation):
     "Gaussian noise on every parameter with at least `min_ndim` axes (variant 1)."
     def __init__(self,

@@ -168,6 +168,15 @@ def function_api(module, name, fn, links):
     return [f':::{{py:function}} {name}{signature(fn)}', f':module: {module}', '', doc(fn, links), '',
             *parameters(fn, links), ':::']
 
+def listed_methods(cls):
+    "Return the public methods with a docstring by name, of a class and of its private base classes."
+    found = {}
+    for base in cls.__mro__:
+        if base is not cls and not base.__name__.startswith('_'): break # a public class has its own entry
+        for name, fn in vars(base).items():
+            if not name.startswith('_') and inspect.isfunction(fn) and fn.__doc__: found.setdefault(name, fn)
+    return found
+
 def class_api(module, name, cls, links):
     "Return a class with its own docstring, and its public methods that have one."
     own = cls.__dict__.get('__doc__')
@@ -175,8 +184,7 @@ def class_api(module, name, cls, links):
     text = links.text(without_parameters(inspect.cleandoc(own))) if own and not is_generated else ''
     lines = [f'::::{{py:class}} {name}{signature(cls)}', f':module: {module}', '', text, '',
              *parameters(cls, links)]
-    for member, fn in vars(cls).items():
-        if member.startswith('_') or not inspect.isfunction(fn) or not fn.__doc__: continue
+    for member, fn in listed_methods(cls).items():
         lines += ['', f':::{{py:method}} {member}{signature(fn)}', '', doc(fn, links), '',
                   *parameters(fn, links), ':::']
     return [*lines, '::::']

@@ -213,6 +213,7 @@ def remove_abandoned(
             with suppress(OSError): # another process may have removed the file
                 if died or time.time() - part.stat().st_mtime > _DAY: part.unlink()
 
+# %% ../../nbs/core/08_checkpoint.ipynb #f7545805
 @contextmanager
 def whole_file(
     file:Path,                   # Path of the file; the folder must exist
@@ -276,12 +277,24 @@ def _newest(file):
         warnings.warn(f'the checkpoint {f.name} is damaged; {instead}', stacklevel=2)
 
 # %% ../../nbs/core/08_checkpoint.ipynb #43505572
-def is_full(
-    error:OSError, # Error of a write
-) -> bool: # `False` for all other errors
-    "Return whether the disk or the user's quota is full."
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def _newest_for_all(file):
+    "In every process, return the newest undamaged checkpoint that the first process finds, or `None`."
+    newest = _newest(file) if this_rank() == 0 else None
+    if n_ranks() == 1: return newest
+    shared = [newest]
+    distributed.broadcast_object_list(shared)
+    return shared[0]
 
+def _loaded(file):
+    "Return the state in an undamaged file. Raises `CheckpointError` if the file is no checkpoint."
+    try: state = torch.load(file, weights_only=True)
+    except Exception as e:
+        raise CheckpointError(f'{file.name} is undamaged, but it cannot be loaded: {e}') from None
+    if not isinstance(state, dict) or 'processes' not in state:
+        raise CheckpointError(f'{file.name} is not a checkpoint')
+    return state
+
+# %% ../../nbs/core/08_checkpoint.ipynb #77daae3f
 def _other_tag(stored, mine):
     "Return a string with the parts in which two tags differ; commas separate the parts of a tag."
     theirs = stored.split(', ')
@@ -292,6 +305,19 @@ def _other_tag(stored, mine):
         mine = ', '.join(b for _, b in differ)
     return f'{stored!r}, not of {mine!r}'
 
+def _other_training(state, tag, n_epoch):
+    "Return how the training of a state differs from this training, for a message; `None`: it does not."
+    if state['tag'] != tag: return _other_tag(state['tag'], tag)
+    if state['of'] != n_epoch: return f'training for {state["of"]} epochs, not {n_epoch}'
+    return None
+
+# %% ../../nbs/core/08_checkpoint.ipynb #540242f2
+def is_full(
+    error:OSError, # Error of a write
+) -> bool: # `False` for all other errors
+    "Return whether the disk or the user's quota is full."
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
 # %% ../../nbs/core/08_checkpoint.ipynb #9c54db48
 class CheckpointFile:
     "The newest checkpoint of a training on disk, and the checkpoint before it."
@@ -301,23 +327,16 @@ class CheckpointFile:
     ): self.file, self.tag = Path(file), tag
 
     def _read(self, n_epoch):
-        name, folder = self.file.name, self.file.parent
+        "Return the newest state of this training, or `None`; raises `CheckpointError` for another training."
+        folder = self.file.parent
         if not folder.is_dir():
             raise CheckpointError(f'no folder {folder} exists for the checkpoint; make this folder first')
-        newest = _newest(self.file) if this_rank() == 0 else None
-        if n_ranks() > 1:
-            shared = [newest]
-            distributed.broadcast_object_list(shared)
-            newest = shared[0]
+        newest = _newest_for_all(self.file)
         if newest is None: return None
-        try: state = torch.load(newest, weights_only=True)
-        except Exception as e:
-            raise CheckpointError(f'{name} is undamaged, but it cannot be loaded: {e}') from None
-        if not isinstance(state, dict) or 'processes' not in state:
-            raise CheckpointError(f'{name} is not a checkpoint')
-        if state['tag'] != self.tag: other = _other_tag(state['tag'], self.tag)
-        elif state['of'] != n_epoch: other = f'training for {state["of"]} epochs, not {n_epoch}'
-        else: return state
+        state = _loaded(newest)
+        other = _other_training(state, self.tag, n_epoch)
+        if other is None: return state
+        name = self.file.name
         raise CheckpointError(f'{name} is a checkpoint of {other}; delete this file or choose another')
 
     def make_room(self):

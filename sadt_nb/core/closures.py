@@ -34,6 +34,15 @@ class _Groups:
     @property
     def hypers(self): return self.param_groups
 
+# %% ../../nbs/core/13_closures.ipynb #05d93ae8
+def _radius_scales(groups, rho, params):
+    "Return the `rho` of each parameter's group divided by `rho`, by name; nothing if no group has a `rho`."
+    own = {} # `rho` of each parameter whose group has one, by the parameter's `id`
+    for group in groups:
+        if 'rho' in group: own |= {id(p): group['rho'] for p in group['params']}
+    if not own: return {}
+    return {n: own.get(id(p), rho) / rho for n, p in params.items()}
+
 # %% ../../nbs/core/13_closures.ipynb #d3a987e7
 def _takes_rows(method, closure):
     "Return whether the method selects samples, and the closure has a parameter for their positions."
@@ -60,18 +69,42 @@ def _split(out):
     return out if isinstance(out, tuple) else (None, out)
 
 # %% ../../nbs/core/13_closures.ipynb #ea23db3d
-def _check_scale(loop):
-    "Raise `ValueError` if accelerate scales the loss, but the method needs gradients without the scale."
-    accelerate = sys.modules.get('accelerate')
-    if accelerate is None or loop.loss_scaler is not None or not loop.method.needs_loss_scale: return
-    settings = accelerate.state.AcceleratorState._shared_state # empty if no `Accelerator` was made
-    if settings.get('_mixed_precision') == 'fp16':
-        raise ValueError(f'{type(loop.method).__name__} needs the size of the gradients, and accelerate '
-                         "hides the scale of the loss in fp16; use mixed_precision='bf16', or call "
-                         '`closure_step` with the prepared optimizer')
+class _CallbackHandler:
+    "Has a network, an optimizer and callbacks, and sends the callbacks their events, as a Learner does."
+    # callbacks read these attributes of a Learner
+    loss_func = None
+    training = True
+    n_epoch = float('inf')
 
-class _Gradients:
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+        self.opt = _Groups(optimizer)
+        self.cbs = L()
+
+    def add_cb(self,
+        cb:Callback, # Gets this loop as its `learn`
+    ):
+        "Add a callback, as a Learner does."
+        cb.learn = self
+        self.cbs.append(cb)
+        setattr(self, cb.name, cb)
+
+    def __call__(self,
+        event:str, # Name of a fastai event, such as 'before_batch'
+    ):
+        "Send an event to the callbacks in their order."
+        for cb in self.cbs.sorted('order'):
+            f = getattr(type(cb), event, None)
+            if f: f(cb)
+
+# %% ../../nbs/core/13_closures.ipynb #53af4d8e
+class _Gradients(_CallbackHandler):
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
+    def __init__(self, model, optimizer):
+        super().__init__(model, optimizer)
+        self._used = {} # gradients that the last step has used
+        self.kept = {}  # gradients of earlier micro-batches while a batch runs
+
     def set_aside(self):
         "Take all gradients out of `.grad`; return the gradients that the last step has not used."
         used = self._used
@@ -93,79 +126,54 @@ class _Gradients:
         "Return whether no gradient is infinite or NaN."
         return all(p.grad.isfinite().all() for p in stepped_params(self) if p.grad is not None)
 
-# %% ../../nbs/core/13_closures.ipynb #bff10877
-def _check_window(method, total_steps):
-    "Raise `ValueError` if a method works only in a part of training, whose length is not known."
-    if total_steps is not None: check_count(total_steps=total_steps)
-    if total_steps is not None or is_whole_training(method): return
-    raise ValueError('`start` and `stop` are shares of training, so the number of training steps must be '
-                     'known; give `MethodOptimizer(..., total_steps=...)`, or in Lightning a Trainer '
-                     'with a limit')
+# %% ../../nbs/core/13_closures.ipynb #2754820a
+def _check_scale(loop):
+    "Raise `ValueError` if accelerate scales the loss, but the method needs gradients without the scale."
+    accelerate = sys.modules.get('accelerate')
+    if accelerate is None or loop.loss_scaler is not None or not loop.method.needs_loss_scale: return
+    settings = accelerate.state.AcceleratorState._shared_state # empty if no `Accelerator` was made
+    if settings.get('_mixed_precision') == 'fp16':
+        raise ValueError(f'{type(loop.method).__name__} needs the size of the gradients, and accelerate '
+                         "hides the scale of the loss in fp16; use mixed_precision='bf16', or call "
+                         '`closure_step` with the prepared optimizer')
 
-def _check_chunks(method):
-    "Raise `ValueError` for a method that cuts batches into chunks, because a closure runs the whole batch."
-    if getattr(method, 'm', None) is None: return
-    raise ValueError('`m` needs a fastai Learner, which can cut a batch; in another loop, make each chunk of '
-                     'm samples a micro-batch: `backward(closure)` for each, then `step()`; in Lightning: '
-                     '`accumulate_grad_batches`')
+def _backward(loop, loss, inputs):
+    "Run the backward of a pass, unless the closure has run it."
+    if loop.has_gradients():
+        _check_scale(loop)
+        return
+    _check_loss(loss)
+    scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
+    scaled.backward(inputs=inputs)
 
-# %% ../../nbs/core/13_closures.ipynb #998dcd97
-class PlainLoop(_Gradients):
-    "Replaces a Learner for a method: has the network and the optimizer, and makes passes over a batch."
-    # callbacks read these attributes of a Learner
-    loss_func = None
-    training = True
-    n_epoch = float('inf')
+# %% ../../nbs/core/13_closures.ipynb #ee54f705
+@contextmanager
+def _first_pass_kept(loop):
+    "Inside, an extra pass has its own gradients and prediction; those of the first pass come back."
+    first_pred = loop.pred
+    taken = take_gradients(stepped_params(loop))
+    loop._replaying = True
+    try: yield
+    finally:
+        loop.pred = first_pred
+        loop._replaying = False
+        weights_moved(loop.model) # the casts of a pass without a graph stay in autocast's cache
+        add_gradients(taken)
 
-    def __init__(self,
-        method:LoopMethod,               # Such as `SAM(rho=.05)`
-        model:nn.Module,                 # The network
-        optimizer:torch.optim.Optimizer, # Steps the network's parameters
-        scaler:torch.amp.GradScaler|None=None, # Unscales the gradients before the step
-        max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
-        total_steps:int|None=None,       # Steps of the whole training, for `start` and `stop`
-    ):
-        _check_window(method, total_steps)
-        _check_chunks(method)
-        self.method, self.model, self.optimizer = method, model, optimizer
-        self.scaler, self.max_norm = scaler, max_norm
-        self.total_steps = total_steps
-        self.steps_done = 0
-        self.opt = _Groups(optimizer)
-        self.cbs = L()
+# %% ../../nbs/core/13_closures.ipynb #e891957d
+class _Passes(_Gradients):
+    "Makes the passes of a method over a batch, by calls of the batch's closure."
+    def __init__(self, method, model, optimizer, scaler):
+        super().__init__(model, optimizer)
+        self.method, self.scaler = method, scaler
         self.xb = None # the closure; a Learner has the inputs here
         self.yb = ()
         self.pred = None
         self.per_sample = False # does the closure return one loss per sample?
         self._replaying = False
-        self._used = {} # gradients that the last step has used
         self.loss_scaler = scaler
         if scaler is None: self.loss_scaler = getattr(optimizer, 'scaler', None) # set by accelerate
-        self.kept = {} # gradients of earlier micro-batches while a batch runs
         self.batches = 0 # (micro-)batches since the last step
-        self.add_cb(method)
-        method.before_fit()
-
-    @property
-    def pct_train(self) -> float:
-        "Return the finished share of training, as a Learner's `pct_train`."
-        return min(1., self.steps_done / self.total_steps)
-
-    def add_cb(self,
-        cb:Callback, # Gets this loop as its `learn`
-    ):
-        "Add a callback, as a Learner does."
-        cb.learn = self
-        self.cbs.append(cb)
-        setattr(self, cb.name, cb)
-
-    def __call__(self,
-        event:str, # Name of a fastai event, such as 'before_batch'
-    ):
-        "Send an event to the callbacks in their order."
-        for cb in self.cbs.sorted('order'):
-            f = getattr(type(cb), event, None)
-            if f: f(cb)
 
     def run(self,
         rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch
@@ -183,36 +191,14 @@ class PlainLoop(_Gradients):
         if self.method.needs_logits: _check_logits(logits, self.has_gradients())
         if loss_func is not None: loss = loss_func(logits) / self.batches # the mean over micro-batches
         if between: between()
-        if self.has_gradients(): _check_scale(self)
-        else:
-            _check_loss(loss)
-            scaled = loss if self.scaler is None else self.scaler.scale(loss)
-            scaled.backward(inputs=inputs)
+        _backward(self, loss, inputs)
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
-
-    def _do_one_batch(self): # MSAM replaces this method, as in a Learner
-        "Run the closure and the method's own passes; return the loss."
-        method = self.method
-        def between():
-            if method.needs_logits: self('before_backward')
-        inputs = method.first_inputs()
-        with _noticed_zeroing(self.optimizer, self.model) as zeroed:
-            loss = self.run(between=between, inputs=inputs)
-        if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
-        if not inputs: _check_gradients(self.model)
-        self('after_backward')
-        if inputs: _check_gradients(self.model) # the first pass may have reached none of `inputs`
-        return loss
 
     def forward(self):
         "Run the closure without a graph; return its logits, or its losses."
         with torch.no_grad(): out = self.xb(None) if self.per_sample else self.xb()
         return out if self.per_sample else _split(out)[0]
-
-    def _from_states(self, states, rows):
-        "Return a context for a pass from earlier hidden states; `pred` holds one loss for each sample."
-        return from_hidden_states(states, rows, 0 if rows is None else len(self.pred))
 
     def own_replay(self,
         bn:BatchNormPolicy,      # 'update' or 'keep'
@@ -224,51 +210,30 @@ class PlainLoop(_Gradients):
         states:list|None,        # Hidden states at the start of the first pass
     ) -> Tensor|None: # Logits, or losses, of a pass without backward
         "Run the closure again, as `replay` runs a Learner's batch again."
-        first_pred = self.pred
-        taken = take_gradients(stepped_params(self))
-        self._replaying = True
-        try:
-            rng_context = rng_policy(rng, rng_state, device_of(self.model))
-            states_context = self._from_states(states, rows)
-            with bn_policy(self.model, bn), rng_context, states_context:
-                if not backward: return self.forward()
-                self.run(rows, loss_func)
-        finally:
-            self.pred = first_pred
-            self._replaying = False
-            weights_moved(self.model) # the casts of a pass without a graph stay in autocast's cache
-            add_gradients(taken)
+        n = 0 if rows is None else len(self.pred) # `pred` has one loss for each sample
+        rng_context = rng_policy(rng, rng_state, device_of(self.model))
+        states_context = from_hidden_states(states, rows, n)
+        with _first_pass_kept(self), bn_policy(self.model, bn), rng_context, states_context:
+            if not backward: return self.forward()
+            self.run(rows, loss_func)
 
-    def radius_scales(self,
-        method:LoopMethod,        # Its `rho` is used for groups without a `rho`
-        params:dict[str, Tensor], # Parameters by name
-    ) -> dict[str, float]: # Factors by name; an empty dictionary means 1 for all parameters
-        "Return each parameter's `rho` divided by the method's `rho`, if any parameter group has a `rho`."
-        own = {} # `rho` of each parameter whose group has one, by the parameter's `id`
-        for group in self.optimizer.param_groups:
-            if 'rho' in group: own |= {id(p): group['rho'] for p in group['params']}
-        if not own: return {}
-        return {n: own.get(id(p), method.rho) / method.rho for n, p in params.items()}
+# %% ../../nbs/core/13_closures.ipynb #bff10877
+def _check_window(method, total_steps):
+    "Raise `ValueError` if a method works only in a part of training, whose length is not known."
+    if total_steps is not None: check_count(total_steps=total_steps)
+    if total_steps is not None or is_whole_training(method): return
+    raise ValueError('`start` and `stop` are shares of training, so the number of training steps must be '
+                     'known; give `MethodOptimizer(..., total_steps=...)`, or in Lightning a Trainer '
+                     'with a limit')
 
-    def _step(self):
-        self.optimizer.step()
-        weights_moved(self.model)
+def _check_chunks(method):
+    "Raise `ValueError` for a method that cuts batches into chunks, because a closure runs the whole batch."
+    if getattr(method, 'm', None) is None: return
+    raise ValueError('`m` needs a fastai Learner, which can cut a batch; in another loop, make each chunk of '
+                     'm samples a micro-batch: `backward(closure)` for each, then `step()`; in Lightning: '
+                     '`accumulate_grad_batches`')
 
-    def close(self):
-        "Drop the references to the callbacks, so that a step's copies of the weights are freed at once."
-        self.method._unhook()
-        for cb in self.cbs: cb.learn = None
-        vars(self).clear()
-
-# %% ../../nbs/core/13_closures.ipynb #e2a5f788
-def _check_closure(method, closure):
-    "Raise `ValueError` if a method cannot make its passes with this closure."
-    if not callable(closure):
-        raise ValueError(f'a closure is a function that runs the batch, got {type(closure).__name__}')
-    if getattr(method, 'needs_rows', False) and not _takes_rows(method, closure):
-        raise ValueError(f'{type(method).__name__} selects samples, so its closure takes their positions '
-                         '(`None`: all) and returns one loss per sample')
-
+# %% ../../nbs/core/13_closures.ipynb #4fa243f5
 @contextmanager
 def _noticed_zeroing(*objects):
     "Yield a list that gets an entry when `zero_grad` of an optimizer or a module is called inside the block."
@@ -290,6 +255,63 @@ def _check_gradients(model):
     if any(p.grad is not None for p in trainable_params(model).values()): return
     raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
 
+# %% ../../nbs/core/13_closures.ipynb #998dcd97
+class PlainLoop(_Passes):
+    "Replaces a Learner for a method: has the network and the optimizer, and makes passes over a batch."
+    def __init__(self,
+        method:LoopMethod,               # Such as `SAM(rho=.05)`
+        model:nn.Module,                 # The network
+        optimizer:torch.optim.Optimizer, # Steps the network's parameters
+        scaler:torch.amp.GradScaler|None=None, # Unscales the gradients before the step
+        max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
+        total_steps:int|None=None,       # Steps of the whole training, for `start` and `stop`
+    ):
+        _check_window(method, total_steps)
+        _check_chunks(method)
+        super().__init__(method, model, optimizer, scaler)
+        self.max_norm = max_norm
+        self.total_steps = total_steps
+        self.steps_done = 0
+        self.add_cb(method)
+        method.before_fit()
+
+    @property
+    def pct_train(self) -> float:
+        "Return the finished share of training, as a Learner's `pct_train`."
+        return min(1., self.steps_done / self.total_steps)
+
+    def _do_one_batch(self): # MSAM replaces this method, as in a Learner
+        "Run the closure and the method's own passes; return the loss."
+        method = self.method
+        def between():
+            if method.needs_logits: self('before_backward')
+        inputs = method.first_inputs()
+        with _noticed_zeroing(self.optimizer, self.model) as zeroed:
+            loss = self.run(between=between, inputs=inputs)
+        if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
+        if not inputs: _check_gradients(self.model)
+        self('after_backward')
+        if inputs: _check_gradients(self.model) # the first pass may have reached none of `inputs`
+        return loss
+
+    def radius_scales(self,
+        method:LoopMethod,        # Its `rho` is used for groups without a `rho`
+        params:dict[str, Tensor], # Parameters by name
+    ) -> dict[str, float]: # Factors by name; an empty dictionary means 1 for all parameters
+        "Return each parameter's `rho` divided by the method's `rho`, if any parameter group has a `rho`."
+        return _radius_scales(self.optimizer.param_groups, method.rho, params)
+
+    def _step(self):
+        self.optimizer.step()
+        weights_moved(self.model)
+
+    def close(self):
+        "Drop the references to the callbacks, so that a step's copies of the weights are freed at once."
+        self.method._unhook()
+        for cb in self.cbs: cb.learn = None
+        vars(self).clear()
+
+# %% ../../nbs/core/13_closures.ipynb #ef7e2588
 def _inside_lightning(closure):
     """Return the user's closure, also if Lightning has wrapped it in another closure.
 
@@ -303,6 +325,15 @@ def _inside_lightning(closure):
     raise ValueError("Lightning's automatic optimization would clip in every pass and leave out "
                      'micro-batches; let `configure_optimizers` return the base optimizer, and use '
                      '`Trainer(callbacks=[MethodCallback(method)])` from sadt_nb.core.lightning')
+
+# %% ../../nbs/core/13_closures.ipynb #e2a5f788
+def _check_closure(method, closure):
+    "Raise `ValueError` if a method cannot make its passes with this closure."
+    if not callable(closure):
+        raise ValueError(f'a closure is a function that runs the batch, got {type(closure).__name__}')
+    if getattr(method, 'needs_rows', False) and not _takes_rows(method, closure):
+        raise ValueError(f'{type(method).__name__} selects samples, so its closure takes their positions '
+                         '(`None`: all) and returns one loss per sample')
 
 def _loop_backward(loop, closure):
     "Add the method's gradient of one (micro-)batch to `.grad`; return the loss."
@@ -375,24 +406,6 @@ def closure_step(
     return loss
 
 # %% ../../nbs/core/13_closures.ipynb #208fb9fd
-def check_one_pass(
-    method:LoopMethod, # Such as `SAM(rho=.05)`
-    advice:str,       # What to do instead, for the error's text
-):
-    "Raise `ValueError` for a method that does not make exactly one pass at perturbed weights."
-    _check_method(method)
-    # an `extra_pass` that is a generator yields once, at the perturbed weights
-    one_pass = isinstance(method, PerturbedPass) and inspect.isgeneratorfunction(method.extra_pass)
-    if not one_pass or getattr(method, 'needs_rows', False):
-        name = type(method).__name__
-        raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
-
-def _check_passes(loop):
-    "Raise `ValueError` if there are gradients, but the method has made no pass since the last step."
-    if loop.batches or not loop.has_gradients(): return
-    raise ValueError('the gradients are plain, because the method has made no pass since the last step; call '
-                     '`step(closure)`, or `backward(closure)` for each micro-batch before `step()`')
-
 def _check_base(optimizer, model):
     "Raise `TypeError` or `ValueError` for an optimizer that `MethodOptimizer` cannot wrap."
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -408,34 +421,14 @@ def _check_base(optimizer, model):
         raise ValueError('the base optimizer steps no parameter of this network; make it with '
                          '`model.parameters()`')
 
-class _MovedWeights:
-    "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
-    def __init__(self, loop):
-        method = loop.method
-        self.passes = method.extra_pass(*method.first_gradients())
-        next(self.passes) # the weights have moved
-        self.policies = ExitStack()
-        self.policies.enter_context(bn_policy(loop.model, method.bn))
-        self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
-        self.policies.enter_context(from_hidden_states(method.states))
-
-    def finish(self):
-        "Put the weights back, and finish the method's gradient."
-        self.policies.close()
-        next(self.passes, None)
-
-    def abandon(self):
-        "Put the weights back, and do not change the gradients."
-        self.policies.close()
-        self.passes.close()
-
 # %% ../../nbs/core/13_closures.ipynb #db08aaf3
 class _Wrapped(torch.optim.Optimizer):
     "An optimizer that shares groups and state with the optimizer inside it, and stores a method's state."
-    def __init__(self, method, optimizer):
-        self.method, self.base = method, optimizer
+    def __init__(self, loop):
+        self._loop = loop
+        self.method, self.base = loop.method, loop.optimizer
         self._ready = False # `super().__init__` adds groups that the base already has
-        super().__init__(optimizer.param_groups, optimizer.defaults)
+        super().__init__(self.base.param_groups, self.base.defaults)
         self._ready = True
 
     # the base may get new groups and a new state at any time, so both are read at every use
@@ -474,8 +467,89 @@ class _Wrapped(torch.optim.Optimizer):
         self.__dict__.update(state)
         self.method.load_state_dict(self.__dict__.pop('_copied'))
 
+# %% ../../nbs/core/13_closures.ipynb #773a575a
+def check_one_pass(
+    method:LoopMethod, # Such as `SAM(rho=.05)`
+    advice:str,       # What to do instead, for the error's text
+):
+    "Raise `ValueError` for a method that does not make exactly one pass at perturbed weights."
+    _check_method(method)
+    # an `extra_pass` that is a generator yields once, at the perturbed weights
+    one_pass = isinstance(method, PerturbedPass) and inspect.isgeneratorfunction(method.extra_pass)
+    if not one_pass or getattr(method, 'needs_rows', False):
+        name = type(method).__name__
+        raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
+
+# %% ../../nbs/core/13_closures.ipynb #8d44a075
+class _MovedWeights:
+    "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
+    def __init__(self, loop):
+        method = loop.method
+        self.passes = method.extra_pass(*method.first_gradients())
+        next(self.passes) # the weights have moved
+        self.policies = ExitStack()
+        self.policies.enter_context(bn_policy(loop.model, method.bn))
+        self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
+        self.policies.enter_context(from_hidden_states(method.states))
+
+    def finish(self):
+        "Put the weights back, and finish the method's gradient."
+        self.policies.close()
+        next(self.passes, None)
+
+    def abandon(self):
+        "Put the weights back, and do not change the gradients."
+        self.policies.close()
+        self.passes.close()
+
+# %% ../../nbs/core/13_closures.ipynb #2bdd171b
+class _TwoSteps(_Wrapped):
+    "Moves the weights in one call and puts them back in another; the loop runs the batch in between."
+    def __init__(self, loop):
+        super().__init__(loop)
+        self._second = None # `_MovedWeights` between the two calls
+        self._remember_states()
+
+    def _remember_states(self):
+        "Store the hidden states of recurrent layers, from which the passes of the next `first_step` start."
+        if self._second is None and not self._loop._replaying:
+            self.method.states = hidden_states(self._loop.model)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self._remember_states()
+
+    def _begin_pass(self):
+        "Move the weights after a batch's own backward; return whether the method makes a pass in this batch."
+        self._abandon()
+        loop, method = self._loop, self.method
+        _check_gradients(loop.model)
+        loop.batches = 1
+        if method.makes_pass():
+            self._second = _MovedWeights(loop)
+            return True
+        method._stash = {}
+        method.after_backward()
+        return False
+
+    def _finish_pass(self):
+        "Put the weights back, and finish the method's gradient, if the weights have been moved."
+        second, self._second = self._second, None
+        if second is not None: second.finish()
+
+    def _abandon(self):
+        "Put the weights back if a first step was not followed by a second step."
+        second, self._second = self._second, None
+        if second is not None: second.abandon()
+
 # %% ../../nbs/core/13_closures.ipynb #e982580a
-class MethodOptimizer(_Wrapped):
+def _check_passes(loop):
+    "Raise `ValueError` if there are gradients, but the method has made no pass since the last step."
+    if loop.batches or not loop.has_gradients(): return
+    raise ValueError('the gradients are plain, because the method has made no pass since the last step; call '
+                     '`step(closure)`, or `backward(closure)` for each micro-batch before `step()`')
+
+class MethodOptimizer(_TwoSteps):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
 
     Raises `TypeError` for a method that needs a fastai Learner. Raises `ValueError` for a base optimizer
@@ -491,19 +565,7 @@ class MethodOptimizer(_Wrapped):
     ):
         _check_method(method)
         _check_base(optimizer, model)
-        super().__init__(method, optimizer)
-        self._loop = PlainLoop(method, model, optimizer, scaler, max_norm, total_steps)
-        self._second = None # `_MovedWeights` between `first_step` and `second_step`
-        self._remember_states()
-
-    def _remember_states(self):
-        "Store the hidden states of recurrent layers, from which the passes of the next `first_step` start."
-        if self._second is None and not self._loop._replaying:
-            self.method.states = hidden_states(self._loop.model)
-
-    def zero_grad(self, set_to_none=True):
-        super().zero_grad(set_to_none)
-        self._remember_states()
+        super().__init__(PlainLoop(method, model, optimizer, scaler, max_norm, total_steps))
 
     def backward(self,
         closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
@@ -528,27 +590,12 @@ class MethodOptimizer(_Wrapped):
         If you reset a network's hidden state, call `zero_grad` after the reset.
 
         Raises `ValueError` for a method that does not make exactly one pass at perturbed weights."""
-        method = self.method
-        check_one_pass(method, 'give `step` a closure')
-        self._abandon()
-        _check_gradients(self._loop.model)
-        self._loop.batches = 1
-        if method.makes_pass():
-            self._second = _MovedWeights(self._loop)
-            return True
-        method._stash = {}
-        method.after_backward()
-        return False
+        check_one_pass(self.method, 'give `step` a closure')
+        return self._begin_pass()
 
     def second_step(self):
         "Put the weights back, and step with the gradient from the perturbed weights."
-        second, self._second = self._second, None
-        if second is not None: second.finish()
+        self._finish_pass()
         _loop_step(self._loop)
         self._opt_called = True # PyTorch's schedulers warn if this is not set
         self._remember_states()
-
-    def _abandon(self):
-        "Put the weights back if a first step was not followed by a second step."
-        second, self._second = self._second, None
-        if second is not None: second.abandon()

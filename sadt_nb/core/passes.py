@@ -222,6 +222,18 @@ def replays_other_loss(
     "Return whether the current pass has its own loss, to which callbacks must not add their terms."
     return getattr(learn, '_other_loss', False)
 
+@contextmanager
+def _as_replay(learn, rows, other_loss):
+    "Inside, `replaying`, `replayed_rows` and `replays_other_loss` describe an extra pass."
+    learn._replaying = True
+    learn._replayed_rows = rows
+    learn._other_loss = other_loss
+    try: yield
+    finally:
+        learn._replaying = False
+        learn._replayed_rows = None
+        learn._other_loss = False
+
 def evaluating(
     learn:Learner, # A Learner, in any event
 ) -> bool: # `True` inside `get_preds` and `validate`
@@ -280,6 +292,7 @@ def _rows_of(batch, rows):
     "Return `batch`, a tuple of tensors, dicts or lists, with only the samples at `rows` in every tensor."
     return tree_map_only(Tensor, lambda t: t[rows], batch)
 
+# %% ../../nbs/core/01_passes.ipynb #9511d174
 def _shown_to_others(learn):
     "Return prediction and losses of the first pass; copy what a compiled network would overwrite."
     shown = {k: getattr(learn, k) for k in ('pred', 'loss', 'loss_grad')}
@@ -290,13 +303,45 @@ def _shown_to_others(learn):
             if p.grad is not None: p.grad = p.grad.clone()
     return shown
 
-# %% ../../nbs/core/01_passes.ipynb #9511d174
+@contextmanager
+def _first_pass_kept(learn, params):
+    "Inside, an extra pass has its own gradients, prediction and losses; those of the first pass come back."
+    shown = _shown_to_others(learn)
+    taken = take_gradients(params)
+    try: yield
+    finally:
+        weights_moved(learn.model) # after a pass without a graph, autocast's cached weights have no graph
+        add_gradients(taken)
+        for k, v in shown.items(): setattr(learn, k, v)
+
+# %% ../../nbs/core/01_passes.ipynb #36efb6ac
+@contextmanager
+def _autocast_of(learn):
+    "Run a pass in the autocast of `MixedPrecision`, if the Learner has this callback."
+    amp = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
+    if amp: amp.autocast.__enter__() # MixedPrecision left autocast in the first pass's after_loss
+    try: yield
+    finally:
+        if amp and torch.is_autocast_enabled(amp.autocast.device): amp.autocast.__exit__(None, None, None)
+
 def _gradient_callbacks(learn, until):
     "Send `after_backward` to the callbacks that run before `until`; to all if `until` is `None`."
     for cb in learn.cbs.sorted('order'):
         if cb is until: return
         cb('after_backward')
 
+def _backward_pass(learn, loss_func, yb, params, until):
+    "Compute the loss of `learn.pred` and its gradients, and send the events."
+    learn.loss_grad = loss_func(learn.pred, *yb)
+    learn.loss = learn.loss_grad.clone()
+    learn('after_loss') # MixedPrecision leaves autocast here
+    learn('before_backward')
+    take_gradients(params) # drops gradients of callbacks' own backward passes
+    learn._backward()
+    settle_gradients(params)
+    _gradient_callbacks(learn, until)
+
+# %% ../../nbs/core/01_passes.ipynb #dee5966c
 def replay(
     learn:Learner,                # In the middle of a training batch, after its first backward
     bn:BatchNormPolicy='update',  # BatchNorm statistics: 'update' changes them again, 'keep' restores them
@@ -318,44 +363,22 @@ def replay(
     _check_policy(bn, rng)
     own = getattr(learn, 'own_replay', None) # a plain loop has no Learner, and brings its own `replay`
     if own: return own(bn, rng, rng_state, loss_func, backward, rows, states)
-    device = device_of(learn.model)
-    amp = next((cb for cb in learn.cbs if isinstance(cb, MixedPrecision)), None)
-    shown = _shown_to_others(learn)
+    n = 0 if rows is None else batch_size(learn.xb)
     xb, yb = learn.xb, learn.yb
     if rows is not None:
         xb, yb = (_rows_of(b, rows) for b in (xb, yb))
-    learn._replaying = True
-    learn._replayed_rows = rows
-    learn._other_loss = loss_func is not None
     params = stepped_params(learn)
-    taken = take_gradients(params)
-    try:
-        n = 0 if rows is None else batch_size(learn.xb)
-        randomness = rng_policy(rng, rng_state, device)
-        starting_states = from_hidden_states(states, rows, n)
-        with bn_policy(learn.model, bn), randomness, starting_states, torch.set_grad_enabled(backward):
-            if amp: amp.autocast.__enter__() # MixedPrecision left autocast in the first pass's after_loss
-            learn.pred = (forward or learn.model)(*xb)
-            learn('after_pred')
-            pred = learn.pred
-            if not backward: return pred
-            learn.loss_grad = (loss_func or learn.loss_func)(learn.pred, *yb)
-            learn.loss = learn.loss_grad.clone()
-            learn('after_loss') # MixedPrecision leaves autocast here
-            learn('before_backward')
-            take_gradients(params) # drops gradients of callbacks' own backward passes
-            learn._backward()
-            settle_gradients(params)
-            _gradient_callbacks(learn, until)
-            return tree_map_only(Tensor, Tensor.detach, pred)
-    finally:
-        weights_moved(learn.model) # after a pass without a graph, autocast's cached weights have no graph
-        add_gradients(taken)
-        if amp and torch.is_autocast_enabled(amp.autocast.device): amp.autocast.__exit__(None, None, None)
-        learn._replaying = False
-        learn._replayed_rows = None
-        learn._other_loss = False
-        for k, v in shown.items(): setattr(learn, k, v)
+    randomness = rng_policy(rng, rng_state, device_of(learn.model))
+    starting_states = from_hidden_states(states, rows, n)
+    with (_as_replay(learn, rows, loss_func is not None), _first_pass_kept(learn, params),
+          bn_policy(learn.model, bn), randomness, starting_states,
+          torch.set_grad_enabled(backward), _autocast_of(learn)):
+        learn.pred = (forward or learn.model)(*xb)
+        learn('after_pred')
+        pred = learn.pred
+        if not backward: return pred
+        _backward_pass(learn, loss_func or learn.loss_func, yb, params, until)
+        return tree_map_only(Tensor, Tensor.detach, pred)
 
 # %% ../../nbs/core/01_passes.ipynb #2ebb6f19
 def check_single(

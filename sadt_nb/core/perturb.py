@@ -31,10 +31,10 @@ def is_sharded(
 
 def check_whole(
     model:nn.Module, # A network
-    what:str,        # Start of the message: what needs the whole weights, such as 'MESA keeps a copy'
+    what:str,        # Start of the error message, which names the feature, such as 'MESA keeps a copy'
 ):
     "Raise `ValueError` if a parameter of the network is a `DTensor`."
-    drop_gathered(model)
+    drop_gathered(model) # after a forward pass with FSDP2, sharded weights would look whole
     for name, p in model.named_parameters():
         if is_sharded(p):
             raise ValueError(f'{what}, but {name!r} is distributed over processes; load the whole weights '
@@ -57,7 +57,7 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # Shaped like `like`; an ordinary `t` is taken from the first process when it is split
+    t:Tensor,    # Of the shape of `like`; to split an ordinary `t`, the first process's values are sent
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."
@@ -197,7 +197,7 @@ def _over_parts(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
         else: totals.append(value)
     for (mesh, placements), parts in shared.items(): # one message for all tensors with the same sharding
-        # along a sharded axis of the mesh, each process holds a summand; along others, the whole sum
+        # where a tensor is replicated, every process has the whole sum; elsewhere it has a summand
         of_sum = [Replicate() if p.is_replicate() else Partial() for p in placements]
         part = DTensor.from_local(torch.stack(parts).sum(), mesh, of_sum, run_check=False)
         totals.append(part.full_tensor())
@@ -281,7 +281,7 @@ def ascent(
     for n, g in grads.items():
         if g.is_conj(): grads[n] = g.resolve_conj() # a lazy conjugate cannot be changed in place
     names = [n for n in grads if scales and n in scales]
-    scaled = real_views(grads[n] for n in names)
+    scaled = real_views(grads[n] for n in names) # views: changes of `scaled` change `grads`
     ts = real_views(scales[n] for n in names)
     if ts: torch._foreach_mul_(scaled, ts) # T g
     factor = rho / (global_norm(grads.values()) + eps)
@@ -301,7 +301,7 @@ def _check_deltas(params, deltas):
             raise ValueError(f'the change for {n!r} has shape {shapes}')
 
 def _layout(t):
-    "Return the properties in which two tensors must agree so that one copies into the other in order."
+    "Return the properties that must be equal for a tensor's memory to hold a copy of another tensor."
     return t.shape, t.stride(), t.dtype, t.device, t.placements if is_sharded(t) else None
 
 def scratch_like(
@@ -374,7 +374,7 @@ def perturbed(
     try:
         with torch.no_grad(): torch._foreach_add_(ps, ds)
         weights_moved()
-        del ds # so that the caller can free the memory of its deltas
+        del ds # no second reference: the caller may free the deltas inside the block
         yield
     finally:
         with torch.no_grad(): torch._foreach_copy_(ps, backup)

@@ -42,7 +42,7 @@ def crop_windows(
     image = torch.arange(n, device=x.device)
     rows = (image * H + top)[:, None] + torch.arange(h, device=x.device)
     starts = (rows * W + left[:, None]) * c # first byte of each row of each window
-    runs = padded.as_strided((padded.numel() - run + 1, run), (1, 1)) # the runs from every byte on, no copy
+    runs = padded.as_strided((padded.numel() - run + 1, run), (1, 1)) # row i: bytes from byte i on; a view
     return runs[starts.view(-1)].view(n, h, w, c)
 
 # %% ../../nbs/data/71_augment.ipynb #f5b00f97
@@ -107,7 +107,7 @@ def _source_places(size, start, length):
     new = torch.arange(size, device=start.device) + .5 # centres, in units of a new pixel
     at = new * length[:, None] / size - .5
     at = torch.minimum(at.clamp(min=0), length[:, None] - 1.) + start[:, None] # within the window
-    return 2 * at / max(1, size - 1) - 1
+    return 2 * at / max(1, size - 1) - 1 # the old image has `size` pixels too; -1 and 1: outermost centres
 
 def enlarge_windows(
     x:Tensor,     # `(n, h, w, c)` bytes
@@ -177,7 +177,7 @@ class Rotate:
         angle = np.radians(rng.uniform(-self.degrees, self.degrees, n)).astype(np.float32)
         a = _to_device_of(x, angle)
         cos, sin, zero = a.cos(), a.sin(), torch.zeros_like(a)
-        # in units of half a side; counter-clockwise
+        # a counter-clockwise rotation; both axes run from -1 to 1, hence the factors h / w and w / h
         rows = [cos, -sin * h / w, zero, sin * w / h, cos, zero]
         theta = torch.stack(rows, 1).view(n, 2, 3)
         grid = F.affine_grid(theta, (n, c, h, w), align_corners=False)
@@ -195,7 +195,7 @@ def _blurred(x):
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     inner = x[..., 1:-1, 1:-1]
-    # a whole number divided by 13 is never halfway between two whole numbers, so rounding is exact
+    # a whole number divided by 13 is never halfway between two whole numbers, so float errors do not matter
     x[..., 1:-1, 1:-1] = ((box + 4 * inner) / 13).round_()
     return x
 
@@ -207,7 +207,7 @@ def _second_image(kind, x):
     return grey.float().mean((1, 2, 3), keepdim=True)
 
 def _apply_kind(kind, x, rows, fill):
-    "Apply one kind of operation to `(n, 3, h, w)` bytes; `rows` has one row of its table per image."
+    "Apply one kind of operation to `(n, 3, h, w)` bytes; `rows` has the kind's table row of each image."
     if kind == 'move':
         pixels = F.pad(x.flatten(2), (1, 0))
         pixels[..., 0] = fill # the source of pixels from outside the image
@@ -215,7 +215,7 @@ def _apply_kind(kind, x, rows, fill):
     if kind == 'curve': return rows.gather(1, x.flatten(1).long()).view_as(x)
     if kind == 'AutoContrast': return vision.autocontrast(x)
     if kind == 'Equalize': return equalize(x)
-    factor, rest = rows.T[..., None, None, None] # the two weights of each image
+    factor, rest = rows.T[..., None, None, None] # two weights per image, each `(n, 1, 1, 1)`
     return (factor * x).add_(rest * _second_image(kind, x)).clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/71_augment.ipynb #b17f53e1
@@ -237,6 +237,7 @@ def _table(kind, ops, h, w):
     magnitudes = [op_magnitude(op, h, w) for op in ops]
     if kind == 'move': probe = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w)
     elif kind == 'curve': probe = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    # `1 - (1 + m)` and not `-m`: rounded as in torchvision
     else: return torch.tensor([(1 + m, 1 - (1 + m)) for m in magnitudes], dtype=torch.float32)
     rows = []
     for (name, *_), m in zip(ops, magnitudes):
@@ -267,7 +268,7 @@ class BatchedOps:
         self.fill = _colour(fill)
         self._tables = {} # by height, width and device
         kind_names = [_KINDS.get(name, name) for name, *_ in self.ops]
-        kinds, self.kind = np.unique(kind_names, return_inverse=True) # `kind`: its position in `kinds`
+        kinds, self.kind = np.unique(kind_names, return_inverse=True) # position of each operation's kind
         self.kinds = kinds.tolist()
         self.row = np.zeros(len(self.ops), dtype=int) # place of each operation in the table of its kind
         for k in range(len(self.kinds)):
@@ -294,6 +295,7 @@ class BatchedOps:
         order = np.argsort(kind, kind='stable') # images without an operation come first
         cuts = np.bincount(kind + 1, minlength=len(self.kinds) + 1).tolist() # images of each kind
         unchanged, *parts = x.index_select(0, _to_device_of(x, order)).split(cuts)
+        # table rows by kind; the first part belongs to the unchanged images
         _, *rows = _to_device_of(x, self.row[ops[order]]).split(cuts)
         fill, tables = self.fill.to(x.device), self.tables(*x.shape[2:], x.device)
         done = [unchanged]
@@ -316,8 +318,9 @@ class AutoAugment:
         source = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy))
         space = source._augmentation_space(10, (32, 32)) # signs do not depend on the size
         ops = []
-        self.op = np.zeros((len(source.policies), 2, 2), dtype=int) # pair, place, coin: position in `ops`
-        self.p = np.zeros((len(source.policies), 2))                # pair, place: probability
+        # axes: the pair, its first or second operation, the sign's coin
+        self.op = np.zeros((len(source.policies), 2, 2), dtype=int) # positions in `ops`
+        self.p = np.zeros((len(source.policies), 2))                # probabilities
         for pair, place in np.ndindex(self.p.shape):
             name, self.p[pair, place], level = source.policies[pair][place]
             _, signed = space[name]
@@ -362,7 +365,7 @@ class Cutout:
     def __init__(self,
         size:int=16, # Side, at most the image's shorter side; authors: 16 for CIFAR-10, 8 for CIFAR-100
         fill=0,      # Colour of the square: one byte or three; black by default, the mean in the paper
-        inside=False,# Draw only squares that lie completely inside the image, as in airbench?
+        inside=False,# Draw only squares that lie completely inside the image, as Jordan (2024)?
     ):
         if size != int(size) or size < 1:
             raise ValueError(f'`size` must be a whole number of pixels, at least 1, got {size}; '
@@ -388,7 +391,7 @@ class Cutout:
         inside = _rectangles(_to_device_of(x, self._edges(n, h, w, rng)), h, w, c)
         flat = x.view(n, h, w * c)
         fill = self.fill.to(x.device).repeat(w)
-        # the fill inside the square, the image outside
+        # (a ^ b) & mask ^ a is b where the mask has ones, and a elsewhere: fill in the square, image outside
         hidden = flat.bitwise_xor(fill).bitwise_and_(inside).bitwise_xor_(flat)
         return hidden.view_as(x), y
 

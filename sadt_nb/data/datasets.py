@@ -8,7 +8,7 @@ __all__ = ['MOST_ALL_PIXELS', 'DATASETS', 'digits', 'wrong_labels', 'noisy_digit
            'channel_statistics', 'get_dls']
 
 # %% ../../nbs/data/72_datasets.ipynb #a4636d64
-import hashlib, inspect, json, math, os, sys, tarfile, tempfile
+import hashlib, json, math, os, sys, tarfile, tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Sequence
@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
-from ..core.arguments import check_options, unknown_name
+from ..core.arguments import check_options, parameters_of, unknown_name
 from ..core.checkpoint import remove_abandoned, whole_file
 from ..core.images import open_image
 from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
@@ -355,7 +355,7 @@ def data_options(
     name_or_path, # A name in `DATASETS`, or the path of an image folder or of its archive
 ) -> dict: # From the name of an option to its `inspect.Parameter`
     "Return the options of a data set. A folder or archive need not exist."
-    parameters = inspect.signature(DATASETS.get(str(name_or_path), _from_path)).parameters
+    parameters = parameters_of(DATASETS.get(str(name_or_path), _from_path))
     return {k: p for k, p in parameters.items() if k != 'source'}
 
 def check_data_options(

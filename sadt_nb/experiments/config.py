@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'SELECT', 'COMPILE', 'Run']
 
 # %% ../../nbs/experiments/80_config.ipynb #d9018877
-import hashlib, inspect, json, math, os, re
+import hashlib, json, math, os, re
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core.arguments import check_options, unknown_name
+from ..core.arguments import check_options, parameters_of, unknown_name
 from ..core.optim import KerasAdam
 from ..core.recipe import decoupled_groups
 from ..data.augment import PAD_MODES, AutoAugment
@@ -132,16 +132,13 @@ def _kind(parameter):
 _OPTIMIZER_CLASSES = dict(keras_adam=KerasAdam, adam=torch.optim.Adam, adamw=torch.optim.AdamW,
                           sgd=torch.optim.SGD, decoupled_sgd=decoupled_groups)
 
-@lru_cache(None)
-def _optimizer_options(name): return inspect.signature(_OPTIMIZER_CLASSES[name]).parameters
-
 def _options_of(run):
     "For each field with options, return a text such as 'model resnet18' and the parameters to set."
     return dict(
         data_args=(f'data set {run.data}', data_options(run.data)),
         model_args=(f'model {run.model}', model_options(run.model)),
         method_args=(f'method {run.method}', method_options(run.method)),
-        opt_args=(f'optimizer {run.opt}', _optimizer_options(run.opt)))
+        opt_args=(f'optimizer {run.opt}', parameters_of(_OPTIMIZER_CLASSES[run.opt])))
 
 # parameters that other fields of the run set; they are not allowed as options
 _FILLED_IN = dict(data_args=('seed',), model_args=(), method_args=('seed', 'teacher'),

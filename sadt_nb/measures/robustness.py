@@ -141,7 +141,7 @@ def corrupt(
                          f'{tuple(x.shape)} in [{x.min():.3g}, {x.max():.3g}]; for normalised images, '
                          '`corrupted_accuracy` needs their `mean` and `std`')
     f, settings = CORRUPTIONS[kind]
-    x = _in_256_levels(x.clamp(0, 1)) # rounded, as else an inexact grey pixel would count as coloured
+    x = _in_256_levels(x.clamp(0, 1)) # or a grey pixel with a rounding error would look coloured
     g = torch.Generator(x.device).manual_seed(seed)
     out = f(x, settings[severity - 1], g).clamp(0, 1).mul(255)
     # like the authors, round down to whole levels; the thousandth compensates for rounding errors
@@ -345,11 +345,12 @@ def effective_robustness(
     x, y, n = logit(line_r), logit(line_s), len(line_r)
     fit = stats.linregress(x, y)
     spread = math.sqrt(((y - fit.intercept - fit.slope * x)**2).sum() / (n - 2))
-    at = fit.intercept + fit.slope * logit(r)
+    predicted = fit.intercept + fit.slope * logit(r)
+    # the confidence band of a regression line, in logits
     leverage = 1 / n + (logit(r) - x.mean())**2 / ((x - x.mean())**2).sum()
     half = stats.t.ppf(.5 + level / 2, n - 2) * spread * np.sqrt(leverage)
-    low, high = expit(at - half), expit(at + half)
-    expected = expit(at)
+    low, high = expit(predicted - half), expit(predicted + half)
+    expected = expit(predicted)
     return EffectiveRobustness(s - expected, expected, low, high, float(fit.slope), float(fit.intercept))
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec375f8f

@@ -110,7 +110,7 @@ def average_sharpness(
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
 class FlatnessRecorder(ShowsArguments, Callback):
-    """Measures the network after each `every` epochs, and after the last epoch.
+    """Measures the network once every few epochs (`every`), and after the last epoch.
 
     A measure returns a number, or a result with the field `value`. `rows` has one dictionary per
     measurement, and `table()` returns all rows as a table. Under mixed precision, the measures use the
@@ -184,7 +184,7 @@ def plot_weights(
     ax:plt.Axes|None=None,                       # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,             # Dictionary from label to colour
 ): # The axes
-    "Draw the distribution of weights as a density on a log scale (Figure 3 of the SAM/ASAM study)."
+    "Draw the distribution of weights as a density on a log scale (Figure 3 of the study of SAM and ASAM)."
     if ax is None: ax = plt.subplots(figsize=(6, 3.2), layout='constrained')[1]
     for label, (edges, counts) in histograms.items():
         edges, counts = torch.as_tensor(edges).float(), torch.as_tensor(counts).float()

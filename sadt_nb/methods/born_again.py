@@ -19,7 +19,7 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-# from a value of `select` to the position of its data in `learn.dls`; the last epoch needs no data
+# position in `learn.dls` of the data on which the epoch is chosen; 'last' keeps the last epoch, without data
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 def _n_right(model, batches):
@@ -38,7 +38,8 @@ class KeepBest(ShowsArguments, Callback):
     def __init__(self,
         select:Literal['valid', 'test']='valid', # Data to choose on; 'test' overestimates the accuracy
     ):
-        if SELECT.get(select) is None: raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
+        if select not in ('valid', 'test'):
+            raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
         self.select = select
 
     def before_fit(self):
@@ -79,7 +80,7 @@ class KeepBest(ShowsArguments, Callback):
 class Generations(NamedTuple):
     "The result of `born_again`; all networks are in evaluation mode."
     models: list      # The generations, from round 0 to the last round
-    independent: list # The network of round 0, and one without a teacher per later round; or empty
+    independent: list # Round 0's network, and one network without teacher for each later round; may be empty
 
     @property
     def ban(self) -> Ensemble:

@@ -32,77 +32,18 @@ def sharpest(
     k = max(least, ceil(gamma * len(rise) - 1e-9))
     return rise.topk(min(k, len(rise))).indices.sort().values
 
-# %% ../../nbs/methods/22_esam.ipynb #48e2d131
-def _chosen(deltas, mask):
-    "Return the perturbations of the tensors whose names `mask` maps to `True`."
-    return {n: d for n, d in deltas.items() if mask[n]}
-
 # %% ../../nbs/methods/22_esam.ipynb #f66d3ada
-def _takes_reduction(loss_func):
-    "Return whether a loss function has an attribute or an argument `reduction`."
-    if hasattr(loss_func, 'reduction'): return True
-    f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
-    try: parameters = inspect.signature(f).parameters
-    except (TypeError, ValueError): return True # no readable signature; `_losses` checks the losses later
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return takes_all or 'reduction' in parameters
-
-def _check_reduction(loss_func):
-    "Raise `ValueError` if a loss function cannot return one loss per sample."
-    if loss_func is None or _takes_reduction(loss_func): return
-    raise ValueError('`gamma` below 1 needs the loss of each sample, and the loss function has no attribute '
-                     "and no argument `reduction`; add `reduction`, with the values 'mean' and 'none', or "
-                     'use gamma=1')
-
-
-# %% ../../nbs/methods/22_esam.ipynb #7491b3d7
-class ESAM(PerturbedPass):
-    """Replaces each batch's gradient by the gradient of its sharpest samples uphill (Du et al. 2022).
-
-    The gradient is taken at `w + (rho / beta) m g / ||g||`; for each tensor, `m` is 1 with probability
-    `beta`, and 0 otherwise. With `whole_norm=False`, as in the authors' code, the divisor is `||m g||`, and
-    the first backward pass computes only the gradients of the perturbed tensors.
-
-    Raises `ValueError` for values out of range. Before training starts, a `gamma` below 1 raises `ValueError`
-    if a callback of fastai mixes labels of the whole batch, or if the loss function has no `reduction`.
-    `CutMix` in the loader works. With BatchNorm, the second pass has at least two samples."""
-    def __init__(self,
-        rho:float=.05,               # Radius in weight space, > 0; read at every batch
-        beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
-        gamma:float=.5, # Fraction of samples in the second pass, in (0, 1]; 1: no forward pass to choose them
-        bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
-        rng:RandomPolicy='fresh',    # Dropout masks in the second pass: 'fresh' or 'replay'
-        seed:int=0,                  # Seed of the draws
-        start:float=0., # Share of training at which ESAM starts, in [0, 1]; plain training before
-        stop:float=1.,  # Share of training at which ESAM ends, in [0, 1]; plain training after
-        # Divide by the norm of all gradients (`True`), or of the perturbed tensors' gradients (`False`)
-        whole_norm:bool|None=None,
-        # Sets `whole_norm` if it is `None`: 'paper' to `True`, and the authors' 'code' to `False`
-        spec:Literal['paper', 'code']='paper',
-    ):
-        check_radius(rho)
-        for name, value in (('beta', beta), ('gamma', gamma)):
-            if not 0 < value <= 1: raise ValueError(f'`{name}` must lie in (0, 1], got {value}')
-        super().__init__(bn, rng, start, stop)
-        self.rho, self.beta, self.gamma, self.seed = rho, beta, gamma, seed
-        self.spec = spec
-        self.whole_norm = self.by_reading(spec, whole_norm=whole_norm)['whole_norm']
+class _StochasticWeightPerturbation(PerturbedPass):
+    "Perturbs each parameter tensor with probability `beta`, `1 / beta` times as far as SAM."
+    def __init__(self, rho, beta, whole_norm, seed, *passes):
+        super().__init__(*passes) # `bn`, `rng`, `start` and `stop`
+        self.rho, self.beta, self.whole_norm, self.seed = rho, beta, whole_norm, seed
         self.generator = torch.Generator().manual_seed(seed)
         self._mask = {} # from a parameter's name to whether the current step perturbs this parameter
-
-    readings = dict(paper=dict(whole_norm=True), code=dict(whole_norm=False))
-    selects_samples = True # without a Learner, the closure may return one loss per sample
-    @property
-    def needs_rows(self): return self.gamma < 1 # without a Learner, the closure must return a loss per sample
 
     def before_fit(self):
         super().before_fit()
         self._mask = {}
-        if self.gamma < 1:
-            check_rows(self.learn, '`gamma` below 1', 'gamma=1')
-            _check_reduction(self.learn.loss_func)
-        normed = any(isinstance(m, _BatchNorm) for m in self.model.modules())
-        self._least = 2 if normed else 1
 
     def _draw(self, params):
         "Draw for each of these parameters whether the current optimizer step perturbs it."
@@ -130,27 +71,8 @@ class ESAM(PerturbedPass):
 
     def perturbation(self, params, grads):
         self._draw(params)
-        return _chosen(ascent(grads, self.rho / self.beta), self._mask)
-
-    def second_pass(self):
-        rows = None
-        if self.gamma < 1:
-            uphill = self._losses(self.replay(backward=False, bn='keep'))
-            rise = uphill - self._losses(self.learn.pred)
-            rows = sharpest(rise, self.gamma, self._least)
-        sync_gradients(self.learn.model, True)
-        self.replay(rows=rows)
-
-    @torch.no_grad()
-    def _losses(self, pred):
-        if getattr(self.learn, 'per_sample', False): return pred # without a Learner: the closure's losses
-        with NoneReduce(self.learn.loss_func) as loss_func: losses = loss_func(pred, *self.learn.yb)
-        n = batch_size(self.learn.xb)
-        if not losses.numel() or losses.numel() % n:
-            raise ValueError("the loss function with reduction='none' must return a loss for each of the "
-                             f'{n} samples, got the shape {tuple(losses.shape)}; correct the loss function, '
-                             'or use gamma=1')
-        return losses.reshape(n, -1).mean(1)
+        deltas = ascent(grads, self.rho / self.beta)
+        return {n: d for n, d in deltas.items() if self._mask[n]}
 
     def after_step(self):
         super().after_step()
@@ -160,6 +82,90 @@ class ESAM(PerturbedPass):
     def load_state_dict(self, state):
         self.generator.set_state(state['generator'])
         self._mask = dict(state['mask'])
+
+# %% ../../nbs/methods/22_esam.ipynb #59c0de17
+def _takes_reduction(loss_func):
+    "Return whether a loss function has an attribute or an argument `reduction`."
+    if hasattr(loss_func, 'reduction'): return True
+    f = loss_func.forward if isinstance(loss_func, nn.Module) else loss_func
+    try: parameters = inspect.signature(f).parameters
+    except (TypeError, ValueError): return True # no readable signature; `_sample_losses` checks the losses
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_all or 'reduction' in parameters
+
+def _check_reduction(loss_func):
+    "Raise `ValueError` if a loss function cannot return one loss per sample."
+    if loss_func is None or _takes_reduction(loss_func): return
+    raise ValueError('`gamma` below 1 needs the loss of each sample, and the loss function has no attribute '
+                     "and no argument `reduction`; add `reduction`, with the values 'mean' and 'none', or "
+                     'use gamma=1')
+
+# %% ../../nbs/methods/22_esam.ipynb #8a5e5273
+@torch.no_grad()
+def _sample_losses(learn, pred):
+    "Return the loss of each sample of the current batch. Raises `ValueError` if this is impossible."
+    if getattr(learn, 'per_sample', False): return pred # without a Learner: the closure's losses
+    with NoneReduce(learn.loss_func) as loss_func: losses = loss_func(pred, *learn.yb)
+    n = batch_size(learn.xb)
+    if not losses.numel() or losses.numel() % n:
+        raise ValueError("the loss function with reduction='none' must return a loss for each of the "
+                         f'{n} samples, got the shape {tuple(losses.shape)}; correct the loss function, '
+                         'or use gamma=1')
+    return losses.reshape(n, -1).mean(1)
+
+# %% ../../nbs/methods/22_esam.ipynb #7491b3d7
+class ESAM(_StochasticWeightPerturbation):
+    """Replaces each batch's gradient by the gradient of its sharpest samples uphill (Du et al. 2022).
+
+    The gradient is taken at `w + (rho / beta) m g / ||g||`; for each tensor, `m` is 1 with probability
+    `beta`, and 0 otherwise. With `whole_norm=False`, as in the authors' code, the divisor is `||m g||`, and
+    the first backward pass computes only the gradients of the perturbed tensors.
+
+    Raises `ValueError` for values out of range. Before training starts, a `gamma` below 1 raises `ValueError`
+    if a callback of fastai mixes labels of the whole batch, or if the loss function has no `reduction`.
+    `CutMix` in the loader works. With BatchNorm, the second pass has at least two samples."""
+    def __init__(self,
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
+        gamma:float=.5, # Fraction of samples in the second pass, in (0, 1]; 1: no forward pass to choose them
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the second pass: 'fresh' or 'replay'
+        seed:int=0,                  # Seed of the draws
+        start:float=0., # Share of training at which ESAM starts, in [0, 1]; plain training before
+        stop:float=1.,  # Share of training at which ESAM ends, in [0, 1]; plain training after
+        # Divide by the norm of all gradients (`True`), or of the perturbed tensors' gradients (`False`)
+        whole_norm:bool|None=None,
+        # Sets `whole_norm` if it is `None`: 'paper' to `True`, and the authors' 'code' to `False`
+        spec:Literal['paper', 'code']='paper',
+    ):
+        check_radius(rho)
+        for name, value in (('beta', beta), ('gamma', gamma)):
+            if not 0 < value <= 1: raise ValueError(f'`{name}` must lie in (0, 1], got {value}')
+        whole_norm = self.by_reading(spec, whole_norm=whole_norm)['whole_norm']
+        super().__init__(rho, beta, whole_norm, seed, bn, rng, start, stop)
+        self.gamma, self.spec = gamma, spec
+
+    readings = dict(paper=dict(whole_norm=True), code=dict(whole_norm=False))
+    selects_samples = True # without a Learner, the closure may return one loss per sample
+    @property
+    def needs_rows(self): return self.gamma < 1 # without a Learner, the closure must return a loss per sample
+
+    def before_fit(self):
+        super().before_fit()
+        if self.gamma < 1:
+            check_rows(self.learn, '`gamma` below 1', 'gamma=1')
+            _check_reduction(self.learn.loss_func)
+        normed = any(isinstance(m, _BatchNorm) for m in self.model.modules())
+        self._least = 2 if normed else 1
+
+    def second_pass(self):
+        rows = None
+        if self.gamma < 1:
+            uphill = _sample_losses(self.learn, self.replay(backward=False, bn='keep'))
+            rise = uphill - _sample_losses(self.learn, self.learn.pred)
+            rows = sharpest(rise, self.gamma, self._least)
+        sync_gradients(self.learn.model, True)
+        self.replay(rows=rows)
 
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(

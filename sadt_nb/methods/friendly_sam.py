@@ -14,29 +14,14 @@ from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass, micro_batch
 from ..core.perturb import ascent, check_not_negative, check_radius, copied, fitted, local_parts
 from ..core.perturb import trainable_params
 
-# %% ../../nbs/methods/27_friendly_sam.ipynb #146a861e
-class FriendlySAM(SummedPass):
-    """Takes each batch's gradient at `w + rho d / ||d||` with `d = g - sigma m` (Li et al. 2024).
+# %% ../../nbs/methods/27_friendly_sam.ipynb #a4825286
+class _RunningMean(SummedPass):
+    "Keeps in `mean` the running mean of the gradients of past steps."
+    per_rank = False # average first-pass gradients over processes, so that all have the same mean
 
-    m is the running mean of the gradients of past steps. In the first step, m is empty and d is g. A skipped
-    step does not change m. With several processes, g and m are means over all processes. Raises `ValueError`
-    for values out of range, and before training if a loaded mean does not fit the network."""
-    per_rank = False # the mean must be equal in all processes
-
-    def __init__(self,
-        rho:float=.05,               # Radius in weight space, > 0; read at every batch
-        sigma:float=1.,              # Factor of the subtracted mean m, >= 0; 0: SAM
-        decay:float=.9,              # Share of the old mean in the new mean, in [0, 1)
-        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
-        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
-        start:float=0., # Share of training at which FriendlySAM starts, in [0, 1]; plain training before
-        stop:float=1.,  # Share of training at which FriendlySAM ends, in [0, 1]; plain training after
-    ):
-        check_radius(rho)
-        check_not_negative(sigma=sigma)
-        if not 0 <= decay < 1: raise ValueError(f'`decay` must lie in [0, 1), got {decay}')
-        super().__init__(bn, rng, start, stop)
-        self.rho, self.sigma, self.decay = rho, sigma, decay
+    def __init__(self, decay, *passes):
+        super().__init__(*passes) # `bn`, `rng`, `start` and `stop`
+        self.decay = decay
         self.mean = {} # the running mean m: tensors by name
         self._spare = {} # tensors by name whose memory the next step reuses
         self._loaded = False # whether `mean` comes from a checkpoint and has not been checked yet
@@ -53,15 +38,6 @@ class FriendlySAM(SummedPass):
         if self._loaded: self.mean = fitted(self.mean, trainable_params(self.learn.model), 'mean gradient')
         self._loaded = False
 
-    def perturbation(self, params, grads):
-        self._fit_mean()
-        known = [n for n in grads if n in self.mean]
-        gs = local_parts(grads[n] for n in known)
-        means = local_parts(self.mean[n] for n in known)
-        share = micro_batch_share(self.learn) # `grads` contain this factor
-        if known: torch._foreach_add_(gs, means, alpha=-self.sigma * share) # d = g - sigma m
-        return ascent(grads, self.rho)
-
     def extra_pass(self, params, grads):
         unscale_(self.learn, grads.values())
         spare, self._spare = self._spare, {} # reuse the memory of the last step's sum
@@ -70,13 +46,15 @@ class FriendlySAM(SummedPass):
         self.keep(g, micro_batch_share(self.learn))
 
     def after_sum(self, total, weight):
+        # `weight`: the sum of the micro-batches' shares, below 1 for an incomplete step
         if weight != 1: torch._foreach_div_(local_parts(total.values()), weight)
         known = [n for n in total if n in self.mean]
         gs = local_parts(total[n] for n in known)
         means = local_parts(self.mean[n] for n in known)
         if known: torch._foreach_lerp_(means, gs, 1 - self.decay) # decay m + (1 - decay) g
         self._spare = {n: total[n] for n in known}
-        self.mean = total | self.mean # a parameter without a mean starts with its first gradient
+        # old means win in the union; a parameter without a mean starts with its first gradient
+        self.mean = total | self.mean
 
     def state_dict(self): return super().state_dict() | dict(mean=deepcopy(self.mean))
     def load_state_dict(self, state):
@@ -88,3 +66,34 @@ class FriendlySAM(SummedPass):
         learn = state.get('learn') # `Learner.export` removes the optimizer: no training follows
         if learn is not None and learn.opt is None: state |= dict(mean={}, total={})
         return state
+
+# %% ../../nbs/methods/27_friendly_sam.ipynb #146a861e
+class FriendlySAM(_RunningMean):
+    """Takes each batch's gradient at `w + rho d / ||d||` with `d = g - sigma m` (Li et al. 2024).
+
+    m is the running mean of the gradients of past steps. In the first step, m is empty and d is g. A skipped
+    step does not change m. With several processes, g and m are means over all processes. Raises `ValueError`
+    for values out of range, and before training if a loaded mean does not fit the network."""
+    def __init__(self,
+        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        sigma:float=1.,              # Factor of the subtracted mean m, >= 0; 0: SAM
+        decay:float=.9,              # Share of the old mean in the new mean, in [0, 1)
+        bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
+        rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
+        start:float=0., # Share of training at which FriendlySAM starts, in [0, 1]; plain training before
+        stop:float=1.,  # Share of training at which FriendlySAM ends, in [0, 1]; plain training after
+    ):
+        check_radius(rho)
+        check_not_negative(sigma=sigma)
+        if not 0 <= decay < 1: raise ValueError(f'`decay` must lie in [0, 1), got {decay}')
+        super().__init__(decay, bn, rng, start, stop)
+        self.rho, self.sigma = rho, sigma
+
+    def perturbation(self, params, grads):
+        self._fit_mean()
+        known = [n for n in grads if n in self.mean]
+        gs = local_parts(grads[n] for n in known)
+        means = local_parts(self.mean[n] for n in known)
+        share = micro_batch_share(self.learn) # `grads` contain this factor
+        if known: torch._foreach_add_(gs, means, alpha=-self.sigma * share) # d = g - sigma m
+        return ascent(grads, self.rho)

@@ -43,6 +43,29 @@ def _momentum_key(opt):
                      'supports; choose an optimizer of fastai with momentum, such as Adam; or SGD with '
                      'momentum, Adam, AdamW, Adamax, NAdam or RAdam of torch; or keras_adam')
 
+# %% ../../nbs/methods/29_msam.ipynb #0ac58685
+def _momenta(learn):
+    "Return the trainable parameters that have a momentum, and the momenta, each by name."
+    opt = _inner(learn.opt)
+    key = _momentum_key(opt)
+    momenta = {} # stays empty before the first step
+    params = trainable_params(learn.model)
+    for n, p in params.items():
+        v = opt.state.get(p, {}).get(key)
+        if v is None: continue
+        if v.is_sparse:
+            raise ValueError(f'the momentum of {n!r} is sparse; make the embedding with sparse=False')
+        momenta[n] = v
+    return {n: params[n] for n in momenta}, momenta
+
+# %% ../../nbs/methods/29_msam.ipynb #574b3881
+@torch.no_grad()
+def _add_scaled_(targets, sources, factor):
+    "Add `factor * sources` to `targets`; `factor` is a tensor with one number."
+    targets, sources = local_parts(targets), local_parts(sources)
+    if factor.device.type == 'cpu': torch._foreach_add_(targets, sources, alpha=factor.item())
+    else: torch._foreach_add_(targets, torch._foreach_mul(sources, factor)) # `item` would wait for a GPU
+
 # %% ../../nbs/methods/29_msam.ipynb #746ae262
 def _decays(opt):
     "Return the weight decay of each parameter whose decay is part of its gradient."
@@ -59,78 +82,27 @@ def _decays(opt):
         decays |= {p: sign * group.get('weight_decay', 0.) for p in group['params']}
     return decays
 
-@torch.no_grad()
-def _add_scaled_(targets, sources, factor):
-    "Add `factor * sources` to `targets`; `factor` is a tensor with one number."
-    targets, sources = local_parts(targets), local_parts(sources)
-    if factor.device.type == 'cpu': torch._foreach_add_(targets, sources, alpha=factor.item())
-    else: torch._foreach_add_(targets, torch._foreach_mul(sources, factor)) # `item` would wait for a GPU
+# %% ../../nbs/methods/29_msam.ipynb #e712b745
+def _correct_decay_(opt, params, momenta, factor):
+    "Add the decay of the weights' change, which is `factor` times the momentum, to the gradients."
+    decays = _decays(opt)
+    by_decay = {} # names of parameters by weight decay
+    for n, p in params.items():
+        if decays.get(p) and p.grad is not None: by_decay.setdefault(decays[p], []).append(n)
+    for decay, names in by_decay.items():
+        grads = [params[n].grad for n in names]
+        _add_scaled_(grads, [momenta[n] for n in names], decay * factor)
 
-# %% ../../nbs/methods/29_msam.ipynb #2a7c56ba
-class _MovedBatch:
-    "Replaces a Learner's `_do_one_batch`; restores the weights at its end, also after an exception."
-    def __init__(self, msam, learn):
-        self.msam, self.learn = msam, learn
-        self.replaced = vars(learn).get('_do_one_batch') # `None`: the method of the Learner's class
+# %% ../../nbs/methods/29_msam.ipynb #acf66a6a
+class _MovedWeights(LoopMethod):
+    "Moves the weights to `w - rho v / ||v||`, where v is the momentum, and restores them."
+    _stateattrs = ('scratch', '_moved', '_factor') # not in pickled Learners
 
-    @classmethod
-    def install(cls, msam):
-        before = vars(msam.learn).get('_do_one_batch')
-        if isinstance(before, cls): before.remove() # still there if an exception ended the last fit
-        msam.learn._do_one_batch = cls(msam, msam.learn)
-
-    def remove(self):
-        if self.replaced is None: del self.learn._do_one_batch
-        else: self.learn._do_one_batch = self.replaced
-
-    def __call__(self):
-        run = self.replaced or type(self.learn)._do_one_batch.__get__(self.learn)
-        trains = self.learn.training and self.msam.learn is self.learn
-        if not trains: return run()
-        with self.msam.moved_weights(): return run()
-
-# %% ../../nbs/methods/29_msam.ipynb #488a2fb0
-class MSAM(LoopMethod):
-    """Takes each batch's gradient at `w - rho v / ||v||`, where v is the momentum (Becker et al. 2024).
-
-    Before the first step, v is zero, and the gradient is taken at w. With gradient accumulation, v is the
-    same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive. Before
-    training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
-    that moves the weights."""
-    order = ORDERS['step_grads'] - 1 # in `before_step`, after unscaling and clipping
-    needs_loss_scale = True # `before_step` adds a decay term, so the gradients must have their true size
-    needs_momentum = True # the common tests read this
-    _stateattrs = ('scratch', '_moved', '_factor')     # not in pickled Learners
-
-    def __init__(self,
-        rho:float=.3, # Distance in weight space, > 0; read at every batch
-    ):
-        check_radius(rho)
+    def __init__(self, rho):
         self.rho = rho
         self._init_state()
 
     def _init_state(self): self.scratch, self._moved, self._factor = {}, None, None
-
-    def before_fit(self):
-        if evaluating(self.learn): return
-        check_single(self, (MSAM, PerturbedPass), 'chooses the weights at which the gradient is taken')
-        _momentum_key(_inner(self.learn.opt))
-        trainable_params(self.learn.model) # an error here is better than in mid-epoch
-        _MovedBatch.install(self)
-
-    def _momenta(self):
-        "Return the trainable parameters that have a momentum, and the momenta, each by name."
-        opt = _inner(self.learn.opt)
-        key = _momentum_key(opt)
-        momenta = {} # stays empty before the first step
-        params = trainable_params(self.learn.model)
-        for n, p in params.items():
-            v = opt.state.get(p, {}).get(key)
-            if v is None: continue
-            if v.is_sparse:
-                raise ValueError(f'the momentum of {n!r} is sparse; make the embedding with sparse=False')
-            momenta[n] = v
-        return {n: params[n] for n in momenta}, momenta
 
     @contextmanager
     def moved_weights(self):
@@ -142,7 +114,7 @@ class MSAM(LoopMethod):
 
     def _move(self):
         self._factor = None
-        params, momenta = self._momenta()
+        params, momenta = _momenta(self.learn)
         if not momenta: return
         self._factor = -self.rho / (global_norm(momenta.values()) + 1e-12)
         self._moved = params, copied(params, self.scratch)
@@ -157,22 +129,66 @@ class MSAM(LoopMethod):
         self._moved = None
         weights_moved(self.learn.model)
 
+# %% ../../nbs/methods/29_msam.ipynb #2a7c56ba
+class _MovedBatch:
+    "Replaces a Learner's `_do_one_batch`; restores the weights at its end, also after an exception."
+    def __init__(self, msam, learn):
+        self.msam, self.learn = msam, learn
+        self.replaced = vars(learn).get('_do_one_batch') # `None`: the method of the Learner's class
+
+    @classmethod
+    def install(cls, msam):
+        cls.uninstall(msam.learn) # still there if an exception ended the last fit
+        msam.learn._do_one_batch = cls(msam, msam.learn)
+
+    @classmethod
+    def uninstall(cls, learn):
+        replaced = vars(learn).get('_do_one_batch')
+        if isinstance(replaced, cls): replaced.remove()
+
+    def remove(self):
+        if self.replaced is None: del self.learn._do_one_batch
+        else: self.learn._do_one_batch = self.replaced
+
+    def __call__(self):
+        run = self.replaced or type(self.learn)._do_one_batch.__get__(self.learn)
+        trains = self.learn.training and self.msam.learn is self.learn
+        if not trains: return run()
+        with self.msam.moved_weights(): return run()
+
+# %% ../../nbs/methods/29_msam.ipynb #488a2fb0
+class MSAM(_MovedWeights):
+    """Takes each batch's gradient at `w - rho v / ||v||`, where v is the momentum (Becker et al. 2024).
+
+    Before the first step, v is zero, and the gradient is taken at w. With gradient accumulation, v is the
+    same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive. Before
+    training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
+    that moves the weights."""
+    order = ORDERS['step_grads'] - 1 # in `before_step`, after unscaling and clipping
+    needs_loss_scale = True # `before_step` adds a decay term, so the gradients must have their true size
+    needs_momentum = True # the common tests read this
+
+    def __init__(self,
+        rho:float=.3, # Distance in weight space, > 0; read at every batch
+    ):
+        check_radius(rho)
+        super().__init__(rho)
+
+    def before_fit(self):
+        if evaluating(self.learn): return
+        check_single(self, (MSAM, PerturbedPass), 'chooses the weights at which the gradient is taken')
+        _momentum_key(_inner(self.learn.opt))
+        trainable_params(self.learn.model) # an error here is better than in mid-epoch
+        _MovedBatch.install(self)
+
     def after_backward(self): self._put_back()
 
     def before_step(self):
         if self._factor is None: return
-        params, momenta = self._momenta()
-        decays = _decays(_inner(self.learn.opt))
-        by_decay = {} # names of parameters by weight decay
-        for n, p in params.items():
-            if decays.get(p) and p.grad is not None: by_decay.setdefault(decays[p], []).append(n)
-        for decay, names in by_decay.items():
-            grads = [params[n].grad for n in names]
-            # decay times the change of the weights, which is `_factor` times the momentum
-            _add_scaled_(grads, [momenta[n] for n in names], decay * self._factor)
+        params, momenta = _momenta(self.learn)
+        _correct_decay_(_inner(self.learn.opt), params, momenta, self._factor)
 
     def after_fit(self):
         if evaluating(self.learn): return
-        replaced = vars(self.learn).get('_do_one_batch')
-        if isinstance(replaced, _MovedBatch): replaced.remove()
+        _MovedBatch.uninstall(self.learn)
         self.scratch.clear()

@@ -19,7 +19,7 @@ import pandas as pd
 import sadt_nb
 from fastai.callback.core import Callback
 
-from ..core.arguments import check_options, unknown_name
+from ..core.arguments import check_options, parameters_of, unknown_name
 from ..core.display import Card
 from .agc import AGC
 from .asam import ASAM
@@ -83,7 +83,7 @@ def _check_method(method, where):
     "Raise `TypeError` or `ValueError` for an object that cannot serve as a method."
     if not isinstance(method, Method): raise TypeError(f'{where} is {method!r}, not a Method')
     if not callable(method.factory): raise TypeError(f'its factory {method.factory!r} cannot be called')
-    try: inspect.signature(method.factory)
+    try: parameters_of(method.factory)
     except Exception as e: raise TypeError(f'the options of its factory cannot be read ({e})') from None
     extra = method.extra_passes
     if extra is not None and not callable(extra):
@@ -343,7 +343,7 @@ def method_options(
 ) -> dict: # From the name of an option to its `inspect.Parameter`
     "Return the options of a method's callback. Raises `ValueError` for an unknown name."
     _check_name(name)
-    parameters = inspect.signature(METHODS[name].factory).parameters
+    parameters = parameters_of(METHODS[name].factory)
     return {k: p for k, p in parameters.items() if k not in _EVENTS}
 
 def make_method(

@@ -28,13 +28,53 @@ def _complete(params, g):
         if p.grad is not None and n not in g: g[n] = torch.zeros_like(p)
     return list(g.values()), [params[n].grad for n in g]
 
+def _averaged(learn, g, outside):
+    """Average `g` and `.grad` of the network's parameters over all processes.
+
+    Return `g` by name and the list of `.grad`; both also have the parameters of `outside`."""
+    first, second = _complete(trainable_params(learn.model), g)
+    average_over_ranks(learn.model, first + second)
+    _, second_outside = _complete(params_outside(learn), outside)
+    return g | outside, second + second_outside
+
+# %% ../../nbs/methods/28_wsam.ipynb #a472872a
+class _BothGradients(SummedPass):
+    "Calls `combine` with the gradients of both passes."
+    def __init__(self, *passes):
+        super().__init__(*passes) # `bn`, `rng`, `start` and `stop`
+        self._spare = {}   # tensors of the last step, whose memory the next step uses again
+        self._outside = {} # g of parameters that are not the network's, by name
+
+    def combine(self, g, g_p):
+        "Set `.grad` for the step. `g` is a dictionary by name; `g_p` is the list of the tensors in `.grad`."
+        raise NotImplementedError
+
+    def second_pass(self): self.replay() # without averaging over processes, see `_averaged`
+
+    def first_gradients(self):
+        outside = params_outside(self.learn)
+        self._outside = {n: p.grad.clone() for n, p in outside.items() if p.grad is not None}
+        return super().first_gradients()
+
+    def extra_pass(self, params, grads):
+        g = copied(grads, self._spare)
+        self._spare = {}
+        yield from super().extra_pass(params, grads) # leaves g_p in `.grad`
+        g, g_p = _averaged(self.learn, g, self._outside)
+        self._outside = {}
+        self.combine(g, g_p)
+
+    def after_fit(self):
+        super().after_fit()
+        self._spare = {}
+
+# %% ../../nbs/methods/28_wsam.ipynb #5bfe8e9e
 def _couple_(g, g_p, alpha):
     "Replace `g_p` by `g + alpha (g_p - g)`, as `alpha g_p + (1 - alpha) g`: exact for `alpha` = 0 and 1."
     g, g_p = local_parts(g), local_parts(g_p)
     torch._foreach_mul_(g_p, alpha)
     torch._foreach_add_(g_p, g, alpha=1 - alpha)
 
-# %% ../../nbs/methods/28_wsam.ipynb #5bfe8e9e
 def _decouple_(g, g_p, scratch, scaled):
     "Write `g` into the tensors of the list `g_p`, and `g - g_p` into the tensors of the dictionary `g`."
     kept = local_parts(copied(g, scratch).values())
@@ -45,8 +85,21 @@ def _decouple_(g, g_p, scratch, scaled):
     # with `scaled`, adding 0 times infinity gives NaN, and mixed precision skips the step
     if scaled: torch._foreach_add_(g_p, differences, alpha=0)
 
+# %% ../../nbs/methods/28_wsam.ipynb #75871ee4
+@torch.no_grad()
+def _add_differences_(learn, differences, rates, alpha):
+    "Add `rate alpha (g - g_p)` to each parameter; `rates` has the learning rates of the parameter groups."
+    params = trainable_params(learn.model) | params_outside(learn)
+    added = {id(p): differences[n] for n, p in params.items() if n in differences} # g - g_p
+    for group, rate in zip(learn.opt.param_lists, rates):
+        moved = [p for p in group if id(p) in added]
+        if not moved: continue
+        parts = local_parts(added[id(p)] for p in moved)
+        torch._foreach_add_(local_parts(moved), parts, alpha=rate * alpha)
+    weights_moved(learn.model)
+
 # %% ../../nbs/methods/28_wsam.ipynb #d7ea84bd
-class WSAM(SummedPass):
+class WSAM(_BothGradients):
     """Adds a multiple of the sharpness, `L(w + rho g / ||g||) - L(w)`, to the loss (Yue et al. 2023).
 
     The sharpness has the factor `gamma / (1 - gamma)`. g is the gradient at w, and g_p is the gradient at
@@ -71,9 +124,7 @@ class WSAM(SummedPass):
                              'multiplies the sharpness by 9')
         super().__init__(bn, rng, start, stop)
         self.rho, self.gamma, self.decouple = rho, gamma, decouple
-        self._spare = {}   # tensors of the last step, whose memory the next step uses again
-        self._outside = {} # g of parameters that are not the network's, by name
-        self._rates = []   # learning rates of the parameter groups before the step
+        self._rates = [] # learning rates of the parameter groups before the step
 
     @property
     def alpha(self) -> float: # 0 for plain training, 1 for SAM
@@ -82,55 +133,24 @@ class WSAM(SummedPass):
 
     def active(self): return self.gamma > 0 and super().active()
     def perturbation(self, params, grads): return sam_ascent(params, grads, self.rho)
-    def second_pass(self): self.replay() # without averaging over processes, see `_averaged`
 
     def before_fit(self):
         super().before_fit()
         if self.decouple and any(group.get('lr') is None for group in self.learn.opt.hypers):
             raise ValueError('`decouple` needs a learning rate in every parameter group; use decouple=False')
 
-    def first_gradients(self):
-        outside = params_outside(self.learn)
-        self._outside = {n: p.grad.clone() for n, p in outside.items() if p.grad is not None}
-        return super().first_gradients()
-
-    def extra_pass(self, params, grads):
-        g = copied(grads, self._spare)
-        self._spare = {}
-        yield from super().extra_pass(params, grads) # leaves g_p in `.grad`
-        g, g_p = self._averaged(g)
+    def combine(self, g, g_p):
         if not self.decouple: _couple_(g.values(), g_p, self.alpha)
         else:
             _decouple_(g, g_p, self.scratch, loss_scale(self.learn) is not None)
             unscale_(self.learn, g.values())
             self.keep(g)
 
-    def _averaged(self, g):
-        "Average g and g_p over all processes; return g by name, and g_p as a list."
-        first, second = _complete(trainable_params(self.learn.model), g)
-        average_over_ranks(self.learn.model, first + second)
-        _, second_outside = _complete(params_outside(self.learn), self._outside)
-        g = g | self._outside
-        self._outside = {}
-        return g, second + second_outside
-
     def before_step(self): self._rates = [float(group['lr']) for group in self.learn.opt.hypers]
 
-    @torch.no_grad()
     def after_sum(self, total, weight):
-        params = trainable_params(self.learn.model) | params_outside(self.learn)
-        differences = {id(p): total[n] for n, p in params.items() if n in total} # g - g_p
-        for group, rate in zip(self.learn.opt.param_lists, self._rates):
-            moved = [p for p in group if id(p) in differences]
-            if not moved: continue
-            added = local_parts(differences[id(p)] for p in moved)
-            torch._foreach_add_(local_parts(moved), added, alpha=rate * self.alpha) # w += lr alpha (g - g_p)
-        weights_moved(self.learn.model)
+        _add_differences_(self.learn, total, self._rates, self.alpha)
         self._spare = total
-
-    def after_fit(self):
-        super().after_fit()
-        self._spare = {}
 
 # %% ../../nbs/methods/28_wsam.ipynb #8b56ade1
 def wsam_step(

@@ -6,11 +6,9 @@
 __all__ = ['MODELS', 'model_options', 'make_model']
 
 # %% ../../nbs/models/69_registry.ipynb #c63c0ab3
-import inspect
-
 from torch import nn
 
-from ..core.arguments import check_options, unknown_name
+from ..core.arguments import check_options, parameters_of, unknown_name
 from .clip import clip_resnet50, clip_resnet101
 from .fast_cnn import fast_cnn
 from .inception_resnet import inception_resnet_slim
@@ -35,7 +33,7 @@ def model_options(
 ) -> dict: # Name of an option: its `inspect.Parameter`
     "Return the options of a network's function. Raises `ValueError` for an unknown name."
     if name not in MODELS: raise ValueError(unknown_name('model', name, MODELS))
-    parameters = inspect.signature(MODELS[name]).parameters
+    parameters = parameters_of(MODELS[name])
     return {k: p for k, p in parameters.items() if k != 'classes'}
 
 def make_model(

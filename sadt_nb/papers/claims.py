@@ -488,12 +488,15 @@ class Kinds:
     "A table of networks; a place is data, network and labels, and a kind is, for example, a method."
     def __init__(self,
         networks:pd.DataFrame, # Columns `place`, `kind`, `seed`, and one per compared number
-    ): self.networks = networks.reset_index(drop=True)
+    ):
+        self.networks = networks.reset_index(drop=True)
+        # one table per place and kind: the claims ask for each of them many times
+        self._groups = {key: g.set_index('seed') for key, g in self.networks.groupby(['place', 'kind'])}
+        self._no_networks = self.networks[:0].set_index('seed')
 
     def of_kind(self, place, kind):
         "Return the networks of a kind, one row per seed."
-        here = self.networks[(self.networks.place == place) & (self.networks.kind == kind)]
-        return here.set_index('seed')
+        return self._groups.get((place, kind), self._no_networks)
 
     def value(self, place, kinds, key):
         "Return column `key`, one number per seed; for several kinds, the mean over the kinds."

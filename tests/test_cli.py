@@ -103,6 +103,7 @@ TYPOS = [
     ('sadt_train --opt adm', "unknown --opt 'adm'; did you mean adam?"),
     ('sadt_train --views 3', 'choose one of 0, 1, 2'),
     ('sadt_train --bs many', '--bs: invalid int value'),
+    ('sadt_train --flip --alternate', '--flip and --alternate are two ways to mirror; use one of them'),
     ('sadt_grid sadt/notbook20', "unknown table 'sadt/notbook20'; did you mean sadt/notebook20?"),
     ('sadt_grid --list xyz', "unknown table 'xyz'; sadt_grid --list shows all"),
     ('sadt_grid sadt/table1 sadt/figure2', 'unexpected argument sadt/figure2'),

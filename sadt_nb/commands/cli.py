@@ -240,6 +240,7 @@ class _Parser(argparse.ArgumentParser):
         guess = f'did you mean {close[0]}? ' if close else ''
         self.error(f'unknown option {option}; {guess}--help shows all')
 
+# %% ../../nbs/commands/110_cli.ipynb #5d97c4a6
 def _help_text(comment, anno, default):
     "Return the help text of an argument: its comment, allowed values and default."
     facts = []
@@ -369,9 +370,16 @@ def _teacher_fields(folder, root):
         raise ValueError(f'the teacher is not below {root}; pass --root {folder.parent}')
     return dict(teachers=teacher, split=teacher.seed if teacher.split is None else teacher.split)
 
+# %% ../../nbs/commands/110_cli.ipynb #c5ac8686
+def _flip(flip, alternate):
+    "Return the field `flip` of a run. Raises `ValueError` if both options are given."
+    if flip and alternate: raise ValueError('--flip and --alternate are two ways to mirror; use one of them')
+    return 'alternate' if alternate else flip
+
 # %% ../../nbs/commands/110_cli.ipynb #a915ba59
-def _print_result(cfg, r, root):
-    "Print a finished run's accuracies, its cost and its folder."
+def _print_result(cfg, r, root, json):
+    "Print a finished run's accuracies, its cost and its folder or, with `json`, the whole result."
+    if json: return _print_json(folder=Path(root) / cfg.name, **r)
     print(f'{cfg.method} on {cfg.data}: test accuracy {r["accuracy"]:.3f}, '
           f'with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
           f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
@@ -427,21 +435,17 @@ def sadt_train(
     json:bool=False,       # Print the whole result as JSON
 ):
     "Train one network with one method, print its test accuracy, and store everything."
-    if flip and alternate: raise ValueError('--flip and --alternate are two ways to mirror; use one of them')
-    if alternate: flip = 'alternate'
+    flip = _flip(flip, alternate) # before `config` imports PyTorch
     cfg = config.Run(
         data=data, model=model, method=method, epochs=epochs, bs=bs, lr=lr, seed=seed, opt=opt, sched=sched,
-        cutmix=cutmix, crop=crop, flip=flip, pad_mode=pad_mode, rotate=rotate, autoaugment=autoaugment,
-        cutout=cutout, normalize=normalize, label_smoothing=label_smoothing, drop_last=drop_last,
-        warmup=warmup, warmup_lr=warmup_lr,
-        lookahead=lookahead, views=views,
+        cutmix=cutmix, crop=crop, flip=flip, pad_mode=pad_mode, rotate=rotate,
+        autoaugment=autoaugment, cutout=cutout, normalize=normalize, label_smoothing=label_smoothing,
+        drop_last=drop_last, warmup=warmup, warmup_lr=warmup_lr, lookahead=lookahead, views=views,
         valid=valid, n_train=n_train, amp=amp, compile=compile, tf32=tf32, clip=clip, select=select,
         method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
         opt_args=_options(opt_args), **_teacher_fields(teacher, root))
     r = runner.run(cfg, root, force=force, progress=not json, minutes=minutes)
-    if ranks.this_rank(): return # if several processes train together, only the first prints
-    if json: _print_json(folder=Path(root) / cfg.name, **r)
-    else: _print_result(cfg, r, root)
+    if not ranks.this_rank(): _print_result(cfg, r, root, json) # several processes: only the first prints
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _size(name, machine, samples):
@@ -565,7 +569,7 @@ def sadt_grid(
         for label, accuracy in ensembles.items(): print(f'ensemble of {label}: accuracy {accuracy:.3f}')
     if failed: print(f'{len(failed)} of {len(measures)} runs failed, see above', file=sys.stderr)
 
-# %% ../../nbs/commands/110_cli.ipynb #0d0ce019
+# %% ../../nbs/commands/110_cli.ipynb #cef45fd9
 _VERDICT_COLUMNS = ('row', 'where', 'n', 'published difference', 'our difference', 'verdict')
 
 def _report_table(name, root, to, scale, amp, json):
@@ -581,6 +585,14 @@ def _report_table(name, root, to, scale, amp, json):
     written = pages.write_pages(name, root, to, scale, amp)
     print('\npages: ' + ', '.join(map(str, written)))
 
+def _report_folder(root, json):
+    "Print the results of a folder: one row per setting; as JSON, all that is stored of every run."
+    results = report.load_results(root)
+    if not json: return print(visible(report.results_table(results).to_string()))
+    stored = results.assign(label=report.labels(results), folder=[Path(root) / n for n in results['name']])
+    _print_json(runs=stored.drop(columns=['run', 'name', 'history']))
+
+# %% ../../nbs/commands/110_cli.ipynb #1fdc073e
 def _check_figure(figure):
     "Raise `ValueError`, before any work is done, if a figure cannot be saved to its file."
     if figure is None: return
@@ -602,13 +614,7 @@ def _save_curves(name, root, scale, amp, figure):
         by = report.labels(results)
     report.plot_runs(results, by)[0].figure.savefig(figure, dpi=120)
 
-def _report_folder(root, json):
-    "Print the results of a folder: one row per setting; as JSON, all that is stored of every run."
-    results = report.load_results(root)
-    if not json: return print(visible(report.results_table(results).to_string()))
-    stored = results.assign(label=report.labels(results), folder=[Path(root) / n for n in results['name']])
-    _print_json(runs=stored.drop(columns=['run', 'name', 'history']))
-
+# %% ../../nbs/commands/110_cli.ipynb #0d0ce019
 @command('sadt_report sadt/notebook20 --root published/notebook20 --to .')
 def sadt_report(
     name:TableName='', # A published table, such as sadt/notebook20; without a name, all runs in the folder

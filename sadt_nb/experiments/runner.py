@@ -224,7 +224,6 @@ def _check_identity(cfg, root, result):
 
 # %% ../../nbs/experiments/81_runner.ipynb #07bd1602
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-_STALE_SECONDS = 24 * 3600
 
 def _has_flock(file):
     "Return whether the system has locks for the disk of `file`. Raises `OSError` if `file` cannot be made."
@@ -243,6 +242,9 @@ def _acquired(folder):
             if e.errno not in _NO_LOCKS: raise
     # `timeout` allows two tries: in the first, older versions of filelock delete a dead process' file
     return soft.acquire(timeout=.1, poll_interval=.05).lock
+
+# %% ../../nbs/experiments/81_runner.ipynb #3a90ed19
+_STALE_SECONDS = 24 * 3600 # without a change in the folder, the run counts as failed
 
 def _age(seconds):
     "Return a time as text, in minutes, hours or days."
@@ -269,6 +271,7 @@ def _held(cfg, file):
     return RunError(f'{cfg.name}: {holder}, but no file in its folder has changed for {_age(quiet)}; '
                     f'{delete}')
 
+# %% ../../nbs/experiments/81_runner.ipynb #1096d6f0
 @contextmanager
 def _lock(cfg, root):
     """Hold the lock of a run's folder.
@@ -521,6 +524,7 @@ def is_trained(
     "Return whether a run can be a teacher."
     return read_result(cfg, root) is not None and weights_file(cfg, root).is_file()
 
+# %% ../../nbs/experiments/81_runner.ipynb #522b0f8b
 def _is_damaged(file):
     "Return whether a file of weights does not agree with the hash beside it, or with checksums inside it."
     stored = file.with_name('weights.sha256')
@@ -553,6 +557,7 @@ def load_model(
     if cfg.channels_last: model = model.to(memory_format=torch.channels_last)
     return model.to(device).eval()
 
+# %% ../../nbs/experiments/81_runner.ipynb #e824b3b8
 def _stored_checksum(cfg, root):
     "Return the checksum of a finished run's weights, from its result or, if that has none, from its file."
     stored = (read_result(cfg, root) or {}).get('weights_crc32')
@@ -614,6 +619,7 @@ def _init_from_images(model, dl):
     plain = dl.new(tfms=[], shuffle=False, channels_last=False)
     model.init_from_images(plain.batch(spread)[0])
 
+# %% ../../nbs/experiments/81_runner.ipynb #1d0f3176
 def _refuses(model, x):
     "Return whether a network cannot run a batch."
     try:
@@ -640,6 +646,7 @@ def _check_images(cfg, model, dl):
         raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, but '
                          f'BatchNorm in {cfg.model} needs two or more; choose another bs, or set drop_last')
 
+# %% ../../nbs/experiments/81_runner.ipynb #5ec812e0
 def _network(cfg, dls):
     "Return the network of a run with its starting weights, which depend on the seed alone."
     torch.manual_seed(cfg.seed)
@@ -719,6 +726,7 @@ def _features(cfg, dls):
     if cfg.track: cbs.append(FlatnessRecorder(every=cfg.track, dl=_in_order(dls.train), samples=1000))
     return cbs
 
+# %% ../../nbs/experiments/81_runner.ipynb #4a7a84c1
 def make_learner(
     cfg:Run,     # The run to train
     device=None, # `None`: fastai's default device
@@ -743,6 +751,7 @@ def make_learner(
     torch.manual_seed(cfg.seed + 1 + 1_000_003 * this_rank())
     return learn
 
+# %% ../../nbs/experiments/81_runner.ipynb #32be6e7a
 def stored_learner(
     cfg:Run,                           # A run that `is_trained`
     root:str|Path='runs',              # Folder of all results
@@ -857,6 +866,7 @@ def _beside_teacher(learn):
         for part, dl in loaders.items(): facts[f'{name}_{part}'] = measure(student, teacher, dl)
     return dict(teacher=facts)
 
+# %% ../../nbs/experiments/81_runner.ipynb #07ada38c
 def _evaluations(cfg, model, dls):
     "Return accuracy and loss, with stored and with re-estimated BatchNorm statistics, and for views."
     test = dls[2]
@@ -914,13 +924,61 @@ def _own_message(e):
     "Return the message of an error without the line that fastai adds before it."
     return str(e).split('\n\t')[-1]
 
-# %% ../../nbs/experiments/81_runner.ipynb #050ee729
+# %% ../../nbs/experiments/81_runner.ipynb #6861a72c
+def _progress_bars():
+    "Return the callbacks that show progress bars; an empty list if the output goes to a file."
+    if not (IN_NOTEBOOK or sys.stdout.isatty()): return []
+    return [Recorder(), _ForgetSteps(), ProgressCallback()]
+
 def _epoch_line(row, epochs):
     "Return the line that a log shows after an epoch."
     text = f'epoch {row["epoch"]} of {epochs}: training loss {row["train_loss"]:.3f}'
     if 'valid_accuracy' in row: text += f', validation accuracy {row["valid_accuracy"]:.3f}'
     return f'{text}, {row["seconds"]:.1f} s'
 
+# %% ../../nbs/experiments/81_runner.ipynb #6d68c138
+def _checkpoint_tag(cfg, root, checksums):
+    "Return, as text, everything that must be unchanged when a run continues from a checkpoint."
+    parts = [cfg.key, f'code {code_version()["source"]}', f'torch {torch.__version__}',
+             f'threads {torch.get_num_threads()}', f'training data {checksums["train_crc32"]}',
+             f'test data {checksums["test_crc32"]}']
+    parts += [f'teacher {_stored_checksum(t, root)}' for t in cfg.teachers]
+    return ', '.join(parts)
+
+# %% ../../nbs/experiments/81_runner.ipynb #3de14836
+def _began_with(cfg, root):
+    "Return the number of threads with which an interrupted run began; `None` without a checkpoint."
+    tag = CheckpointFile(work_folder(cfg, root) / 'checkpoint.pt').stored_tag()
+    found = re.search(r', threads (\d+)', tag or '')
+    return int(found[1]) if found else None
+
+@contextmanager
+def _same_threads(cfg, root):
+    "Set the number of threads with which an interrupted run began; warn if PyTorch had another number."
+    mine = torch.get_num_threads()
+    began = on_rank_zero(partial(_began_with, cfg, root)) or mine
+    if began != mine:
+        rule = f'continues with {began}, not {mine}, because another number changes the last digits'
+        anew = f'to start again with {mine}, pass force=True (--force)'
+        warnings.warn(f'{cfg.name} began with {began} CPU threads and {rule}; {anew}')
+    torch.set_num_threads(began)
+    try: yield
+    finally: torch.set_num_threads(mine)
+
+# %% ../../nbs/experiments/81_runner.ipynb #40012220
+def _counts(recorder):
+    "Return the epochs, seconds, steps and passes that a `RunRecorder` has counted; it may not have started."
+    seconds = sum(row['seconds'] for row in recorder.rows)
+    counts = getattr(recorder, 'counts', {})
+    return dict(epochs=len(recorder.rows), train_seconds=seconds, **counts,
+                method_bytes=getattr(recorder, 'kept', 0))
+
+def _times(started):
+    "Return the date at which a training started, in UTC, and the seconds since then; `started` is a time."
+    date = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(started))
+    return dict(started=date, wall_seconds=time.time() - started)
+
+# %% ../../nbs/experiments/81_runner.ipynb #050ee729
 class _Training:
     "One training of a run: its Learner, its files, and the result that it writes."
     def __init__(self, cfg, root, progress, device):
@@ -928,9 +986,8 @@ class _Training:
         self.device = torch.device(device or default_device())
         self.started = time.time()
         self.recorder = RunRecorder(on_epoch=self.write_history)
-        shows_bars = progress and (IN_NOTEBOOK or sys.stdout.isatty())
-        self.shows_lines = progress and not shows_bars # a file cannot show a progress bar
-        bars = [Recorder(), _ForgetSteps(), ProgressCallback()] if shows_bars else []
+        bars = _progress_bars() if progress else []
+        self.shows_lines = progress and not bars
         self.learn = make_learner(cfg, device, [self.recorder, *bars], root)
         self.folder = on_rank_zero(partial(_prepare_folder, cfg, root))
 
@@ -945,25 +1002,16 @@ class _Training:
 
     def store(self, status, resumed, **more):
         "Write the result with counts, seconds and provenance, and return it."
-        recorder = self.recorder
-        seconds = sum(row['seconds'] for row in recorder.rows)
-        result = dict(status=status, **more, epochs=len(recorder.rows), train_seconds=seconds,
-                      **getattr(recorder, 'counts', {}),
-                      method_bytes=getattr(recorder, 'kept', 0), resumed=resumed, **provenance(self.device),
-                      started=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(self.started)),
-                      wall_seconds=time.time() - self.started)
+        result = dict(status=status, **more, **_counts(self.recorder), resumed=resumed,
+                      **provenance(self.device), **_times(self.started))
         if n_ranks() > 1: result['processes'] = n_ranks()
         self.write('result.json', result)
         return result
 
     def checkpoint(self, minutes, force):
         "Return the checkpoint, valid only for the same configuration, code, data, teachers and threads."
-        data = self.learn.dls.checksums
-        parts = [self.cfg.key, f'code {code_version()["source"]}', f'torch {torch.__version__}',
-                 f'threads {torch.get_num_threads()}', f'training data {data["train_crc32"]}',
-                 f'test data {data["test_crc32"]}']
-        parts += [f'teacher {_stored_checksum(t, self.root)}' for t in self.cfg.teachers]
-        checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=', '.join(parts))
+        tag = _checkpoint_tag(self.cfg, self.root, self.learn.dls.checksums)
+        checkpoint = Checkpoint(self.folder / 'checkpoint.pt', minutes=minutes, tag=tag)
         if force and not checkpoint.fits(math.ceil(self.cfg.epochs)): checkpoint.remove()
         return checkpoint
 
@@ -986,25 +1034,6 @@ class _Training:
         if self.recorder.failed and self.folder.name == 'new': shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/experiments/81_runner.ipynb #256f62c3
-def _began_with(cfg, root):
-    "Return the number of threads with which an interrupted run began; `None` without a checkpoint."
-    tag = CheckpointFile(work_folder(cfg, root) / 'checkpoint.pt').stored_tag()
-    found = re.search(r', threads (\d+)', tag or '')
-    return int(found[1]) if found else None
-
-@contextmanager
-def _same_threads(cfg, root):
-    "Set the number of threads with which an interrupted run began; warn if PyTorch had another number."
-    mine = torch.get_num_threads()
-    began = on_rank_zero(partial(_began_with, cfg, root)) or mine
-    if began != mine:
-        rule = f'continues with {began}, not {mine}, because another number changes the last digits'
-        anew = f'to start again with {mine}, pass force=True (--force)'
-        warnings.warn(f'{cfg.name} began with {began} CPU threads and {rule}; {anew}')
-    torch.set_num_threads(began)
-    try: yield
-    finally: torch.set_num_threads(mine)
-
 def _train(cfg, root, force, progress, device, minutes):
     "Train a run, store its result and return it; the caller holds the lock."
     keep_pages()

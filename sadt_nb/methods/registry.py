@@ -155,8 +155,7 @@ _GRADIENTS = dict(
         avoid='on layers whose weights start at zero and must grow quickly'),
 )
 
-# %% ../../nbs/methods/99_registry.ipynb #82e9cfc0
-# These functions get the options as attributes of `o`, and return the extra passes per batch
+# %% ../../nbs/methods/99_registry.ipynb #d7460d26
 def _sam_passes(o):
     # with `only='norm'`, the first backward leaves out the gradients of the kernels
     first = 2 / 3 if o.only == 'norm' else 1
@@ -164,18 +163,7 @@ def _sam_passes(o):
     whole = 0 if o.m is None else 1 / 3
     return (first + whole) / getattr(o, 'interval', 1)
 
-def _esam_passes(o):
-    # with `gamma` below 1, a forward pass chooses the samples, and a pass runs over this share of the batch
-    extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
-    # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
-    whole_norm = ESAM.by_reading(o.spec, whole_norm=o.whole_norm)['whole_norm']
-    saved = 0 if whole_norm else (1 - o.beta) / 3
-    return extra - saved
-
-def _looksam_passes(o): return 1 / o.k
-
-# %% ../../nbs/methods/99_registry.ipynb #441fc9a2
-_SHARPNESS = dict(
+_SAM = dict(
     sam=Method(
         SAM, 'takes the gradient at a distance rho uphill', passes=2, memory='1 x weights',
         extra_passes=_sam_passes,
@@ -192,6 +180,20 @@ _SHARPNESS = dict(
         key='`rho` = 0.5 on CIFAR-10 and 1.0 on CIFAR-100, relative to the weights; `eta` = 0.01',
         avoid='in networks with BatchNorm, where the scale of most weights has no effect: '
               'there SAM with a tuned radius gives nearly the same result as ASAM'),
+)
+
+# %% ../../nbs/methods/99_registry.ipynb #c74bf75d
+def _esam_passes(o):
+    # with `gamma` below 1, a forward pass chooses the samples, and a pass runs over this share of the batch
+    extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
+    # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
+    whole_norm = ESAM.by_reading(o.spec, whole_norm=o.whole_norm)['whole_norm']
+    saved = 0 if whole_norm else (1 - o.beta) / 3
+    return extra - saved
+
+def _looksam_passes(o): return 1 / o.k
+
+_FASTER_SAM = dict(
     esam=Method(
         ESAM, 'SAM on a random part of the weights and the sharpest half of the batch',
         passes=5.5 / 3, extra_passes=_esam_passes, memory='1 x weights', seeded=True,
@@ -219,6 +221,10 @@ _SHARPNESS = dict(
         paper='Momentum-SAM, [Becker et al. 2024](https://arxiv.org/abs/2401.12033)',
         key='`rho` = 0.3, the distance in weight space; the authors\' examples use 3',
         avoid='with an optimizer without momentum; before you have tried several values of `rho`'),
+)
+
+# %% ../../nbs/methods/99_registry.ipynb #b64f3c42
+_CHANGED_SAM = dict(
     gsam=Method(
         GSAM, 'SAM that also lowers the difference between the loss uphill and the loss at the weights',
         passes=2,
@@ -292,7 +298,7 @@ _sadt = partial(
           'HITY workshop, NeurIPS; [code](https://github.com/DeepUVaasa/SADT)',
     avoid='before you have compared it with `repeat_step`, which makes the second step without any teacher')
 
-_TWO_STEPS = dict(
+_SADT_VARIANTS = dict(
     sadt1=_sadt(
         partial(SADT, 1), 'learns from a teacher with noise on every layer', passes=2,
         key='the standard deviation of the noise on every layer, 1e-4'),
@@ -305,6 +311,10 @@ _TWO_STEPS = dict(
     sadt3=_sadt(
         partial(SADT, 3), 'learns from a teacher that a noisy step of gradient ascent makes', passes=2,
         key='the learning rate of the step uphill, 1e-3, and the standard deviation of the noise, 1e-4'),
+)
+
+# %% ../../nbs/methods/99_registry.ipynb #a6f62b76
+_CONTROLS = dict(
     weight_average=Method(
         WeightAverage, 'control: trains as usual, and ends with the average of the weights',
         memory='1 x weights', few_steps=dict(kind='ema', decay=.5),
@@ -318,7 +328,9 @@ _TWO_STEPS = dict(
         avoid='as a method of its own; `repeat_step` is a control for methods with several steps per batch'),
 )
 
-METHODS = Methods({**_GRADIENTS, **_SHARPNESS, **_TEACHERS, **_TWO_STEPS})
+# %% ../../nbs/methods/99_registry.ipynb #bd2070f4
+METHODS = Methods({**_GRADIENTS, **_SAM, **_FASTER_SAM, **_CHANGED_SAM, **_TEACHERS, **_SADT_VARIANTS,
+                   **_CONTROLS})
 
 # %% ../../nbs/methods/99_registry.ipynb #03ac667e
 def _check_name(name):

@@ -47,6 +47,7 @@ class Perturbation(ShowsArguments):
         "Return the teacher's weights minus the network's weights."
         raise NotImplementedError
 
+# %% ../../nbs/methods/40_sadt.ipynb #e77e71c3
 class weight_noise(Perturbation):
     "Gaussian noise on every parameter with at least `min_ndim` axes (variant 1)."
     def __init__(self,
@@ -150,12 +151,16 @@ def _code_presets(model, variant, scale):
     return [times, layer_noise(second, .1 * scale)], 'aux_to_clean'
 
 # %% ../../nbs/methods/40_sadt.ipynb #c0e02823
-class _SeededNoise:
-    "Makes a random generator from `seed` at the first batch, on the parameters' device, and saves its state."
-    seed = 0
+class _SeededNoise(ExtraPass):
+    """The random numbers and the size of a teacher's noise; both are saved for a resumed run.
+
+    The first batch makes the generator from `seed`, on the device of the parameters."""
+    seed, sigma, noise_scale = 0, 'fixed', 1. # options of `SADT`
     generator = None # made at the first batch
     _loaded = None   # loaded state of a generator that is not made yet
     fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator
+    rate = None      # learning rate at the start of training, for `sigma='rate'`
+    _loaded_rate = None # loaded learning rate of a run that has not continued yet
 
     def _generator_on(self, device):
         if self.fixed_generator: return self.fixed_generator[0]
@@ -165,10 +170,25 @@ class _SeededNoise:
             self._loaded = None
         return self.generator
 
-    def state_dict(self): return {} if self.generator is None else dict(generator=self.generator.get_state())
+    def _scale(self):
+        "Return the noise's factor; with sigma='rate', it is also multiplied by (learning rate / 0.0001)."
+        return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
+
+    def before_fit(self):
+        if self._loaded_rate is None: # not a resumed run
+            self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers) # of all groups
+        else: self.rate = self._loaded_rate
+        self._loaded_rate = None
+        super().before_fit()
+
+    def state_dict(self):
+        state = {} if self.generator is None else dict(generator=self.generator.get_state())
+        return dict(state, rate=self.rate) if self.sigma == 'rate' else state
+
     def load_state_dict(self, state):
         self.generator = None # made again at the next batch
         self._loaded = state.get('generator')
+        if 'rate' in state: self.rate = self._loaded_rate = state['rate']
 
 # %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
 class _MicroBatch(NamedTuple):
@@ -235,7 +255,7 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
             else: _backward_at_aux(sadt, params, deltas[0], micro, divergence)
     finally: learn.xb, learn.yb = batch
 
-# %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
+# %% ../../nbs/methods/40_sadt.ipynb #c76b505a
 def _add_first_gradients(params, g_up):
     "Add `g_up` to `.grad`; if no teacher gives a parameter a gradient, set `.grad` to a copy of `g_up`."
     both = [n for n, p in params.items() if p.grad is not None]
@@ -244,9 +264,11 @@ def _add_first_gradients(params, g_up):
     for n, p in params.items():
         if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may overwrite `.grad`
 
-class _TwoSteps(ExtraPass):
+# %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
+class _TwoSteps(_SeededNoise):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
     needs_logits = True
+    _micro = () # the micro-batches of a step that is not complete
 
     def before_fit(self):
         super().before_fit()
@@ -289,6 +311,15 @@ class _TwoSteps(ExtraPass):
         self._micro = []
         self.learn.remove_cb(StepGrads)
 
+    def state_dict(self):
+        state = super().state_dict()
+        if self._micro: state['micro_batches'] = [micro.stored() for micro in self._micro]
+        return state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._micro = [_MicroBatch(*stored) for stored in state.get('micro_batches', ())]
+
 # %% ../../nbs/methods/40_sadt.ipynb #9f8403e5
 def _check_choice(name, value, choices):
     "Raise `ValueError` if `value` is not one of the `choices`."
@@ -311,13 +342,12 @@ def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, 
     check_not_negative(kl_weight=kl_weight, noise_scale=noise_scale)
 
 # %% ../../nbs/methods/40_sadt.ipynb #e658391a
-class SADT(_SeededNoise, _TwoSteps):
+class SADT(_TwoSteps):
     """Makes two optimizer steps per batch; the second step uses `g_up` plus the teachers' gradients `g_aux`.
 
     The method is from Fahim & Boutellier 2022, section 3.1. A callback that changes gradients in
     `before_step`, such as clipping, changes only `g_up`. Raises `ValueError` for arguments out of range. At
     the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer."""
-    _loaded_rate = None
     def __init__(self,
         # 1: noise on every layer; 2: two teachers, noise on the last convolution and on the last dense layer;
         # 3: a noisy step uphill
@@ -349,8 +379,6 @@ class SADT(_SeededNoise, _TwoSteps):
         super().__init__(bn, rng, start, stop)
         self.variant, self.spec, self.noise_scale = variant, spec, noise_scale
         self.perturb, self.sigma, self.rho, self.seed = perturb, sigma, rho, seed
-        self.rate = None # learning rate at the start of training, for `sigma='rate'`
-        self._micro = [] # the micro-batches of a step that is not complete
         self.kl, self.kl_weight, self.grad_at = kl, kl_weight, grad_at
         self.first_step, self.share_trunk, self.divergence = first_step, share_trunk, divergence
 
@@ -363,33 +391,11 @@ class SADT(_SeededNoise, _TwoSteps):
         else: fns, kl = presets(unwrapped(self.model), self.variant, self._scale())
         return fns, self.kl or kl
 
-    def _scale(self):
-        "Return the noise's factor; with sigma='rate', it is also multiplied by (learning rate / 0.0001)."
-        return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
-
-    def before_fit(self):
-        if self._loaded_rate is None: # not a resumed run
-            self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers) # of all groups
-        else: self.rate = self._loaded_rate
-        self._loaded_rate = None
-        super().before_fit()
-
-    def state_dict(self):
-        state = super().state_dict()
-        if self._micro: state['micro_batches'] = [micro.stored() for micro in self._micro]
-        return dict(state, rate=self.rate) if self.sigma == 'rate' else state
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self._micro = [_MicroBatch(*stored) for stored in state.get('micro_batches', ())]
-        if 'rate' in state: self.rate = self._loaded_rate = state['rate']
-
     def _add_teachers(self, params, g_up, micro_batches):
         "Leave the sum of the teachers' gradients in `.grad`."
         fns, kl = self.teachers()
         generator = self._generator_on(next(iter(params.values())).device)
-        groups = [[fn] for fn in fns]
-        if _can_share(self, fns): groups = [fns]
+        groups = [fns] if _can_share(self, fns) else [[fn] for fn in fns] # one group of teachers per pass
         for group in groups:
             deltas = [fn(params, g_up, generator) for fn in group] # drawn even if `kl_weight` is 0
             _agree_over_ranks(params, deltas)

@@ -32,13 +32,24 @@ class _Tensors(nn.Module):
         self.weights = nn.ParameterList(model.parameters())
         for i, buffer in enumerate(model.buffers()): self.register_buffer(f'buffer{i}', buffer)
 
-@torch.no_grad()
-def _exchange_(a, b):
-    "Exchange the values of two lists of tensors, pair by pair, so that only one tensor is copied at a time."
-    for x, y in zip(a, b):
-        kept = x.clone()
-        x.copy_(y)
-        y.copy_(kept)
+def _new_average(model, move, state=None):
+    """Return an average of the parameters and buffers of a network; `move` is called to add values to it.
+
+    Without a stored state, the average has no values yet. Raises `ValueError` if the state does not fit."""
+    averaged = AveragedModel(_Tensors(model), multi_avg_fn=move, use_buffers=True).requires_grad_(False)
+    if state is None: return averaged
+    try: averaged.load_state_dict(state)
+    except RuntimeError as e: raise ValueError(f'the loaded average does not fit the model: {e}') from None
+    return averaged
+
+# %% ../../nbs/methods/91_weight_average.ipynb #862e0e57
+def _move_averages_(averages, values, kind, decay, count):
+    "Move averages, all of one dtype, towards the values; the averages contain `count` values so far."
+    if not (averages[0].is_floating_point() or averages[0].is_complex()):
+        torch._foreach_copy_(averages, values) # integers, such as BatchNorm's count of batches
+    elif kind == 'ema': get_ema_multi_avg_fn(decay)(averages, values, count)
+    # `count` is no tensor, which would give a factor in single precision
+    else: get_swa_multi_avg_fn()(averages, values, count)
 
 # %% ../../nbs/methods/91_weight_average.ipynb #0ac9a64a
 def _average_over_ranks_(norms):
@@ -81,9 +92,7 @@ def _inputs(learn):
         learn._split(learn._set_device(batch))
         yield learn.xb
 
-# %% ../../nbs/methods/91_weight_average.ipynb #bad4070f
-_RECENT = 8 # batches from which BatchNorm statistics are estimated before a validation
-
+# %% ../../nbs/methods/91_weight_average.ipynb #2de8ec96
 def _check_average(kind, start, decay, every):
     "Raise `ValueError` for options out of range."
     if kind not in ('swa', 'ema'): raise ValueError(f"`kind` must be 'swa' or 'ema', got {kind!r}")
@@ -92,55 +101,61 @@ def _check_average(kind, start, decay, every):
     if not 0 <= decay < 1: raise ValueError(f'`decay` must lie in [0, 1), got {decay}')
     check_count(every=every)
 
+def _has_begun(kind, start, done):
+    "Return whether averaging has begun when the share `done` of training is over; `start` is the option."
+    if start is None: start = .75 if kind == 'swa' else 0.
+    rounding = 1e-9 # the share has a rounding error
+    return done >= start - rounding
+
+# %% ../../nbs/methods/91_weight_average.ipynb #ce6ea606
+class _StepWatch(ShowsArguments, Callback):
+    "Base class of a callback that must know with which batches the optimizer has made a step."
+    _stepped = False # `True` if the optimizer has made a step with this batch
+    _refused = False # `True` if the step was skipped, for example after an overflow
+
+    def after_cancel_step(self):
+        # SADT also cancels the Learner's step, but makes the step later: `StepGrads` then has gradients
+        held = getattr(self.learn, 'step_grads', None)
+        comes_later = held is not None and held.hold and held.grads is not None
+        self._refused = not comes_later
+
+    def after_step(self):
+        self._stepped = not self._refused
+        self._refused = False
+
+    def _take_step(self):
+        "Return whether the optimizer has made a step since the last call."
+        stepped, self._stepped = self._stepped, False
+        return stepped
+
 # %% ../../nbs/methods/91_weight_average.ipynb #0cb573ce
-class _Average(ShowsArguments, Callback):
-    "Keeps the averaged weights and the counters; the subclass `WeightAverage` has options and events."
-    _stateattrs = ('averaged', '_recent') # not in pickled Learners
+def _trained_norms(model):
+    "Return the names of the BatchNorm layers whose statistics change in training."
+    return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
+
+class _Average(_StepWatch):
+    "Keeps the average of the weights and the counters, and stores them for a resumed run."
+    _stateattrs = ('averaged',) # not in pickled Learners
 
     def _init_state(self):
         self.averaged, self._loaded = None, None
         self.swapped = False    # `True`: network has averaged weights, `averaged` the trained weights
         self.steps = 0  # optimizer steps since `start`
         self.norms = [] # names of trained BatchNorm layers
-        self._on = False      # `True` during `fit`, but not in the learning rate finder
-        self._stepped = False # `True` if the optimizer has made a step with this batch
-        self._refused = False # `True` if the step was skipped, for example after an overflow
-        self._recent = deque(maxlen=_RECENT)
+        self._on = False # `True` during `fit`, but not in the learning rate finder
+        self._stepped = self._refused = False
 
     def _average_(self, averages, values, n):
-        "Move averages, all of one dtype, towards the values; `AveragedModel` calls this method."
-        if not (averages[0].is_floating_point() or averages[0].is_complex()):
-            torch._foreach_copy_(averages, values) # integers, such as BatchNorm's count of batches
-        elif self.kind == 'ema': get_ema_multi_avg_fn(self.decay)(averages, values, n)
-        else:
-            count = int(self.averaged.n_averaged) # a tensor would give a factor in single precision
-            get_swa_multi_avg_fn()(averages, values, count)
-
-    def _new_average(self):
-        only_tensors = _Tensors(unwrapped(self.learn.model))
-        averaged = AveragedModel(only_tensors, multi_avg_fn=self._average_, use_buffers=True)
-        return averaged.requires_grad_(False)
+        "Add values to averages; `AveragedModel` calls this method."
+        count = int(self.averaged.n_averaged) # not `n`, which is a tensor on the device of the weights
+        _move_averages_(averages, values, self.kind, self.decay, count)
 
     def _add(self):
         "Add the current weights to the average."
         model = unwrapped(self.learn.model)
-        if self.averaged is None: self.averaged = self._new_average()
-        if not self.norms:
-            named = model.named_modules()
-            self.norms = [n for n, m in named if isinstance(m, _BatchNorm) and m.training]
+        if self.averaged is None: self.averaged = _new_average(model, self._average_)
+        if not self.norms: self.norms = _trained_norms(model)
         self.averaged.update_parameters(model)
-
-    def _exchange(self):
-        _exchange_(_tensors(unwrapped(self.learn.model)), _tensors(self.averaged.module))
-        self.swapped = not self.swapped
-        weights_moved(self.learn.model)
-
-    def _reestimate(self, batches):
-        model = unwrapped(self.learn.model)
-        norms = [m for name, m in model.named_modules() if name in self.norms]
-        reestimate_(model, norms, batches)
-        weights_moved()
-        self._recent.clear()
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
         "Return the counters and what `averaged` has: the average, or, if `swapped`, the trained weights."
@@ -158,13 +173,60 @@ class _Average(ShowsArguments, Callback):
         state, self._loaded = self._loaded, None
         self.swapped, self.steps, self.norms = state['swapped'], state['steps'], list(state['norms'])
         if state['averaged'] is None: return
-        self.averaged = self._new_average()
-        try: self.averaged.load_state_dict(state['averaged'])
-        except RuntimeError as e:
-            raise ValueError(f'the loaded average does not fit the model: {e}') from None
+        self.averaged = _new_average(unwrapped(self.learn.model), self._average_, state['averaged'])
+
+# %% ../../nbs/methods/91_weight_average.ipynb #bad4070f
+@torch.no_grad()
+def _exchange_(a, b):
+    "Exchange the values of two lists of tensors, pair by pair, so that only one tensor is copied at a time."
+    for x, y in zip(a, b):
+        kept = x.clone()
+        x.copy_(y)
+        y.copy_(kept)
+
+def _partners_by_name(model, other):
+    "Return the tensors of `other` by the names that the equally ordered tensors of the network have."
+    partners = {id(mine): theirs for mine, theirs in zip(_tensors(model), _tensors(other))}
+    return {name: partners[id(t)] for name, t in model.state_dict(keep_vars=True).items()}
+
+# %% ../../nbs/methods/91_weight_average.ipynb #98f96da4
+_RECENT = 8 # batches from which BatchNorm statistics are estimated before a validation
+
+class _ValidatedAverage(_Average):
+    "Exchanges the trained weights for the average before a validation, and back before the next epoch."
+    _stateattrs = (*_Average._stateattrs, '_recent')
+
+    def _init_state(self):
+        super()._init_state()
+        self._recent = deque(maxlen=_RECENT)
+
+    def _active(self): return self._on and not evaluating(self.learn)
+
+    def _exchange(self):
+        _exchange_(_tensors(unwrapped(self.learn.model)), _tensors(self.averaged.module))
+        self.swapped = not self.swapped
+        weights_moved(self.learn.model)
+
+    def _reestimate(self, batches):
+        model = unwrapped(self.learn.model)
+        norms = [m for name, m in model.named_modules() if name in self.norms]
+        reestimate_(model, norms, batches)
+        weights_moved()
+        self._recent.clear()
+
+    def before_epoch(self):
+        if not self._active(): return
+        self._recent.clear()
+        if self._loaded is not None: self._load()
+        if self.swapped: self._exchange()
+
+    def before_validate(self):
+        if not self._active() or self.averaged is None or self.swapped: return
+        self._exchange()
+        self._reestimate(self._recent)
 
 # %% ../../nbs/methods/91_weight_average.ipynb #37e23c3c
-class WeightAverage(_Average):
+class WeightAverage(_ValidatedAverage):
     """Averages the weights from a share of training on; after `fit`, the Learner has the averaged weights.
 
     After `fit`, BatchNorm statistics are estimated anew, and `trained` returns the weights of the last step.
@@ -188,11 +250,9 @@ class WeightAverage(_Average):
     def trained(self) -> dict[str, Tensor]|None: # For `load_state_dict`; `None` if there is no average
         "Return the weights of the last step, by name."
         if self.averaged is None: return None
-        now = unwrapped(self.learn.model).state_dict(keep_vars=True)
-        if not self.swapped: return {name: t.detach() for name, t in now.items()}
-        pairs = zip(_tensors(unwrapped(self.learn.model)), _tensors(self.averaged.module))
-        others = {id(mine): other for mine, other in pairs}
-        return {name: others[id(t)] for name, t in now.items()}
+        model = unwrapped(self.learn.model)
+        if self.swapped: return _partners_by_name(model, self.averaged.module)
+        return {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}
 
     def before_fit(self):
         if evaluating(self.learn): return
@@ -203,40 +263,14 @@ class WeightAverage(_Average):
         check_whole(model, 'WeightAverage keeps a copy of the weights')
         self._has_norms = any(isinstance(m, _BatchNorm) for m in model.modules())
 
-    def _active(self): return self._on and not evaluating(self.learn)
-
-    def before_epoch(self):
-        if not self._active(): return
-        self._recent.clear()
-        if self._loaded is not None: self._load()
-        if self.swapped: self._exchange()
-
-    def after_cancel_step(self):
-        # SADT also cancels the Learner's step, but makes the step later: `StepGrads` then has gradients
-        held = getattr(self.learn, 'step_grads', None)
-        comes_later = held is not None and held.hold and held.grads is not None
-        self._refused = not comes_later
-
-    def after_step(self):
-        self._stepped = not self._refused
-        self._refused = False
-
     def after_batch(self): # not in `after_step`: SADT makes a second step later
         weights_moved() # the user's autocast may hold copies of old weights
-        stepped, self._stepped = self._stepped, False
+        stepped = self._take_step()
         if self._has_norms: self._recent.append(self.learn.xb)
-        start = self.start
-        if start is None: start = .75 if self.kind == 'swa' else 0.
-        rounding = 1e-9 # the share has a rounding error
-        started = self.learn.pct_train >= start - rounding
+        started = _has_begun(self.kind, self.start, self.learn.pct_train)
         if not (self._on and stepped and started): return
         if self.steps % self.every == 0: self._add()
         self.steps += 1
-
-    def before_validate(self):
-        if not self._active() or self.averaged is None or self.swapped: return
-        self._exchange()
-        self._reestimate(self._recent)
 
     def after_fit(self):
         if not self._active(): return

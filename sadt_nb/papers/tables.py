@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['TABLES']
 
-# %% ../../nbs/papers/111_tables.ipynb #c56f52b3
-TABLES = { # name of a preset: the networks that it trains
+# %% ../../nbs/papers/111_tables.ipynb #93352eba
+_SADT = {
     'sadt/notebook20': "the methods of the authors' notebook, and three controls",
     'sadt/notebook20_factors': "the authors' notebook, with one setting changed at a time",
     'sadt/table1': 'seven methods on three networks, two data sets, two batch sizes',
     'sadt/table1_code': 'Table 1, with the training and the choice of the epoch as in the released code',
     'sadt/table1_controls': 'for each column of Table 1, three controls without a teacher',
     'sadt/figure2': 'the runs of Table 1 whose training curves are published',
+}
+
+# %% ../../nbs/papers/111_tables.ipynb #b1655857
+_SAM_STUDY = {
     'sam_study/a': 'SGD and SAM, at equal passes and at equal epochs',
     'sam_study/b': 'SGD and SAM at several batch sizes',
     'sam_study/c': 'SAM and ASAM, with and without BatchNorm',
@@ -22,6 +26,10 @@ TABLES = { # name of a preset: the networks that it trains
     'sam_study/a_small': 'study a with ResNet-20 on 10,000 images',
     'sam_study/b_small': 'study b with ResNet-20 on 10,000 images',
     'sam_study/c_small': 'study c with ResNet-20 on 10,000 images',
+}
+
+# %% ../../nbs/papers/111_tables.ipynb #3299bc60
+_SAF = {
     'saf/table1': 'SAF, MESA and SAM on ImageNet',
     'saf/table1_code': 'the ResNets of Table 1, with the settings of the released code',
     'saf/table2': 'the memory of SAF and MESA',
@@ -32,6 +40,10 @@ TABLES = { # name of a preset: the networks that it trains
     'saf/figure2': 'loss surfaces of PyramidNet-110',
     'saf/figure4': 'sharpness after every epoch, ResNet-18 on CIFAR-10',
     'saf/figure5': 'loss surfaces of WRN-28-10',
+}
+
+# %% ../../nbs/papers/111_tables.ipynb #2e4e57c8
+_DISTILL = {
     'distill/table1': 'a teacher, its student and SAM, in ten settings',
     'distill/table2': 'three generations of students, four networks on CIFAR-10',
     'distill/table3': 'three generations of students, ResNet-20 with and without shortcuts',
@@ -62,6 +74,10 @@ TABLES = { # name of a preset: the networks that it trains
     'distill/figure14': 'loss surfaces of ResNet-20 without shortcuts',
     'distill/figure15': 'loss surfaces of ResNet-20 without shortcuts',
     'distill/figure16': 'the 100 largest Hessian eigenvalues of a teacher and its students',
+}
+
+# %% ../../nbs/papers/111_tables.ipynb #42554853
+_OWN = {
     'flatness/digits': 'flatness and accuracy of nine methods on digits',
     'flatness/simple_cnn': 'flatness and accuracy of nine methods on CIFAR-10',
     'flatness/resnet20': 'flatness and accuracy of four methods, ResNet-20',
@@ -85,3 +101,6 @@ TABLES = { # name of a preset: the networks that it trains
     'fast/search': 'plain training at several widths, epochs and batch sizes',
     'fast/steps': 'the 94% recipe, built up part by part',
 }
+
+# %% ../../nbs/papers/111_tables.ipynb #7fd5d853
+TABLES = {**_SADT, **_SAM_STUDY, **_SAF, **_DISTILL, **_OWN}

@@ -399,7 +399,7 @@ class Run(_Configuration):
     resized_crop: float = 0.
     # `torch.compile` in training: mode 'default' (or True), 'reduce-overhead' (CUDA graphs); '': no compiling
     compile: str = ''
-    tf32: bool = False           # Use TF32 for matrix products on GPUs that have it; convolutions always do
+    tf32: bool = False           # Use TF32 for matrix products, if the GPU has it; convolutions always use it
     track: int = 0               # Number of epochs between records of SAM's sharpness (radius 0.05); 0: never
     pad_mode: str = 'zeros'      # Border of `crop`: 'zeros', or 'reflect' for the image mirrored at its edge
     cutout_inside: bool = False  # Cutout's square lies wholly inside the image, as in airbench

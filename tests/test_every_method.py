@@ -400,7 +400,7 @@ def test_a_learning_rate_search_does_not_change_the_training_after_it(name, tmp_
                 assert len(learn.recorder.lrs) > 5, 'the search did search'
                 for loss in learn.recorder.losses[:5]: assert torch.isfinite(torch.as_tensor(loss))
                 assert torch.equal(flat(learn.model, True), flat(cnn(dtype=torch.float32), True))
-            learn.fit(2)
+            learn.fit(2, .05) # the rate of `Learner` is another one
         return flat(learn.model, True)
     assert torch.equal(weights_after_training(True), weights_after_training(False))
 

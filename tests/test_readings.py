@@ -177,6 +177,31 @@ def test_sigma_does_not_follow_the_schedule():
     assert again.rate == 5e-3
 
 
+@pytest.mark.parametrize('trained_before', [False, True])
+def test_sigma_is_the_rate_of_the_training_that_follows_a_search(trained_before, tmp_path):
+    method = SADT(sigma='rate')
+    dls = get_dls('digits', bs=64, n_train=128, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), loss_func=nn.CrossEntropyLoss(),
+                    lr=5e-3, cbs=method, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        if trained_before: learn.fit(1)
+        learn.lr_find(num_it=6, show_plot=False)
+        learn.fit(1, 1e-2)
+    assert method.rate == 1e-2
+
+
+def test_sigma_of_a_resumed_training_survives_a_search(tmp_path):
+    method = SADT(sigma='rate')
+    method.load_state_dict(dict(rate=3e-3)) # from a training that began with this rate
+    dls = get_dls('digits', bs=64, n_train=128, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), loss_func=nn.CrossEntropyLoss(),
+                    lr=5e-3, cbs=method, path=tmp_path)
+    with learn.no_bar(), learn.no_logging():
+        learn.lr_find(num_it=6, show_plot=False)
+        learn.fit(1, 1e-2)
+    assert method.rate == 3e-3
+
+
 def test_sigma_goes_with_the_paper_only():
     for wrong in (dict(spec='code'), dict(rho=.1), dict(perturb=[lambda *a: {}])):
         with pytest.raises(ValueError, match="sigma='rate'"): SADT(sigma='rate', **wrong)

@@ -175,11 +175,11 @@ class _SeededNoise(ExtraPass):
         return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
 
     def before_fit(self):
-        if self._loaded_rate is None: # not a resumed run
+        self.rate = self._loaded_rate # `None` unless a run is resumed
+        super().before_fit() # keeps the state for the end of a learning rate search
+        if self.rate is None:
             self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers) # of all groups
-        else: self.rate = self._loaded_rate
         self._loaded_rate = None
-        super().before_fit()
 
     def state_dict(self):
         state = {} if self.generator is None else dict(generator=self.generator.get_state())

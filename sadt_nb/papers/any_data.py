@@ -158,7 +158,7 @@ def sentence(
     found = rivals.loc[best]
     if not found.low > 0: # or `found.low` is NaN
         reason = 'a single seed gives no interval' if np.isnan(found.low) else 'its interval contains zero'
-        if found.high < 0: reason = 'all are worse'
+        if found.high < 0: reason = 'its interval lies below zero'
         return (f'At equal passes, no method is shown to be better than plain training: the largest '
                 f'difference is that of {best}, {_text(found)}, and {reason}.')
     text = f'At equal passes, {best} is better than plain training by {_text(found)}'

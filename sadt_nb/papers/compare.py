@@ -38,7 +38,7 @@ def _flatness(base, methods, last_round=2, half_rate=False):
         plain = base.but(seed=seed)
         runs = {method: plain.but(method=method) for method in methods}
         runs['twice the epochs'] = plain.but(epochs=2 * plain.epochs)
-        if half_rate:
+        if half_rate: # two steps at half the rate move the weights about as far as one plain step
             runs['repeat_step, half the rate'] = plain.but(method='repeat_step', lr=plain.lr / 2)
         students = rounds(plain, alpha=.5, n=last_round)
         for r, run in enumerate(students, start=1):

@@ -761,11 +761,14 @@ def _larger_lead(nets, place=_CONSTANT, smallest=32):
     label = f"SAM's lead over SGD with batches of 128, minus that with batches of {smallest}"
     def compared(key, **facts):
         leads = {}
-        of_images = 0
+        deviations = [] # largest standard deviations over test sets
         for bs in (128, smallest):
             of_sam, of_sgd = (nets.value(place, f'{m} · batch {bs}', key) for m in ('SAM', 'SGD'))
             leads[bs] = of_sam - of_sgd
-            if len(leads[bs]): of_images += image_variance(of_sam.mean(), of_sgd.mean(), 10_000)
+            if leads[bs].empty: continue
+            deviations.append(np.sqrt(image_variance(of_sam.mean(), of_sgd.mean(), 10_000)))
+        # the two leads have the same test images: in the worst case, one falls where the other rises
+        of_images = sum(deviations)**2
         return judged(place, label, leads[128] - leads[smallest], MORE, of_images, pairing=WIDEST, **facts)
     stated = [_in_study_b('SAM', 'SGD', bs).get('published') for bs in (128, smallest)]
     effect = None if None in stated else Published(stated[0].effect - stated[1].effect, n=3)

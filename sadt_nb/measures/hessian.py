@@ -143,7 +143,8 @@ def hessian_trace(
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
     tol:float=.05,      # Stop when the standard error is below this share of the value
-    max_probes:int=200, # Largest number of random vectors, >= 20; the trace of as few weights is exact
+    # Largest number of random vectors, >= 20; a network with at most as many weights gets its exact trace
+    max_probes:int=200,
     sketch:int=10,      # Dimension of the subspace `Q`, 2 products per dimension; 0: no subspace
     seed:int=0,         # Seed of the random vectors
     progress:bool=True, # Show a bar after three seconds

@@ -18,11 +18,13 @@ from typing import Callable, Iterable, get_args, get_origin, Union
 
 # %% ../../nbs/core/15_arguments.ipynb #edc467a0
 def _comment(lines, arg, last):
-    "Return the comment after a parameter, or else the lines of comment above it."
+    """Return the comment after a parameter, or else the lines of comment above the parameter.
+
+    `last` is the parameter's default, or `arg` for a parameter without default."""
     line = lines[last.end_lineno - 1].encode() # the parser counts columns in bytes
     after = line[last.end_col_offset:].decode()
     rest, _, comment = after.partition('#')
-    if comment and ')' not in rest: return comment.strip() # after the closing `)`: about the result
+    if comment and ')' not in rest: return comment.strip() # a comment after `)` is about the result
     above = []
     for line in reversed(lines[:arg.lineno - 1]):
         if not line.strip().startswith('#'): break
@@ -39,7 +41,7 @@ def parameter_comments(
     found = ast.parse('\n'.join(lines)).body[0].args
     args = [*found.posonlyargs, *found.args]
     without_default = len(args) - len(found.defaults)
-    defaults = [None] * without_default + found.defaults
+    defaults = [None] * without_default + found.defaults # defaults belong to the last parameters
     pairs = [*zip(args, defaults), (found.vararg, None)] # parameter and default
     pairs += [*zip(found.kwonlyargs, found.kw_defaults), (found.kwarg, None)]
     return {arg.arg: _comment(lines, arg, default or arg) for arg, default in pairs if arg}
@@ -109,8 +111,9 @@ def _is_default(value, default):
 class ShowsArguments:
     """Shows a class's parameters in `help`, and in `repr` the arguments that differ from the defaults.
 
-    Some classes have an argument `spec` that chooses a reading of a method, for example 'paper' or 'code'.
-    Their dict `readings` has, for each reading, the values of the arguments that the user leaves out."""
+    Some classes have an argument `spec`, which chooses between readings of a method: 'paper' follows the
+    paper, 'code' the authors' code. Their dict `readings` has, for each reading, the values of the arguments
+    that the user leaves out."""
     readings = {}
 
     @classmethod
@@ -129,7 +132,7 @@ class ShowsArguments:
 
     @classmethod
     def _own_init(cls):
-        "Return the nearest `__init__` of the class and its bases; `None` if it is of another library."
+        "Return the nearest `__init__` of the class and its bases; `None` if another library defines it."
         for base in cls.__mro__:
             if not issubclass(base, ShowsArguments): return None # such as fastai's Callback
             if '__init__' in vars(base): return vars(base)['__init__']

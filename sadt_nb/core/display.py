@@ -40,7 +40,7 @@ class Card:
 
 # %% ../../nbs/core/12_display.ipynb #5311ad7d
 def bar(
-    iterable:Iterable|None=None, # The bar counts its items; `None`: the bar counts calls of `update`
+    iterable:Iterable|None=None, # Items that the bar counts; `None`: the bar counts calls of `update`
     show:bool=True,  # `False`: no bar
     **kwargs:object, # Options of `tqdm`, such as `total` and `desc`
 ): # A bar of `tqdm`, on standard error
@@ -74,6 +74,7 @@ def markdown_text(
     text:object, # Anything
 ) -> str: # One line
     "Return the text with escapes, so that Markdown and HTML show the text unchanged."
+    # puts a backslash before each of these characters
     return _MARKDOWN.sub(r'\\\g<0>', visible(' '.join(str(text).splitlines())))
 
 # %% ../../nbs/core/12_display.ipynb #b17604dd

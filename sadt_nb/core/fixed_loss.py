@@ -48,13 +48,13 @@ def _inputs_and_target(batch, n_inp, device):
 def collect_batches(
     learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
     dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, with its augmentation
-    samples:int|None=None, # Largest number: random samples of a loader, first samples of a list; `None`: all
+    samples:int|None=None, # Most samples to read: random ones of a loader, the first of a list; `None`: all
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 
     Raises `ValueError` if there is no batch, and for batches without labels."""
     if dl is None: dl = _repeatable(learn.dls.train, shuffle=samples is not None)
-    elif samples is not None: dl = _repeatable(dl, shuffle=True)
+    elif samples is not None: dl = _repeatable(dl, shuffle=True) # a loader that is read whole keeps its order
     n_inp = getattr(learn.dls, 'n_inp', 1)
     device = next(unwrapped(learn.model).parameters()).device
     left = math.inf if samples is None else samples # samples that are still to be read
@@ -109,7 +109,7 @@ def differentiable(
     model:nn.Module, # The network that runs inside the block
     twice:bool=False, # `True`: the gradient must be differentiable, too
 ):
-    "Inside, PyTorch uses implementations of layers that have the derivatives which a measure needs."
+    "Inside the block, recurrent, attention and checkpointed layers run in forms that have these derivatives."
     changes = [(checkpointing, 'CheckpointFunction', _NotReentrant)]
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):
         changes.append((torch.backends.cudnn, 'enabled', False))
@@ -136,7 +136,7 @@ _SAYS_MISSING = 'not implemented|support double backward' # parts of PyTorch's m
 def missing_derivative(
     times:str, # 'once' or 'twice', for the message
 ):
-    "Inside, an error in which PyTorch says that a derivative is missing becomes a `MissingDerivative`."
+    "Inside the block, PyTorch's error about a missing derivative becomes a `MissingDerivative`."
     try: yield
     except RuntimeError as e:
         if not re.search(_SAYS_MISSING, str(e)): raise
@@ -170,7 +170,7 @@ class FixedLoss:
 
     def shares(self): # Iterator of 0-d tensors, whose sum is the loss
         "Yield the share of each batch in the loss."
-        weights_moved() # weights may have changed inside the user's autocast
+        weights_moved() # if the user's autocast holds copies of the weights, the copies may be old
         with from_hidden_states(self._states): # a recurrent network may keep a state from call to call
             for xb, y in self.batches: yield self.loss_func(self.model(*xb), y) * (len(y) / self.n)
 
@@ -189,7 +189,8 @@ class FixedLoss:
         with differentiable(self.model), missing_derivative('once'):
             for loss in self.shares():
                 gs = torch.autograd.grad(loss, ps, materialize_grads=True)
-                if grads is None: grads = [g.resolve_conj() for g in gs] # memory of the sum
+                # the sum is formed in place, which PyTorch refuses for a lazy conjugate
+                if grads is None: grads = [g.resolve_conj() for g in gs]
                 else: torch._foreach_add_(grads, gs)
                 total = total + loss.detach().double()
         return total.item(), dict(zip(self.params, grads))

@@ -42,7 +42,7 @@ def open_image(
     is_path = not hasattr(file, 'read')
     if is_path and Path(file).stat().st_size > MOST_FILE_BYTES:
         raise ValueError(f'the file has more than {MOST_FILE_BYTES:,} bytes')
-    Image.init()
+    Image.init() # fills `Image.OPEN`
     formats = [f for f in FORMATS if f in Image.OPEN] # a build of Pillow may lack some formats
     with Image.open(file, formats=formats) as image:
         _check_pixels(image)

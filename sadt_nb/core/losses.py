@@ -104,11 +104,12 @@ def divergence_of(
     loss = loss_func
     while isinstance(loss, partial): loss = loss.func
     axis = getattr(loss, 'axis', None) # set in fastai's losses
-    inner = getattr(loss, 'func', None)
+    inner = getattr(loss, 'func', None) # fastai's losses contain a loss of PyTorch
     for kind, known in _LOSSES.items():
         if not (_is_one_of(loss, known) or _is_one_of(inner, known)): continue
         if kind == 'categorical': return Divergence(kind, 1 if axis is None else axis)
         return Divergence(kind)
+    # a loss that is not listed, but has an axis of the classes, as fastai's losses have
     return None if axis is None else Divergence('categorical', axis)
 
 def as_divergence(

@@ -22,5 +22,5 @@ class DeviceMixedPrecision(MixedPrecision):
         self.kwargs['enabled'] = mode == 'fp16' # 'bf16' needs no loss scale
         dtype = torch.float16 if mode == 'fp16' else torch.bfloat16
         self.autocast = torch.autocast(device, dtype=dtype)
-        self.scales = []
+        self.scales = [] # fastai stores the loss scale after each step here
         self.learn.scaler = torch.amp.GradScaler(device, **self.kwargs)

@@ -34,11 +34,11 @@ def this_rank() -> int: # Rank, from 0
     return distributed.get_rank() if n_ranks() > 1 else 0
 
 def _end_when_orphaned(parent, seconds):
-    "Wait until this process has another parent, then end this process."
+    "Wait until this process has another parent, because its parent has died; then end this process."
     while os.getppid() == parent: time.sleep(seconds)
     print('the launcher of this process has died, so the process ends; start the same command again',
           file=sys.stderr, flush=True)
-    os._exit(1) # at once: the other processes end, too, and waiting for them would never end
+    os._exit(1) # ends at once; a clean exit would wait for the other processes, which end, too
 
 def end_with_launcher(
     seconds:float=1., # Seconds between two checks
@@ -98,7 +98,7 @@ def average_over_ranks(
     "Average tensors over processes, in one message, as `DistributedDataParallel` averages gradients."
     ddp = _ddp(model)
     if ddp is None: return
-    tensors = real_views(tensors)
+    tensors = real_views(tensors) # a complex tensor as pairs of real numbers
     flat = torch.cat([t.flatten() for t in tensors])
     distributed.all_reduce(flat, group=ddp.process_group)
     flat /= distributed.get_world_size(ddp.process_group)
@@ -132,7 +132,7 @@ def _shared_loader_class():
     "Return a subclass of fastai's `DistributedDL` that sends the order of samples by `over_ranks`."
     from fastai.distributed import DistributedDL # takes seconds, so it is imported only if needed
     class SharedDL(DistributedDL):
-        @property # set by fastai's `get_idxs`, which does not run for an empty loader
+        @property # `get_idxs` of fastai sets `n`, but does not run for an empty loader
         def n(self): return vars(self).get('n', len(self.dl.dataset))
         @n.setter
         def n(self, n): vars(self)['n'] = n

@@ -103,7 +103,7 @@ def triangle(
 def triangle_to_zero(
     done:float, # Finished share of training, in [0, 1]
 ) -> float: # Factor of the learning rate
-    "Return the factor of airbench96: it rises from .2 to 1 over a tenth of training and then falls to 0."
+    "Return airbench96's factor, which rises from .2 to 1 over a tenth of training and then falls to 0."
     return triangle(done, peak=.1, end=0.)
 
 class RateSchedule(ShowsArguments, ParamScheduler):
@@ -111,7 +111,7 @@ class RateSchedule(ShowsArguments, ParamScheduler):
 
     The factor multiplies the group's `initial_lr`, or the Learner's rate if the group has none."""
     def __init__(self,
-        factor:Callable[[float], float]=triangle, # From the finished share, in [0, 1], to the factor
+        factor:Callable[[float], float]=triangle, # Returns the factor for a finished share in [0, 1]
     ):
         super().__init__({'lr': self._rates})
         self.factor = factor
@@ -174,7 +174,7 @@ class Lookahead(ShowsArguments, Callback):
 
     def after_train(self):
         if self.epoch == self.n_epoch - 1:
-            _pull_(self.slow, _float_tensors(self.model), 1.)
+            _pull_(self.slow, _float_tensors(self.model), 1.) # d = 1: training ends with the slow weights
 
     def state_dict(self) -> dict:
         "Return the slow weights, and the number of batches so far."
@@ -190,13 +190,13 @@ class Lookahead(ShowsArguments, Callback):
 
 # %% ../../nbs/core/09_recipe.ipynb #85a61439
 class FreezeAfter(ShowsArguments, Callback):
-    """Freezes parameters after a number of epochs; by default the parameters in the model's `frozen_after`.
+    """Freezes parameters after a number of epochs; the default is the model's `frozen_after`.
 
     Raises `ValueError` for a name that the model does not have."""
     order, run_valid = ORDERS['extra_pass'] - 2, False # before a method uses gradients
 
     def __init__(self,
-        epochs:dict|None=None, # Parameter name to number of trained epochs; `None`: `model.frozen_after`
+        epochs:dict|None=None, # Number of trained epochs by parameter name; `None`: `model.frozen_after`
     ): self.epochs = epochs
 
     def before_fit(self):

@@ -18,7 +18,7 @@ def _trunk_modules(model, touched):
     for name, module in modules.items():
         if module not in touched: continue
         parts = name.split('.')
-        above |= {modules['.'.join(parts[:i])] for i in range(len(parts))}
+        above |= {modules['.'.join(parts[:i])] for i in range(len(parts))} # i = 0: '', the whole model
     trunk = set()
     for module in above:
         trunk |= {child for child in module.children() if child not in above | touched}
@@ -27,7 +27,7 @@ def _trunk_modules(model, touched):
 class _Trunk:
     "Records the outputs of modules in the first network, and returns them in the next networks."
     def __init__(self, modules):
-        self.outputs = {m: [] for m in modules} # outputs in the first network
+        self.outputs = {m: [] for m in modules} # outputs in the first network, one per call of the module
         self.left = {}     # recorded outputs that the current network has not used yet
         self.begun = False # has the first layer with changed weights begun?
 
@@ -48,9 +48,11 @@ class _Trunk:
 
 @contextmanager
 def _recorded_trunk(model, touched):
-    "Inside the block, the first call of `model` records the trunk's outputs, and later calls use them."
+    """Inside the block, the first call of `model` records the trunk's outputs, and later calls use them.
+
+    The caller calls the function that the block gets after each network."""
     modules = _trunk_modules(model, touched)
-    own_forwards = {m: vars(m).get('forward') for m in modules} # `None`, unless a tool has replaced it
+    own_forwards = {m: vars(m).get('forward') for m in modules} # `None`: the class's own
     trunk = _Trunk(modules)
     hooks = [m.register_forward_pre_hook(trunk.begin) for m in touched]
     for m in modules: trunk.patch(m)
@@ -70,7 +72,8 @@ def _replaced(places, values):
         saved += [(module, key, module._parameters[key]) for module, key in places[name]]
     try:
         for name, value in values.items():
-            for module, key in places[name]: module._parameters[key] = value # keeps the order of parameters
+            # not by `setattr`, which takes only a `Parameter`; the order of the parameters stays the same
+            for module, key in places[name]: module._parameters[key] = value
         yield
     finally:
         for module, key, parameter in saved: module._parameters[key] = parameter

@@ -69,7 +69,7 @@ def wrong_labels(
     _check_noise(noise)
     rng, classes = np.random.default_rng(seed), len(data.vocab)
     wrong = rng.permutation(len(data))[:round(noise * len(data))]
-    shift = torch.as_tensor(rng.integers(1, classes, len(wrong)))
+    shift = torch.as_tensor(rng.integers(1, classes, len(wrong))) # 1 to classes - 1, so never the same class
     y = data.y.clone()
     y[wrong] = (y[wrong] + shift) % classes
     return ImageData(data.x, y, data.vocab)
@@ -83,7 +83,7 @@ def noisy_digits(
     return wrong_labels(train, noise, seed), test
 
 # %% ../../nbs/data/72_datasets.ipynb #25ccc592
-MOST_ALL_PIXELS = 20_000_000_000 # largest number in one data set in memory: 60 GB; CIFAR: 60 million
+MOST_ALL_PIXELS = 20_000_000_000 # most pixels of a data set in memory, 60 GB; CIFAR-10 has 61 million
 
 def _decode(stream, name, size):
     "Return one image as `(h, w, 3)` bytes."
@@ -169,7 +169,7 @@ def _cache_dir():
 
 def _fingerprint(source, size):
     "Return a hash of the names, sizes and dates of the source's files, and of the size of the images."
-    h = hashlib.sha256(json.dumps(['v2', str(source.resolve()), size]).encode()) # v2: layout of the file
+    h = hashlib.sha256(json.dumps(['v2', str(source.resolve()), size]).encode()) # 'v2': the file's layout
     if source.is_file(): files = [source]
     else: files = sorted(f for f in source.rglob('*') if f.is_file())
     for f in files:
@@ -221,9 +221,9 @@ def _cifar_at(name, place):
     return None
 
 def _find_cifar(name, path, download=True):
-    """Return the place of a data set: in `path`; without `path`, in `SADT_DATA` or in fastai's download.
+    """Return the path of a data set in `path` or, without `path`, in `SADT_DATA` or fastai's downloads.
 
-    Without `download`, only an earlier download is found."""
+    With `download=False`, only an earlier download is found."""
     given = path or os.environ.get('SADT_DATA')
     if given:
         place = Path(given).expanduser()
@@ -304,7 +304,7 @@ def _read_svhn(folder):
         except RuntimeError:
             raise ValueError(f'{folder}: the files of svhn do not match their published MD5 sums, '
                              'so they were not opened; download them again') from None
-        data.append(ImageData(part.data.transpose(0, 2, 3, 1), part.labels, vocab))
+        data.append(ImageData(part.data.transpose(0, 2, 3, 1), part.labels, vocab)) # channels last
     return tuple(data)
 
 def svhn(
@@ -398,7 +398,7 @@ def _state(name, path=None, **options):
     return str(source.resolve()), _fingerprint(source, None)
 
 @lru_cache(maxsize=64)
-def _checksums(name, options, state): # `state` is only a key of the cache: changed files are read again
+def _checksums(name, options, state): # `state` is not used, but changed files have a new key in the cache
     train, test = load_data(name, **dict(options))
     return train.checksum(), test.checksum()
 
@@ -425,7 +425,7 @@ def channel_statistics(
             values = part[..., channel].flatten().cpu().int()
             counts[channel] += torch.bincount(values, minlength=256)
     values = torch.arange(256).double() / 255
-    share = counts.double() / counts.sum(1, keepdim=True)
+    share = counts.double() / counts.sum(1, keepdim=True) # (3, 256): of each byte value in each channel
     mean = share @ values
     variance = share @ values**2 - mean**2
     return tuple(mean.tolist()), tuple(variance.clamp(min=0).sqrt().tolist())
@@ -498,7 +498,7 @@ def get_dls(
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
     cutout:int=0,          # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
     cutout_inside:bool=False, # Draw only squares that lie completely inside the image?
-    cutout_fill:Literal['', 'mean']='', # Colour of the square; '': option `mean`; 'mean': mean of the images
+    cutout_fill:Literal['', 'mean']='', # Colour of the square: '' for `mean`, 'mean' for the images' mean
     cutmix:float=0.,       # Alpha of CutMix; 0 for none
     cutmix_per:Literal['sample', 'batch']='sample', # One CutMix rectangle per 'sample' or per 'batch'
     mean:float|Sequence[float]|Literal['data']=0., # Mean of values in [0, 1]; 'data': mean of the images

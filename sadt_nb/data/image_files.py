@@ -82,7 +82,7 @@ def folder_images(
     wanted.warn(root)
 
 def _inside(name, parts, archive):
-    """Return a member's path from the folder of a part on; `None` if it is in no part.
+    """Return a member's path from the folder of a part on; `None` for a member outside the parts.
 
     Raises `ValueError` for a path outside the archive."""
     path = PurePosixPath(name.replace('\\', '/'))
@@ -93,8 +93,8 @@ def _inside(name, parts, archive):
     return None if start is None else '/'.join(path.parts[start:])
 
 # %% ../../nbs/data/74_image_files.ipynb #7209aeb9
-MOST_MEMBERS = 5_000_000              # of an archive; ImageNet has 1.3 million images
-MOST_ARCHIVE_BYTES = 400_000_000_000  # of all members together; ImageNet has 150 GB
+MOST_MEMBERS = 5_000_000             # largest number of members; ImageNet has 1.3 million images
+MOST_ARCHIVE_BYTES = 400_000_000_000 # largest size of all members together; ImageNet has 150 GB
 
 class _Limits:
     "Counts the members of an archive and their bytes, as they are read."

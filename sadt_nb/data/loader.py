@@ -53,7 +53,7 @@ class ImageData:
         return ImageData(self.x.to(device), self.y.to(device), self.vocab)
 
     def checksum(self) -> str: # 8 hexadecimal digits
-        "Return a CRC-32 of the images and their classes; CIFAR-10 takes about a tenth of a second."
+        "Return a CRC-32 of the images and their classes, for CIFAR-10 in about a tenth of a second."
         crc = zlib.crc32(self.x.cpu().contiguous().numpy())
         return f'{zlib.crc32(self.y.cpu().contiguous().numpy(), crc):08x}'
 
@@ -68,7 +68,9 @@ def _check_scale(mean, std):
         raise ValueError(f'`std` must be finite and positive, got {std}; {hint}')
 
 def _scale_and_shift(mean, std, dtype, device):
-    "Return the factor of x and the summand in (x / 255 - mean) / std, for all channels or one for each."
+    """Return `scale` and `shift`, so that x * scale + shift = (x / 255 - mean) / std.
+
+    Both are single numbers, or both have one number per channel."""
     mean = torch.as_tensor(mean, dtype=dtype, device=device)
     std = torch.as_tensor(std, dtype=dtype, device=device)
     mean, std = torch.broadcast_tensors(mean, std) # mean or std may be a single number
@@ -81,11 +83,11 @@ def _normalised(x, mean, std, dtype, channels_last):
     per_channel = scale.numel() > 1
     if not channels_last:
         x = x.permute(0, 3, 1, 2).contiguous() # bytes are cheaper to transpose than floats
-        if per_channel: scale, shift = scale[:, None, None], shift[:, None, None]
+        if per_channel: scale, shift = scale[:, None, None], shift[:, None, None] # (3, 1, 1)
         return x.to(dtype).mul_(scale).add_(shift)
-    if per_channel: # a whole row at a time: broadcasting over 3 channels is ten times slower
+    if per_channel: # whole rows at a time, because broadcasting over 3 channels is ten times slower
         x = x.view(n, h, w * c)
-        scale, shift = scale.repeat(w), shift.repeat(w)
+        scale, shift = scale.repeat(w), shift.repeat(w) # (w * 3,), one number per byte of a row
     x = x.to(dtype).mul_(scale).add_(shift)
     return x.view(n, h, w, c).permute(0, 3, 1, 2)
 
@@ -95,7 +97,7 @@ class _SeededLoader(DataLoader):
     def _seed(self, seed):
         "Create the two generators from `seed`, or from a random seed if `seed` is `None`."
         self.seed = int(np.random.default_rng().integers(2**31)) if seed is None else seed
-        self.epoch = -1 # number of the current pass, from 0
+        self.epoch = -1 # number of the current pass, from 0; -1 before the first pass
         self.order_rng = np.random.default_rng([self.seed, 0]) # the same in all processes
         rank = rank_distrib()
         stream = [self.seed, 1, rank] if rank else [self.seed, 1] # another stream in each process

@@ -45,7 +45,7 @@ class MappedImages(ImageData):
         x,         # `(n, height, width, 3)` uint8 array, mapped from `file`
         y,         # `(n,)` class indices
         vocab,     # Names of the classes
-        file=None, # Path of the array file; the checksum is stored beside it. `None`: it is not stored
+        file=None, # Path of the array file, beside which the checksum is stored; `None`: no stored checksum
     ):
         super().__init__(x, y, vocab)
         self.file = file
@@ -74,7 +74,7 @@ def _prepared(file, size):
 
 def _stamp(root, size, files):
     "Return a hash of the folder's path, the image size, and the names, sizes and dates of the files."
-    lines = ['v3', str(root.resolve()), str(size)] # v3: layout of the array file
+    lines = ['v3', str(root.resolve()), str(size)] # 'v3': the array file's layout
     for f in files:
         state = f.stat()
         lines.append(f'{f.relative_to(root)}|{state.st_size}|{state.st_mtime_ns}')
@@ -107,7 +107,7 @@ def _listed(root, part):
 
 def _mapped(root, part, classes, files, vocab, cache, size):
     "Return the images of one part from its array file in `cache`; write this file if it is missing."
-    unmatched = set(vocab) ^ set(classes)
+    unmatched = set(vocab) ^ set(classes) # classes with images in only one of the two parts
     if unmatched:
         raise ValueError(f'{root}: class {min(unmatched)!r} must have images in train/ and in {part}/')
     array = cache / f'{root.name}-{part}-{_stamp(root, size, files)}.npy'
@@ -118,7 +118,7 @@ def _mapped(root, part, classes, files, vocab, cache, size):
         print(f'decoding {len(files):,} images of {root.name}/{part} once', file=sys.stderr)
         _write_array(array, files, shape)
     index = dict(zip(vocab, range(len(vocab))))
-    images = np.load(array, mmap_mode='c') # copy on write: the mapping is private
+    images = np.load(array, mmap_mode='c') # 'c': copy on write, so the file never changes
     return MappedImages(images, [index[c] for c in classes], vocab, array)
 
 def mapped_folder(

@@ -31,7 +31,7 @@ def _read_lines(file, modified, size): # the cache's key has date and size, so a
 
 def read_archive(
     folder, # Folder of results
-) -> dict: # Name of a run: its parts (the contents of its files); empty without an archive
+) -> dict: # From the name of a run to its parts (the contents of its files); empty without an archive
     """Read the archive of a folder. The result is shared between calls and must not be changed.
 
     Raises `ValueError` if the file is damaged."""
@@ -42,13 +42,13 @@ def read_archive(
 
 def write_archive(
     folder,       # Folder of results; created if it does not exist
-    records:dict, # Name of a run: its parts
+    records:dict, # From the name of a run to its parts
 ):
     "Add runs to a folder's archive, or replace runs of the same name; write the whole file or nothing."
     folder = Path(folder)
-    merged = read_archive(folder) | records
+    merged = read_archive(folder) | records # `records` replace archived runs of the same name
     buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # equal runs give equal bytes
+    with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z: # no date, so equal runs give equal bytes
         for name in sorted(merged):
             line = json.dumps({'name': name, **merged[name]}, separators=(',', ':'))
             z.write(line.encode() + b'\n')
@@ -95,7 +95,9 @@ def read_parts(
     return found
 
 def _try(read, left_out):
-    "Return the result of `read()`; for a `ValueError`, add the message to `left_out` and return `{}`."
+    """Return the result of `read()`; for a `ValueError`, add the message to `left_out` and return `{}`.
+
+    Without a list `left_out`, raise the `ValueError`."""
     try: return read()
     except ValueError as e:
         if left_out is None: raise
@@ -116,7 +118,7 @@ def stored_runs(
         for name, parts in records.items():
             if 'config' in parts: found[archive.parent / name] = parts
     for config in root.glob('**/config.json'):
-        found.pop(config.parent, None)
+        found.pop(config.parent, None) # a folder takes precedence, even if it is damaged
         parts = _try(partial(read_parts, config.parent), left_out)
         if 'config' in parts: found[config.parent] = parts
     return sorted(found.items())

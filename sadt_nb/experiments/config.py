@@ -120,7 +120,7 @@ def _typed(name, v, kind):
     return int(v) if is_whole else v
 
 def _kind(parameter):
-    "Return `bool`, `int` or `float`, from an option's annotation or default; `None` if it is unclear."
+    "Return `bool`, `int` or `float`, from an option's annotation or default; `None` if neither tells."
     # names of simple types in the annotation, such as {'int'} for `int|None`
     named = set(re.findall(r'\b(?:bool|int|float|str)\b', str(parameter.annotation)))
     if not named and parameter.default is not None: named = {type(parameter.default).__name__}
@@ -145,7 +145,7 @@ _FILLED_IN = dict(data_args=('seed',), model_args=(), method_args=('seed', 'teac
                   opt_args=('params', 'lr', 'bs'))
 
 def _set_options(run):
-    "Sort the options, and convert numbers to the parameters' types. An unknown option is a `ValueError`."
+    "Sort the options and convert numbers to the parameters' types. Raise `ValueError` for unknown options."
     for field, (owner, parameters) in _options_of(run).items():
         given = getattr(run, field)
         try: options = dict(given)
@@ -160,7 +160,7 @@ def _set_options(run):
 
 # %% ../../nbs/experiments/80_config.ipynb #9b5ecf2b
 def _set(run, **values):
-    for k, v in values.items(): object.__setattr__(run, k, v)
+    for k, v in values.items(): object.__setattr__(run, k, v) # `run.k = v` is refused: the class is frozen
 
 def _normal_form(run):
     "Bring all fields except the options into a normal form, so that equal configurations compare as equal."
@@ -184,9 +184,10 @@ def _check_epochs(run):
     "Raise `ValueError` for too few epochs (0 needs a pretrained network); store whole numbers as `int`."
     options = dict(run.model_args)
     is_trained = options.get('pretrained') or options.get('zero_shot')
-    least = 0 if is_trained else 1
     n = run.epochs
-    if n < 1 and n != least: raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
+    if n < 1 and not (is_trained and n == 0):
+        zero = '0 or ' if is_trained else ''
+        raise ValueError(f'`epochs` must be {zero}a number of at least 1, got {n!r}')
     if n == int(n): _set(run, epochs=int(n))
 
 # %% ../../nbs/experiments/80_config.ipynb #2d06d61c
@@ -195,8 +196,8 @@ def _is_mean_and_std(pair):
     if not isinstance(pair, tuple) or len(pair) != 2: return False
     try: mean, std = (np.asarray(v, dtype=float) for v in pair)
     except (TypeError, ValueError): return False
-    whole = all(v.shape in ((), (3,)) for v in (mean, std))
-    return whole and bool((std > 0).all())
+    right_shapes = all(v.shape in ((), (3,)) for v in (mean, std))
+    return right_shapes and bool((std > 0).all())
 
 @lru_cache(None)
 def _check_policy(name):
@@ -278,7 +279,7 @@ def _check_method(run):
         raise ValueError(f'method {run.method} {problem}')
     for teacher in run.teachers: _check_teacher(run, teacher)
     options = dict(run.method_args)
-    if needs_teacher: options['teacher'] = None
+    if needs_teacher: options['teacher'] = None # the check needs no network
     make_method(run.method, **options) # raises for a wrong option
 
 # %% ../../nbs/experiments/80_config.ipynb #50c9cc9c
@@ -366,14 +367,15 @@ class Run(_Configuration):
     bs: int = 128                # Images per batch, >= 1
     lr: float = 1e-3             # Largest learning rate, > 0; for decoupled_sgd per 1,024 images
     seed: int = 0                # Seed of starting weights, split, data order, augmentation and noise
-    data_args: tuple = ()        # Options of the data set: `noise`
-    model_args: tuple = ()       # Options of the model: `init`, `bottleneck`, `dropout`
-    method_args: tuple = ()      # Options of the method: `rho`, `spec`
+    data_args: tuple = ()        # Options of the data set, such as `noise`
+    model_args: tuple = ()       # Options of the model, such as `init`, `bottleneck` and `dropout`
+    method_args: tuple = ()      # Options of the method, such as `rho` and `spec`
     opt: str = 'adam'            # 'adam', 'adamw', 'keras_adam', 'sgd' or 'decoupled_sgd' (airbench's)
-    opt_args: tuple = ()         # `weight_decay`; sgd also `momentum`; decoupled_sgd also `bias_scale`
+    # Options of the optimizer, such as `weight_decay`, sgd's `momentum` and decoupled_sgd's `bias_scale`
+    opt_args: tuple = ()
     # Learning rate: 'cosine' to 0; 'constant'; 'step': divided by 10 after every 30 epochs; 'thirds': divided
-    # by 10 after every third of training; 'restart': as in the SADT notebook; 'triangle': as in airbench94;
-    # 'triangle_to_zero': as in airbench96
+    # by 10 after every third of training; 'restart': as in the SADT authors' notebook; 'triangle': as in
+    # airbench94; 'triangle_to_zero': as in airbench96
     sched: str = 'cosine'
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
     n_train: int | None = None   # Number of training images; `None`: all
@@ -382,11 +384,11 @@ class Run(_Configuration):
     # Mirror training images. True: a random half; 'alternate': a fixed half, and the other half in the next
     # epoch
     flip: bool | str = False
-    channels_last: bool = True   # Memory format of torch: faster, with other rounding errors
+    channels_last: bool = True   # Use PyTorch's format `channels_last`: faster, with other rounding errors
     clip: float = 0.             # Largest norm of the gradient of a step, 0 for no clipping
     # Epoch whose weights are kept. 'last': the last; 'valid': the best on validation images; 'test': the best
     # on test images, as in some papers; 'release': by the loss of a part of the test images, as in the SADT
-    # notebook (see `KeepReleased`)
+    # authors' notebook (see `KeepReleased`)
     select: str = 'last'
     split: int | None = None     # Seed of the split into training and validation images; `None`: `seed`
     rotate: float = 0.           # Largest angle in degrees by which training images are turned
@@ -398,7 +400,7 @@ class Run(_Configuration):
     resized_crop: float = 0.
     # `torch.compile` in training: mode 'default' (or True), 'reduce-overhead' (CUDA graphs); '': no compiling
     compile: str = ''
-    tf32: bool = False           # Use TF32 in matrix products on GPUs that have TF32; convolutions always do
+    tf32: bool = False           # Use TF32 for matrix products, if the GPU has it; convolutions always use it
     track: int = 0               # Number of epochs between records of SAM's sharpness (radius 0.05); 0: never
     pad_mode: str = 'zeros'      # Border of `crop`: 'zeros', or 'reflect' for the image mirrored at its edge
     cutout_inside: bool = False  # Cutout's square lies wholly inside the image, as in airbench
@@ -409,7 +411,7 @@ class Run(_Configuration):
     drop_last: bool = False      # Leave out a smaller last training batch
     # Lookahead: number of batches after which the weights are set to their slow average; 0: never
     lookahead: int = 0
-    # Also test with mean outputs: 1: of an image and its mirror image; 2: also of shifted images; 0: off
+    # 1: test also with the mean output of an image and its mirror image; 2: and of shifted images; 0: off
     views: int = 0
     # Number of epochs in which the rate rises linearly from `warmup_lr` to `lr`; then the schedule takes over
     warmup: float = 0.

@@ -36,7 +36,7 @@ def published(
     return every / study
 
 def results_folder(
-    root, # A folder; 'published' is the package's folder, unless a folder of this name exists here
+    root, # A folder; 'published' is the package's folder, unless the current folder has one
 ) -> Path:
     "Return the folder of results for a path, or for a name that begins with 'published'."
     root = Path(root)
@@ -178,7 +178,7 @@ def publish(
 
 # %% ../../nbs/experiments/82_report.ipynb #096ca2c7
 def _lineage(run):
-    "Return a text about a run's teachers: their number or, for one teacher, the round of the chain."
+    "Return a text about a run's teachers: their number or, for a chain of single teachers, its length."
     if not run.teachers: return ''
     if len(run.teachers) > 1: return f'{len(run.teachers)} teachers'
     depth = 0
@@ -259,8 +259,8 @@ def results_table(
 ) -> pd.DataFrame: # One row per label, in order of appearance
     """Return a table: mean and standard deviation of accuracies over seeds, costs, and all stored measures.
 
-    Where a method adds a term to the loss, the table has the norm of the term's gradient divided by that of
-    the loss's gradient, in the epoch with the largest ratio. Near zero, the term has no effect."""
+    Where a method adds a term to the loss, the table has the norm of the term's gradient divided by the norm
+    of the loss's gradient, in the epoch with the largest ratio. Near zero, the term has no effect."""
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
@@ -293,9 +293,10 @@ _WHICH_DECIDES = ("To judge a paper's claim, we use the accuracies with the runn
                   "papers' authors measure in this way.")
 
 def both_readings(
-    groups:dict[str, dict|Sequence], # For each name, results: a dict by repetition, or a list in their order
+    # From the name of a group to its results, which are a dict by repetition or a list in repetition order
+    groups:dict[str, dict|Sequence],
     pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
-) -> Sentence: # In words; then a line for each comparison that changes its sign, in points
+) -> Sentence: # A sentence, and a line in points for each comparison that changes its sign
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
     Each result needs 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics). Means are

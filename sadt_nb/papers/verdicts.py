@@ -160,7 +160,7 @@ def _at_most_printed(claimed, digits):
 
 def _presets(*names):
     "Return a text that names the presets to train, with their numbers of runs."
-    commands = [f'`sadt_grid {n}` ({len(paper_grid(n))} runs)' for n in names]
+    commands = [f'`sadt_grid {n}` ({len(_rows(n))} runs)' for n in names]
     return 'A test needs ' + ' and '.join(commands) + '.'
 
 def _number(place, label, value, side):
@@ -235,7 +235,7 @@ def _above_plain(nets):
 def _one_factor(nets):
     "Compare SADT-1 with plain training, with one factor of the notebook changed."
     found = []
-    for c in paper_grid('sadt/notebook20_factors'):
+    for c in _rows('sadt/notebook20_factors'):
         what, factor, seed = c.label.split(' · ')
         if (what, seed) != ('SADT-1', 'seed 0') or factor == 'as in sadt/notebook20': continue
         kinds = f'SADT-1 · {factor}', f'baseline · {factor}'

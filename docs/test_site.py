@@ -387,6 +387,15 @@ def test_a_method_has_a_figure_within_the_first_two_screens(nb, desk, host):
     assert top + .9 * (bottom - top) <= 2 * 900, 'more than a tenth of the figure is below'
 
 
+def test_only_notebooks_that_install_the_library_are_offered_in_colab():
+    for nb in notebooks():
+        links = document(SITE / page_of(nb)).links
+        offered = any(link.startswith('https://colab.research.google.com/') for link in links)
+        code = [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
+        installs = bool(code) and '%pip install -q sadt_nb' in code[0]
+        assert offered == installs, nb.stem
+
+
 def test_the_first_screen_of_the_home_page(desk, host):
     "Two sentences, three lines to install and use, and the whole dot plot."
     load(desk, host + 'index.html')

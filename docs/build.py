@@ -296,14 +296,14 @@ def title_and_lead(nb):
     return title, lead.group(1) if lead else ''
 
 def source_links(where, cfg):
-    "Return links to a page's notebook: to read it, to edit it, and to run it in Colab."
+    """Return links to a page's notebook: to read it and to edit it.
+
+    Tutorials have a Colab button of their own. The other notebooks have no cell that installs the library,
+    and so do not run in Colab."""
     repo = cfg['git_url']
     path = f'{cfg["branch"]}/{in_checkout(where)}'
     links = [f'<a href="{repo}/blob/{path}">View the notebook</a>',
              f'<a href="{repo}/edit/{path}">Edit it</a>']
-    if where.parent.name != 'tutorials': # tutorials have a button of their own
-        colab = f'https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/blob/{path}'
-        links.append(f'<a href="{colab}">Open in Colab</a>')
     return f'<p class="page-links">{" · ".join(links)}</p>'
 
 def without_style(table):

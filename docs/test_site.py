@@ -119,6 +119,10 @@ WIDE_CODE = """() => [...document.querySelectorAll('article div.highlight pre')]
 # On a phone: figures whose letters are below 70% of their size
 TINY_FIGURES = """() => [...document.querySelectorAll('div.cell_output img')]
   .filter(i => i.clientWidth && i.clientWidth < Math.min(.7 * i.naturalWidth, i.naturalWidth)).length"""
+# Cells of tables whose text runs into the next cell
+OVERFULL_CELLS = """() => [...document.querySelectorAll('article :is(td, th)')]
+  .filter(c => c.checkVisibility() && c.scrollWidth > c.clientWidth + 1)
+  .map(c => c.textContent.slice(0, 40))"""
 THEME = 'document.documentElement.dataset.theme'
 # The code of cells that is shown without a click
 OPEN_CODE = """() => [...document.querySelectorAll('div.cell_input pre')]
@@ -169,6 +173,7 @@ def test_page(page, window, host):
     assert tab.evaluate(CONTRAST) == {}
     if formulas: tab.wait_for_timeout(300) # on a phone their letters are fitted when all are set
     assert tab.evaluate(WIDE_FORMULAS) == []
+    assert tab.evaluate(OVERFULL_CELLS) == []
     if width < 480: assert tab.evaluate(TINY_FIGURES) == 0
     else: assert tab.evaluate(WIDE_CODE) == []
 
@@ -310,6 +315,24 @@ def test_search_finds_what_people_type(word, pages, browser, host):
     assert set(pages) & set(found[:3]), found[:5]
 
 
+EXCERPTS = """() => [...document.querySelectorAll('#search-results ul.search > li p.context')]
+  .map(p => p.textContent)"""
+EXCERPTS_ARE_THERE = 'document.querySelectorAll("#search-results ul.search > li p.context").length > 4'
+
+
+@pytest.mark.parametrize('word', ['rho', 'AMP', 'which method'])
+def test_excerpts_come_from_the_text_of_a_page(word, browser, host):
+    "Not from the theme's menus and the list of contents, which stand above it."
+    tab = browser.new_page()
+    tab.goto(f'{host}search.html?q={quote(word)}')
+    tab.wait_for_function(SEARCH_HAS_ENDED, timeout=30_000)
+    tab.wait_for_function(EXCERPTS_ARE_THERE, timeout=30_000)
+    excerpts = tab.evaluate(EXCERPTS)
+    tab.close()
+    menus = 'System Settings', 'Contents', 'View the notebook'
+    assert [e for e in excerpts if any(m in e for m in menus)] == []
+
+
 def drawing_lines(block):
     "Return how many lines of a block of code draw, and how many lines it has."
     lines = [line for line in block.split('\n') if line.strip()]
@@ -362,6 +385,15 @@ def test_a_method_has_a_figure_within_the_first_two_screens(nb, desk, host):
     load(desk, host + page_of(nb))
     top, bottom = desk.evaluate(FIRST_FIGURE)
     assert top + .9 * (bottom - top) <= 2 * 900, 'more than a tenth of the figure is below'
+
+
+def test_only_notebooks_that_install_the_library_are_offered_in_colab():
+    for nb in notebooks():
+        links = document(SITE / page_of(nb)).links
+        offered = any(link.startswith('https://colab.research.google.com/') for link in links)
+        code = [c.source for c in nbformat.read(nb, 4).cells if c.cell_type == 'code']
+        installs = bool(code) and '%pip install -q sadt_nb' in code[0]
+        assert offered == installs, nb.stem
 
 
 def test_the_first_screen_of_the_home_page(desk, host):

@@ -371,9 +371,10 @@ def test_the_message_of_the_demonstration():
     def message(plain, longer, sam):
         means = {'plain training': plain, 'plain training, twice the epochs': longer, 'SAM': sam}
         return cli._demo_message({label: pd.Series([m - 1, m + 1]) for label, m in means.items()})
-    compared = 'plain training 60%, and 70% in twice the epochs'
-    assert message(60, 70, 80) == f'With 40% wrong labels, SAM reaches 80%, {compared}'
-    assert message(60, 70, 65) == f'With 40% wrong labels, no method is better than {compared}'
+    start = 'With 40% wrong labels, '
+    longer = 'and 70% in twice the epochs'
+    assert message(60, 70, 80) == f'{start}SAM reaches 80%, plain training 60%, {longer}'
+    assert message(60, 70, 65) == f'{start}no method is better than plain training (60%, {longer})'
 
 
 def test_a_result_as_json_and_nothing_else(tmp_path, capsys):

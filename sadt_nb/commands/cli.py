@@ -832,9 +832,11 @@ def _demo_message(accuracies):
     means = {label: a.mean() for label, a in accuracies.items()}
     best = max(means, key=means.get)
     plain, longer = means['plain training'], means['plain training, twice the epochs']
-    compared = f'plain training {plain:.0f}%, and {longer:.0f}% in twice the epochs'
-    if means[best] in (plain, longer): return f'With 40% wrong labels, no method is better than {compared}'
-    return f'With 40% wrong labels, {best} reaches {means[best]:.0f}%, {compared}'
+    start = 'With 40% wrong labels, '
+    longer = f'and {longer:.0f}% in twice the epochs'
+    if best.startswith('plain training'):
+        return f'{start}no method is better than plain training ({plain:.0f}%, {longer})'
+    return f'{start}{best} reaches {means[best]:.0f}%, plain training {plain:.0f}%, {longer}'
 
 def _demo_figure(runs, accuracies, file):
     "Save a dot plot: one point per run, a line at the mean of each row, the message as its title."

@@ -159,8 +159,11 @@ def sentence(
     if not found.low > 0: # or `found.low` is NaN
         reason = 'a single seed gives no interval' if np.isnan(found.low) else 'its interval contains zero'
         if found.high < 0: reason = 'its interval lies below zero'
-        return (f'At equal passes, no method is shown to be better than plain training: the largest '
+        text = (f'At equal passes, no method is shown to be better than plain training: the largest '
                 f'difference is that of {best}, {_text(found)}, and {reason}.')
+        worse = rivals[rivals.high < 0].drop(best, errors='ignore')
+        others = [f'{method} is worse: {_text(r)}.' for method, r in worse.iterrows()]
+        return ' '.join([text, *others])
     text = f'At equal passes, {best} is better than plain training by {_text(found)}'
     text += f', over {found.n:.0f} seeds'
     if best == AVERAGE: return text + '; a weight average needs no extra pass.'

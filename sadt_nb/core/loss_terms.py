@@ -46,7 +46,7 @@ class LossTerm(ShowsArguments, Callback):
         if self.on_term is not None: self.on_term(self.learn.loss_grad, extra)
         self.learn.loss_grad = self.learn.loss_grad + extra
 
-    def after_batch(self): weights_moved() # autocast may hold half-precision copies of the old weights
+    def after_batch(self): weights_moved() # autocast may hold copies of the weights from before the step
 
 # %% ../../nbs/core/04_loss_terms.ipynb #25aa4324
 class TrajectoryLoss(LossTerm):
@@ -107,7 +107,7 @@ class TrajectoryLoss(LossTerm):
 class _RecordedBatches:
     "A batch sampler that keeps the positions of each batch that it has given out."
     def __init__(self, recorded): self.recorded, self.batches = recorded, []
-    def __getattr__(self, name): return getattr(vars(self)['recorded'], name) # such as `batch_size`
+    def __getattr__(self, name): return getattr(vars(self)['recorded'], name) # no recursion while unpickling
     def __len__(self): return len(self.recorded)
     def __iter__(self):
         for ids in self.recorded:
@@ -130,14 +130,14 @@ class _FastaiOrder:
         self.order = []  # positions in the order of the epoch
         self.kept = []   # positions of the items that were not skipped
         self.skipped = 0 # number of skipped items
-        self.restore() # if the last epoch ended in an exception, the replaced methods are still there
+        self.restore() # if the last epoch ended in an exception, our replacements are still installed
         self.get_idxs, self.do_item = dl.get_idxs, getattr(self.loaders[1], 'do_item', None)
         dl.get_idxs = self.recorded_order
         torch_loader = getattr(self.loaders[1], 'fake_l', None) # fastai's inner PyTorch loader
         workers = getattr(torch_loader, 'num_workers', 0)
         if self.do_item is None: return
         if not workers: self.loaders[1].do_item = self.recorded_item
-        elif multiprocessing.get_start_method() == 'fork': # forked workers get the replaced method, too
+        elif multiprocessing.get_start_method() == 'fork': # forked workers get the replacement, too
             self.loaders[1].do_item = partial(_refuse_skips, self.do_item)
 
     def recorded_order(self):
@@ -223,7 +223,7 @@ class SampleIds(Callback):
     def install(cls,
         learn:Learner, # Learner that gets the callback if it has none
     ) -> 'SampleIds':
-        """Return the Learner's `SampleIds`; add this callback if it is missing, until the end of the fit.
+        """Return the Learner's `SampleIds`. If there is none, add one, and remove it at the end of the fit.
 
         Raises `ValueError` for a loader without an order of samples, such as a list of batches."""
         for cb in learn.cbs:

@@ -442,7 +442,8 @@ def _training_transforms(vocab, mean, seed, crop, pad_mode, flip, resized_crop, 
     if rotate: tfms.append(Rotate(rotate))
     if autoaugment: tfms.append(AutoAugment(autoaugment))
     if cutout:
-        colour = cutout_fill if cutout_fill is not None else mean # `mean` is zero after normalisation
+        # pixels of the colour `mean` become zero when the batch is normalised
+        colour = cutout_fill if cutout_fill is not None else mean
         fill = np.clip(np.round(255 * np.asarray(colour, dtype=float)), 0, 255)
         tfms.append(Cutout(cutout, fill, cutout_inside))
     if cutmix: tfms.append(CutMix(len(vocab), cutmix, cutmix_per))
@@ -498,7 +499,7 @@ def get_dls(
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
     cutout:int=0,          # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
     cutout_inside:bool=False, # Draw only squares that lie completely inside the image?
-    cutout_fill:Literal['', 'mean']='', # Colour of the square: '' for `mean`, 'mean' for the images' mean
+    cutout_fill:Literal['', 'mean']='', # Its colour; '': the option `mean`; 'mean': the training images' mean
     cutmix:float=0.,       # Alpha of CutMix; 0 for none
     cutmix_per:Literal['sample', 'batch']='sample', # One CutMix rectangle per 'sample' or per 'batch'
     mean:float|Sequence[float]|Literal['data']=0., # Mean of values in [0, 1]; 'data': mean of the images

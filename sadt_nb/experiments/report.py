@@ -349,8 +349,8 @@ def trained_apart(
                         'code and on the same kind of hardware.')
     return Sentence(
         f'Of {len(pairs)} {what}, {apart} were trained under different conditions: {sum(code)} with '
-        f'different versions of the source code, {sum(machine)} on different hardware. In these pairs, the '
-        'version or the hardware can be a part of the difference between the two networks.')
+        f'different versions of the source code, {sum(machine)} on different hardware. This can be a '
+        'part of the difference between the two networks of these pairs.')
 
 # %% ../../nbs/experiments/82_report.ipynb #0d3a8124
 _PANELS = { # column of a history: title, unit

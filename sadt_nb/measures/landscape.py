@@ -56,7 +56,7 @@ def orthogonal_directions(
     """Return two random, filter-normalised directions that are orthogonal in each output unit.
 
     The second direction is zero in units with a single weight, which have one direction only."""
-    first = random_direction(model, 2 * seed) # no other `seed` of this function gives one of these two
+    first = random_direction(model, 2 * seed) # calls with two different seeds have no direction in common
     second = random_direction(model, 2 * seed + 1)
     for n, a in first.items():
         if a.ndim < 2: continue # both directions are zero there

@@ -179,7 +179,7 @@ _SAM = dict(
               '[Kwon et al. 2021](https://arxiv.org/abs/2102.11600), ICML',
         key='`rho` = 0.5 on CIFAR-10 and 1.0 on CIFAR-100, relative to the weights; `eta` = 0.01',
         avoid='in networks with BatchNorm, where the scale of most weights has no effect: '
-              'there SAM with a tuned radius gives nearly the same result as ASAM'),
+              'there SAM with a tuned radius is as accurate as ASAM'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #c74bf75d
@@ -220,7 +220,7 @@ _FASTER_SAM = dict(
         memory='1 x weights',
         paper='Momentum-SAM, [Becker et al. 2024](https://arxiv.org/abs/2401.12033)',
         key='`rho` = 0.3, the distance in weight space; the authors\' examples use 3',
-        avoid='with an optimizer without momentum; before you have tried several values of `rho`'),
+        avoid='with an optimizer without momentum; without a search for `rho`'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #b64f3c42

@@ -81,7 +81,7 @@ test-all: test
 
 # Tests that are too long for make test but not for CI: processes that die on a cluster or in a group, and
 # whole tutorials
-MOVED = other_code or control_c or a_process_dies or (several_processes and sadt1)
+MOVED = other_code or control_c or a_process_dies or a_parent_that_is_killed or (several_processes and sadt1)
 test-moved: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) -m slow -k '$(MOVED)' \
 	  tests/test_cluster.py tests/test_resume.py

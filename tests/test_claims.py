@@ -320,6 +320,18 @@ def test_a_teacher_is_compared_in_both_readings():
     assert e.mean == pytest.approx(2.5) and e.re_estimated[0] == pytest.approx(3.5)
 
 
+def test_two_leads_on_the_same_test_images_may_move_in_opposite_directions():
+    "At 50% each lead can have a standard deviation of 1 point over sets of 10,000 images, so theirs is 2."
+    kinds = [f'{m} · batch {bs}' for m in ('SAM', 'SGD') for bs in (128, 32)]
+    rows = []
+    for kind, i in itertools.product(kinds, range(3)):
+        accuracy = 50 + 1e-6 * i * (kind == kinds[0])
+        rows.append(dict(place=verdicts._CONSTANT, kind=kind, seed=f'seed {i}', accuracy=accuracy,
+                         accuracy_bn=50.))
+    e, = verdicts._larger_lead(Comparisons(pd.DataFrame(rows)))
+    assert e.high - e.low == pytest.approx(2 * 1.959964 * 2, rel=1e-5)
+
+
 # Stored runs that come later, prices, and rows
 
 

@@ -165,6 +165,8 @@ WRONG = [
     (dict(warmup=1, sched='triangle_to_zero'), "sched='triangle_to_zero' has no warm-up; set `warmup` to 0"),
     (dict(sched='restart', opt='decoupled_sgd'), "opt='decoupled_sgd' has several"),
     (dict(sched='restart', epochs=1.5), "sched='restart' needs a whole number of epochs, got 1.5"),
+    (dict(epochs=.5), '`epochs` must be a number of at least 1, got 0.5'),
+    (dict(epochs=.5, model='vit_s32', model_args=dict(pretrained=True)), '`epochs` must be 0 or a number of'),
     (dict(teachers=Run()), 'method baseline takes no teachers'),
     (dict(method='distillation'), 'method distillation needs a teacher; set `teachers`'),
     (dict(method='distillation', teachers=(5,)), 'each teacher must be a `Run`, got int'),

@@ -26,6 +26,7 @@ from fastai.learner import Recorder
 from fastai.optimizer import SGD
 from sadt_nb.core import checkpoint
 from sadt_nb.core.checkpoint import Checkpoint, CheckpointError
+from sadt_nb.core.ranks import this_rank
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
@@ -638,6 +639,7 @@ def descendants(pid):
     return [p for p in psutil.Process(pid).children(recursive=True) if works(p)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='looks for processes as Linux lists them')
 def test_a_worker_that_is_killed_and_a_parent_that_is_killed(tmp_path, monkeypatch):
     pytest.importorskip('psutil', reason='psutil is not installed')
@@ -738,13 +740,19 @@ def test_the_processes_end_when_their_launcher_is_killed(tmp_path):
     assert not alive
 
 
+def write_error(cfg, root):
+    "Train a run that fails in this process, as one of two; write the text of its error."
+    begin()
+    with pytest.raises(RunError) as error: run(cfg, root, **quiet)
+    (root / f'rank{this_rank()}').write_text(str(error.value))
+
+
 def test_several_processes_stop_together(tmp_path):
     need_accelerate()
     diverging = SHORT.but(opt='sgd', lr=1e30, sched='constant', bs=14)
-    train_together(diverging, tmp_path)
+    conftest.in_two_processes(write_error, diverging, tmp_path)
     for i in range(2):
-        error = json.loads((tmp_path / f'rank{i}').read_text())['error']
-        assert 'the loss became NaN or infinite in epoch 1' in error
+        assert 'the loss became NaN or infinite in epoch 1' in (tmp_path / f'rank{i}').read_text()
     result = json.loads((tmp_path / diverging.name / 'result.json').read_text())
     assert result['status'] == 'diverged'
 

@@ -47,7 +47,8 @@ def hill(monkeypatch):
             accuracy = height(cfg) * epoch / cfg.epochs
             history.append(dict(epoch=epoch, valid_accuracy=accuracy, seconds=1.))
         write_json(folder / 'history.json', history)
-        result = dict(status='finished', accuracy=1 - height(cfg), train_seconds=1.)
+        tested = 1 - height(cfg)
+        result = dict(status='finished', accuracy=tested, accuracy_bn=tested, train_seconds=1.)
         write_json(folder / 'result.json', result)
         return result
     monkeypatch.setattr(grid, 'run', run)
@@ -272,6 +273,11 @@ def test_from_the_shell_with_real_training(tmp_path, capsys):
     cli.sadt_sweep(**kwargs)
     assert capsys.readouterr().out.splitlines()[-3:] == table.splitlines()[-3:]
     assert times_of_weights() == written
+    cli.sadt_sweep(**kwargs, json=True)
+    for row in json.loads(capsys.readouterr().out)['rows']:
+        tested = [r for r in runs if (r.method, r.lr) == (row['method'], row['lr']) and r.seed]
+        stored = [read_result(r, tmp_path)['accuracy_bn'] for r in sorted(tested, key=lambda r: r.seed)]
+        assert row['test'] == stored, 'with re-estimated BatchNorm, as the validation accuracy'
 
 
 def store(cfg, root, lagging, fresh, **more):

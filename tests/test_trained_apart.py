@@ -25,14 +25,14 @@ def test_pairs_with_other_code_or_hardware_are_counted_once():
     same, code = (made('a'), made('a')), (made('a'), made('b'))
     machine, both = (made('a'), made('a', gpu='y')), (made('a'), made('b', 'z'))
     found = trained_apart([same, code, code, machine, both])
-    assert found.startswith('Of 5 pairs of student and teacher, 4 were trained apart: '
+    assert found.startswith('Of 5 pairs of student and teacher, 4 were trained under different conditions: '
                             '3 with different versions of the source code, 2 on different hardware.')
 
 
 def test_equal_pairs_have_no_difference():
     assert trained_apart([(made('a'), made('a'))], 'pairs of A and B') == (
-        'Of 1 pairs of A and B, none was trained apart: '
-        'the source code and the kind of hardware are the same.')
+        'Both networks of each of the 1 pairs of A and B were trained with the same source code '
+        'and on the same kind of hardware.')
 
 
 def test_no_pair_is_refused():

@@ -706,9 +706,11 @@ def _settings(run):
     return ' '.join(parts)
 
 def _sweep_row(label, found, runs, results):
-    "Return a method's best settings, and the accuracies of runs with these settings and other seeds."
+    """Return a method's best settings, and the test accuracies of runs with these settings and other seeds.
+
+    Both kinds of accuracy are measured with re-estimated BatchNorm statistics."""
     best = runs[0]
-    tested = [r['accuracy'] for r in results if not isinstance(r, Exception)]
+    tested = [r['accuracy_bn'] for r in results if not isinstance(r, Exception)]
     return dict(method=label, lr=best.lr, method_args=dict(best.method_args), epochs=best.epochs,
                 validation=found.value, test=tested, passes_searched=found.passes)
 

@@ -184,9 +184,10 @@ def _check_epochs(run):
     "Raise `ValueError` for too few epochs (0 needs a pretrained network); store whole numbers as `int`."
     options = dict(run.model_args)
     is_trained = options.get('pretrained') or options.get('zero_shot')
-    least = 0 if is_trained else 1
     n = run.epochs
-    if n < 1 and n != least: raise ValueError(f'`epochs` must be a number of at least {least}, got {n!r}')
+    if n < 1 and not (is_trained and n == 0):
+        zero = '0 or ' if is_trained else ''
+        raise ValueError(f'`epochs` must be {zero}a number of at least 1, got {n!r}')
     if n == int(n): _set(run, epochs=int(n))
 
 # %% ../../nbs/experiments/80_config.ipynb #2d06d61c

@@ -63,15 +63,15 @@ class Cost(NamedTuple):
 
 def run_cost(
     run:Run, # A run on a data set in `DATASETS`
-) -> Cost: # Work of this run alone; its teachers are not included
+) -> Cost: # Work of this run, without the training of its teachers
     """Return the work of a run.
 
     Raises `ValueError` for an image folder, because its number of images is not known, and `ImportError` if
     the network needs a package that is missing."""
     n = training_images(run)
-    further_teachers = max(0, len(run.teachers) - 1) # `passes_of` counts the forward of one teacher
+    further_teachers = max(0, len(run.teachers) - 1) # `passes_of` counts one teacher, as 1/3 of a pass
     per_batch = passes_of(run.method, **dict(run.method_args)) + further_teachers / 3
-    batches = n // run.bs if run.drop_last else -(-n // run.bs)
+    batches = n // run.bs if run.drop_last else -(-n // run.bs) # else rounded up
     used = min(n, batches * run.bs) # images per epoch
     all_batches = math.ceil(round(run.epochs * batches, 6)) # `round` removes rounding errors
     return Cost(all_batches * per_batch, run.epochs * used * per_batch * _pass_flops(run))
@@ -115,6 +115,7 @@ def probe_machine(
     small, large = 2, 128 # images per batch
     small_seconds, large_seconds = (_seconds_per_pass(net, bs, device, 5) for bs in (small, large))
     flops = 3 * _forward_flops('resnet20', (), 10, 32) # of a pass of one image
+    # seconds of a pass = overhead + images * flops / rate
     rate = flops * (large - small) / max(large_seconds - small_seconds, 1e-9)
     overhead = small_seconds - small * flops / rate
     return Machine(max(0., overhead), rate)

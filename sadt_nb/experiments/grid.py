@@ -143,9 +143,9 @@ def _shares(nodes, workers):
     "Return the number of CPUs and of GPUs (at most 1) per job, if `workers` jobs share all nodes equally."
     cpus = [int(n.get('CPU', 0)) for n in nodes]
     gpus = sum(int(n.get('GPU', 0)) for n in nodes)
-    cpu_share = max(1, min(sum(cpus) // workers, max(cpus, default=0)))
+    cpu_share = max(1, min(sum(cpus) // workers, max(cpus, default=0))) # a job runs on one node
     if not gpus: return cpu_share, 0
-    jobs_per_gpu = -(-workers // gpus)
+    jobs_per_gpu = -(-workers // gpus) # rounded up
     return cpu_share, 1 / jobs_per_gpu
 
 # %% ../../nbs/experiments/85_grid.ipynb #54ed1b23
@@ -214,7 +214,7 @@ def _plan(runs, root, force, needs_weights=_no_weights):
 def _work(cfg):
     "Return the time of a training in passes over one image."
     try: images = training_images(cfg)
-    except ValueError: images = cfg.n_train or 10_000 # a folder of images, which may be on another machine
+    except ValueError: images = cfg.n_train or 10_000 # a guess; the folder may be on another machine
     return max(1, cfg.epochs) * passes_of(cfg.method, **dict(cfg.method_args)) * images
 
 def _measuring(names, samples):
@@ -302,6 +302,7 @@ class _Work:
         rows = _work_history(cfg, self.root)
         if not rows: return 0
         written = os.path.getmtime(work_folder(cfg, self.root) / 'history.json')
+        # a file older than the start is of an earlier attempt
         return max(0, len(rows) - self.before[cfg]) if written > self.running[cfg] else 0
 
     def time_left(self):
@@ -425,10 +426,10 @@ class _Grid:
 def run_grid(
     runs:Iterable[Run],   # Configurations of the runs
     root:str|Path='runs', # Folder of all results
-    workers:int=1,        # Number of processes; all share the threads of the CPU, or the GPU
+    workers:int=1,        # Number of processes; together they use the threads of the CPU, or the GPU
     force:bool=False,     # Train finished runs again
     progress:bool=True,   # Print a line per run; in a terminal, also a table of unfinished runs
-    minutes:float=1.,     # Least minutes between two checkpoints of a run, stored after epochs
+    minutes:float=1.,     # Least minutes between two checkpoints of a run; they are stored after epochs
     attempts:int=3,       # Number of attempts at a run whose process dies, each from the last checkpoint
     # For each run, names in `MEASURES` to measure after training; a run without weights is trained again
     measures:dict[Run, Iterable[str]]|None=None,
@@ -473,7 +474,7 @@ def run_ensemble(
     file = Path(root) / 'ensembles' / f'{digest}.json'
     known = _stored_ensemble(file, root)
     if known: return known
-    test = run_loaders(members[0], device)[2] # normalised as in training
+    test = run_loaders(members[0], device)[2] # the test loader, normalised as in training
     models = [load_model(m, root, len(test.vocab), test.device) for m in members]
     accuracies = {m.name: evaluate(model, test)['accuracy'] for m, model in zip(members, models)}
     result = dict(accuracy=evaluate(Ensemble(models), test)['accuracy'], members=accuracies,

@@ -154,7 +154,7 @@ def missing_measures(
         if n not in MEASURES: raise ValueError(f'unknown measure {n!r}; choose one of {", ".join(MEASURES)}')
     known = _known(cfg, root).get('measures', {})
     missing = [n for n in names if known.get(n, {}).get('samples') != samples or _is_of_other_files(n, known)]
-    if 'shifted_accuracy' in missing: _shifted_folder()
+    if 'shifted_accuracy' in missing: _shifted_folder() # raises an error if there is no folder
     return missing
 
 # %% ../../nbs/experiments/86_measure.ipynb #58d60c3e
@@ -182,7 +182,7 @@ def measure_run(
         raise RunError(f'{cfg.name}: there are no weights to measure{why}; train the run first')
     learn = stored_learner(cfg, root, device)
     known = stored.get('measures', {})
-    for n in missing: # each measure is written when it is made, so that an interruption loses at most one
+    for n in missing: # write each measure at once, so that an interruption loses at most one measure
         started = time.time()
         found = _as_json(MEASURES[n](learn, samples=samples))
         if n == 'shifted_accuracy': found['files'] = _names_checksum(_shifted_folder())

@@ -345,12 +345,12 @@ def trained_apart(
     machine = [_machine_of(a) != _machine_of(b) for a, b in pairs]
     apart = sum(c or m for c, m in zip(code, machine))
     if not apart:
-        return Sentence(f'Of {len(pairs)} {what}, none was trained apart: the source code and the kind of '
-                        'hardware are the same.')
+        return Sentence(f'Both networks of each of the {len(pairs)} {what} were trained with the same source '
+                        'code and on the same kind of hardware.')
     return Sentence(
-        f'Of {len(pairs)} {what}, {apart} were trained apart: {sum(code)} with different versions of the '
-        f'source code, {sum(machine)} on different hardware. In these pairs, the version or the hardware '
-        'can be a part of the difference between the two networks.')
+        f'Of {len(pairs)} {what}, {apart} were trained under different conditions: {sum(code)} with '
+        f'different versions of the source code, {sum(machine)} on different hardware. In these pairs, the '
+        'version or the hardware can be a part of the difference between the two networks.')
 
 # %% ../../nbs/experiments/82_report.ipynb #0d3a8124
 _PANELS = { # column of a history: title, unit

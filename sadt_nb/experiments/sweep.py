@@ -115,7 +115,7 @@ def _chance(facts):
     classes, n = facts.get('classes'), facts.get('valid')
     if not classes or not n: return 0.
     p = 1 / classes
-    return p + 1.96 * math.sqrt(p * (1 - p) / n)
+    return p + 1.96 * math.sqrt(p * (1 - p) / n) # the mean plus 1.96 standard deviations
 
 def _warn_if_nothing_chosen(label, trials, facts):
     "Warn if all settings of a search have the same accuracy, or none is better than guessing."
@@ -166,7 +166,7 @@ def sweep(
     cases:dict,    # Name: `Run` with which the search starts; all trials have this run's number of epochs
     root='runs',   # Folder of all results; finished runs are not repeated
     trials=16,     # Number of proposals per case
-    spaces=None,   # Name: ranges as from `ranges`; default for a missing case: `ranges(run)`
+    spaces=None,   # Name: ranges in the form of `ranges`; a case without ranges gets `ranges(run)`
     workers:int=1, # Number of processes that train at the same time
     batch=4,       # Number of proposals per case that are made together, before their results are known
     seed=0,        # Seed of the proposals; the runs have their own seeds
@@ -287,8 +287,8 @@ def case_of(
     run:Run,    # Any run
     cases:dict, # Name: (`Run`, ranges), from a function in `SWEEPS`
 ): # Name of the case; `None` if the run belongs to no case
-    "Return the name of the case for which a run was proposed, or for which it tests a proposal."
+    "Return the name of the case to which a run belongs, as a proposal or as a test of a proposal."
     for label, (base, space) in cases.items():
         searched_options = space.keys() - {'lr'}
-        has_searched = searched_options <= dict(run.method_args).keys() # is a subset
+        has_searched = searched_options <= dict(run.method_args).keys() # the run has all of them
         if has_searched and _without_searched(run, space) == _without_searched(base, space): return label

@@ -143,7 +143,8 @@ def hessian_trace(
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
     tol:float=.05,      # Stop when the standard error is below this share of the value
-    max_probes:int=200, # Largest number of random vectors, >= 20; networks of at most this size: exact trace
+    # Largest number of random vectors, >= 20; a network with at most as many weights gets its exact trace
+    max_probes:int=200,
     sketch:int=10,      # Dimension of the subspace `Q`, 2 products per dimension; 0: no subspace
     seed:int=0,         # Seed of the random vectors
     progress:bool=True, # Show a bar after three seconds
@@ -241,7 +242,7 @@ class _Krylov:
 
 # %% ../../nbs/measures/50_hessian.ipynb #66cb3c9d
 def _top(h, k, tol, max_products, seed):
-    "Return the `k` largest eigenvalues, the Lanczos process, and their eigenvectors in its basis (columns)."
+    "Return the `k` largest eigenvalues, the Lanczos process, and the eigenvectors in its basis, as columns."
     if not 1 <= k <= h.size:
         raise ValueError(f'`k` must be from 1 to the number of trainable weights, {h.size}, got {k}')
     if max_products is not None and max_products < k:
@@ -258,7 +259,7 @@ def _top(h, k, tol, max_products, seed):
             if steps < k: continue
             theta, S = krylov.ritz()
             floor = 10 * eps * theta.abs().max()
-            error = (krylov.betas[-1] * S[-1].abs()).clamp(min=floor)
+            error = (krylov.betas[-1] * S[-1].abs()).clamp(min=floor) # the residual of each eigenvector
             theta = theta.flip(0)[:k] # the largest first
             error = error.flip(0)[:k]
             S = S.flip(1)[:, :k]

@@ -31,8 +31,8 @@ def random_direction(
     """Return a random direction in weight space (Li et al. 2018).
 
     With 'filter', the part of each output unit has the norm of the unit's weights, and biases and BatchNorm
-    get zeros. With 'layer', each tensor has the norm of its parameter. With 'none', the variance is 1.
-    Raises `ValueError` for another `norm`."""
+    get zeros. With 'layer', each tensor has the norm of its parameter. With 'none', each entry has
+    the variance 1. Raises `ValueError` for another `norm`."""
     if norm not in ('filter', 'layer', 'none'):
         raise ValueError(f"`norm` must be 'filter', 'layer' or 'none', got {norm!r}")
     g = torch.Generator().manual_seed(seed)
@@ -56,7 +56,7 @@ def orthogonal_directions(
     """Return two random, filter-normalised directions that are orthogonal in each output unit.
 
     The second direction is zero in units with a single weight, which have one direction only."""
-    first = random_direction(model, 2 * seed) # no other `seed` gives either of them
+    first = random_direction(model, 2 * seed) # no other `seed` of this function gives one of these two
     second = random_direction(model, 2 * seed + 1)
     for n, a in first.items():
         if a.ndim < 2: continue # both directions are zero there
@@ -280,7 +280,7 @@ def plot_surface(
     draw = {'contour': _draw_contours, 'heat': _draw_heat, '3d': _draw_3d}
     if kind not in draw: raise ValueError(f"`kind` must be 'contour', 'heat' or '3d', got {kind!r}")
     ax = _axes(ax, subplot_kw=dict(projection='3d') if kind == '3d' else None)
-    z = np.where(np.isfinite(surface.loss), surface.loss, np.nan).T
+    z = np.where(np.isfinite(surface.loss), surface.loss, np.nan).T # matplotlib wants `[y, x]`
     if levels is None: levels = np.geomspace(max(np.nanmin(z), 1e-8), np.nanmax(z), 14)
     draw[kind](ax, surface, z, levels)
     ax.set(xlabel='first direction', ylabel='second direction')

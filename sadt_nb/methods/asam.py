@@ -23,7 +23,7 @@ def _is_weight(name, parameter):
     return parameter.ndim > 1 or last == 'weight'
 
 def _ascent(params, grads, rho, eta, weights='role', scratch=None):
-    "Return ASAM's perturbation by name; `grads` are overwritten."
+    "Return ASAM's perturbation, one tensor per parameter; `grads` are overwritten."
     if weights == 'role': names = [n for n in grads if _is_weight(n, params[n])]
     else: names = [n for n in grads if 'weight' in n]
     sizes = weight_sizes(params, names, eta, scratch)

@@ -24,10 +24,12 @@ class Distillation(LossTerm):
     The loss is from Pham et al. 2022, section 3. The teacher is set to evaluation mode, gets no gradient
     and is not pickled with the Learner.
 
-    Raises `ValueError` for values out of range. Before training starts, also raises it if there is no
-    teacher. At the first batch, raises it if the outputs of teacher and student differ in shape."""
-    order = ORDERS['loss_term'] - 1 # so that `alpha` multiplies the labels' loss only
-    _stateattrs = ('teacher',)      # not in pickled Learners
+    Raises `ValueError` for values out of range. Before training starts, also raises `ValueError` if
+    there is no teacher, or if teacher and student share weights. At the first batch, raises `ValueError` if
+    the outputs of teacher and student differ in shape."""
+    # before SAF's and MESA's terms are added, so that `alpha` multiplies the labels' loss only
+    order = ORDERS['loss_term'] - 1
+    _stateattrs = ('teacher',) # not in pickled Learners
 
     def __init__(self,
         teacher:nn.Module|Sequence[nn.Module]|None, # A list: their mean logits; `None`: set before `fit`

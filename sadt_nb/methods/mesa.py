@@ -42,9 +42,9 @@ def _check_same_shapes(teacher, model):
 class MESA(TrajectoryLoss):
     """Adds `lam` KL(teacher's prediction || prediction), softened by `tau` (Du et al. 2022, eqs. 10, 13).
 
-    The teacher has the moving average of the weights. Raises `ValueError` for values out of range. Before
-    training starts, it also raises `ValueError` for sharded weights and for a loaded teacher that does not
-    fit the model."""
+    The teacher has the moving average of the weights since the first step. Raises `ValueError` for values
+    out of range. Before training starts, it also raises `ValueError` for sharded weights and for a loaded
+    teacher that does not fit the model."""
     _stateattrs = ('teacher',) # not in pickled Learners
     readings = dict(paper=dict(start_epoch=5, tau_squared=False), code=dict(start_epoch=6, tau_squared=True))
 
@@ -52,7 +52,7 @@ class MESA(TrajectoryLoss):
         lam:float=.8,      # Factor of the divergence, >= 0; read at every batch
         tau:float=5.,      # Temperature that softens both predictions, > 0
         beta:float=.9995,  # Share of the old average in the new average, in (0, 1); read at every batch
-        # Epochs without the term at the start, >= 0; also averaged; `None`: 5, or 6 with spec='code'
+        # Number of epochs without the term at the start of training, >= 0; `None`: 5, or 6 with spec='code'
         start_epoch:int|None=None,
         divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
         tau_squared:bool|None=None, # Multiply the term by `tau**2`? `None`: only with spec='code'

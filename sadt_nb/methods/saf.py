@@ -18,7 +18,7 @@ from ..core.perturb import check_count
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
 def _per_sample(values, outputs):
-    "Reshape a vector with one value per sample, so that it can be multiplied with `outputs`."
+    "Reshape a vector with one value per sample to `(n, 1, ...)`, with as many axes as `outputs`."
     return values.reshape(-1, *[1] * (outputs.ndim - 1))
 
 # %% ../../nbs/methods/25_saf.ipynb #3020645e

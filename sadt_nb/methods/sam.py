@@ -26,7 +26,7 @@ class SAM(PerturbedPass):
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then set `rho` to about 2
-        interval:int=1, # Extra pass only in the first of every `interval` optimizer steps
+        interval:int=1, # The optimizer steps 0, `interval`, 2 * `interval` ... have the extra pass
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
         # Which parameters to perturb: 'norm', 'not norm' or a function (name, parameter) -> bool; `None`: all

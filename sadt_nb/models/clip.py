@@ -47,7 +47,7 @@ def zero_shot_weights(
     return {**image, 'text': torch.stack(text), 'scale': clip.logit_scale.exp()}
 
 # %% ../../nbs/models/67_clip.ipynb #a157a44e
-# depth: (number of blocks in each of the four stages; length of an embedding)
+# depth of a network: number of blocks in each of its four stages, and length of its embeddings
 _DEPTHS = {50: ((3, 4, 6, 3), 1024), 101: ((3, 4, 23, 3), 512)}
 
 def _modified_resnet(layers, outputs, img_size):

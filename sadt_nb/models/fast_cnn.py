@@ -20,7 +20,7 @@ def whitening_filters(
     images:Tensor,   # `(n, channels, height, width)`, normalised as in training; `n` at least 32
     size:int=2,      # Side of the patches in pixels
     eps:float=5e-4,  # Added to the eigenvalues so that none is zero; the value is airbench's
-) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: largest eigenvalue first, then the negatives
+) -> Tensor: # `(2 * channels * size**2, channels, size, size)`: filters by eigenvalue, then their negatives
     """Return filters that turn patches into uncorrelated numbers of variance 1.
 
     Raises `ValueError` for fewer than 32 images."""
@@ -33,7 +33,7 @@ def whitening_filters(
     patches = 0
     for part in images.split(500):
         flat = F.unfold(part.float(), size).transpose(1, 2).reshape(-1, numbers)
-        moment += (flat.T @ flat).double()
+        moment += (flat.T @ flat).double() # the covariance, as the mean of normalised pixels is about zero
         patches += len(flat)
     values, vectors = torch.linalg.eigh(moment / patches)
     scaled = vectors.T / (values.clamp(min=0) + eps).sqrt()[:, None]
@@ -94,7 +94,7 @@ class FastCNN(nn.Module):
         super().__init__()
         a, b, c = widths
         self.whiten = nn.Conv2d(3, 24, 2)
-        self.whitens = whiten
+        self.whitens = whiten # `False`: `init_from_images` sets no filters
         self.frozen_after = {} # name of a parameter: epochs after which the callback `FreezeAfter` fixes it
         if whiten:
             self.frozen_after['whiten.bias'] = whiten_bias_epochs
@@ -162,8 +162,8 @@ def fast_cnn(
 ) -> FastCNN: # Takes `(n, 3, height, width)`, at least 9x9 pixels, gives `(n, classes)` logits
     """Return the network of airbench; 1,971,352 trainable parameters with 10 classes.
 
-    Call the network's `init_from_images` before training; a `Run` does so. Widths (128, 384, 384) make the
-    network airbench95; widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make airbench96.
+    Call the network's `init_from_images` before training; a `Run` calls it for you. Widths (128, 384, 384)
+    make the network airbench95; widths (128, 384, 512) with `depth=3` and `bn_momentum=.1` make airbench96.
     Raises `ValueError` for options out of range."""
     wide = _three_widths(widths)
     _check_options(depth, bn_momentum, scale, whiten_bias_epochs)

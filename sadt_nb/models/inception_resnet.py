@@ -46,9 +46,9 @@ class InceptionResNetModule(nn.Module):
 # %% ../../nbs/models/62_inception_resnet.ipynb #2aed6469
 def inception_resnet_slim(
     classes:int=10,   # Number of outputs
-    bottleneck=False, # Add the released code's layer of width `classes` with ReLU before the classifier
+    bottleneck=False, # Add the released code's ReLU layer of width `classes` before the classifier?
     init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
-    dropout:float=.2, # Dropout probability in the modules, before and after the dense layer
+    dropout:float=.2, # Dropout probability in the modules, and before and after the dense layer
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
     "Return SADT's Inception-ResNet: 1 convolution, 3 modules, a dense layer of 128; 305,248 parameters."
     check_init(init)

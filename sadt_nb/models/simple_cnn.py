@@ -66,12 +66,12 @@ def cnn_of_widths(
     if bottleneck: layers.update(bottleneck=nn.Linear(second, 10), relu6=nn.ReLU())
     layers['classifier'] = nn.Linear(10 if bottleneck else second, classes)
     model = nn.Sequential(layers)
-    model.code_array = 'conv2.bias' # read by `SADT`: variant 2 of its released code perturbs this parameter
+    model.code_array = 'conv2.bias' # the parameter that variant 2 of SADT's released code perturbs
     return keras_init_(model) if init == 'keras' else model
 
 def simple_cnn(
     classes:int=10,        # Number of outputs
-    bottleneck:bool=False, # The released code's extra ReLU layer of width 10 before the classifier
+    bottleneck:bool=False, # Add the released code's ReLU layer of width 10 before the classifier?
     init:Literal['torch', 'keras']='torch', # Starting weights and BatchNorm constants: 'torch' or 'keras'
     dropout:float=.3,      # Dropout probability between the convolutions and the dense layers
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits

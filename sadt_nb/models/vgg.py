@@ -23,9 +23,9 @@ def vgg16_slim(
     bottleneck=False,     # Add the released code's ReLU layer of width `classes` before the classifier?
     init='torch',         # Starting weights and BatchNorm constants: 'torch' or 'keras'
     conv_dropout:float=.1, # Dropout probability after every convolution
-    dropout:float=.3,     # Dropout probability after each of the two dense layers
+    dropout:float=.3,     # Dropout probability after each of the two hidden dense layers
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
-    "Return SADT's VGG: 13 convolutions of 32 to 256 channels, two dense layers; 4,085,802 parameters."
+    "Return SADT's VGG: 13 convolutions of 32 to 256 channels, three dense layers; 4,085,802 parameters."
     check_init(init)
     bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
     layers = OrderedDict()

@@ -29,7 +29,7 @@ def _timm_create_model():
 def _load_pretrained(model, name, pretrained):
     "Load weights from the path `pretrained`; `True`: from the file `<name>.pth` in the folder SADT_WEIGHTS."
     if pretrained is True:
-        if model.head.weight.is_meta: return # only a configuration is checked; the folder may not exist
+        if model.head.weight.is_meta: return # no weights on the meta device; the folder may not exist
         pretrained = Path(os.environ.get('SADT_WEIGHTS', '.')) / f'{name}.pth'
     if pretrained is None: return
     if not Path(pretrained).is_file():

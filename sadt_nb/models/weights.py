@@ -22,13 +22,13 @@ def _read_safetensors(file):
 
 def read_tensors(
     file, # File from `torch.save(model.state_dict(), file)`, fastai's `learn.save` or safetensors
-) -> dict: # Name of a tensor: the tensor, on the CPU
+) -> dict: # Tensors on the CPU, by name
     "Return the tensors of a weights file by name. Raises `ValueError` if the file holds anything else."
     advice = 'write it with torch.save(model.state_dict(), file)'
     try:
         if Path(file).suffix == '.safetensors': state = _read_safetensors(file)
         else: state = torch.load(file, map_location='cpu', weights_only=True)
-    except ImportError: raise
+    except ImportError: raise # safetensors is not installed
     except Exception:
         raise ValueError(f'{file} is not a plain weights file and was not opened; {advice}') from None
     if isinstance(state, dict) and isinstance(state.get('model'), dict):
@@ -53,22 +53,23 @@ def _differences(state, own):
     return '; '.join(found)
 
 def _keeping(state, kept):
-    """Return `state`; if it does not fit `kept`, with the tensors of `kept` in place of its own.
+    """Return `state` unchanged if it has every name in `kept`, with the same shapes.
 
-    `state` does not fit if it lacks a tensor of `kept` or has it in another shape."""
+    Otherwise return a copy of `state` with all tensors of `kept`."""
     fits = all(k in state and state[k].shape == v.shape for k, v in kept.items())
-    return state if fits else state | kept
+    return state if fits else state | kept # under equal names, the union has the tensors of `kept`
 
 # %% ../../nbs/models/59_weights.ipynb #ca3fa173
 def load_weights(
     model:nn.Module, # The network; it gets either all weights or none
     file,            # File from `torch.save(model.state_dict(), file)`, fastai's `learn.save` or safetensors
-    fresh:str='',    # Prefix such as 'head.': tensors with this prefix may be missing or differ in the file
+    fresh:str='',    # Prefix such as 'head.': tensors with this prefix may be missing or have another shape
 ) -> nn.Module: # The same network
     """Load a plain weights file into a network; on the meta device, only check the file.
 
-    If the file lacks a tensor under `fresh`, or has it in another shape, the network keeps all of its tensors
-    under `fresh`. Raises `FileNotFoundError` if there is no file, and `ValueError` if the file does not
+    If the file lacks a tensor whose name begins with `fresh`, or has this tensor in another shape, the
+    network keeps all its tensors with this prefix. Raises `FileNotFoundError` if there is no file,
+    `ImportError` if the file needs safetensors, which is not installed, and `ValueError` if the file does not
     hold only tensors, or holds tensors that do not fit the network."""
     if not Path(file).is_file(): raise FileNotFoundError(f'{file} does not exist')
     own = model.state_dict()
@@ -96,7 +97,7 @@ def weights_checksum(
 class Normalize(nn.Module):
     """Computes `(x - mean) / std`, channel by channel.
 
-    The layer has no entries in the `state_dict`: it can be added to a network whose weights are stored."""
+    The layer has no entries in the `state_dict`, so it can be added to a network whose weights are stored."""
     def __init__(self,
         mean, # Mean of each channel, for images with values in [0, 1]
         std,  # Standard deviation of each channel, for the same images

@@ -31,7 +31,7 @@ PLAIN, AVERAGE = 'baseline', 'weight_average'
 def comparison_runs(
     methods:list[str], # Names in `METHODS`
     plain:Run,         # Plain training; all rows have its data, network, recipe and number of passes
-) -> dict[str, Run]: # From method to its run: plain training and the weight average first
+) -> dict[str, Run]: # From method to its run; plain training and the weight average come first
     """Return a run per method with as many passes as the plain run, as far as whole epochs allow.
 
     Raises `ValueError` for a method that needs a teacher, or if rounding to whole epochs changes the number
@@ -40,7 +40,7 @@ def comparison_runs(
         if METHODS[method].needs_teacher:
             raise ValueError(f'{method} needs a trained teacher; compare it with sadt_train --teacher')
     runs = {}
-    for method in dict.fromkeys([PLAIN, AVERAGE, *methods]):
+    for method in dict.fromkeys([PLAIN, AVERAGE, *methods]): # each method once, in this order
         runs[method] = at_equal_passes(plain.but(method=method), plain)
         made = runs[method].epochs * passes_of(method)
         if not .75 <= made / plain.epochs <= 1.25:
@@ -64,12 +64,12 @@ def _key(runs):
 
 def seconds_per_run(
     plain:Run, # Plain training
-    root,      # Folder of all results; the timed run is stored in its folder `timing`
+    root,      # Folder of all results; the timed run is stored in the subfolder `timing`
 ) -> float:
     "Run plain training for one epoch, and return the estimated seconds of a run with all epochs."
     start = time.time()
     timed = run(plain.but(epochs=1), Path(root) / 'timing', progress=False)
-    rest = max(0., time.time() - start - timed['train_seconds']) # reading the data, and the evaluation
+    rest = max(0., time.time() - start - timed['train_seconds']) # time to read the data and to evaluate
     return rest + plain.epochs * timed['train_seconds']
 
 def make_plan(
@@ -101,7 +101,7 @@ def seeded(
     runs:dict[str, Run], # From `comparison_runs`
     seeds:int,           # Number of seeds
 ) -> dict: # From method to its runs
-    "Return, for every method, its runs with the seeds 0, 1, ...: the argument of `compare`."
+    "Return for every method its runs with the seeds from 0 to `seeds - 1`, as `compare` takes them."
     return {method: [r.but(seed=s) for s in range(seeds)] for method, r in runs.items()}
 
 # %% ../../nbs/papers/112_any_data.ipynb #75cf17bc
@@ -110,7 +110,7 @@ def _accuracies(group, results):
     return {r.seed: 100 * results[r]['accuracy_bn'] for r in group if r in results}
 
 def _difference(ours, others, level):
-    "Return the mean difference, paired by seed, and the ends of its interval; NaN if no seed is in both."
+    "Return the mean difference, paired by seed, and the ends of its interval; NaN without a common seed."
     pairs = [ours[s] - others[s] for s in ours if s in others]
     return interval(pairs, level) if pairs else (np.nan,) * 3
 
@@ -156,13 +156,13 @@ def sentence(
     if rivals.difference.isna().all(): return 'No two runs with the same seed have finished.'
     best = rivals.difference.idxmax()
     found = rivals.loc[best]
-    if not found.low > 0:
+    if not found.low > 0: # or `found.low` is NaN
         reason = 'a single seed gives no interval' if np.isnan(found.low) else 'its interval contains zero'
-        if found.high < 0: reason = 'all are worse'
+        if found.high < 0: reason = 'its interval lies below zero'
         text = (f'At equal passes, no method is shown to be better than plain training: the largest '
                 f'difference is that of {best}, {_text(found)}, and {reason}.')
-        if found.high < 0: return text
-        worse = rivals[rivals.high < 0]
+        others = rivals.drop(best)
+        worse = others[others.high < 0]
         return ' '.join([text, *(f'{method} is worse: {_text(r)}.' for method, r in worse.iterrows())])
     text = f'At equal passes, {best} is better than plain training by {_text(found)}'
     text += f', over {found.n:.0f} seeds'
@@ -176,7 +176,7 @@ def sentence(
 _RULE = ('All rows make the same number of passes, as far as whole epochs allow, with the same network, '
          'learning rate and data. Differences are paired by seed; the intervals (t-test) hold jointly '
          'with 95%. The number of seeds was fixed before the first run, from the time that was given. '
-         'One network and one learning rate: another choice may change the order.')
+         'With another network or learning rate, the order of the rows may be different.')
 _ALT = 'Test accuracy of each run, one line of points per method'
 
 def plot_points(
@@ -225,7 +225,7 @@ def compare(
     picture = _png(plot_points(runs, results, 'Test accuracy at equal passes'))
     to = Path(root if to is None else to)
     to.mkdir(parents=True, exist_ok=True)
-    first = {m: group[0] for m, group in runs.items()} # the runs with seed 0, which name the plan, too
+    first = {m: group[0] for m, group in runs.items()} # seed 0, as in the name of the plan's file
     stem = f'comparison-{_key(first)}'
     files = [to / f'{stem}.{end}' for end in ('html', 'md', 'png')]
     tables = [as_text(table).reset_index()]

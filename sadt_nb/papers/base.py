@@ -29,15 +29,16 @@ class PaperRun:
     "One cell of a published table: our run, its label, and the published value."
     label: str              # Name of the row; its parts are separated by ' · '
     run: Run                # Our configuration of this cell
-    published: float | None = None # Test accuracy in the paper or its code's output; `None`: our control
+    published: float | None = None # Published test accuracy; `None`: no number is published, or our control
     note: str = ''          # Remark about the published value or our run
     spread: float | None = None # Published standard deviation of the accuracy over seeds
     measures: tuple = ()    # Measures to compute on the trained network: names in `MEASURES`
     memory: float | None = None # Published memory that the method keeps from step to step, in bytes
     formula: float | None = None # The same memory by our formula, in bytes
     measured: tuple = ()    # Pairs of a name in `MEASURES` and the value that the paper gives for it
-    # Part of our result that is compared with `published`: 'accuracy', of the kept weights, or
-    # 'accuracy_last', of the weights after the last epoch (in runs that keep the best epoch)
+    # Part of our result that is compared with `published`: 'accuracy', of the kept weights;
+    # 'accuracy_last', of the weights after the last epoch (in runs that keep the best epoch); or
+    # 'accuracy_others', of the kept weights on the test images that did not choose the epoch
     result: str = 'accuracy'
     log: EpochLog | None = None # Numbers about this network from the authors' log
 
@@ -57,7 +58,8 @@ def distilled(
     first = teachers if isinstance(teachers, Run) else teachers[0]
     options = dict(alpha=alpha)
     default = method_options('distillation')['temperature'].default
-    if temperature not in (None, default): options['temperature'] = temperature # the default is left out
+    # without the default, so that equal runs have equal options
+    if temperature not in (None, default): options['temperature'] = temperature
     return first.but(method='distillation', method_args=options, teachers=teachers, seed=seed)
 
 def rounds(
@@ -75,12 +77,12 @@ def rounds(
 def independent(
     base:Run, # A run without a teacher
     n:int,    # Number of networks
-) -> list[Run]: # Their seeds are 100 apart, so that the students' seeds fit between them
+) -> list[Run]: # Seeds 100 apart, so that the seeds of students fit between them
     "Return runs that differ in their seed only; the first is `base`."
     return [base.but(seed=base.seed + 100 * i) for i in range(n)]
 
 # %% ../../nbs/papers/100_base.ipynb #89a7f2e2
-_TRAJECTORY = ('saf', 'mesa')
+_TRAJECTORY = ('saf', 'mesa') # both compare the network with earlier states, its trajectory
 
 def same_share(
     method:str,   # A name in `METHODS`; methods other than SAF and MESA keep their options

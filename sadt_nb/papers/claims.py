@@ -98,8 +98,8 @@ def paired_by_image(
 
     The variance of the mean comes from the mean squares of seeds, images and rest; the degrees of freedom
     are those of Satterthwaite."""
-    d = 100 * (np.asarray(a, float) - np.asarray(b, float))
-    n, m = d.shape
+    d = 100 * (np.asarray(a, float) - np.asarray(b, float)) # points, one row per seed
+    n, m = d.shape # seeds, images
     if n < 2 or m < 2: raise ValueError(f'`a` needs at least two seeds and two images, got {n} and {m}')
     mean, seed_means, image_means = d.mean(), d.mean(1), d.mean(0)
     rest = d - seed_means[:, None] - image_means + mean
@@ -109,7 +109,7 @@ def paired_by_image(
     of_rest = (rest**2).sum() / dfs[2]
     total = max(of_seeds + of_images - of_rest, of_seeds, of_images) # a negative variance counts as zero
     spread = (np.array([of_seeds, of_images, of_rest])**2 / dfs).sum()
-    df = max(total**2 / spread, n - 1) if spread else n - 1
+    df = max(total**2 / spread, n - 1) if spread else n - 1 # Satterthwaite, at least those of the seeds
     return _effect(mean, total / (n * m), df)
 
 # %% ../../nbs/papers/109_claims.ipynb #1d2d8dee
@@ -150,7 +150,7 @@ def paired_by_seed(
 # %% ../../nbs/papers/109_claims.ipynb #387ec331
 def power(
     error:float, # Standard error of the comparison
-    df:float,    # Its degrees of freedom
+    df:float,    # Degrees of freedom of the standard error
     effect:float, # True effect, above zero
 ) -> float: # Between 0 and 1
     "Return the probability that the 95% interval lies above zero."
@@ -161,10 +161,13 @@ def spread_power(
     effect:float, # True effect: logarithm of the ratio of the two standard deviations, above zero
 ) -> float: # Between 0 and 1
     "Return the probability that the F-test finds the first standard deviation smaller than the second."
+    # the true ratio of the two variances is exp(-2 * effect)
     return stats.f.cdf(stats.f.ppf(.025, df, df) * np.exp(2 * effect), df, df)
 
 def _fewest(enough, most):
-    "Return the smallest n from 2 to `most` with `enough(n)`; `enough` must be true for all larger numbers."
+    """Return the smallest n from 2 to `most` with `enough(n)`, or `most`, by bisection.
+
+    If `enough` is true for a number, it must be true for all larger numbers."""
     low, high = 1, most
     while high - low > 1:
         n = (low + high) // 2
@@ -254,11 +257,11 @@ class Setting(NamedTuple):
     "How long our networks and those of the paper were trained, and how accurate they are."
     network: str     # Name of our network; empty: unknown
     images: float    # Our training images
-    epochs: float
+    epochs: float    # Our epochs
     accuracy: float  # Our mean test accuracy over both kinds, in percent
     of_paper: int    # Training images of the paper
-    epochs_of_paper: float
-    accuracy_of_paper: float = None # Of the second kind, in percent; `None`: not published
+    epochs_of_paper: float # Epochs of the paper
+    accuracy_of_paper: float = None # Published accuracy of the second kind, in percent; `None`: unknown
     term: str = ''   # Size of the gradient of a loss term; empty: no such term
 
 _EFFECTS = ('seen', 'smaller than claimed', 'opposite') # outcomes that can be due to chance
@@ -274,14 +277,14 @@ class Evidence(NamedTuple):
     n: int              # Number of seeds; for costs, number of rounds of the measurement
     side: Side = MORE   # Side of the border that the paper claims
     p: float = np.nan   # Two-sided p-value of the border
-    error: float = np.nan  # Standard error of the effect, and its degrees of freedom
-    df: float = np.nan
+    error: float = np.nan  # Standard error of the effect
+    df: float = np.nan     # Degrees of freedom of the standard error
     spread: float = np.nan # Standard deviation of the effect over seeds
     published: Published = None # `None`: the paper states only the side
     outside: tuple = () # Reasons why the evidence is shown and not judged
-    share: float = np.nan # Training images that the networks were shown, as a share of the paper's
+    share: float = np.nan # Images times epochs of our longest training, divided by those of the paper
     exact: bool = False # `True` for a formula, or for a number that the authors print: nothing is sampled
-    part: str = ''      # Name of the necessary part of the claim; `None`: it is shown but decides nothing
+    part: str = ''      # Necessary part of the claim; `None`: the evidence is shown but decides nothing
     pairing: str = ''   # What the interval covers: new seeds, or new seeds and test images
     re_estimated: tuple = () # Mean and interval with re-estimated BatchNorm statistics
     by_chance: bool = False  # `True`: the effect does not pass `discoveries`, so it may be due to chance
@@ -306,7 +309,7 @@ class Evidence(NamedTuple):
     def power(self):
         """Return the power for the smallest effect of interest; NaN if it is unknown.
 
-        It is an estimate: it uses the spread over our seeds in place of the true spread."""
+        The power is an estimate: the spread over our seeds takes the place of the true spread."""
         if self.groups and self.df > 0: return spread_power(self.df, self.smallest)
         return power(self.error, self.df, self.smallest) if self.error > 0 else np.nan
 
@@ -324,6 +327,7 @@ class Evidence(NamedTuple):
         mean, *ends = map(self.side.effect, (self.mean, self.low, self.high))
         if self.exact: return 'seen' if mean > 0 else 'opposite'
         if np.isnan(ends).any(): return 'no power'
+        # sorted, as the ends change places where a number below the border is claimed
         found = outcome(mean, *sorted(ends), self.smallest, self.claimed)
         return 'no power' if self.by_chance and found in _EFFECTS else found
 
@@ -519,7 +523,8 @@ class Kinds:
         classes = 10 if np.isnan(classes) else int(classes)
         term = None if np.isnan(term) else term
         found = outside_regime(longest.images, longest.epochs, of_paper, here.accuracy.mean(), classes, term)
-        if 'wrong' in place: found.append('the paper trains on right labels')
+        if 'wrong' in place: # a place with wrong labels says so in its name
+            found.append('the paper trains on right labels')
         share = longest.images * longest.epochs / (of_paper[0] * of_paper[1])
         return dict(outside=tuple(found), share=share, setting=_setting(here, longest, of_paper, published))
 
@@ -533,6 +538,7 @@ class Kinds:
     def _tested(self, place, label, a, b, key, side, **facts):
         "Compare test accuracies."
         first = self.value(place, a, key)
+        # without `b`, each network is compared with its teacher
         second = self.value(place, a, f'teacher_{key}') if b is None else self.value(place, b, key)
         d = (first - second).dropna()
         if len(d) < 3: return judged(place, label, d, side, **facts)
@@ -585,7 +591,7 @@ class Comparisons(Kinds):
         second = [self.value(place, b, key) for _, b in pairs]
         df = sum(len(v) - 1 for v in first)
         ratio = _sum_of_squares(first) / _sum_of_squares(second) # both have `df` degrees of freedom
-        low, high = ratio / stats.f.ppf([.975, .025], df, df)
+        low, high = ratio / stats.f.ppf([.975, .025], df, df) # the larger quantile gives the lower end
         p = 2 * min(stats.f.cdf(ratio, df, df), stats.f.sf(ratio, df, df))
         regime = self.regime(place, [kind for pair in pairs for kind in pair], of_paper)
         return Evidence(place, label, *np.sqrt([ratio, low, high]), len(first[0]), LOWER, p, df=df,
@@ -611,7 +617,7 @@ def kurtosis(
     histogram:dict, # `counts`, one per bin, and `edges`, one more than bins
 ) -> float:
     "Return the excess kurtosis of a histogram; each value is replaced by the middle of its bin."
-    x = np.convolve(histogram['edges'], [.5, .5], 'valid')
+    x = np.convolve(histogram['edges'], [.5, .5], 'valid') # middles of the bins
     p = np.array(histogram['counts']) / np.sum(histogram['counts'])
     centred = x - (p * x).sum()
     return (p * centred**4).sum() / (p * centred**2).sum()**2 - 3
@@ -639,7 +645,7 @@ def accuracy_numbers(
     known = dict(accuracy=100 * r[result], accuracy_bn=100 * r['accuracy_bn'], test_images=images,
                  classes=facts.get('classes', np.nan))
     if isinstance(r.get('teacher'), dict): known['teacher_accuracy'] = 100 * r['teacher']['accuracy']
-    if result != 'accuracy': return known # `result` is for a part of the test images, the bits are for all
+    if result != 'accuracy': return known # the stored bits belong to `accuracy`, not to another result
     for bits in _BITS.values():
         if isinstance(r.get(bits), str): known[bits] = unpacked(r[bits], images)
     return known

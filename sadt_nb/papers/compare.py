@@ -17,7 +17,7 @@ _FLATNESS_METHODS = ('baseline', 'sam', 'asam', 'sadt1', 'sadt2', 'sadt3', 'saf'
                      'weight_average')
 _FLATNESS_MEASURES = ('trace', 'eigenvalue', 'sharpness', 'adaptive_sharpness', 'average_sharpness',
                       'gradient_norm', 'calibration_error', 'corrupted_accuracy')
-_PICTURES = { # measure that is shown as a figure: kinds of network, whose first seed is measured
+_PICTURES = { # measure that a figure shows: rows for which it is computed, with the first seed only
     'spectrum': ('baseline', 'sam', 'round 1', 'round 2'),
     'surface': ('baseline', 'sam', 'saf', 'mesa', 'round 1', 'round 2'),
 }
@@ -38,7 +38,7 @@ def _flatness(base, methods, last_round=2, half_rate=False):
         plain = base.but(seed=seed)
         runs = {method: plain.but(method=method) for method in methods}
         runs['twice the epochs'] = plain.but(epochs=2 * plain.epochs)
-        if half_rate:
+        if half_rate: # two steps at half the rate move the weights about as far as one plain step
             runs['repeat_step, half the rate'] = plain.but(method='repeat_step', lr=plain.lr / 2)
         students = rounds(plain, alpha=.5, n=last_round)
         for r, run in enumerate(students, start=1):
@@ -69,7 +69,7 @@ def _all_methods(base, seeds):
     "Yield every method at equal epochs, at equal optimizer steps and at equal passes."
     for i, seed in enumerate(seeds):
         plain = base.but(seed=seed)
-        next_seed = seeds[(i + 1) % len(seeds)]
+        next_seed = seeds[(i + 1) % len(seeds)] # after the last seed comes the first
         teacher = base.but(seed=next_seed)
         for where, cost in _EQUAL.items():
             for name, method in METHODS.items():
@@ -85,7 +85,7 @@ def _compare_digits():
 
 _NOT_COMPARED = 'the paper does not compare interpretations'
 _READINGS = { # interpretation of the paper: options of SADT
-    'gradient at w_aux': {},
+    'gradient at w_aux': {}, # the default, as in the paper's text
     'gradient at w_up': dict(grad_at='up'),
     'sigma from the rate': dict(sigma='rate'),
     'released code': dict(spec='code'),

@@ -20,7 +20,7 @@ _DISTILL = Run(data='cifar10', model='resnet18', opt='sgd', opt_args=dict(moment
 _STRONG = dict(autoaugment='cifar10', cutout=16)
 _ALPHAS = (.2, .5, .8)
 
-class _Line(NamedTuple):
+class _Line(NamedTuple): # a line of Table 2 or 3
     "Published accuracies in percent: a mean, or a mean with its standard deviation; `None` if not published."
     teacher: tuple | float | None
     sam: tuple | float | None
@@ -308,7 +308,7 @@ def _cifar_small_members():
 def _chain(model, data='cifar10', measures=_CURVATURE):
     "Yield one network's teacher, three rounds and SAM, with strong augmentation and one seed."
     base = _augmented(_DISTILL.but(model=model, data=data), strong=True)
-    nothing = _Line(None, None, {.5: (None, None, None)})
+    nothing = _Line(None, None, {.5: (None, None, None)}) # the figure has no accuracies
     for c in _rows(f'{model} · {data}', base, nothing, seeds=1):
         yield replace(c, measures=measures)
 

@@ -32,7 +32,7 @@ def _all_methods(base, seeds=range(3), noise=0.):
     seeds = list(seeds)
     for i, seed in enumerate(seeds):
         plain = base.but(seed=seed)
-        next_seed = seeds[(i + 1) % len(seeds)]
+        next_seed = seeds[(i + 1) % len(seeds)] # after the last seed comes the first
         teacher = base.but(seed=next_seed)
         for name, method in METHODS.items():
             run = distilled(teacher, seed, .5) if method.needs_teacher else plain.but(method=name)
@@ -53,6 +53,7 @@ _STEPS = { # label of a row: what the row adds to the row before it
     'shift and mirror': dict(crop=2, flip=True),
     'whitening': dict(model_args=dict(widths=(32, 128, 128), identity=False)),
     'identity convolutions': dict(model_args=dict(widths=(32, 128, 128))),
+    # without `bias_scale=1`, BatchNorm's biases have 64 times the learning rate
     'faster biases': dict(opt_args=dict(momentum=.85, weight_decay=.0153)),
     'label smoothing': dict(label_smoothing=.2),
     'lookahead': dict(lookahead=5),

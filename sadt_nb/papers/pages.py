@@ -120,7 +120,8 @@ def _without_claim(networks, where, a, b):
     If the runs do not store which test images are classified correctly, the interval covers new seeds, but
     not new test images."""
     e = networks.gap(where, '', a, b)
-    if e.pairing != WIDEST: return e # paired by image
+    if e.pairing != WIDEST: return e # only the widest interval is replaced
+    # `accuracy_bn` is the accuracy with re-estimated BatchNorm statistics
     found = {key: judged(where, '', networks.value(where, a, key) - networks.value(where, b, key))
              for key in ('accuracy', 'accuracy_bn')}
     other = found['accuracy_bn']
@@ -219,9 +220,9 @@ def comparison(
     marked = iter(marked_by_chance(claimed)) # in the order of the rows with a claim
     for columns, row, plain, e in compared:
         if row.claim(plain): e = next(marked)
-        columns |= _against(row, plain, e)
+        columns |= _against(row, plain, e) # extends the row's dictionary in `out`
     df = pd.DataFrame(out).fillna('')
-    return df[[c for c in df if c != 'note'] + ['note']]
+    return df[[c for c in df if c != 'note'] + ['note']] # the note comes last
 
 # %% ../../nbs/papers/108_pages.ipynb #551f0f7a
 _X = { # column of a run's history: label of the axis

@@ -15,7 +15,7 @@ from .base import PaperRun, figure_rows
 # %% ../../nbs/papers/101_sadt.ipynb #3cb329ea
 _NOTEBOOK = Run(data='cifar10', model='simple_cnn', epochs=20, bs=2048, lr=1e-4, opt='keras_adam',
                 sched='restart', cutmix=.25, valid=.01, model_args=dict(init='keras', bottleneck=True))
-_CODE = dict(spec='code')
+_CODE = dict(spec='code') # SADT as in the authors' notebook
 _NOTEBOOK_ROWS = [ # label, what differs from plain training, published accuracy, note
     ('baseline', {}, .457, ''),
     ('gradient centralization', dict(method='gc'), .451, ''),
@@ -82,6 +82,7 @@ def _as_released(run):
 def _table1_code():
     "Yield one run for every cell of Table 1, trained and tested as the released notebook does."
     for c in _table1():
+        # the accuracy on the test images that did not choose the weights
         yield replace(c, run=_as_released(c.run), note=_BY_RELEASE, result='accuracy_others')
 
 def _notebook20_factors():

@@ -32,6 +32,7 @@ _ACCURACY = { # mean and standard deviation in percent, one pair per method
 }
 _CIFAR = Run(opt='sgd', lr=.05, bs=128, epochs=200, crop=4, flip=True, valid=0., select='test')
 
+# the code's settings in the table above
 _CODE_RECIPE = dict(warmup=3, warmup_lr=1e-4, label_smoothing=.1)
 _CODE_TERM = dict(saf=dict(tau_squared=True, lag=2, start_epoch=6),
                   mesa=dict(tau_squared=True, start_epoch=6))
@@ -74,6 +75,7 @@ def _table1():
             recipe = dict(opt='sgd', lr=1.4, epochs=90)
             momentum = dict(momentum=.9)
             start = 10
+        # options of the two methods whose term compares the network with earlier states, its trajectory
         trajectory = dict(saf=dict(lam=.3, tau=5., lag=3, start_epoch=start),
                           mesa=dict(lam=.3, tau=5., beta=.9998, start_epoch=start))
         for method, published in row.items():
@@ -159,6 +161,7 @@ def _table2():
     "Yield the memory of SAF and MESA on ImageNet, and of SAF on CIFAR-100."
     published = dict(saf=14_643, mesa=98)
     yield from _memory_rows(_table1, 'imagenet', 'resnet50', published, 1_281_167, 1000, 25_557_032)
+    # 0 weights: the paper gives no memory of MESA on CIFAR-100
     yield from _memory_rows(_table3, 'cifar100', 'resnet18', dict(saf=57), 50_000, 100, 0)
 
 # %% ../../nbs/papers/103_saf.ipynb #07b25473

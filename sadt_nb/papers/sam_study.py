@@ -12,7 +12,7 @@ from ..experiments.config import Run
 from .base import EpochLog, PaperRun
 
 # %% ../../nbs/papers/102_sam_study.ipynb #91e306e2
-LOGS = { # of experiments A and B: (method, batch size): one `EpochLog` per seed
+LOGS = { # method and batch size in experiments A and B: one `EpochLog` per seed
     ('SGD', 16): (EpochLog(.7555, .7480, .7374, .0566304), EpochLog(.7590, .7452, .7515, .0499392),
                   EpochLog(.7550, .7492, .7468, .0544697)),
     ('SGD', 64): (EpochLog(.7045, .6413, .6734, .0629588), EpochLog(.7059, .7023, .6882, .0005142),
@@ -26,7 +26,7 @@ LOGS = { # of experiments A and B: (method, batch size): one `EpochLog` per seed
     ('SAM', 128): (EpochLog(.7078, .7078, .6914, .0021688), EpochLog(.7122, .7076, .6972, .0023655),
                    EpochLog(.7098, .7096, .6991, .0020393)),
 }
-LOGS_C = { # of experiment C: method: one `EpochLog` per seed
+LOGS_C = { # method in experiment C: one `EpochLog` per seed
     'SAM': (EpochLog(.7025, .7006, .6844, .0000872), EpochLog(.6630, .6544, .6488, .0000719),
             EpochLog(.6628, .6549, .6457, .0000950)),
     'ASAM': (EpochLog(.6895, .6865, .6702, .0002750), EpochLog(.6615, .6577, .6425, .0002498),
@@ -55,18 +55,19 @@ def _repeated(label, run, seeds=_SEEDS, published=None, log=None, **facts):
                        **facts)
 
 # %% ../../nbs/papers/102_sam_study.ipynb #646db764
+# `spec` is 'paper', 'code' or 'small', a key of `_BASES`
 def _study_a(spec='paper'):
     "Yield SGD, SAM with the same number of passes, and SAM with the same number of epochs."
     sgd = _BASES[spec]
     sam = sgd.but(method='sam')
     published = {} if spec == 'small' else _TABLE_I
     logs = {name: LOGS[name, 128] if spec == 'code' else None for name in published}
-    best = '' if spec == 'small' else 'published: the best test accuracy of 100 epochs'
-    yield from _repeated('SGD', sgd, published=published.get('SGD'), note=best, log=logs.get('SGD'))
+    note = '' if spec == 'small' else 'published: the best test accuracy of 100 epochs'
+    yield from _repeated('SGD', sgd, published=published.get('SGD'), note=note, log=logs.get('SGD'))
     if spec != 'code': # the code's SAM also trains for 100 epochs, and its log has epoch 50
         half = sam.but(epochs=sam.epochs // 2)
         yield from _repeated('SAM', half, note='half the epochs of SGD, the same number of passes')
-    yield from _repeated('SAM, equal epochs', sam, published=published.get('SAM'), note=best or 'control',
+    yield from _repeated('SAM, equal epochs', sam, published=published.get('SAM'), note=note or 'control',
                          log=logs.get('SAM'))
 
 def _study_b(spec='paper'):

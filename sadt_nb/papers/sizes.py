@@ -40,7 +40,7 @@ def table_size(
     groups = {}
     measured = {c.run: c.measures for c in cells if c.measures}
     for run, names in measured.items():
-        one_image = measure_cost(run, names, samples=1)
+        one_image = measure_cost(run, names, samples=1) # one image is one batch
         groups.setdefault((run.bs, training_images(run)), []).append(one_image)
     measures = []
     for group, found in sorted(groups.items()):

@@ -24,10 +24,10 @@ _TIMED = ('table1', 'flatness_resnet20', 'cifar_cnn', 'sam_study', 'notebook20',
 def _printed_speed():
     "Return the speed that the paper of SAF prints for a ResNet-18, in operations per second."
     run = paper_grid('saf/table3', only='baseline cifar10 resnet18')[0].run
-    of_paper = SPEEDS['CIFAR-10, ResNet-18']['baseline']
+    of_paper = SPEEDS['CIFAR-10, ResNet-18']['baseline'] # images per second
     return of_paper * run_cost(run).flops / (training_images(run) * run.epochs)
 
-def speeds() -> dict: # (network, with a GPU): operations per second; '' is any other network
+def speeds() -> dict: # From (network, `True` on a GPU) to operations per second; '': other networks
     "Return the speed of training, from the stored runs on CIFAR-10: per CPU thread, and on one GPU."
     found = {}
     for folder in _TIMED:
@@ -35,7 +35,8 @@ def speeds() -> dict: # (network, with a GPU): operations per second; '' is any 
             if not isinstance(r.get('hardware'), dict): continue
             key = run.model, bool(r['hardware']['gpu'])
             found.setdefault(key, {}).setdefault(folder, []).append(run_cost(run).flops / r['train_seconds'])
-    known = {key: max(map(median, of.values())) for key, of in found.items()} # short runs are slower
+    # short runs are slower, so the fastest folder counts
+    known = {key: max(map(median, of.values())) for key, of in found.items()}
     known['', False] = median(v for (_, on_gpu), v in known.items() if not on_gpu)
     return known | {('', True): _printed_speed()}
 
@@ -44,9 +45,9 @@ class Price(NamedTuple):
     effect: float  # Smallest effect of interest: points, or a ratio; NaN if it is unknown
     factor: bool   # `True` for a ratio
     spread: float  # Standard deviation of the difference over seeds; NaN if it is unknown
-    seeds: int     # Seeds for a power of 80%; 3, as in the papers, where spread or effect are unknown
-    hours: float   # On two CPU cores, with one run on each core; NaN without the network's package
-    minutes: float # On one GPU
+    seeds: int     # Seeds for a power of 80%; 3, as in the papers, if spread or effect is unknown
+    hours: float   # Hours on two CPU cores, one run on each; NaN without the network's package
+    minutes: float # Minutes on one GPU
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #34ff42b8
 def _open_comparison(claim):
@@ -61,7 +62,7 @@ def _open_comparison(claim):
     return max(pool, key=lambda e: e.seeds, default=None)
 
 def _seconds_per_seed(tables, speed, on_gpu):
-    "Return the time of one seed of every run of some tables."
+    "Return the seconds that all runs of some tables take, for one seed."
     total = 0
     for name, only in tables:
         cells = paper_grid(name, only=only)
@@ -82,7 +83,7 @@ def price(
     evidence = e or next(iter([*claim.ours, *claim.own]), None)
     smallest = evidence.smallest if evidence else np.nan
     if e: n = e.seeds
-    else: n = 3 if np.isnan(spread * smallest) else seeds_for_power(spread, smallest)
+    else: n = 3 if np.isnan(spread * smallest) else seeds_for_power(spread, smallest) # NaN: one is unknown
     n = max(3, n)
     try: cpu, gpu = (_seconds_per_seed(claim.tables, speed, on_gpu) for on_gpu in (False, True))
     except ImportError: cpu = gpu = np.nan # the network needs a package that is missing
@@ -95,7 +96,7 @@ _OPEN = ('no power', 'outside its regime', 'not run')
 
 def prices(
     claims:dict, # Name of a paper: list of `Claim`
-) -> dict: # The text of a claim: its `Price`
+) -> dict: # From the text of a claim to its `Price`
     "Return the price of every claim that is not decided and that a table can decide."
     speed = speeds()
     found = {}
@@ -105,7 +106,7 @@ def prices(
     return found
 
 def _rounded(x):
-    "Return a number with two digits."
+    "Return a number as text, with about two significant digits."
     return '?' if np.isnan(x) else f'{x:.1f}' if x < 10 else f'{round(x, 1 - int(np.log10(x))):,.0f}'
 
 def _commands(tables):
@@ -122,7 +123,9 @@ def _ordered(claims, known):
     for group in groups.values():
         by_price = sorted(group, key=lambda row: row[2].hours)
         # the runs for one claim decide the cheaper claims of the same table as well
-        for n, (paper, c, p) in enumerate(by_price, start=1): found.append((n / (2 * p.hours), paper, c, p))
+        for n, (paper, c, p) in enumerate(by_price, start=1):
+            core_hours = 2 * p.hours
+            found.append((n / core_hours, paper, c, p))
     return sorted(found, key=lambda row: -np.nan_to_num(row[0]))
 
 def price_table(
@@ -149,7 +152,7 @@ def _numbers(e, mean, low, high):
     return f'{mean:{digits}}{ends}'.replace(' ', '\N{NO-BREAK SPACE}') # no line break inside
 
 def _published(e):
-    "Return the published effect as text; empty if the paper states only the side."
+    "Return the published effect as text; empty if the paper states only its sign."
     if e.published is None: return ''
     digits = '.2f' if e.side.factor else '+.2f'
     spread = f' ± {e.published.spread:.2f}' if e.published.spread else ''
@@ -159,11 +162,11 @@ def _published(e):
 def evidence_text(
     e, # An `Evidence`
 ) -> str: # One line
-    "Return one piece of evidence as text: our number, the published one, and the outcome if it is judged."
+    "Return one piece of evidence as text: our number, the published number, and the outcome if it is judged."
     about = [_published(e)]
     if e.re_estimated: about.append(f'BatchNorm re-estimated {_numbers(e, *e.re_estimated)}')
     if not e.outside and not e.exact:
-        by_itself = e._replace(by_chance=False).outcome
+        by_itself = e._replace(by_chance=False).outcome # without the correction for many comparisons
         found = e.outcome if by_itself == e.outcome else f'{by_itself} by itself, may be chance: {e.outcome}'
         smallest = np.exp(e.smallest) if e.side.factor else e.smallest
         unit = '×\N{NO-BREAK SPACE}' if e.side.factor else ''
@@ -284,7 +287,7 @@ _PHRASES = { # outcome: the phrase for one claim, and for several
 }
 
 def _without_control(claims):
-    "Name the claims that only the control keeps open, each with its outcome as stated."
+    "Name the claims that only the control keeps open, each with its outcome without the control."
     found = [c for c in claims if c.outcome == 'no power' and c.as_stated not in _OPEN]
     return ''.join(f' Without its control, "{c.short}" would be {c.as_stated}; the comparison with its '
                    'control has no power.' for c in found)
@@ -292,7 +295,7 @@ def _without_control(claims):
 def paper_sentence(
     claims:list, # List of `Claim`
 ) -> Sentence:
-    "Return in one sentence how many claims have which outcome; judged claims are named."
+    "Return in one sentence how many claims have which outcome; claims that our runs decide are named."
     parts = []
     for outcome, (one, several) in _PHRASES.items():
         found = [c for c in claims if c.outcome == outcome]

@@ -23,7 +23,7 @@ from .saf import SPEEDS
 from .sam_study import LOGS, LOGS_C
 
 # %% ../../nbs/papers/110_verdicts.ipynb #c3c80460
-# names of places: a data set with one setup
+# names of places; a place is a data set with one setup, for example one network and one recipe
 _DIGITS = 'digits'
 _NOISY = 'digits, a fifth of the labels wrong'
 _FORTY = 'digits, 40% wrong labels'
@@ -37,7 +37,7 @@ _BARE = 'CIFAR-10, no BatchNorm'
 _FULL = 'CIFAR-10, full length'
 _FLAT = ('digits, flatness measured', 'Simple CNN on CIFAR-10', 'ResNet-20 on CIFAR-10')
 _STEP = 'a step of ResNet-18 on a CPU'
-_LOGS = 'ResNet-18 on CIFAR-10'
+_LOGS = 'ResNet-18 on CIFAR-10' # the networks of the authors' logs
 
 PLACES = [ # name, study page, folder of the stored runs, preset, mixed precision
     Place(_DIGITS, 'distill_digits', 'digits', 'distill/digits'),
@@ -160,7 +160,7 @@ def _at_most_printed(claimed, digits):
 
 def _presets(*names):
     "Return a text that names the presets to train, with their numbers of runs."
-    commands = [f'`sadt_grid {n}` ({len(paper_grid(n))} runs)' for n in names]
+    commands = [f'`sadt_grid {n}` ({len(_rows(n))} runs)' for n in names]
     return 'A test needs ' + ' and '.join(commands) + '.'
 
 def _number(place, label, value, side):
@@ -177,7 +177,7 @@ def _called(method): return method.upper().replace('SADT', 'SADT-')
 def _in_column(kind, bs): return ' · '.join([kind, *_SIMPLE_CNN, bs])
 
 def _stated(a, b, bs=_SMALL_BATCH, key='accuracy'):
-    "Return what Table 1 states of two rows for Simple CNN on CIFAR-10, and the length of its training."
+    "Return what Table 1 states of two rows for Simple CNN on CIFAR-10, and the length of training."
     rows = {a} if isinstance(a, str) else set(a)
     known = key == 'accuracy' and rows | {b} <= set(_IN_TABLE)
     if known: return _paper('sadt/table1', a, b, *_SIMPLE_CNN, bs)
@@ -235,7 +235,7 @@ def _above_plain(nets):
 def _one_factor(nets):
     "Compare SADT-1 with plain training, with one factor of the notebook changed."
     found = []
-    for c in paper_grid('sadt/notebook20_factors'):
+    for c in _rows('sadt/notebook20_factors'):
         what, factor, seed = c.label.split(' · ')
         if (what, seed) != ('SADT-1', 'seed 0') or factor == 'as in sadt/notebook20': continue
         kinds = f'SADT-1 · {factor}', f'baseline · {factor}'
@@ -262,7 +262,7 @@ def _released_notebook(nets):
 # %% ../../nbs/papers/110_verdicts.ipynb #f541a80c
 def _equal_time(nets):
     ours = _each_variant(nets, 'baseline · equal passes', 'equal passes')
-    length = _size('sadt/table1', *_SIMPLE_CNN, _LARGE_BATCH) # Figure 2
+    length = _size('sadt/table1', *_SIMPLE_CNN, _LARGE_BATCH) # the training that Figure 2 shows
     for v in _VARIANTS:
         words = f'{_called(v)} against plain training of twice the epochs'
         ours += _accuracy_everywhere(nets, words, v, 'twice the epochs', of_paper=length, part=_called(v))
@@ -411,8 +411,9 @@ def _large_batches(nets):
 
 def _gc_in_large_batches(nets):
     ours = []
-    plain = 'plain training', 'baseline', 'plain training, for comparison'
-    for words, m, aside in (('GC', 'gc', ''), plain):
+    # words, method, and the reason why the comparison is only shown
+    rows = ('GC', 'gc', ''), ('plain training', 'baseline', 'plain training, for comparison')
+    for words, m, aside in rows:
         values = [_accuracy('sadt/table1', m, [*_SIMPLE_CNN, bs])[0] for bs in (_LARGE_BATCH, _SMALL_BATCH)]
         kinds = _in_column(m, _LARGE_BATCH), _in_column(m, _SMALL_BATCH)
         ours.append(nets.gap(_FULL, f'{words}, batches of 2,048 against 512', *kinds, side=LESS, aside=aside,
@@ -760,11 +761,14 @@ def _larger_lead(nets, place=_CONSTANT, smallest=32):
     label = f"SAM's lead over SGD with batches of 128, minus that with batches of {smallest}"
     def compared(key, **facts):
         leads = {}
-        of_images = 0
+        deviations = [] # largest standard deviations over test sets
         for bs in (128, smallest):
             of_sam, of_sgd = (nets.value(place, f'{m} · batch {bs}', key) for m in ('SAM', 'SGD'))
             leads[bs] = of_sam - of_sgd
-            if len(leads[bs]): of_images += image_variance(of_sam.mean(), of_sgd.mean(), 10_000)
+            if leads[bs].empty: continue
+            deviations.append(np.sqrt(image_variance(of_sam.mean(), of_sgd.mean(), 10_000)))
+        # the two leads have the same test images: in the worst case, one falls where the other rises
+        of_images = sum(deviations)**2
         return judged(place, label, leads[128] - leads[smallest], MORE, of_images, pairing=WIDEST, **facts)
     stated = [_in_study_b('SAM', 'SGD', bs).get('published') for bs in (128, smallest)]
     effect = None if None in stated else Published(stated[0].effect - stated[1].effect, n=3)

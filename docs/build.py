@@ -385,7 +385,12 @@ def leaves(body):
         if inner: yield from leaves(inner)
         else: yield n
 
-def draws(n): return any(map(is_drawn, calls(n)))
+def subplots(body):
+    "Return the names that a cell gives to what Matplotlib returns, such as its axes."
+    made = [n for n in body if isinstance(n, ast.Assign) and root_name(n.value) == 'plt']
+    return {t.id for n in made for target in n.targets for t in ast.walk(target) if isinstance(t, ast.Name)}
+
+def draws(n, axes=()): return any(name in axes or is_drawn(name) for name in calls(n))
 
 def only_draws(cell, body, library):
     """Return whether most of a cell draws: its own figure, or without outputs a part of later figures.
@@ -394,11 +399,12 @@ def only_draws(cell, body, library):
     half, the cell is folded unless it prints or calls a function of `library`, names of this library."""
     if cell.source.startswith('#| export') or lines_of(body) < 4: return False
     if cell.outputs and not has_figure(cell.outputs): return False
+    axes = subplots(body)
     single = [*leaves(body)]
-    if lines_of(filter(draws, single)) >= lines_of(single) / 2: return True
+    if lines_of(n for n in single if draws(n, axes)) >= lines_of(single) / 2: return True
     called = {name for n in body for name in calls(n)}
     if 'print' in called or called & library: return False
-    return lines_of(filter(draws, body)) > lines_of(body) / 2
+    return lines_of(n for n in body if draws(n, axes)) > lines_of(body) / 2
 
 def library_names(cells):
     "Return the names that a notebook imports from this library, or that it defines for the library."

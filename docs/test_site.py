@@ -336,7 +336,9 @@ def test_excerpts_come_from_the_text_of_a_page(word, browser, host):
 def drawing_lines(block):
     "Return how many lines of a block of code draw, and how many lines it has."
     lines = [line for line in block.split('\n') if line.strip()]
-    return sum(bool(re.search(r'\b(plt|fig|axs?\d?)(\[.*?\])?\.\w+\(', line)) for line in lines), len(lines)
+    made = re.findall(r'^(.+?) = plt\.subplots', block, re.M)
+    names = '|'.join(['plt', 'fig', r'axs?\d?', *re.findall(r'\w+', ' '.join(made))])
+    return sum(bool(re.search(rf'\b({names})(\[.*?\])?\.\w+\(', line)) for line in lines), len(lines)
 
 
 # the snippets of guides are there to be copied, with their imports
@@ -362,6 +364,7 @@ def test_imports_and_drawing_are_folded(nb, browser, host):
 def test_the_count_of_drawing_lines_can_fail():
     block = "fig, ax = plt.subplots()\nax.plot(x)\naxs[0].set(title='t')\n\nx = figure(1)"
     assert drawing_lines(block) == (3, 4)
+    assert drawing_lines("fig, (left, right_) = plt.subplots(1, 2)\nleft.plot(x)\nright_.plot(x)") == (3, 3)
 
 
 # The vertical extent of the first figure of a page, in pixels from its top; `None` without a figure

@@ -79,8 +79,8 @@ test-all: test
 	for p in methods tutorials; do $(ONE) $(QUIET) $(SLOW) --path nbs/$$p || exit 1; done
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) tests -m slow
 
-# Tests that are too long for make test but not for CI: processes that die on a cluster or in a group, and
-# whole tutorials
+# Tests that are too long for make test but not for CI: processes that die on a cluster, in a grid or in a
+# group, and whole tutorials
 MOVED = other_code or control_c or a_process_dies or a_parent_that_is_killed or (several_processes and sadt1)
 test-moved: $(READY)
 	$(ONE) $(QUIET) $(BIN)/python -m pytest -q $(TWO) -m slow -k '$(MOVED)' \

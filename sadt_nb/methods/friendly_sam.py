@@ -38,6 +38,11 @@ class _RunningMean(SummedPass):
         if self._loaded: self.mean = fitted(self.mean, trainable_params(self.learn.model), 'mean gradient')
         self._loaded = False
 
+    def _with_mean(self, grads):
+        "Return the names of the gradients that have a mean, and the local parts of both, in the same order."
+        known = [n for n in grads if n in self.mean]
+        return known, local_parts(grads[n] for n in known), local_parts(self.mean[n] for n in known)
+
     def extra_pass(self, params, grads):
         unscale_(self.learn, grads.values())
         spare, self._spare = self._spare, {} # reuse the memory of the last step's sum
@@ -48,9 +53,7 @@ class _RunningMean(SummedPass):
     def after_sum(self, total, weight):
         # `weight`: the sum of the micro-batches' shares, below 1 for an incomplete step
         if weight != 1: torch._foreach_div_(local_parts(total.values()), weight)
-        known = [n for n in total if n in self.mean]
-        gs = local_parts(total[n] for n in known)
-        means = local_parts(self.mean[n] for n in known)
+        known, gs, means = self._with_mean(total)
         if known: torch._foreach_lerp_(means, gs, 1 - self.decay) # decay m + (1 - decay) g
         self._spare = {n: total[n] for n in known}
         # old means win in the union; a parameter without a mean starts with its first gradient
@@ -91,9 +94,7 @@ class FriendlySAM(_RunningMean):
 
     def perturbation(self, params, grads):
         self._fit_mean()
-        known = [n for n in grads if n in self.mean]
-        gs = local_parts(grads[n] for n in known)
-        means = local_parts(self.mean[n] for n in known)
+        known, gs, means = self._with_mean(grads)
         share = micro_batch_share(self.learn) # `grads` contain this factor
         if known: torch._foreach_add_(gs, means, alpha=-self.sigma * share) # d = g - sigma m
         return ascent(grads, self.rho)

@@ -155,7 +155,10 @@ class _SeededNoise(ExtraPass):
     """The random numbers and the size of a teacher's noise; both are saved for a resumed run.
 
     The first batch makes the generator from `seed`, on the device of the parameters."""
-    seed, sigma, noise_scale = 0, 'fixed', 1. # options of `SADT`
+    # options of `SADT`
+    seed = 0
+    sigma = 'fixed'
+    noise_scale = 1.
     generator = None # made at the first batch
     _loaded = None   # loaded state of a generator that is not made yet
     fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator

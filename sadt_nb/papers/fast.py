@@ -9,7 +9,7 @@ __all__ = ['GRIDS']
 from functools import partial
 
 from ..experiments.config import Run
-from ..methods.registry import METHODS
+from ..methods.registry import METHODS, passes_of
 from .base import PaperRun, distilled
 from .saf import code_term
 
@@ -25,10 +25,12 @@ _FAST_SMALL = _FAST.but(model_args=dict(widths=(64, 256, 256)), epochs=8, bs=512
 _FAST_NARROW = _FAST_SMALL.but(model_args=dict(widths=(32, 128, 128)))
 _PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
 
+def _with_wrong_labels(run, noise):
+    return run.but(data='noisy_cifar10', data_args=dict(noise=noise)) if noise else run
+
 def _all_methods(base, seeds=range(3), noise=0.):
     "Yield all methods at equal epochs, some with other options, and plain training with more passes."
-    if noise:
-        base = base.but(data='noisy_cifar10', data_args=dict(noise=noise))
+    base = _with_wrong_labels(base, noise)
     seeds = list(seeds)
     for i, seed in enumerate(seeds):
         plain = base.but(seed=seed)
@@ -79,10 +81,24 @@ def _search():
                 run = _FAST.but(model_args=dict(widths=widths), epochs=epochs, bs=bs)
                 yield PaperRun(f'widths {" ".join(map(str, widths))}, {epochs} epochs, batch {bs}', run)
 
+# %% ../../nbs/papers/105_fast.ipynb #f7a31d03
+_RATES = (.5, 1, 2) # multiples of the recipe's learning rate
+
+def _rates(base, noise=0.):
+    "Yield four methods at several rates, all with as many passes as plain training in twice the epochs."
+    base = _with_wrong_labels(base, noise).but(valid=.1)
+    for name in ('baseline', 'weight_average', 'sam', 'sadt1'):
+        run = base.but(method=name, epochs=2 * base.epochs / passes_of(name))
+        for factor in _RATES:
+            label = f'{name}, {factor:g} times the rate · seed 0'
+            yield PaperRun(label, run.but(lr=factor * base.lr))
+
 # %% ../../nbs/papers/105_fast.ipynb #259e25b9
 GRIDS = {}
 _BASES = {'94': _FAST, '96': _FAST96, 'small': _FAST_SMALL, 'narrow': _FAST_NARROW}
 for _name, _base in _BASES.items():
     for _ending, _noise in (('', 0.), ('_noise20', .2), ('_noise40', .4)):
         GRIDS[f'fast/{_name}{_ending}'] = partial(_all_methods, _base, noise=_noise)
-GRIDS |= {'fast/search': _search, 'fast/steps': _steps}
+GRIDS |= {'fast/narrow_rates': partial(_rates, _FAST_NARROW),
+          'fast/narrow_rates_noise40': partial(_rates, _FAST_NARROW, noise=.4),
+          'fast/search': _search, 'fast/steps': _steps}

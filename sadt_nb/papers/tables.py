@@ -98,6 +98,8 @@ _OWN = {
     'fast/narrow': 'all methods on the shorter recipe with half of the channels',
     'fast/narrow_noise20': 'fast/narrow with 20% wrong labels',
     'fast/narrow_noise40': 'fast/narrow with 40% wrong labels',
+    'fast/narrow_rates': 'four methods at three learning rates, as many passes as 16 epochs',
+    'fast/narrow_rates_noise40': 'fast/narrow_rates with 40% wrong labels',
     'fast/search': 'plain training at several widths, epochs and batch sizes',
     'fast/steps': 'the 94% recipe, built up part by part',
 }

@@ -279,6 +279,29 @@ def test_a_mistake_in_a_real_shell():
     assert r.stderr.strip().splitlines()[-1].startswith('sadt_train: error: unknown method')
 
 
+@pytest.mark.parametrize('args, status', [
+    (['sadt_grid', '--help'], {0, 141}), # argparse itself ignores that nobody reads
+    (['sadt_grid', 'fast/narrow', '--list'], {141}),
+])
+def test_a_command_whose_reader_has_ended_ends_without_a_message(args, status):
+    "`sadt_grid NAME --list | head` closes the pipe before all rows are written."
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [BIN / args[0], *args[1:]]
+    r = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=ENV, timeout=300)
+    os.close(writer)
+    assert r.stderr == ''
+    assert r.returncode in status
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys):
+    messages = {BrokenPipeError(32, 'worker'): '[Errno 32] worker', ValueError(): 'ValueError'}
+    for error, message in messages.items():
+        with pytest.raises(SystemExit) as end, cli._one_line_errors('sadt_grid'): raise error
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f'sadt_grid: error: {message}\n'
+
+
 def receive_ctrl_c():
     "Undo what shells do to background jobs and their children, which ignore Ctrl-C."
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -39,7 +39,7 @@ for _package in ('fastai', 'fastcore', 'fastprogress', 'matplotlib', 'numpy', 'p
     warnings.filterwarnings('ignore', module=rf'{_package}(\.|$)')
 
 # %% ../../nbs/commands/110_cli.ipynb #1b2a6da1
-import argparse, ast, codecs, difflib, json, math, re
+import argparse, ast, codecs, difflib, json, math, re, select
 from functools import partial, wraps
 from contextlib import contextmanager
 from importlib import import_module
@@ -96,17 +96,35 @@ def _fail(command, message):
     print(f'{command}: error: {visible(message)}', file=sys.stderr)
     sys.exit(2)
 
+_STDOUT = 1 # the file descriptor of standard output
+
+def _nobody_reads():
+    "Return whether the program that reads standard output has ended, as `head` does after its last line."
+    if not hasattr(select, 'poll'): return False # Windows reports this as another error
+    pipe = select.poll()
+    pipe.register(_STDOUT, 0) # `POLLERR` is always reported
+    return any(event & select.POLLERR for _, event in pipe.poll(0))
+
+def _end_without_reader():
+    "End the command without a message and with status 141, as other programs end at a broken pipe."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT) # Python flushes standard output once more at exit
+    sys.exit(141)
+
 @contextmanager
 def _one_line_errors(command):
     "Turn errors into one line on standard error: exit status 2 for a user's mistake, 130 for Ctrl-C."
-    try: yield
+    try:
+        try: yield
+        finally: sys.stdout.flush() # so that a broken pipe is an error here, and not when Python exits
     except KeyboardInterrupt:
         print(f'\n{command}: {_STOPPED}', file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
+        if isinstance(e, BrokenPipeError) and _nobody_reads(): _end_without_reader()
         # a `RuntimeError` from PyTorch is not a user's mistake; `runner` is imported only for this comparison
         if isinstance(e, RuntimeError) and not isinstance(e, runner.RunError): raise
-        _fail(command, str(e).strip().splitlines()[-1].strip())
+        message = str(e).strip() or type(e).__name__
+        _fail(command, message.splitlines()[-1].strip())
 
 # %% ../../nbs/commands/110_cli.ipynb #4d304a31
 def _keys(node, values):
@@ -847,7 +865,7 @@ def _demo_figure(runs, accuracies, file):
         ax.plot([accuracy.mean()] * 2, [y - .3, y + .3], color=color, lw=2)
     ax.set(ylim=(len(runs) - .5, -.5), yticks=range(len(runs)),
            yticklabels=[*runs], xlabel=f'accuracy on test images with true labels, %\n'
-           f'(points: {len(accuracy)} runs per row, each with another seed; lines: means)')
+           f'(points: runs with other seeds, {len(accuracy)} per row; lines: means)')
     fig.suptitle(fill(_demo_message(accuracies), 60), fontsize=11) # centred over row names and axes
     ax.grid(axis='x', alpha=.3)
     fig.savefig(file, dpi=120)

@@ -522,7 +522,8 @@ def check_after_kills(runs, tmp_path, times, most, least):
     assert kills >= least
     for cfg in runs: assert same(outcome(cfg, whole), outcome(cfg, cut)), cfg.name
     left = {f.name for c in runs for f in (cut / c.name).iterdir()}
-    assert left == {'.lock', 'config.json', 'history.json', 'result.json', 'weights.pt'}
+    left.discard('.lock') # some versions of filelock delete it when they release the lock
+    assert left == {'config.json', 'history.json', 'result.json', 'weights.pt'}
     return sum(read_result(c, cut)['resumed'] > 0 for c in runs)
 
 

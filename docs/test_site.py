@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+import gallery
 import nbformat
 import pytest
 
@@ -422,6 +423,24 @@ def test_the_cards_have_minutes_to_read_and_run():
         card = next(c for c in text.split('class="sd-card ')[1:] if f'href="{stem}.html"' in c)
         assert re.search(r'\d+ min to read', card), stem
         assert bool(re.search(r'about \d+ (s|min) to run', card)) == (stem in measured), stem
+
+
+# the words in which a tutorial says its minutes
+MINUTES = {'a': 1, 'two': 2, 'three': 3, 'ten': 10, 'fifteen': 15, 'twenty': 20, 'twenty-five': 25}
+
+
+@pytest.mark.parametrize('nb', TUTORIALS, ids=page_stem)
+def test_a_tutorial_announces_the_minutes_of_its_card(nb):
+    notebook = nbformat.read(nb, as_version=4)
+    text = notebook.cells[0].source
+    pattern = r'takes about ([a-z-]+) minutes to read and (less than )?([a-z]+) minutes? to run'
+    to_read, less, to_run = re.search(pattern, text).groups()
+    reading, running = gallery.times(notebook, page_stem(nb))
+    assert abs(MINUTES[to_read] - int(reading.split()[0])) < 4, reading
+    number, unit = re.fullmatch(r'about (\d+) (s|min) to run', running).groups()
+    minutes = int(number) / 60 if unit == 's' else int(number)
+    if less: assert minutes < MINUTES[to_run], running
+    else: assert round(minutes) == MINUTES[to_run], running
 
 
 def test_the_check_for_open_code_can_fail(browser):

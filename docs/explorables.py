@@ -2,7 +2,8 @@
 
 A code cell with the line `#| explorable: NAME` draws a still picture. On the website the explorable follows
 this cell and hides its picture; without scripts, in Jupyter and on GitHub the picture stays. The sources are
-in docs/_static/explorables, one file per explorable, and need neither a build nor the network."""
+in docs/_static/explorables, one file per explorable, and need neither a build nor another host: D3, with
+which they draw, stands in docs/_static/d3."""
 import json
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -10,13 +11,14 @@ from typing import Callable, NamedTuple
 import nbformat
 
 FOLDER = Path(__file__).parent / '_static' / 'explorables'
+D3 = '_static/d3/d3.min.js' # dist/d3.min.js of D3 7.9.0 from npm, 280 kB
 LANDSCAPES = Path(__file__).parent / 'landscapes.json' # made by make_landscapes.py
 
 
 class Explorable(NamedTuple):
     "One interactive piece."
     label: str              # Its name for screen readers
-    scripts: tuple          # Names of its files, in the order in which they are loaded
+    scripts: tuple          # Names of its files, in the order in which they are loaded, after D3
     has_still: bool = True  # `True`: it takes the place of the cell's picture
     data: Callable|None = None # Returns what it shows, for JSON
 
@@ -57,11 +59,11 @@ def place(name):
     return raw_html(lines)
 
 def files(names, up):
-    "Return the cell that loads the files of explorables, each once; `up` leads to the site's root."
+    "Return the cell that loads D3 and the files of explorables, each once; `up` leads to the site's root."
     root = f'{up}_static/explorables/'
-    scripts = dict.fromkeys(s for name in names for s in EXPLORABLES[name].scripts)
+    scripts = dict.fromkeys(f'{root}{s}.js' for name in names for s in EXPLORABLES[name].scripts)
     lines = [f'<link rel="stylesheet" href="{root}explorables.css">']
-    lines += [f'<script src="{root}{s}.js" defer></script>' for s in scripts]
+    lines += [f'<script src="{s}" defer></script>' for s in [up + D3, *scripts]]
     return raw_html(lines)
 
 def with_explorables(cells, up):

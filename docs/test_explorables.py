@@ -1,6 +1,7 @@
 """The interactive pieces of the website, in a real browser; `make test-site` builds the site and runs this.
 
 The formulas in JavaScript must give the numbers that the library gives."""
+import hashlib
 import json
 import math
 import random
@@ -180,6 +181,42 @@ def test_sources_are_safe_and_small():
         assert max(map(len, text.splitlines())) <= 110, file.name
 
 
+def test_d3_is_the_published_file():
+    "It is `dist/d3.min.js` of D3 7.9.0 as npm has it, and its licence stands beside it."
+    file = explorables.FOLDER.parents[1] / explorables.D3
+    sha256 = 'f2094bbf6141b359722c4fe454eb6c4b0f0e42cc10cc7af921fc158fceb86539'
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+    assert 'Permission to use, copy, modify' in (file.parent / 'LICENSE').read_text(encoding='utf-8')
+
+
+# What a page loads: its scripts and stylesheets, and whatever these ask for
+LOADED = """() => [
+  ...[...document.scripts].map(e => e.src),
+  ...[...document.querySelectorAll('link[rel~=stylesheet]')].map(e => e.href),
+  ...performance.getEntriesByType('resource').map(e => e.name),
+].filter(url => url && !url.startsWith('data:'))"""
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_all_that_a_page_loads_comes_from_our_host(name, window, host):
+    "D3 is loaded once, before the files that draw with it."
+    opened(window, name, host)
+    loaded = window.evaluate(LOADED)
+    assert [url for url in loaded if not url.startswith(host)] == []
+    scripts = window.evaluate('[...document.scripts].map(e => e.src)')
+    ours = [url for url in scripts if '/d3/' in url or '/explorables/' in url]
+    assert ours[0] == host + explorables.D3
+    assert len(set(ours)) == len(ours) > 1
+
+
+def test_pages_without_an_explorable_do_without_d3(browser, host):
+    tab = browser.new_page()
+    tab.goto(host)
+    loaded = tab.evaluate(LOADED)
+    assert loaded and not [url for url in loaded if '/d3/' in url]
+    tab.close()
+
+
 def losses(piece):
     "Return the losses that the table of the first explorable shows."
     rows = piece.locator('tbody tr').all()
@@ -230,6 +267,7 @@ def test_one_step_by_hand(window, host):
     window.mouse.move(x + 5000, y)
     window.mouse.up()
     assert float(handle.get_attribute('aria-valuenow')) == 1.6
+    assert window.evaluate(TOO_WIDE) <= 0
     box = handle.bounding_box()
     window.mouse.move(box['x'] + 20, box['y'] + 20)
     window.mouse.move(box['x'] + 15, box['y'] + 20)
@@ -238,10 +276,38 @@ def test_one_step_by_hand(window, host):
 
 def test_one_step_draws_only_what_is_chosen(window, host):
     piece = opened(window, 'one_step', host)
-    red = piece.locator('polyline[stroke="#d62728"]')
+    red = piece.locator('.plane path[stroke="#d62728"]')
     assert red.count() == 3 # first step, climb, second step
     piece.get_by_role('checkbox', name='SADT').uncheck()
     assert red.count() == 0
+
+
+# How many of the map's areas cover a place, given from 0 to 1 to the right and downward
+AREAS = """(place, places) => {
+  const box = place.querySelector('.plane svg svg').getBoundingClientRect();
+  const covers = (path, [right, down]) => {
+    const at = new DOMPoint(box.x + right * box.width, box.y + down * box.height);
+    return path.isPointInFill(at.matrixTransform(path.getScreenCTM().inverse()));
+  };
+  const areas = [...place.querySelectorAll('.levels path')];
+  return places.map(p => areas.filter(path => covers(path, p)).length);
+}"""
+
+
+def test_the_areas_of_the_map_are_levels_of_the_loss(window, host):
+    "A place lies in the areas of all levels above its loss, also after the window has become narrower."
+    piece = opened(window, 'one_step', host)
+    draw = random.Random(0)
+    places = [[draw.random(), draw.random()] for _ in range(40)]
+    losses = [Outputs([-1.6 + 3.2 * x, .8 - 1.6 * y]).loss().item() for x, y in places]
+    levels = [.1, .15, .2, .25, .3, .35, .4, .5, .7, 1, 1.5, 2.2, 3.2, 5, 8]
+    expected = [sum(loss < level for level in levels) for loss in losses]
+    assert piece.evaluate(AREAS, places) == expected
+    window.set_viewport_size(dict(width=350, height=700))
+    window.wait_for_function("place => place.querySelector('.plane svg svg').clientWidth < 260",
+                             arg=piece.element_handle())
+    assert piece.evaluate(AREAS, places) == expected
+    assert window.evaluate(TOO_WIDE) <= 0
 
 
 def table(piece):
@@ -408,6 +474,52 @@ def test_the_landscapes_turn_by_keyboard_and_by_hand(window, host):
     piece.get_by_label('tilt').press('End')
     assert piece.get_by_label('tilt').input_value() == '90'
     assert piece.evaluate(PICTURE) != linear
+
+
+@pytest.fixture
+def phone(browser):
+    context = browser.new_context(viewport=dict(width=375, height=900), has_touch=True, is_mobile=True)
+    yield context.new_page()
+    context.close()
+
+
+def swipe(tab, element, right, down):
+    "Move a finger from the middle of an element by some pixels."
+    box = element.bounding_box()
+    x = box['x'] + box['width'] / 2
+    y = box['y'] + box['height'] / 2
+    session = tab.context.new_cdp_session(tab)
+    def touch(kind, *points):
+        session.send('Input.dispatchTouchEvent', dict(type=kind, touchPoints=points))
+        tab.wait_for_timeout(50)
+    touch('touchStart', dict(x=x, y=y))
+    for i in range(1, 11): touch('touchMove', dict(x=x + right * i / 10, y=y + down * i / 10))
+    touch('touchEnd')
+    tab.wait_for_timeout(300) # until the page rests
+
+
+def test_a_finger_moves_the_point_and_not_the_page(phone, host):
+    piece = opened(phone, 'one_step', host)
+    scrolled = phone.evaluate('scrollY')
+    handle = piece.locator('.handle')
+    swipe(phone, handle, 60, 40)
+    assert phone.evaluate('scrollY') == scrolled
+    scale = 3.2 / (piece.locator('.plane').bounding_box()['width'] - 34)
+    assert float(handle.get_attribute('aria-valuenow')) == pytest.approx(-.8 + 60 * scale, abs=.02)
+    assert 'w2 0.3' not in handle.get_attribute('aria-valuetext')
+
+
+def test_a_finger_turns_the_landscapes_sideways_and_else_scrolls_the_page(phone, host):
+    piece = opened(phone, 'landscapes', host)
+    canvas = piece.locator('canvas').first
+    angles = [piece.get_by_label(name) for name in ('turn', 'tilt')]
+    scrolled = phone.evaluate('scrollY')
+    swipe(phone, canvas, 50, 0)
+    assert [a.input_value() for a in angles] == ['65', '45']
+    assert phone.evaluate('scrollY') == scrolled
+    swipe(phone, canvas, 0, -100)
+    assert phone.evaluate('scrollY') == pytest.approx(scrolled + 100, abs=30)
+    assert [a.input_value() for a in angles] == ['65', '45']
 
 
 def test_the_colours_of_a_landscape_are_its_losses(browser, host):

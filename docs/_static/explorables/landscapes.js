@@ -3,155 +3,119 @@
 (() => {
   const START = {turn: 35, tilt: 45, log: true};
   const LOSSES = [.001, 10]; // the range of heights and colours
-  const COLORS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]]; // viridis
-  const {html, number} = Parts;
-  const radians = degrees => degrees * Math.PI / 180;
-  const clamp = (v, low, high) => Math.min(high, Math.max(low, v));
 
-  // Where a loss lies in the range, from 0 to 1
-  function share(loss, log) {
-    const [low, high] = LOSSES;
-    const v = log ? Math.log(loss / low) / Math.log(high / low) : (loss - low) / (high - low);
-    return clamp(v, 0, 1);
-  }
-
-  function color(v) {
-    const place = v * (COLORS.length - 1);
-    const i = Math.min(COLORS.length - 2, Math.floor(place));
-    return COLORS[i].map((c, k) => Math.round(c + (place - i) * (COLORS[i + 1][k] - c)));
-  }
-
-  // A function from a point of the cube [-1, 1]² x [0, 1] to the picture: right, up, and distance
-  function projection(view) {
-    const [a, b] = [radians(view.turn), radians(view.tilt)];
-    return (x, y, height) => {
-      const right = x * Math.cos(a) - y * Math.sin(a);
-      const away = x * Math.sin(a) + y * Math.cos(a);
-      const z = 1.2 * (height - .5);
-      return [right, z * Math.cos(b) + away * Math.sin(b), away * Math.cos(b) - z * Math.sin(b)];
+  // Where a point of the cube [-1, 1]² x [0, 1] lies in a picture: pixels across, pixels down, and distance
+  function projection(width, height, view) {
+    const [turn, tilt] = [view.turn, view.tilt].map(degrees => degrees * Math.PI / 180);
+    const size = Math.min(width / 2.9, height / 2.7);
+    const lift = .25 * Math.cos(tilt); // most of a surface lies above the middle of the range
+    return (x, y, share) => {
+      const right = x * Math.cos(turn) - y * Math.sin(turn);
+      const away = x * Math.sin(turn) + y * Math.cos(turn);
+      const z = 1.2 * (share - .5);
+      const up = z * Math.cos(tilt) + away * Math.sin(tilt) - lift;
+      return [width / 2 + size * right, height / 2 - size * up, away * Math.cos(tilt) - z * Math.sin(tilt)];
     };
   }
 
   // The four-cornered pieces of a surface, the farthest first, so that nearer ones cover them
-  function pieces(landscape, view) {
-    const project = projection(view);
-    const {at, loss} = landscape;
-    const points = loss.map((row, i) => row.map((v, j) => project(at[i], at[j], share(v, view.log))));
-    const found = [];
-    for (let i = 0; i + 1 < at.length; i++) {
-      for (let j = 0; j + 1 < at.length; j++) {
-        const corners = [points[i][j], points[i][j + 1], points[i + 1][j + 1], points[i + 1][j]];
-        const mean = (loss[i][j] + loss[i][j + 1] + loss[i + 1][j + 1] + loss[i + 1][j]) / 4;
-        const away = corners.reduce((sum, c) => sum + c[2], 0);
-        found.push({corners, away, color: color(share(mean, view.log))});
-      }
-    }
-    return found.sort((p, q) => q.away - p.away);
+  function pieces({at, loss}, project, share) {
+    const points = loss.map((row, i) => row.map((v, j) => project(at[i], at[j], share(v))));
+    const four = (rows, i, j) => [rows[i][j], rows[i][j + 1], rows[i + 1][j + 1], rows[i + 1][j]];
+    const places = d3.range(at.length - 1);
+    const found = d3.cross(places, places, (i, j) => ({
+      corners: four(points, i, j),
+      color: d3.color(d3.interpolateViridis(share(d3.mean(four(loss, i, j))))),
+    }));
+    return d3.sort(found, piece => -d3.sum(piece.corners, corner => corner[2]));
   }
 
   function draw(canvas, landscape, view) {
-    const width = canvas.clientWidth;
-    const height = canvas.clientHeight;
+    const {clientWidth: width, clientHeight: height} = canvas;
     if (!width) return;
     canvas.width = width * devicePixelRatio;
     canvas.height = height * devicePixelRatio;
     const context = canvas.getContext('2d');
     context.scale(devicePixelRatio, devicePixelRatio);
-    const scale = Math.min(width / 2.9, height / 2.7);
-    const lift = .25 * Math.cos(radians(view.tilt)); // most of a surface lies above the middle of the range
-    const pixel = ([right, up]) => [width / 2 + scale * right, height / 2 - scale * (up - lift)];
-    context.lineWidth = .5;
-    for (const piece of pieces(landscape, view)) {
-      context.beginPath();
-      for (const corner of piece.corners) context.lineTo(...pixel(corner));
-      context.closePath();
-      context.fillStyle = `rgb(${piece.color})`;
-      context.strokeStyle = `rgb(${piece.color.map(c => Math.round(.75 * c))})`;
+    const project = projection(width, height, view);
+    const share = (view.log ? d3.scaleLog : d3.scaleLinear)(LOSSES, [0, 1]).clamp(true);
+    const outline = d3.line().curve(d3.curveLinearClosed).context(context);
+    const paint = (fill, stroke, lineWidth) => {
+      Object.assign(context, {fillStyle: fill, strokeStyle: stroke, lineWidth});
       context.fill();
       context.stroke();
+    };
+    for (const {corners, color} of pieces(landscape, project, share)) {
+      context.beginPath();
+      outline(corners);
+      paint(color, color.darker(.8), .5);
     }
-    drawNetwork(context, pixel(projection(view)(0, 0, share(middle(landscape), view.log))));
-  }
-
-  // The point of the trained network, in the middle; a surface in front of it does not hide it.
-  function drawNetwork(context, [x, y]) {
+    // The point of the trained network, in the middle; a surface in front of it does not hide it.
+    const [x, y] = project(0, 0, share(middle(landscape)));
     context.beginPath();
     context.arc(x, y, 4, 0, 2 * Math.PI);
-    context.fillStyle = '#d62728';
-    context.strokeStyle = '#ffffff';
-    context.lineWidth = 1.5;
-    context.fill();
-    context.stroke();
+    paint('#d62728', '#ffffff', 1.5);
   }
 
-  function middle(landscape) {
-    const i = (landscape.at.length - 1) / 2;
-    return landscape.loss[i][i];
+  function middle({loss}) {
+    const i = (loss.length - 1) / 2;
+    return loss[i][i];
   }
 
   // The mean loss at the border of the square
-  function border(landscape) {
-    const last = landscape.at.length - 1;
-    const isBorder = (i, j) => i === 0 || j === 0 || i === last || j === last;
-    const values = landscape.loss.flatMap((row, i) => row.filter((v, j) => isBorder(i, j)));
-    return values.reduce((sum, v) => sum + v, 0) / values.length;
+  function border({loss}) {
+    const sides = loss.slice(1, -1).flatMap(row => [row[0], row.at(-1)]);
+    return d3.mean([...loss[0], ...sides, ...loss.at(-1)]);
   }
 
-  // Sideways, the pointer turns all surfaces; up and down, it tilts them. On a phone a finger turns them
-  // only, because up and down scrolls the page.
-  function turnByHand(canvas, view, show) {
-    let last = null;
-    canvas.addEventListener('pointerdown', e => {
-      last = [e.clientX, e.clientY];
-      canvas.setPointerCapture(e.pointerId);
-    });
-    canvas.addEventListener('pointermove', e => {
-      if (!last) return;
-      const turn = view.turn + .6 * (e.clientX - last[0]);
-      const tilt = view.tilt + .4 * (e.clientY - last[1]);
-      show({turn: (turn + 360) % 360, tilt: clamp(tilt, 0, 90)});
-      last = [e.clientX, e.clientY];
-    });
-    for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, () => { last = null; });
+  function numbers(landscape) {
+    const [inside, outside] = [d3.format('.4f')(middle(landscape)), d3.format('.1f')(border(landscape))];
+    return `: loss ${inside} at the network, ${outside} on average at the border`;
   }
 
-  function addView(parent, landscape, view, show) {
-    const figure = html(parent, 'figure');
-    const numbers = `loss ${number(middle(landscape), 4)} at the network, ` +
-      `${number(border(landscape), 1)} on average at the border`;
-    const canvas = html(figure, 'canvas', {role: 'img', 'aria-label': `${landscape.name}: ${numbers}`});
-    const caption = html(figure, 'figcaption');
-    html(caption, 'strong', {}, landscape.name);
-    caption.append(`: ${numbers}`);
-    turnByHand(canvas, view, show);
-    return {canvas, landscape};
-  }
-
-  Parts.start('landscapes', (place, data) => {
+  Parts.start('landscapes', (place, {landscapes}) => {
     const view = {...START};
-    const controls = html(place, 'div', {class: 'controls'});
-    const turn = Parts.slider(controls, 'turn', {min: 0, max: 360, step: 5, value: view.turn, digits: 0},
-      v => show({turn: v}));
-    const tilt = Parts.slider(controls, 'tilt', {min: 0, max: 90, step: 5, value: view.tilt, digits: 0},
-      v => show({tilt: v}));
-    const label = html(controls, 'label');
-    const log = html(label, 'input', {type: 'checkbox'});
-    log.checked = view.log;
-    label.append(' logarithmic');
-    log.addEventListener('change', () => show({log: log.checked}));
-    const row = html(place, 'div', {class: 'views'});
-    const views = data.landscapes.map(landscape => addView(row, landscape, view, show));
-    const [low, high] = LOSSES;
-    html(place, 'p', {class: 'hint'},
-      `Height and colour are the loss, from ${low} to ${high} in all three pictures. The red point is the ` +
-      `trained network. Slice: ${data.landscapes[0].about}.`);
-    new ResizeObserver(() => show({})).observe(row);
+    const controls = place.append('div').attr('class', 'controls');
+    const degrees = {min: 0, step: 5, format: 'd'};
+    const turn = Parts.slider(controls, 'turn', {...degrees, max: 360}, v => show({turn: v}));
+    const tilt = Parts.slider(controls, 'tilt', {...degrees, max: 90}, v => show({tilt: v}));
+    const label = controls.append('label');
+    label.append('input').attr('type', 'checkbox').property('checked', view.log)
+      .on('change', e => show({log: e.target.checked}));
+    label.append('span').text(' logarithmic');
+    const row = place.append('div').attr('class', 'views');
+    const figures = row.selectAll('figure').data(landscapes).join('figure');
+    const canvases = figures.append('canvas').attr('role', 'img')
+      .attr('aria-label', landscape => landscape.name + numbers(landscape));
+    const captions = figures.append('figcaption');
+    captions.append('strong').text(landscape => landscape.name);
+    captions.append('span').text(numbers);
+    place.append('p').attr('class', 'hint').text(
+      `Height and colour are the loss, from ${LOSSES.join(' to ')} in all three pictures. The red point is ` +
+      `the trained network. Slice: ${landscapes[0].about}.`);
+    // Sideways, the pointer turns all surfaces; up and down, it tilts them. A finger turns them only, because
+    // up and down scrolls the page; with d3.drag a finger could not scroll it.
+    let last = null;
+    canvases.on('pointerdown', e => {
+      last = e;
+      e.target.setPointerCapture(e.pointerId);
+    });
+    canvases.on('pointermove', e => {
+      if (!last) return;
+      const down = e.pointerType === 'touch' ? 0 : e.clientY - last.clientY;
+      const turn = view.turn + .6 * (e.clientX - last.clientX);
+      const tilt = view.tilt + .4 * down;
+      show({turn: (turn + 360) % 360, tilt: Math.min(90, Math.max(0, tilt))});
+      last = e;
+    });
+    canvases.on('pointerup pointercancel', () => { last = null; });
+    new ResizeObserver(() => show({})).observe(row.node());
 
     function show(change) {
       Object.assign(view, change);
       turn.set(view.turn);
       tilt.set(view.tilt);
-      for (const v of views) draw(v.canvas, v.landscape, view);
+      canvases.each((landscape, i, all) => draw(all[i], landscape, view));
     }
   });
 })();

@@ -3,142 +3,117 @@
 const Plane = (() => {
   const RANGE = {w1: [-1.6, 1.6], w2: [-.8, .8]};
   const LEVELS = [.1, .15, .2, .25, .3, .35, .4, .5, .7, 1, 1.5, 2.2, 3.2, 5, 8];
-  const MARGIN = {left: 34, bottom: 32};
-  const MINIMA = [['sharp', -1.0574538, '#b22222'], ['flat', .9304029, '#2e8b57']];
-  const {html, svg, number} = Parts;
+  const GRID = [160, 80]; // columns and rows of the points at which the loss is computed
+  const MARGIN = {left: 34, bottom: 38};
+  const MINIMA = [
+    {name: 'sharp', w1: -1.0574538, color: '#b22222'},
+    {name: 'flat', w1: .9304029, color: '#2e8b57'}];
   const clamp = (v, [low, high]) => Math.min(high, Math.max(low, v));
 
-  // The map itself. `start` is the first point. `onMove` gets the point whenever it moves, and `draw` gets
-  // the map whenever it must be drawn anew.
-  class LossMap {
-    constructor(parent, name, start, onMove, draw) {
-      this.point = [...start];
-      this.name = name;
-      this.onMove = onMove;
-      this.draw = draw;
-      this.box = html(parent, 'div', {class: 'plane'});
-      this.canvas = html(this.box, 'canvas', {'aria-hidden': 'true'});
-      this.svg = svg(this.box, 'svg', {});
-      new ResizeObserver(() => this.resize()).observe(this.box);
-      this.resize();
+  // For each level the area in which the loss is lower. D3 looks for higher values, hence the signs.
+  function areas() {
+    const w1 = d3.scaleLinear([0, GRID[0]], RANGE.w1);
+    const w2 = d3.scaleLinear([GRID[1], 0], RANGE.w2);
+    const points = d3.cross(d3.range(GRID[1]), d3.range(GRID[0]), (i, j) => [w1(j + .5), w2(i + .5)]);
+    const contours = d3.contours().size(GRID).thresholds(LEVELS.map(level => -level));
+    return contours(points.map(w => -Steps.loss(w)));
+  }
+
+  // Add the map to `parent`. `onMove` gets the point whenever it moves; `draw` shows lines and marks.
+  function lossMap(parent, start, onMove) {
+    let point = start;
+    let shown = {lines: [], marks: []};
+    const x = d3.scaleLinear().domain(RANGE.w1);
+    const y = d3.scaleLinear().domain(RANGE.w2);
+    const path = d3.line(w => x(w[0]), w => y(w[1]));
+
+    const box = parent.append('div').attr('class', 'plane');
+    const all = box.append('svg').append('g').attr('transform', `translate(${MARGIN.left} 0)`);
+    const frame = all.append('svg'); // an inner svg hides what lies outside of it
+    const ground = frame.append('g').attr('class', 'levels');
+    ground.selectAll('path').data(areas()).join('path').attr('d', d3.geoPath());
+    const minima = frame.selectAll('g.minimum').data(MINIMA).join('g').attr('class', 'minimum');
+    minima.append('circle').attr('r', 5).attr('fill', m => m.color);
+    minima.append('text').attr('class', 'halo').attr('y', 19).text(m => m.name);
+    const lineLayer = frame.append('g').attr('class', 'lines');
+    const markLayer = frame.append('g');
+
+    const across = all.append('g');
+    const upward = all.append('g');
+    const title = across.append('text').attr('y', 33).text('weight w₁');
+    upward.append('text').attr('x', -9).attr('y', 12).text('w₂');
+
+    const handle = all.append('g').attr('class', 'handle').attr('tabindex', 0).attr('role', 'slider')
+      .attr('aria-roledescription', 'point on a map')
+      .attr('aria-label', 'the weights; the arrow keys move them')
+      .attr('aria-valuemin', RANGE.w1[0]).attr('aria-valuemax', RANGE.w1[1]);
+    handle.append('circle').attr('r', 22).attr('class', 'touch');
+    handle.append('circle').attr('r', 8).attr('class', 'ring');
+    handle.on('keydown', onKey).call(d3.drag()
+      .subject(() => ({x: x(point[0]), y: y(point[1])}))
+      .on('drag', e => moveTo([x.invert(e.x), y.invert(e.y)])));
+
+    new ResizeObserver(resize).observe(box.node());
+    resize();
+    return {draw, moveTo};
+
+    function resize() {
+      const width = box.node().clientWidth - MARGIN.left;
+      const height = box.node().clientHeight - MARGIN.bottom;
+      if (width <= 0) return;
+      x.range([0, width]);
+      y.range([height, 0]);
+      frame.attr('width', width).attr('height', height);
+      ground.attr('transform', `scale(${width / GRID[0]} ${height / GRID[1]})`);
+      minima.attr('transform', m => `translate(${x(m.w1)} ${y(0)})`);
+      across.attr('transform', `translate(0 ${height})`).call(d3.axisBottom(x).ticks(7).tickSizeOuter(0));
+      upward.call(d3.axisLeft(y).ticks(3).tickSizeOuter(0));
+      title.attr('x', x(0));
+      placeHandle();
+      draw(shown.lines, shown.marks);
     }
 
-    x(w1) { return MARGIN.left + (w1 - RANGE.w1[0]) / 3.2 * this.width; }
-    y(w2) { return (RANGE.w2[1] - w2) / 1.6 * this.height; }
-
-    resize() {
-      const width = this.box.clientWidth - MARGIN.left;
-      if (width <= 0 || width === this.width) return;
-      this.width = width;
-      this.height = Math.max(width / 2, 190);
-      this.box.style.height = `${this.height + MARGIN.bottom}px`;
-      this.svg.replaceChildren();
-      this.paintLoss();
-      this.drawAxes();
-      const clip = svg(svg(this.svg, 'clipPath', {id: `clip-${this.name}`}), 'rect');
-      const frame = {x: MARGIN.left, y: 0, width: this.width, height: this.height};
-      for (const [k, v] of Object.entries(frame)) clip.setAttribute(k, v);
-      this.layer = svg(this.svg, 'g', {'clip-path': `url(#clip-${this.name})`});
-      this.addHandle();
-      this.update();
-    }
-
-    // Areas between contour levels: the lower the loss, the more opaque. The page's ground shines through.
-    paintLoss() {
-      const [columns, rows] = [480, 240];
-      Object.assign(this.canvas, {width: columns, height: rows});
-      this.canvas.style.cssText =
-        `left:${MARGIN.left}px; width:${this.width}px; height:${this.height}px`;
-      const context = this.canvas.getContext('2d');
-      const image = context.createImageData(columns, rows);
-      for (let i = 0; i < columns * rows; i++) {
-        const w1 = RANGE.w1[0] + 3.2 * (i % columns + .5) / columns;
-        const w2 = RANGE.w2[1] - 1.6 * (Math.floor(i / columns) + .5) / rows;
-        const level = LEVELS.filter(l => l < Steps.loss([w1, w2])).length;
-        image.data.set([235, 150, 60, 15 * (LEVELS.length - level)], 4 * i);
-      }
-      context.putImageData(image, 0, 0);
-    }
-
-    drawAxes() {
-      const bottom = this.height;
-      for (const w of [-1.5, -1, -.5, 0, .5, 1, 1.5]) {
-        svg(this.svg, 'text', {x: this.x(w), y: bottom + 14, 'text-anchor': 'middle'}, number(w, 1));
-      }
-      for (const w of [-.5, 0, .5]) {
-        svg(this.svg, 'text', {x: MARGIN.left - 4, y: this.y(w) + 4, 'text-anchor': 'end'}, number(w, 1));
-      }
-      svg(this.svg, 'text', {x: this.x(0), y: bottom + 29, 'text-anchor': 'middle'}, 'weight w₁');
-      svg(this.svg, 'text', {x: 2, y: 12}, 'w₂');
-      for (const [name, w1, color] of MINIMA) {
-        svg(this.svg, 'circle', {cx: this.x(w1), cy: this.y(0), r: 5, fill: color});
-        const place = {x: this.x(w1), y: this.y(0) + 19, 'text-anchor': 'middle'};
-        svg(this.svg, 'text', {...place, class: 'halo'}, name);
-      }
-    }
-
-    addHandle() {
-      this.handle = svg(this.svg, 'g', {
-        class: 'handle', tabindex: 0, role: 'slider', 'aria-roledescription': 'point on a map',
-        'aria-label': 'the weights; the arrow keys move them', 'aria-valuemin': RANGE.w1[0],
-        'aria-valuemax': RANGE.w1[1]});
-      svg(this.handle, 'circle', {r: 22, class: 'touch'});
-      svg(this.handle, 'circle', {r: 8, class: 'ring'});
-      const move = e => {
-        const box = this.svg.getBoundingClientRect();
-        const w1 = RANGE.w1[0] + 3.2 * (e.clientX - box.left - MARGIN.left) / this.width;
-        const w2 = RANGE.w2[1] - 1.6 * (e.clientY - box.top) / this.height;
-        this.moveTo([w1, w2]);
-      };
-      this.handle.addEventListener('pointerdown', e => {
-        this.handle.setPointerCapture(e.pointerId);
-        this.handle.addEventListener('pointermove', move);
-      });
-      for (const end of ['pointerup', 'pointercancel']) {
-        this.handle.addEventListener(end, () => this.handle.removeEventListener('pointermove', move));
-      }
-      this.handle.addEventListener('keydown', e => this.onKey(e));
-    }
-
-    onKey(e) {
+    function onKey(e) {
       const by = e.shiftKey ? .1 : .02;
       const moves = {ArrowLeft: [-by, 0], ArrowRight: [by, 0], ArrowUp: [0, by], ArrowDown: [0, -by]};
       const move = moves[e.key];
       if (!move) return;
       e.preventDefault(); // the page would scroll
-      this.moveTo([this.point[0] + move[0], this.point[1] + move[1]]);
+      moveTo([point[0] + move[0], point[1] + move[1]]);
     }
 
     // Move the point to the nearest place on the map.
-    moveTo(w) {
-      this.point = [clamp(w[0], RANGE.w1), clamp(w[1], RANGE.w2)];
-      this.onMove(this.point);
-      this.update();
+    function moveTo(w) {
+      point = [clamp(w[0], RANGE.w1), clamp(w[1], RANGE.w2)];
+      placeHandle();
+      onMove(point);
     }
 
-    update() {
-      if (!this.layer) return;
-      const [w1, w2] = this.point;
-      this.handle.setAttribute('transform', `translate(${this.x(w1)} ${this.y(w2)})`);
-      this.handle.setAttribute('aria-valuenow', w1.toFixed(2));
-      const where = `w1 ${number(w1)}, w2 ${number(w2)}, loss ${number(Steps.loss(this.point), 3)}`;
-      this.handle.setAttribute('aria-valuetext', where);
-      this.layer.replaceChildren();
-      this.draw(this);
+    function placeHandle() {
+      const [w1, w2] = point.map(d3.format('.2f'));
+      const loss = d3.format('.3f')(Steps.loss(point));
+      handle.attr('transform', `translate(${x(point[0])} ${y(point[1])})`)
+        .attr('aria-valuenow', point[0].toFixed(2))
+        .attr('aria-valuetext', `w1 ${w1}, w2 ${w2}, loss ${loss}`);
     }
 
-    // Draw a line through points, with a ground of the page's colour below it.
-    line(points, color, kind = '') {
-      const path = points.map(w => `${this.x(w[0])},${this.y(w[1])}`).join(' ');
-      svg(this.layer, 'polyline', {points: path, class: `ground ${kind}`});
-      svg(this.layer, 'polyline', {points: path, class: kind, stroke: color});
-    }
-
-    mark(w, method) {
-      const place = {x: this.x(w[0]), y: this.y(w[1]) + 5, 'text-anchor': 'middle', fill: method.color};
-      svg(this.layer, 'text', {...place, class: 'halo mark'}, method.shape);
+    // A line has `points`, a `color` and a `kind`; below it lies a broader one in the page's colour.
+    // A mark has its place `at`, a `shape` and a `color`.
+    function draw(lines, marks) {
+      shown = {lines, marks};
+      const below = line => ({...line, kind: `below ${line.kind}`, color: null});
+      lineLayer.selectAll('path').data(lines.flatMap(line => [below(line), line])).join('path')
+        .attr('class', line => line.kind)
+        .attr('stroke', line => line.color)
+        .attr('d', line => path(line.points));
+      markLayer.selectAll('text').data(marks).join('text')
+        .attr('class', 'halo mark')
+        .attr('fill', mark => mark.color)
+        .attr('x', mark => x(mark.at[0]))
+        .attr('y', mark => y(mark.at[1]) + 5)
+        .text(mark => mark.shape);
     }
   }
 
-  return {LossMap};
+  return {lossMap};
 })();

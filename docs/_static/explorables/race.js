@@ -2,135 +2,102 @@
 // them: batches, optimizer steps, or passes. A pass is one gradient; SAM, ASAM and SADT make two per batch.
 (() => {
   const LENGTH = 150; // batches, steps or passes, whichever is equal
-  const START = {point: [-.8, .3], rho: .25, lr: .08};
+  const START = {point: [-.8, .3], rho: .25, lr: .08, unit: 'passes', t: LENGTH};
   const UNITS = ['batches', 'steps', 'passes'];
   const FLAT = [.9304029, 0];
   const NEAR = .2; // as far from the flat minimum, a method has reached it
-  const {html, number} = Parts;
-  const cost = (method, unit) => unit === 'batches' ? 1 : method[unit];
 
   // The points of all batches of a method. The path ends where it leaves the neighbourhood of the map.
-  function pathOf(method, start, o) {
-    const path = [start];
+  function pathOf(method, state) {
+    const path = [state.point];
     for (let i = 0; i < LENGTH; i++) {
-      const w = method.batch(path[i], o).end;
+      const w = method.batch(path[i], state).end;
       if (!(Math.hypot(...w) < 10)) break;
       path.push(w);
     }
     const reached = path.findIndex(w => Math.hypot(w[0] - FLAT[0], w[1] - FLAT[1]) < NEAR);
-    return {path, diverged: path.length <= LENGTH, passes: reached < 0 ? null : reached * method.passes};
+    return {path, diverged: path.length <= LENGTH, flatAfter: reached < 0 ? null : reached * method.passes};
   }
 
-  // Three buttons of which one is chosen: what is equal for all methods
-  function unitChoice(parent, onChange) {
-    const field = html(parent, 'fieldset');
-    html(field, 'legend', {}, 'equal');
-    for (const unit of UNITS) {
-      const label = html(field, 'label');
-      const input = html(label, 'input', {type: 'radio', name: 'race-unit', value: unit});
-      input.checked = unit === 'passes';
-      label.append(` ${unit}`);
-      input.addEventListener('change', () => onChange(unit));
-    }
+  // How far a runner is at the time `t`, counted in the chosen unit
+  function standing(runner, {t, unit}) {
+    const cost = unit === 'batches' ? 1 : runner[unit];
+    const batches = Math.floor(t / cost);
+    const points = runner.path.slice(0, batches + 1);
+    const isOut = runner.diverged && batches >= runner.path.length;
+    const loss = isOut ? 'diverges' : d3.format('.3f')(Steps.loss(points.at(-1)));
+    return {points, batches, loss, at: points.at(-1)};
   }
 
-  function table(parent, onChange) {
-    const all = html(html(parent, 'div', {class: 'scroll'}), 'table');
-    const head = html(html(all, 'thead'), 'tr');
-    for (const text of ['method', 'steps', 'passes', 'loss', 'flat after']) {
-      html(head, 'th', {scope: 'col'}, text);
-    }
-    const body = html(all, 'tbody');
-    return Steps.methods.map(method => {
-      const row = html(body, 'tr', {'data-method': method.key});
-      const name = html(html(row, 'th', {scope: 'row'}), 'label');
-      const shown = html(name, 'input', {type: 'checkbox'});
-      shown.checked = true;
-      shown.addEventListener('change', onChange);
-      Parts.sign(name, method);
-      name.append(` ${method.name}`);
-      const cells = ['steps', 'passes', 'loss', 'flat'].map(key => html(row, 'td', {class: key}));
-      return {method, shown, cells};
-    });
-  }
-
-  // What the race shows at the time `t`, counted in the chosen unit, for one row of the table
-  function standing(row, t, unit) {
-    const batches = Math.floor(t / cost(row.method, unit));
-    const path = row.path.slice(0, batches + 1);
-    const out = row.diverged && batches >= row.path.length;
-    const end = path[path.length - 1];
-    return {path, end, batches, loss: out ? 'diverges' : number(Steps.loss(end), 3)};
-  }
-
-  function sentence(rows) {
-    const there = rows.filter(r => r.passes !== null).sort((a, b) => a.passes - b.passes);
+  function sentence(runners) {
+    const there = d3.sort(runners.filter(r => r.flatAfter !== null), r => r.flatAfter);
     if (!there.length) return 'No method reaches the flat minimum.';
-    const each = there.map(r => `${r.method.name} after ${r.passes} passes`);
+    const each = there.map(r => `${r.name} after ${r.flatAfter} passes`);
     return `The flat minimum is reached by ${each.join(', ')}.`;
   }
 
   Parts.start('race', place => {
-    const state = {lr: START.lr, rho: START.rho, unit: 'passes', t: LENGTH, timer: null};
-    const controls = html(place, 'div', {class: 'controls'});
-    const run = html(controls, 'button', {type: 'button'}, 'run');
-    const range = {min: 0, max: LENGTH, step: 1, value: LENGTH, digits: 0};
-    const time = Parts.slider(controls, 'passes', range, t => {
+    const state = {...START};
+    const runners = Steps.methods.map(m => ({...m, kind: 'trail'}));
+    let timer = null;
+    const controls = place.append('div').attr('class', 'controls');
+    const run = controls.append('button').text('run').on('click', () => timer ? stop() : go());
+    const range = {min: 0, max: LENGTH, step: 1, value: LENGTH, format: 'd'};
+    const time = Parts.slider(controls, START.unit, range, t => {
       stop();
-      state.t = t;
-      map.update();
+      show({t});
     });
-    const timeName = time.input.previousSibling;
-    unitChoice(controls, unit => {
-      state.unit = unit;
-      timeName.textContent = unit;
-      map.update();
-    });
-    const more = html(place, 'div', {class: 'controls'});
+    const choice = controls.append('fieldset');
+    choice.append('legend').text('equal');
+    const units = choice.selectAll('label').data(UNITS).join('label');
+    units.append('input').attr('type', 'radio').attr('name', 'race-unit').attr('value', unit => unit)
+      .property('checked', unit => unit === START.unit)
+      .on('change', (e, unit) => {
+        time.name(unit);
+        show({unit});
+      });
+    units.append('span').text(unit => unit);
+    const more = place.append('div').attr('class', 'controls');
     const rho = {min: .01, max: .5, step: .01, value: START.rho};
     const lr = {min: .01, max: .12, step: .01, value: START.lr};
     Parts.slider(more, 'radius ρ', rho, v => prepare({rho: v}));
     Parts.slider(more, 'learning rate', lr, v => prepare({lr: v}));
-    let rows = [];
-    const map = new Plane.LossMap(place, 'race', START.point, () => prepare({}), draw);
-    rows = table(place, () => map.update());
-    const status = html(place, 'p', {role: 'status'});
-    run.addEventListener('click', () => state.timer ? stop() : go());
+    const map = Plane.lossMap(place, START.point, point => prepare({point}));
+    const columns = {
+      steps: r => r.batches * r.steps,
+      passes: r => r.batches * r.passes,
+      loss: r => r.loss,
+      'flat after': r => r.flatAfter ?? '–',
+    };
+    const table = Parts.methodTable(place, runners, columns, () => show({}));
+    const status = place.append('p').attr('role', 'status');
     prepare({});
 
     // Compute all paths anew.
     function prepare(change) {
       Object.assign(state, change);
-      for (const row of rows) Object.assign(row, pathOf(row.method, map.point, state));
-      status.textContent = sentence(rows);
-      map.update();
+      for (const r of runners) Object.assign(r, pathOf(r, state));
+      status.text(sentence(runners));
+      show({});
     }
-    function draw(map) {
-      for (const row of rows) {
-        const now = standing(row, state.t, state.unit);
-        const counts = [now.batches * row.method.steps, now.batches * row.method.passes];
-        [...counts, now.loss, row.passes ?? '–'].forEach((text, i) => { row.cells[i].textContent = text; });
-        if (!row.shown.checked) continue;
-        map.line(now.path, row.method.color, 'trail');
-        map.mark(now.end, row.method);
-      }
-    }
-    function show(t) {
-      state.t = t;
-      time.set(t);
-      map.update();
+    function show(change) {
+      Object.assign(state, change);
+      for (const r of runners) Object.assign(r, standing(r, state));
+      time.set(state.t);
+      table.fill();
+      map.draw(table.chosen(), table.chosen());
     }
     // Show the race in a few seconds; where the reader wants no motion, show its end at once.
     function go() {
-      if (matchMedia('(prefers-reduced-motion: reduce)').matches) return show(LENGTH);
+      if (matchMedia('(prefers-reduced-motion: reduce)').matches) return show({t: LENGTH});
       if (state.t >= LENGTH) state.t = 0;
-      run.textContent = 'pause';
-      state.timer = setInterval(() => state.t < LENGTH ? show(state.t + 1) : stop(), 40);
+      run.text('pause');
+      timer = setInterval(() => state.t < LENGTH ? show({t: state.t + 1}) : stop(), 40);
     }
     function stop() {
-      clearInterval(state.timer);
-      state.timer = null;
-      run.textContent = 'run';
+      clearInterval(timer);
+      timer = null;
+      run.text('run');
     }
   });
 })();

@@ -1,44 +1,27 @@
 // The filter of the verdicts: it shows the claims of a paper, with an outcome, or about a method. The claims
 // are rows of the page itself, which open to their evidence; without scripts all of them are shown.
-(() => {
-  const {html} = Parts;
-  const FILTERS = [
-    {key: 'paper', all: 'all papers'},
-    {key: 'outcome', all: 'all outcomes'},
-    {key: 'method', all: 'all methods'}];
-
-  // A list of choices, in the order in which they first appear on the page
-  function menu(parent, filter, rows, onChange) {
-    const label = html(parent, 'label', {class: 'menu'});
-    html(label, 'span', {}, filter.key);
-    const select = html(label, 'select');
-    html(select, 'option', {value: ''}, filter.all);
-    for (const choice of new Set(rows.map(row => row.dataset[filter.key])))
-      html(select, 'option', {value: choice}, choice);
-    select.addEventListener('change', onChange);
-    return select;
-  }
-
-  Parts.start('verdicts', place => {
-    const rows = [...document.querySelectorAll('details.claim')];
-    const controls = html(place, 'div', {class: 'controls'});
-    const menus = FILTERS.map(filter => menu(controls, filter, rows, show));
-    const reset = html(controls, 'button', {type: 'button'}, 'show all');
-    const status = html(place, 'p', {role: 'status'});
-    reset.addEventListener('click', () => {
-      for (const m of menus) m.value = '';
-      show();
-    });
+Parts.start('verdicts', place => {
+  const rows = d3.selectAll('details.claim');
+  const controls = place.append('div').attr('class', 'controls');
+  const labels = controls.selectAll('label').data(['paper', 'outcome', 'method'])
+    .join('label').attr('class', 'menu');
+  labels.append('span').text(key => key);
+  const menus = labels.append('select').on('change', show);
+  menus.append('option').attr('value', '').text(key => `all ${key}s`);
+  // The choices stand in the order in which they first appear on the page.
+  menus.selectAll('.choice').data(key => new Set(rows.nodes().map(row => row.dataset[key])))
+    .join('option').attr('class', 'choice').attr('value', choice => choice).text(choice => choice);
+  controls.append('button').text('show all').on('click', () => {
+    menus.property('value', '');
     show();
-
-    function isChosen(row) {
-      return FILTERS.every((filter, i) => !menus[i].value || row.dataset[filter.key] === menus[i].value);
-    }
-    function show() {
-      for (const row of rows) row.hidden = !isChosen(row);
-      const chosen = rows.filter(row => !row.hidden).length;
-      const count = `${chosen} of ${rows.length} claims are shown below.`;
-      status.textContent = `${count} Each row opens to its evidence.`;
-    }
   });
-})();
+  const status = place.append('p').attr('role', 'status');
+  show();
+
+  function show() {
+    const hides = (menu, row) => menu.value && row.dataset[d3.select(menu).datum()] !== menu.value;
+    rows.property('hidden', (d, i, all) => menus.nodes().some(menu => hides(menu, all[i])));
+    const count = rows.filter(':not([hidden])').size();
+    status.text(`${count} of ${rows.size()} claims are shown below. Each row opens to its evidence.`);
+  }
+});

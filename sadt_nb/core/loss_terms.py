@@ -46,7 +46,8 @@ class LossTerm(ShowsArguments, Callback):
         if self.on_term is not None: self.on_term(self.learn.loss_grad, extra)
         self.learn.loss_grad = self.learn.loss_grad + extra
 
-    def after_batch(self): weights_moved() # autocast may hold copies of the weights from before the step
+    # clears autocast's copies of the weights, which may be from before the step
+    def after_batch(self): weights_moved()
 
 # %% ../../nbs/core/04_loss_terms.ipynb #25aa4324
 class TrajectoryLoss(LossTerm):
@@ -59,7 +60,7 @@ class TrajectoryLoss(LossTerm):
         lam:float,                      # Factor of the term, >= 0
         tau:float,                      # Temperature that softens both predictions, > 0
         start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
-        divergence:DivergenceLike=None, # How to compare predictions, see `as_divergence`; `None`: by the loss
+        divergence:DivergenceLike=None, # A choice of `as_divergence`; `None`: what fits the loss function
         tau_squared:bool=False,         # Multiply the term by `tau**2` as well?
     ):
         check_not_negative(lam=lam)
@@ -107,7 +108,8 @@ class TrajectoryLoss(LossTerm):
 class _RecordedBatches:
     "A batch sampler that keeps the positions of each batch that it has given out."
     def __init__(self, recorded): self.recorded, self.batches = recorded, []
-    def __getattr__(self, name): return getattr(vars(self)['recorded'], name) # no recursion while unpickling
+    # `self.recorded` would call this method again while the object is unpickled and has no attributes yet
+    def __getattr__(self, name): return getattr(vars(self)['recorded'], name)
     def __len__(self): return len(self.recorded)
     def __iter__(self):
         for ids in self.recorded:
@@ -115,7 +117,7 @@ class _RecordedBatches:
             yield self.batches[-1]
 
 def _refuse_skips(do_item, i):
-    "Return an item. Raises `ValueError` if it is skipped, as the main process cannot see a worker's skips."
+    "Return an item. Raises `ValueError` if the data set skips it: a worker does not tell the main process."
     item = do_item(i)
     if item is None:
         raise ValueError(f'the data set skips sample {i}; with worker processes, the positions of the '
@@ -137,7 +139,8 @@ class _FastaiOrder:
         workers = getattr(torch_loader, 'num_workers', 0)
         if self.do_item is None: return
         if not workers: self.loaders[1].do_item = self.recorded_item
-        elif multiprocessing.get_start_method() == 'fork': # forked workers get the replacement, too
+        # forked workers get the replacement, too; other workers import the data set anew and do not
+        elif multiprocessing.get_start_method() == 'fork':
             self.loaders[1].do_item = partial(_refuse_skips, self.do_item)
 
     def recorded_order(self):
@@ -152,13 +155,14 @@ class _FastaiOrder:
         return item
 
     def ids(self, batch, n, device):
-        "Return the positions of batch number `batch`, which has `n` samples; all batches before it are full."
+        "Return the positions of the `n` samples of batch number `batch`, if all batches before it are full."
         if not isinstance(self.order, Tensor): self.order = torch.as_tensor(self.order, device=device)
         order = torch.as_tensor(self.kept, device=device) if self.skipped else self.order
         start = batch * self.bs
         return order[start:start + n]
 
     def restore(self):
+        # without the attributes, the loaders use the methods of their classes again
         vars(self.loaders[0]).pop('get_idxs', None)
         vars(self.loaders[1]).pop('do_item', None)
 
@@ -198,7 +202,7 @@ def n_samples(
 def _has_order(dl):
     "Return whether a loader's order of samples can be read."
     if isinstance(dl, TorchLoader):
-        if not getattr(dl, 'in_order', True): return False # batches come as workers finish them
+        if not getattr(dl, 'in_order', True): return False # batches come in the order workers finish them
         return dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset)
     return hasattr(dl, 'get_idxs') and getattr(dl, 'bs', None) is not None and n_samples(dl) is not None
 
@@ -206,7 +210,7 @@ class SampleIds(Callback):
     """Stores in `ids`, for each sample of the training batch, its position in the data set.
 
     `ids` has shape `(n,)` and is on the network's device."""
-    order, run_valid = ORDERS['step_grads'], False
+    order, run_valid = ORDERS['step_grads'], False # the largest order of the library
     ids = None
 
     def before_train(self):

@@ -17,7 +17,8 @@ ARCHIVE = 'runs.jsonl.gz'                            # name of the archive in a 
 PARTS = ('config', 'result', 'history', 'measures') # files of a run: `config.json` and so on
 
 @lru_cache(maxsize=64)
-def _read_lines(file, modified, size): # the cache's key has date and size, so a changed file is read again
+# `modified` and `size` are not used: they are part of the cache's key, so a changed file is read again
+def _read_lines(file, modified, size):
     records = {}
     try:
         with gzip.open(file, 'rt', encoding='utf-8') as lines:
@@ -44,7 +45,7 @@ def write_archive(
     folder,       # Folder of results; created if it does not exist
     records:dict, # From the name of a run to its parts
 ):
-    "Add runs to a folder's archive, or replace runs of the same name; write the whole file or nothing."
+    "Add runs to a folder's archive, or replace runs of the same name. A crash leaves the earlier file."
     folder = Path(folder)
     merged = read_archive(folder) | records # `records` replace archived runs of the same name
     buffer = io.BytesIO()
@@ -56,7 +57,7 @@ def write_archive(
     write_whole(folder / ARCHIVE, buffer.getvalue())
 
 # %% ../../nbs/experiments/79_archive.ipynb #270da4d1
-MOST_BYTES = 20_000_000 # largest JSON file that is read; files of runs have about a megabyte at most
+MOST_BYTES = 20_000_000 # largest JSON file that is read; the files of a run usually have less than a megabyte
 _KINDS = dict(config=dict, result=dict, history=list, measures=dict)
 
 def _read_json(file, kind):
@@ -75,7 +76,7 @@ def read_part(
     root,         # Folder of results
     name:str,     # Name of the run
     part:str,     # One of `PARTS`
-    default=None, # Value to return if the run has no such part, or the part's own file is damaged
+    default=None, # Value to return if the run has no such part, or if its file in the run's folder is damaged
 ):
     "Return one part of a run from its folder, or from the archive."
     try: return _read_json(Path(root) / name / f'{part}.json', _KINDS[part])
@@ -106,8 +107,9 @@ def _try(read, left_out):
 
 def stored_runs(
     root, # Folder of results
-    left_out:list|None=None, # Gets a message for each run or archive that cannot be read; `None`: an error
-) -> list: # Pairs (folder, parts), sorted; `folder` need not exist for a run in an archive
+    # Gets a message for each run or archive that cannot be read; with `None`, such a file raises an error
+    left_out:list|None=None,
+) -> list: # Pairs (folder, parts), sorted; for an archived run, where its folder would be
     """Return all runs below `root` that have a configuration, from folders and from archives.
 
     Raises `ValueError` for a damaged file, unless `left_out` is given."""

@@ -18,7 +18,7 @@ from .runner import RunDiverged, read_result
 from ..methods.registry import passes_of
 
 # %% ../../nbs/experiments/89_sweep.ipynb #5c29939b
-RATES = (1 / 30, 30) # multiples of the learning rate of the run with which a search starts
+RATES = (1 / 30, 30) # multiples of the learning rate of the run that a search varies
 OPTION_RANGES = dict( # method: {option: (lowest, highest)}
     agc=dict(clip=(1e-3, 1.)),
     sam=dict(rho=(5e-3, .5)),
@@ -39,7 +39,7 @@ OPTION_RANGES = dict( # method: {option: (lowest, highest)}
 LINEAR = ('alpha',) # searched on a linear scale
 
 def ranges(
-    run:Run, # The run with which the search starts
+    run:Run, # The run that the search varies
 ) -> dict: # 'lr', or an option of the method: (lowest, highest)
     "Return the ranges that `sweep` searches by default."
     return dict(lr=tuple(run.lr * f for f in RATES), **OPTION_RANGES.get(run.method, {}))
@@ -47,7 +47,7 @@ def ranges(
 def _passes_per_batch(run): return passes_of(run.method, **dict(run.method_args))
 
 def at_equal_passes(
-    run:Run,  # The run whose number of epochs is changed (to at least 1)
+    run:Run,  # The run whose number of epochs is changed; it gets at least one epoch
     like:Run, # The run whose number of passes is matched; usually plain training
 ) -> Run:
     "Return `run` with the number of passes of `like`; the epochs are rounded to a whole number."
@@ -100,7 +100,7 @@ def _import_optuna():
     return optuna
 
 def _has_diverged(result):
-    "Return whether a run diverged. Raises any other error, which is not due to the settings of the run."
+    "Return whether a run diverged. Raises any other error, because the run's settings do not cause it."
     if isinstance(result, Exception) and not isinstance(result, RunDiverged): raise result
     return isinstance(result, RunDiverged)
 
@@ -111,11 +111,11 @@ def _valid_accuracy(run, root):
     return read_history(run, root)[-1]['valid_accuracy'] # results of earlier versions have only this accuracy
 
 def _chance(facts):
-    "Return an accuracy that guessing exceeds with probability 1/40; 0 if the number of images is unknown."
+    "Return an accuracy that guessing exceeds with probability 2.5%; 0 if the number of images is unknown."
     classes, n = facts.get('classes'), facts.get('valid')
     if not classes or not n: return 0.
     p = 1 / classes
-    return p + 1.96 * math.sqrt(p * (1 - p) / n) # the mean plus 1.96 standard deviations
+    return p + 1.96 * math.sqrt(p * (1 - p) / n) # mean plus 1.96 standard deviations: the 97.5% quantile
 
 def _warn_if_nothing_chosen(label, trials, facts):
     "Warn if all settings of a search have the same accuracy, or none is better than guessing."
@@ -163,10 +163,10 @@ class _Search:
 
 # %% ../../nbs/experiments/89_sweep.ipynb #da8cc7b3
 def sweep(
-    cases:dict,    # Name: `Run` with which the search starts; all trials have this run's number of epochs
+    cases:dict,    # Name: `Run` that the search varies; all trials have this run's number of epochs
     root='runs',   # Folder of all results; finished runs are not repeated
     trials=16,     # Number of proposals per case
-    spaces=None,   # Name: ranges in the form of `ranges`; a case without ranges gets `ranges(run)`
+    spaces=None,   # Name: what to search, as `ranges` returns it; cases that are missing get `ranges(run)`
     workers:int=1, # Number of processes that train at the same time
     batch=4,       # Number of proposals per case that are made together, before their results are known
     seed=0,        # Seed of the proposals; the runs have their own seeds
@@ -185,7 +185,7 @@ def sweep(
     searches = {label: _Search(optuna, run, spaces[label], seed, startup) for label, run in cases.items()}
     for start in range(0, trials, batch):
         n = min(batch, trials - start)
-        proposals = []
+        proposals = [] # (search, Optuna's trial, settings, run)
         for search in searches.values():
             for _ in range(n): proposals.append((search, *search.propose()))
         configs = [cfg for _, _, _, cfg in proposals]
@@ -291,4 +291,5 @@ def case_of(
     for label, (base, space) in cases.items():
         searched_options = space.keys() - {'lr'}
         has_searched = searched_options <= dict(run.method_args).keys() # the run has all of them
-        if has_searched and _without_searched(run, space) == _without_searched(base, space): return label
+        same = _without_searched(run, space) == _without_searched(base, space) # all other settings are equal
+        if has_searched and same: return label

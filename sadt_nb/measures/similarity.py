@@ -51,9 +51,13 @@ def agreement(
     student:nn.Module, # One network
     teacher:nn.Module, # The other network
     dl:Iterable,       # Batches `(x, ...)`
-    axis:int|None=1,   # Axis of the classes; `None`: several labels, each predicted if its logit is positive
+    # Axis of the classes. With `None`, a sample may have several labels; a label is predicted if its logit is
+    # positive
+    axis:int|None=1,
 ) -> float: # In [0, 1]
-    """Return the share of predictions in which both networks agree: on the class, or on each label.
+    """Return the share of samples for which both networks predict the same class.
+
+    With `axis=None`, return the share of single labels on which both networks agree.
 
     Raises `ValueError` for outputs without classes along `axis`."""
     a, b = collect_logits((student, teacher), dl)

@@ -265,7 +265,8 @@ def _left_to_measure(plan, root, measures, samples):
 def _outcome(r, trained):
     "Return a text on how a run ended."
     if isinstance(r, Exception): return f'{r}'
-    accuracy, re_estimated = f'{r["accuracy"]:.3f}', f'{r["accuracy_bn"]:.3f}'
+    accuracy = f'{r["accuracy"]:.3f}'
+    re_estimated = f'{r.get("accuracy_bn", r["accuracy"]):.3f}'
     # After a short training, BatchNorm's running averages lag far behind the weights.
     if re_estimated != accuracy: accuracy += f' ({re_estimated} with re-estimated BatchNorm)'
     return f'accuracy {accuracy}, ' + (f'{r["train_seconds"]:.0f} s' if trained else 'stored')

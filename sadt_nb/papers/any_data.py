@@ -168,9 +168,9 @@ def sentence(
     text += f', over {found.n:.0f} seeds'
     if best == AVERAGE: return text + '; a weight average needs no extra pass.'
     free = rivals.loc[AVERAGE]
-    more = 'which is less'
-    if found.low <= free.difference: more = 'so much of the gain may be possible without an extra pass'
-    return text + f'; a weight average, which needs no extra pass, differs by {_text(free)}, {more}.'
+    text += f'; a weight average, which needs no extra pass, differs from plain training by {_text(free)}'
+    if found.low > free.difference: return text + f', less than {best}.'
+    return text + ', so much of the gain may be possible without an extra pass.'
 
 # %% ../../nbs/papers/112_any_data.ipynb #8639301e
 _RULE = ('All rows make the same number of passes, as far as whole epochs allow, with the same network, '

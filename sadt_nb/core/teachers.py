@@ -25,7 +25,7 @@ class Ensemble(nn.Module):
     def forward(self,
         *xb:Tensor, # Inputs, passed to each member
     ) -> Tensor: # `(n, classes)` logits
-        "Return the mean logits. Only the sum and the logits of one member are in memory at the same time."
+        "Return the mean logits. To save memory, each member's logits are added before the next runs."
         total = self.models[0](*xb)
         for m in self.models[1:]:
             z = m(*xb)

@@ -85,7 +85,7 @@ class AlternatingFlip:
     def __call__(self,
         x:Tensor, y:Tensor, rng:np.random.Generator,
         ids:Tensor, # `(n,)` positions of the images in the data set
-        epoch:int,  # Number of the pass, from 0
+        epoch:int,  # Number of the epoch, from 0
         size:int,   # Number of images in the data set
     ) -> tuple[Tensor, Tensor]:
         first = self._first
@@ -207,7 +207,7 @@ def _second_image(kind, x):
     return grey.float().mean((1, 2, 3), keepdim=True)
 
 def _apply_kind(kind, x, rows, fill):
-    "Apply one kind of operation to `(n, 3, h, w)` bytes; `rows` has the kind's table row of each image."
+    "Apply one kind of operation to `(n, 3, h, w)` bytes; `rows` has a row of its table for each image."
     if kind == 'move':
         pixels = F.pad(x.flatten(2), (1, 0))
         pixels[..., 0] = fill # the source of pixels from outside the image
@@ -318,7 +318,7 @@ class AutoAugment:
         source = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy))
         space = source._augmentation_space(10, (32, 32)) # signs do not depend on the size
         ops = []
-        # axes: the pair, its first or second operation, the sign's coin
+        # axes: the pair; the place, 0 for its first and 1 for its second operation; the coin of the sign
         self.op = np.zeros((len(source.policies), 2, 2), dtype=int) # positions in `ops`
         self.p = np.zeros((len(source.policies), 2))                # probabilities
         for pair, place in np.ndindex(self.p.shape):
@@ -365,7 +365,7 @@ class Cutout:
     def __init__(self,
         size:int=16, # Side, at most the image's shorter side; authors: 16 for CIFAR-10, 8 for CIFAR-100
         fill=0,      # Colour of the square: one byte or three; black by default, the mean in the paper
-        inside=False,# Draw only squares that lie completely inside the image, as Jordan (2024)?
+        inside=False,# Draw only squares that lie completely inside the image, as in Jordan (2024)?
     ):
         if size != int(size) or size < 1:
             raise ValueError(f'`size` must be a whole number of pixels, at least 1, got {size}; '
@@ -388,11 +388,11 @@ class Cutout:
         if self.size > shorter:
             raise ValueError(f'`size` must be at most {shorter}, the shorter side of these images, '
                              f'got {self.size}')
-        inside = _rectangles(_to_device_of(x, self._edges(n, h, w, rng)), h, w, c)
+        mask = _rectangles(_to_device_of(x, self._edges(n, h, w, rng)), h, w, c)
         flat = x.view(n, h, w * c)
         fill = self.fill.to(x.device).repeat(w)
         # (a ^ b) & mask ^ a is b where the mask has ones, and a elsewhere: fill in the square, image outside
-        hidden = flat.bitwise_xor(fill).bitwise_and_(inside).bitwise_xor_(flat)
+        hidden = flat.bitwise_xor(fill).bitwise_and_(mask).bitwise_xor_(flat)
         return hidden.view_as(x), y
 
 # %% ../../nbs/data/71_augment.ipynb #3c16136d

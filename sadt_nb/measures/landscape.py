@@ -55,7 +55,7 @@ def orthogonal_directions(
 ) -> list[dict]: # Two directions, from parameter name to tensor
     """Return two random, filter-normalised directions that are orthogonal in each output unit.
 
-    The second direction is zero in units with a single weight, which have one direction only."""
+    In a unit with a single weight, the second direction is zero, because there is only one direction."""
     first = random_direction(model, 2 * seed) # calls with two different seeds have no direction in common
     second = random_direction(model, 2 * seed + 1)
     for n, a in first.items():

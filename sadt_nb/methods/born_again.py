@@ -45,7 +45,7 @@ class KeepBest(ShowsArguments, Callback):
     def before_fit(self):
         self.epoch_kept = None
         self.best = -1. # below every accuracy
-        self.last = None
+        self.last = None # accuracy after the most recent epoch
         self._weights = None
         loaders = self.learn.dls.loaders
         place = SELECT[self.select]

@@ -48,7 +48,7 @@ def _move_averages_(averages, values, kind, decay, count):
     if not (averages[0].is_floating_point() or averages[0].is_complex()):
         torch._foreach_copy_(averages, values) # integers, such as BatchNorm's count of batches
     elif kind == 'ema': get_ema_multi_avg_fn(decay)(averages, values, count)
-    # `count` is no tensor, which would give a factor in single precision
+    # `count` is a Python number, because a tensor would give a factor in single precision
     else: get_swa_multi_avg_fn()(averages, values, count)
 
 # %% ../../nbs/methods/91_weight_average.ipynb #0ac9a64a
@@ -135,11 +135,12 @@ def _trained_norms(model):
 
 class _Average(_StepWatch):
     "Keeps the average of the weights and the counters, and stores them for a resumed run."
-    _stateattrs = ('averaged',) # not in pickled Learners
+    _stateattrs = ('averaged',) # fastai leaves these attributes out of pickled Learners
 
     def _init_state(self):
         self.averaged, self._loaded = None, None
-        self.swapped = False    # `True`: network has averaged weights, `averaged` the trained weights
+        # if `True`, the network has the averaged weights, and `averaged` has the trained weights
+        self.swapped = False
         self.steps = 0  # optimizer steps since `start`
         self.norms = [] # names of trained BatchNorm layers
         self._on = False # `True` during `fit`, but not in the learning rate finder

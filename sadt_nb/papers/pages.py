@@ -44,10 +44,11 @@ def _cells(name, results, scale, amp):
     "Yield every run of a table with its row, group, seed and result (`None` if the run has not finished)."
     finished = results[results['status'] == 'finished']
     stored = {r['run']: r for _, r in finished.iterrows()}
+    # `full` is the same row at the full size of the paper
     for c, full in zip(paper_grid(name, scale, amp), paper_grid(name)):
         what, where, seed = _place(c.label)
         plain = c.run.method == 'baseline'
-        of_paper = training_images(full.run), full.run.epochs
+        of_paper = training_images(full.run), full.run.epochs # images and epochs of training in the paper
         yield dict(what=what, where=where, seed=seed, cell=c, result=stored.get(c.run), plain=plain,
                    of_paper=of_paper)
 
@@ -120,7 +121,8 @@ def _without_claim(networks, where, a, b):
     If the runs do not store which test images are classified correctly, the interval covers new seeds, but
     not new test images."""
     e = networks.gap(where, '', a, b)
-    if e.pairing != WIDEST: return e # only the widest interval is replaced
+    if e.pairing != WIDEST: return e
+    # the runs do not store which images are right, so the interval is for new seeds only
     # `accuracy_bn` is the accuracy with re-estimated BatchNorm statistics
     found = {key: judged(where, '', networks.value(where, a, key) - networks.value(where, b, key))
              for key in ('accuracy', 'accuracy_bn')}

@@ -79,6 +79,7 @@ def _study_b(spec='paper'):
         for label, method in (('SGD', 'baseline'), ('SAM', 'sam')):
             log = None if spec == 'small' else LOGS.get((label, bs))
             published = [seed.best for seed in log] if log else None
+            # only the runs of 'code' train as the authors' logged runs, so only their rows have the log
             run = base.but(method=method, bs=bs)
             yield from _repeated(f'{label} · batch {bs}', run, published=published,
                                  note=note if log else '', log=log if spec == 'code' else None)

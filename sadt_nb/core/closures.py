@@ -36,7 +36,7 @@ class _Groups:
 
 # %% ../../nbs/core/13_closures.ipynb #05d93ae8
 def _radius_scales(groups, rho, params):
-    "Return the `rho` of each parameter's group divided by `rho`, by name; nothing if no group has a `rho`."
+    "Return the `rho` of each parameter's group divided by `rho`, by name; `{}` if no group has a `rho`."
     own = {} # `rho` of each parameter whose group has one, by the parameter's `id`
     for group in groups:
         if 'rho' in group: own |= {id(p): group['rho'] for p in group['params']}
@@ -237,9 +237,10 @@ def _check_chunks(method):
 @contextmanager
 def _noticed_zeroing(*objects):
     "Yield a list that gets an entry when `zero_grad` of an optimizer or a module is called inside the block."
-    calls, own = [], []
+    calls = []
+    own = [] # an object's own attribute `zero_grad`; `None` if only its class has one
     for o in objects:
-        def noticed(*args, _zero_grad=o.zero_grad, **kwargs):
+        def noticed(*args, _zero_grad=o.zero_grad, **kwargs): # the default keeps the function of this object
             calls.append(1)
             return _zero_grad(*args, **kwargs)
         own.append(vars(o).get('zero_grad'))
@@ -285,7 +286,7 @@ class PlainLoop(_Passes):
         method = self.method
         def between():
             if method.needs_logits: self('before_backward')
-        inputs = method.first_inputs()
+        inputs = method.first_inputs() # parameters that need a gradient in the first pass; `None`: all
         with _noticed_zeroing(self.optimizer, self.model) as zeroed:
             loss = self.run(between=between, inputs=inputs)
         if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
@@ -332,8 +333,8 @@ def _check_closure(method, closure):
     if not callable(closure):
         raise ValueError(f'a closure is a function that runs the batch, got {type(closure).__name__}')
     if getattr(method, 'needs_rows', False) and not _takes_rows(method, closure):
-        raise ValueError(f'{type(method).__name__} selects samples, so its closure takes their positions '
-                         '(`None`: all) and returns one loss per sample')
+        raise ValueError(f'{type(method).__name__} selects samples, so its closure takes their positions, '
+                         'or `None` for all samples, and returns one loss per sample')
 
 def _loop_backward(loop, closure):
     "Add the method's gradient of one (micro-)batch to `.grad`; return the loss."
@@ -355,7 +356,7 @@ def _loop_backward(loop, closure):
 # %% ../../nbs/core/13_closures.ipynb #a5df7cff
 def _loop_step(loop):
     "Make the optimizer's step with the gradients in `.grad`."
-    done = []
+    done = [] # gets an entry if `step_unscaled` calls `step`
     def step():
         params = stepped_params(loop)
         if loop.max_norm is not None: clip_gradients_(params, loop.max_norm)
@@ -528,7 +529,7 @@ class _TwoSteps(_Wrapped):
         if method.makes_pass():
             self._second = _MovedWeights(loop)
             return True
-        method._stash = {}
+        method._stash = {} # `after_backward` adds these gradients of earlier micro-batches; there are none
         method.after_backward()
         return False
 
@@ -554,7 +555,7 @@ class MethodOptimizer(_TwoSteps):
 
     Raises `TypeError` for a method that needs a fastai Learner. Raises `ValueError` for a base optimizer
     that steps no parameter of the network or evaluates the loss itself, for `start` or `stop` without
-    `total_steps`, and for `m`."""
+    `total_steps`, and for a method with the option `m`."""
     def __init__(self,
         method:LoopMethod,        # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`

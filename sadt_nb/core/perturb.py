@@ -57,7 +57,7 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # Of the shape of `like`; to split an ordinary `t`, the first process's values are sent
+    t:Tensor,    # Has the shape of `like`; an ordinary `t` is split with the values of the first process
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."
@@ -161,10 +161,11 @@ def check_only(
 
 def chosen_params(
     model:nn.Module, # A network, perhaps wrapped
-    only:Only, # 'norm': normalisation layers; 'not norm': all others; (name, parameter) -> bool; `None`: all
+    only:Only, # 'norm', 'not norm', a function (name, parameter) -> bool, or `None` for all parameters
 ) -> set[str]: # Names of trainable parameters
     """Return the names of the parameters that `only` chooses.
 
+    'norm' chooses the parameters of normalisation layers, 'not norm' chooses all other parameters.
     Raises `ValueError` for any other value of `only`, and if `only` chooses no trainable parameter."""
     check_only(only)
     params = trainable_params(model)
@@ -273,8 +274,8 @@ def check_radius(
 
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
-    rho:float,                          # Length of the step, in weight space if `scales` is `None`
-    scales:dict[str, Tensor]|None=None, # Diagonal of T by name, with the gradient's shape; missing: 1
+    rho:float,                          # Length of the step; with `scales`, measured in units of T
+    scales:dict[str, Tensor]|None=None, # Diagonal of T by name; 1 for a parameter that is not in `scales`
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
@@ -305,7 +306,7 @@ def _layout(t):
     return t.shape, t.stride(), t.dtype, t.device, t.placements if is_sharded(t) else None
 
 def scratch_like(
-    scratch:dict|None, # Dictionary from name to tensor, filled here; `None`: always allocate
+    scratch:dict|None, # Name to tensor, filled by this function; with `None`, the tensor is always new
     name:str,          # Key in `scratch`
     p:Tensor,          # Tensor whose shape, strides, dtype and device are used
 ) -> Tensor: # Uninitialised tensor, without gradient

@@ -109,8 +109,8 @@ def _check_parts(found, source):
                              'every class needs images in train/ and in test/')
 
 def _from_files(files, source, size=None):
-    "Return training and test images from what `folder_images` or `archive_images` yields."
-    found = {'train': [], 'test': []}
+    "Return training and test images from (part, class, name, stream) of each file."
+    found = {'train': [], 'test': []} # (name, class, image) of each file
     shape = None
     pixels = 0
     for part, label, name, stream in files:
@@ -325,11 +325,11 @@ def _tiny_files(root):
 
 def tiny_imagenet(
     path=None, # Folder; `None`: `SADT_DATA`
-    size=None, # Side to which the images are resized, in pixels; `None`: not resized, 64 pixels
+    size=None, # Side to which the images are resized, in pixels; with `None`, they keep their 64 pixels
 ) -> tuple[ImageData, ImageData]: # 100,000 training and 10,000 test images, 200 classes
     "Return Tiny ImageNet, from its distributed form or from `train/<class>/*` and `test/<class>/*`."
     def has_parts(p): return (p / 'train').is_dir() and ((p / 'test').is_dir() or (p / 'val').is_dir())
-    folder = _find_folder('tiny_imagenet', path, has_parts, 'train/ and val/ or test/')
+    folder = _find_folder('tiny_imagenet', path, has_parts, 'train/, and val/ or test/')
     as_distributed = (folder / 'val' / 'val_annotations.txt').exists()
     list_files = _tiny_files if as_distributed else folder_images
     return _cached(folder, size, lambda: _from_files(list_files(folder), folder, size))
@@ -398,7 +398,7 @@ def _state(name, path=None, **options):
     return str(source.resolve()), _fingerprint(source, None)
 
 @lru_cache(maxsize=64)
-def _checksums(name, options, state): # `state` is not used, but changed files have a new key in the cache
+def _checksums(name, options, state): # `state` is read only by the cache: changed files are a new key
     train, test = load_data(name, **dict(options))
     return train.checksum(), test.checksum()
 
@@ -425,7 +425,7 @@ def channel_statistics(
             values = part[..., channel].flatten().cpu().int()
             counts[channel] += torch.bincount(values, minlength=256)
     values = torch.arange(256).double() / 255
-    share = counts.double() / counts.sum(1, keepdim=True) # (3, 256): of each byte value in each channel
+    share = counts.double() / counts.sum(1, keepdim=True) # (3, 256): share of each byte value in a channel
     mean = share @ values
     variance = share @ values**2 - mean**2
     return tuple(mean.tolist()), tuple(variance.clamp(min=0).sqrt().tolist())
@@ -434,7 +434,7 @@ def channel_statistics(
 def _training_transforms(vocab, mean, seed, crop, pad_mode, flip, resized_crop, rotate,
                          autoaugment, cutout, cutout_fill, cutout_inside, cutmix, cutmix_per):
     "Return the batch transforms for the options of `get_dls`, in order."
-    at_random = flip is True
+    at_random = flip is True # 'alternate' has a transform of its own
     tfms = []
     if flip == 'alternate': tfms.append(AlternatingFlip(seed))
     if resized_crop: tfms.append(ResizedCrop(resized_crop, at_random))
@@ -499,7 +499,8 @@ def get_dls(
     autoaugment:str|None=None, # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; `None` for none
     cutout:int=0,          # Side of Cutout's square in pixels, at most the images' shorter side; 0 for none
     cutout_inside:bool=False, # Draw only squares that lie completely inside the image?
-    cutout_fill:Literal['', 'mean']='', # Its colour; '': the option `mean`; 'mean': the training images' mean
+    # Colour of Cutout's square: '' for the option `mean`, 'mean' for the mean colour of the training images
+    cutout_fill:Literal['', 'mean']='',
     cutmix:float=0.,       # Alpha of CutMix; 0 for none
     cutmix_per:Literal['sample', 'batch']='sample', # One CutMix rectangle per 'sample' or per 'batch'
     mean:float|Sequence[float]|Literal['data']=0., # Mean of values in [0, 1]; 'data': mean of the images

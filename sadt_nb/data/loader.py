@@ -201,7 +201,7 @@ class TensorDL(_BatchLoader):
         self._seed(seed)
 
     def new(self, dataset=None, cls=None, **kwargs) -> 'TensorDL':
-        "Return a copy with some arguments changed; its generators start from the seed of the copy."
+        "Return a copy with some arguments changed; the copy's generators start again from its seed."
         mine = dict(tfms=self.tfms, mean=self.mean, std=self.std, seed=self.seed,
                     channels_last=self.channels_last, dtype=self.dtype)
         if dataset is not None: mine['bs'] = max(1, min(self.bs, len(dataset)))

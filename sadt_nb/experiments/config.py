@@ -294,7 +294,7 @@ def _check_optimizer(name, args, bs):
     except (ValueError, TypeError, RuntimeError) as e:
         raise ValueError(f'`opt_args`: {name} does not accept {dict(args)}: {e}') from None
 
-@lru_cache(None) # a grid checks the same few networks hundreds of times
+@lru_cache(None) # a grid of runs checks the same few networks hundreds of times
 def _check_model(name, args):
     "Raise `ValueError` if the network cannot be built."
     try:
@@ -395,8 +395,8 @@ class Run(_Configuration):
     autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
     cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none
     amp: str = ''                # Mixed precision: 'bf16' or 'fp16', '' for none; evaluation is in float32
-    # Cut out a random part of an image, with at least this share of its area, and enlarge it; 0: off;
-    # Inception: 0.08
+    # Cut out a random part of an image, with at least this share of its area, and enlarge it; 0 for none;
+    # Inception has 0.08
     resized_crop: float = 0.
     # `torch.compile` in training: mode 'default' (or True), 'reduce-overhead' (CUDA graphs); '': no compiling
     compile: str = ''
@@ -411,13 +411,14 @@ class Run(_Configuration):
     drop_last: bool = False      # Leave out a smaller last training batch
     # Lookahead: number of batches after which the weights are set to their slow average; 0: never
     lookahead: int = 0
-    # 1: test also with the mean output of an image and its mirror image; 2: and of shifted images; 0: off
+    # Test also with mean outputs: 1 for the mean over an image and its mirror image; 2 for a mean over these
+    # two and their shifted copies; 0 for no such test
     views: int = 0
     # Number of epochs in which the rate rises linearly from `warmup_lr` to `lr`; then the schedule takes over
     warmup: float = 0.
     warmup_lr: float = 0.        # Learning rate at the start of a warm-up
-    # Colour of Cutout's square: 'mean' of the training images; '': the colour that `normalize` turns into 0,
-    # and black without `normalize`
+    # Colour of Cutout's square: 'mean' is the mean colour of the training images; '' is the colour that
+    # `normalize` turns into 0, which is black without `normalize`
     cutout_fill: str = ''
     teachers: tuple = ()         # One teacher's `Run`, or several; the logits of several are averaged
 

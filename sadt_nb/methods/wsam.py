@@ -31,7 +31,7 @@ def _complete(params, g):
 def _averaged(learn, g, outside):
     """Average `g` and `.grad` of the network's parameters over all processes.
 
-    Return `g` by name and the list of `.grad`; both also have the parameters of `outside`."""
+    `outside` has g of all other parameters. Return `g` by name and the list of `.grad`, for both kinds."""
     first, second = _complete(trainable_params(learn.model), g)
     average_over_ranks(learn.model, first + second)
     _, second_outside = _complete(params_outside(learn), outside)
@@ -70,7 +70,7 @@ class _BothGradients(SummedPass):
 
 # %% ../../nbs/methods/28_wsam.ipynb #5bfe8e9e
 def _couple_(g, g_p, alpha):
-    "Replace `g_p` by `g + alpha (g_p - g)`, as `alpha g_p + (1 - alpha) g`: exact for `alpha` = 0 and 1."
+    "Replace `g_p` by `g + alpha (g_p - g)`, in a form that is exact for `alpha` = 0 and 1."
     g, g_p = local_parts(g), local_parts(g_p)
     torch._foreach_mul_(g_p, alpha)
     torch._foreach_add_(g_p, g, alpha=1 - alpha)
@@ -78,7 +78,7 @@ def _couple_(g, g_p, alpha):
 def _decouple_(g, g_p, scratch, scaled):
     "Write `g` into the tensors of the list `g_p`, and `g - g_p` into the tensors of the dictionary `g`."
     kept = local_parts(copied(g, scratch).values())
-    differences = local_parts(g.values())
+    differences = local_parts(g.values()) # g until the next subtraction
     g_p = local_parts(g_p)
     torch._foreach_sub_(differences, g_p)
     torch._foreach_copy_(g_p, kept)
@@ -111,8 +111,8 @@ class WSAM(_BothGradients):
     Raises `ValueError` for values out of range, and before training if a group has no learning rate."""
     def __init__(self,
         rho:float=.05,      # Radius in weight space, > 0; read at every batch
-        gamma:float=.9,     # Sets the factor, in [0, 1); 0: plain training; 0.5, decouple=False: SAM
-        decouple:bool=True, # `False`: the optimizer gets `g + gamma / (1 - gamma) (g_p - g)`
+        gamma:float=.9,     # Sets the factor, in [0, 1); 0 is plain training, 0.5 without `decouple` is SAM
+        decouple:bool=True, # With `False`, the optimizer gets `g + gamma / (1 - gamma) (g_p - g)`
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
         start:float=0., # Share of training at which WSAM starts, in [0, 1]; plain training before
@@ -159,7 +159,7 @@ def wsam_step(
     optimizer:torch.optim.Optimizer, # Any base optimizer
     rho:float=.05,                # Radius in weight space, > 0
     gamma:float=.9,               # The sharpness has the factor gamma / (1 - gamma); in [0, 1)
-    decouple:bool=True,           # `False`: the optimizer gets `g + gamma / (1 - gamma) (g_p - g)`
+    decouple:bool=True,           # With `False`, the optimizer gets `g + gamma / (1 - gamma) (g_p - g)`
     bn:BatchNormPolicy='update',  # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',     # Dropout masks in the second pass: 'fresh' or 'replay'
 ) -> Tensor: # The loss at the unperturbed weights, detached

@@ -30,7 +30,7 @@ MODELS = dict(
 
 def model_options(
     name:str, # A name in `MODELS`
-) -> dict: # Name of an option: its `inspect.Parameter`
+) -> dict: # From the name of an option to its `inspect.Parameter`
     "Return the options of a network's function. Raises `ValueError` for an unknown name."
     if name not in MODELS: raise ValueError(unknown_name('model', name, MODELS))
     parameters = parameters_of(MODELS[name])
@@ -40,7 +40,7 @@ def make_model(
     name:str,        # A name in `MODELS`
     classes:int=10,  # Number of outputs
     **kwargs:object, # Options of the network's function, such as `init`, `skip` or `dropout`
-) -> nn.Module: # The network, with random weights unless an option loads some
+) -> nn.Module: # The network, with random weights unless an option loads trained weights
     "Return a network by name. Raises `ValueError` for an unknown name or option."
     known = model_options(name)
     check_options(f'model {name}', kwargs, known)

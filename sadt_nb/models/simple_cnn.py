@@ -55,14 +55,14 @@ def cnn_of_widths(
     "Return the layers of `simple_cnn` with other widths. Raises `ValueError` for an unknown `init`."
     first, second = dense
     check_init(init)
-    bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
+    norm1d, norm2d = batch_norm(init, 1), batch_norm(init, 2)
     layers = OrderedDict(
-        conv1=nn.Conv2d(3, conv, 3), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(), bn1=bn2(conv),
-        conv2=nn.Conv2d(conv, conv, 3), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(), bn2=bn2(conv),
-        conv3=nn.Conv2d(conv, conv, 3), relu3=nn.ReLU(), bn3=bn2(conv),
+        conv1=nn.Conv2d(3, conv, 3), pool1=nn.MaxPool2d(2), relu1=nn.ReLU(), bn1=norm2d(conv),
+        conv2=nn.Conv2d(conv, conv, 3), pool2=nn.MaxPool2d(2), relu2=nn.ReLU(), bn2=norm2d(conv),
+        conv3=nn.Conv2d(conv, conv, 3), relu3=nn.ReLU(), bn3=norm2d(conv),
         flatten=nn.Flatten(), dropout=nn.Dropout(dropout),
-        dense1=nn.Linear(16 * conv, first), relu4=nn.ReLU(), bn4=bn1(first),
-        dense2=nn.Linear(first, second), relu5=nn.ReLU(), bn5=bn1(second))
+        dense1=nn.Linear(16 * conv, first), relu4=nn.ReLU(), bn4=norm1d(first),
+        dense2=nn.Linear(first, second), relu5=nn.ReLU(), bn5=norm1d(second))
     if bottleneck: layers.update(bottleneck=nn.Linear(second, 10), relu6=nn.ReLU())
     layers['classifier'] = nn.Linear(10 if bottleneck else second, classes)
     model = nn.Sequential(layers)

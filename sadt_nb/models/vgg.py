@@ -27,18 +27,18 @@ def vgg16_slim(
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
     "Return SADT's VGG: 13 convolutions of 32 to 256 channels, three dense layers; 4,085,802 parameters."
     check_init(init)
-    bn1, bn2 = batch_norm(init, 1), batch_norm(init, 2)
+    norm1d, norm2d = batch_norm(init, 1), batch_norm(init, 2)
     layers = OrderedDict()
     channels = 3
     for b, widths in enumerate([(32,) * 2, (64,) * 2, (128,) * 3, (256,) * 3, (256,) * 3], start=1):
         for i, width in enumerate(widths, start=1):
             conv = nn.Conv2d(channels, width, 3, padding=1)
-            layers[f'block{b}_conv{i}'] = _unit(conv, bn2(width), conv_dropout)
+            layers[f'block{b}_conv{i}'] = _unit(conv, norm2d(width), conv_dropout)
             channels = width
         layers[f'block{b}_pool'] = nn.MaxPool2d(2)
     layers.update(average=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
-                  fc1=_unit(nn.Linear(256, 512), bn1(512), dropout),
-                  fc2=_unit(nn.Linear(512, 512), bn1(512), dropout))
+                  fc1=_unit(nn.Linear(256, 512), norm1d(512), dropout),
+                  fc2=_unit(nn.Linear(512, 512), norm1d(512), dropout))
     if bottleneck: layers.update(bottleneck=nn.Linear(512, classes), relu=nn.ReLU())
     features = classes if bottleneck else 512
     layers['classifier'] = nn.Linear(features, classes)

@@ -1100,7 +1100,7 @@ def run(
     force=False,     # Train again even if a result is stored; remove a checkpoint that does not fit
     progress=True,   # Show a progress bar in a terminal or a notebook, elsewhere a line per epoch
     device=None,     # `None`: fastai's default device
-    minutes=1.,      # Checkpoints are stored after epochs, at least `minutes` apart; with 0, after every epoch
+    minutes=1.,      # Least time between two checkpoints, stored after epochs; with 0, after every epoch
     weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
     """Train a network and store its result, or read the stored result.

@@ -47,14 +47,16 @@ def _inputs_and_target(batch, n_inp, device):
 # %% ../../nbs/core/07_fixed_loss.ipynb #2b02c7b9
 def collect_batches(
     learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
-    dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, with its augmentation
-    samples:int|None=None, # Most samples to read: random ones of a loader, the first of a list; `None`: all
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, the training loader with its augmentation is read
+    # Largest number of samples to read. A loader gives random samples, a list its first samples. With `None`,
+    # all samples are read
+    samples:int|None=None,
 ) -> list: # One pair per batch: a tuple of inputs, and a target
     """Read the batches of a loader once and return them on the model's device.
 
     Raises `ValueError` if there is no batch, and for batches without labels."""
     if dl is None: dl = _repeatable(learn.dls.train, shuffle=samples is not None)
-    elif samples is not None: dl = _repeatable(dl, shuffle=True) # a loader that is read whole keeps its order
+    elif samples is not None: dl = _repeatable(dl, shuffle=True) # `dl` keeps its order if it is read whole
     n_inp = getattr(learn.dls, 'n_inp', 1)
     device = next(unwrapped(learn.model).parameters()).device
     left = math.inf if samples is None else samples # samples that are still to be read
@@ -107,9 +109,9 @@ def _attributes(*changes):
 @contextmanager
 def differentiable(
     model:nn.Module, # The network that runs inside the block
-    twice:bool=False, # `True`: the gradient must be differentiable, too
+    twice:bool=False, # Whether the gradient must be differentiable, too
 ):
-    "Inside the block, recurrent, attention and checkpointed layers run in forms that have these derivatives."
+    "Inside the block, recurrent, attention and checkpointed layers run in forms that can be differentiated."
     changes = [(checkpointing, 'CheckpointFunction', _NotReentrant)]
     if any(isinstance(m, nn.RNNBase) for m in model.modules()):
         changes.append((torch.backends.cudnn, 'enabled', False))
@@ -124,7 +126,7 @@ class MissingDerivative(ValueError):
     "A measure needs a derivative that PyTorch does not have for a layer."
     def __init__(self,
         times:str, # 'once' or 'twice'
-        function:str|None=None, # PyTorch's name of the function; `None`: not known
+        function:str|None=None, # PyTorch's name of the function; `None` if the name is not known
     ):
         where = f' ({function})' if function else ''
         super().__init__(f'PyTorch cannot differentiate a layer of this network or its loss {times}{where}; '
@@ -156,8 +158,8 @@ class FixedLoss:
     a derivative."""
     def __init__(self,
         learn:Learner, # A Learner with `model`, `loss_func` (a mean), and `dls.train` if `dl` is `None`
-        dl:Iterable|None=None, # Iterable of batches `(x, y)`, read once; `None`: see `collect_batches`
-        samples:int|None=None, # Largest number of samples, >= 1; see `collect_batches`
+        dl:Iterable|None=None, # Batches `(x, y)`, read once; with `None`, the training loader is read
+        samples:int|None=None, # Largest number of samples, >= 1; `collect_batches` says which are read
     ):
         if samples is not None and samples < 1:
             raise ValueError(f'`samples` must be at least 1, got {samples}')
@@ -170,7 +172,7 @@ class FixedLoss:
 
     def shares(self): # Iterator of 0-d tensors, whose sum is the loss
         "Yield the share of each batch in the loss."
-        weights_moved() # if the user's autocast holds copies of the weights, the copies may be old
+        weights_moved() # drops the copies of weights that the user's autocast holds, which may be old
         with from_hidden_states(self._states): # a recurrent network may keep a state from call to call
             for xb, y in self.batches: yield self.loss_func(self.model(*xb), y) * (len(y) / self.n)
 
@@ -189,7 +191,7 @@ class FixedLoss:
         with differentiable(self.model), missing_derivative('once'):
             for loss in self.shares():
                 gs = torch.autograd.grad(loss, ps, materialize_grads=True)
-                # the sum is formed in place, which PyTorch refuses for a lazy conjugate
+                # the next batch is added in place, and PyTorch refuses to change a lazy conjugate in place
                 if grads is None: grads = [g.resolve_conj() for g in gs]
                 else: torch._foreach_add_(grads, gs)
                 total = total + loss.detach().double()

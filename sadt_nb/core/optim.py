@@ -46,7 +46,7 @@ class KerasAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self,
-        closure:Callable|None=None, # Computes the loss and its gradients; `None`: `.grad` has the gradients
+        closure:Callable|None=None, # Computes the loss and its gradients; `None` if `.grad` has the gradients
     ) -> torch.Tensor|None: # The closure's loss; `None` without a closure
         "Update all parameters that have a gradient."
         loss = None
@@ -59,7 +59,7 @@ class KerasAdam(torch.optim.Optimizer):
                 state = self.state[p]
                 if not state: state.update(step=0, m=torch.zeros_like(p), v=torch.zeros_like(p))
                 state['step'] += 1
-                settle_gradients([p])
+                settle_gradients([p]) # after this, `p.grad` can be read and changed in place
                 ps.append(p)
                 grads.append(p.grad)
                 ms.append(state['m'])
@@ -67,7 +67,9 @@ class KerasAdam(torch.optim.Optimizer):
                 counts.append(state['step'])
             if not ps: continue
             options = {k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
-            _keras_adam_step_(*map(local_parts, (ps, grads, ms, vs)), counts, **options)
+            # keep of each tensor the part that this process stores
+            ps, grads, ms, vs = map(local_parts, (ps, grads, ms, vs))
+            _keras_adam_step_(ps, grads, ms, vs, counts, **options)
         return loss
 
 # %% ../../nbs/core/03_optim.ipynb #3035bd2f
@@ -75,6 +77,6 @@ def keras_adam(
     params:Iterable,                    # Parameters or parameter groups
     lr:float,                           # Learning rate, >= 0
     **kwargs:float|tuple[float, float], # Further arguments of `KerasAdam`
-) -> OptimWrapper: # For a Learner's `opt_func`
+) -> OptimWrapper: # The optimizer that the Learner uses
     "Return `KerasAdam` for a Learner: `Learner(..., opt_func=keras_adam)`."
     return OptimWrapper(params, KerasAdam, lr=lr, **kwargs)

@@ -38,7 +38,7 @@ def _end_when_orphaned(parent, seconds):
     while os.getppid() == parent: time.sleep(seconds)
     print('the launcher of this process has died, so the process ends; start the same command again',
           file=sys.stderr, flush=True)
-    os._exit(1) # ends at once; a clean exit would wait for the other processes, which end, too
+    os._exit(1) # at once: a clean exit would wait for the other processes, although they end, too
 
 def end_with_launcher(
     seconds:float=1., # Seconds between two checks
@@ -85,7 +85,7 @@ def _ddp(model):
 
 def sync_gradients(
     model:nn.Module, # The Learner's model; nothing happens unless it is a `DistributedDataParallel`
-    on:bool,         # Average gradients over processes?
+    on:bool,         # Whether the backward pass averages gradients over processes
 ):
     "Switch the averaging of gradients over processes on or off; call this before the forward of a pass."
     ddp = _ddp(model)
@@ -125,14 +125,16 @@ def bare_loader(
     dl:Iterable, # Any iterable of batches
 ): # The loader inside fastai's wrapper for distributed training; `dl` if there is no wrapper
     "Return the loader without fastai's wrapper; this loader yields all samples in every process."
-    own = getattr(dl, '__dict__', {}) # not `dl.dl`: loaders look up unknown names in their data set
+    own = getattr(dl, '__dict__', {}) # `dl.dl` would also search the loader's data set
     return own.get('dl', dl)
 
 def _shared_loader_class():
     "Return a subclass of fastai's `DistributedDL` that sends the order of samples by `over_ranks`."
     from fastai.distributed import DistributedDL # takes seconds, so it is imported only if needed
     class SharedDL(DistributedDL):
-        @property # `get_idxs` of fastai sets `n`, but does not run for an empty loader
+        # fastai's `get_idxs` sets `n`, but does not run for an empty loader. A property gives `n` in both
+        # cases; a value that was set is kept in `vars(self)`
+        @property
         def n(self): return vars(self).get('n', len(self.dl.dataset))
         @n.setter
         def n(self, n): vars(self)['n'] = n

@@ -81,7 +81,7 @@ def decoupled_sgd(
     params:Iterable, # The result of `norm_bias_split`
     lr:float,        # Learning rate for a batch of 1,024 images, > 0
     **kwargs:float,  # Further arguments of `decoupled_groups`
-) -> OptimWrapper: # For a Learner's `opt_func`
+) -> OptimWrapper: # The optimizer that the Learner uses
     """Return SGD with the groups of `decoupled_groups`, for a Learner.
 
     `Learner(..., splitter=norm_bias_split, opt_func=partial(decoupled_sgd, bs=1024), lr=11.5)`"""
@@ -196,7 +196,7 @@ class FreezeAfter(ShowsArguments, Callback):
     order, run_valid = ORDERS['extra_pass'] - 2, False # before a method uses gradients
 
     def __init__(self,
-        epochs:dict|None=None, # Number of trained epochs by parameter name; `None`: `model.frozen_after`
+        epochs:dict|None=None, # Trained epochs by parameter name; `None` takes them from `model.frozen_after`
     ): self.epochs = epochs
 
     def before_fit(self):
@@ -213,7 +213,7 @@ class FreezeAfter(ShowsArguments, Callback):
     def before_train(self):
         self._frozen = [p for p, limit in self._limits if self.epoch >= limit]
         for p, limit in self._limits:
-            if n_ranks() == 1: # `DistributedDataParallel` waits for the gradient of every parameter
+            if n_ranks() == 1: # with several processes, `DistributedDataParallel` waits for every gradient
                 p.requires_grad_(self.epoch < limit)
         self._drop()
 

@@ -194,6 +194,7 @@ def _replace(cfg, root):
             if (new / name).is_file(): os.replace(new / name, folder / name)
         measured = read_part(root, cfg.name, 'measures', {}).get('weights')
         weights = (folder / 'weights.pt').read_bytes()
+        # `measures.json` names the weights that were measured; delete the file if the weights are others now
         if measured != f'{zlib.crc32(weights):08x}': (folder / 'measures.json').unlink(missing_ok=True)
         os.replace(new / 'result.json', folder / 'result.json')
         shutil.rmtree(new)
@@ -216,6 +217,7 @@ def _check_identity(cfg, root, result):
         except FileNotFoundError: checksums = result['data_facts'] # the data are not on this machine
         _check_data(cfg, result, checksums)
     for teacher, crc in zip(cfg.teachers, result.get('teachers_crc32', ())):
+        # if the teacher's result or its checksum is missing, the stored checksum counts as unchanged
         now = (read_result(teacher, root) or {}).get('weights_crc32', crc)
         if now == crc: continue
         changed = f'the weights of its teacher {teacher.name} have changed since'
@@ -308,7 +310,7 @@ class RestartEveryEpoch(ShowsArguments, Callback):
 
     def before_fit(self):
         step = self.opt.step
-        def scheduled(*args, **kwargs): # for methods with several steps per batch
+        def scheduled(*args, **kwargs): # at every step, because some methods make several steps per batch
             self.opt.set_hyper('lr', self.lr * self.decay**(self.t / 1000))
             self.t += 1
             return step(*args, **kwargs)
@@ -324,7 +326,7 @@ class RestartEveryEpoch(ShowsArguments, Callback):
 def _factor(cfg):
     "Return the schedule: a function from the finished share of training to a factor of the learning rate."
     rounding = 1e-9 # because the finished share has a rounding error
-    def thirds(done): return .1**int(done * 3 + rounding)
+    def thirds(done): return .1**int(done * 3 + rounding) # a tenth after each third of training
     def thirty_epochs(done): return .1**int(done * cfg.epochs / 30 + rounding)
     def cosine(done): return (1 + math.cos(math.pi * done)) / 2
     def constant(done): return 1.
@@ -368,13 +370,14 @@ def _counted(f, recorder, key):
 def _start_counting(recorder):
     "Start to count optimizer steps, forward passes in training, and backward passes of the Learner."
     learn = recorder.learn
-    def count_forward(module, inputs): recorder.counts['forwards'] += learn.model.training
+    def count_forward(module, inputs): recorder.counts['forwards'] += learn.model.training # 1 or 0
     learn.opt.step = _counted(learn.opt.step, recorder, 'steps')
     learn._backward = _counted(learn._backward, recorder, 'backwards')
     recorder.hook = learn.model.register_forward_pre_hook(count_forward)
 
 def _stop_counting(recorder):
     "Remove the counters of steps and passes from the Learner."
+    # without these attributes, the objects have the methods of their classes again
     vars(recorder.learn.opt).pop('step', None)
     vars(recorder.learn).pop('_backward', None)
     if recorder.hook: recorder.hook.remove()
@@ -402,7 +405,7 @@ class _Sums:
 
 # %% ../../nbs/experiments/81_runner.ipynb #ea60b875
 class _TermRatio:
-    """The strength of an added loss term: the norm of its gradient, divided by that norm for the other loss.
+    """Divides the norm of an added loss term's gradient by the norm of the gradient of the other loss.
 
     Both gradients are with respect to the network's output, in a few batches spread over an epoch. These
     gradients need no pass through the network, and do not change the training in any bit."""
@@ -418,7 +421,7 @@ class _TermRatio:
 
     def measure(self, loss, term):
         learn = self.learn
-        every = max(1, getattr(learn, 'n_iter', 1) // self.batches)
+        every = max(1, getattr(learn, 'n_iter', 1) // self.batches) # measure each `every`-th batch
         due = learn.iter % every == 0 and learn.iter // every < self.batches
         if not due or replaying(learn) or not getattr(learn.pred, 'requires_grad', False): return
         def norm(value): return torch.autograd.grad(value, learn.pred, retain_graph=True)[0].detach().norm()
@@ -520,7 +523,7 @@ def weights_file(
 def is_trained(
     cfg:Run, # The configuration
     root,    # Folder of all results
-) -> bool: # `True`: the run is finished, and its weights are stored
+) -> bool: # `True` if the run is finished and its weights are stored
     "Return whether a run can be a teacher."
     return read_result(cfg, root) is not None and weights_file(cfg, root).is_file()
 
@@ -559,7 +562,7 @@ def load_model(
 
 # %% ../../nbs/experiments/81_runner.ipynb #e824b3b8
 def _stored_checksum(cfg, root):
-    "Return the checksum of a finished run's weights, from its result or, if that has none, from its file."
+    "Return the checksum of a finished run's weights; if the result has no checksum, compute it."
     stored = (read_result(cfg, root) or {}).get('weights_crc32')
     return stored or weights_checksum(read_tensors(weights_file(cfg, root)))
 
@@ -682,6 +685,7 @@ class KeepReleased(KeepBest):
         n = len(self.loader.dataset)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
         choosing = max(1, round(_CHOOSING * n))
+        # the first `choosing` images are read in batches; only the last batch is used
         self.last_batch = order[(choosing - 1) // self.bs * self.bs:choosing]
         self.others = order[choosing + 1:] # like the notebook, leave one image out
 
@@ -756,10 +760,10 @@ def stored_learner(
     cfg:Run,                           # A run that `is_trained`
     root:str|Path='runs',              # Folder of all results
     device:str|torch.device|None=None, # `None`: fastai's default device
-) -> Learner: # In evaluation mode; `dls.train` in order, not augmented; `dls[2]`: test set
+) -> Learner: # In evaluation mode; `dls.train` is neither shuffled nor augmented, `dls[2]` is the test set
     """Return a Learner to measure a finished run.
 
-    Raises `RunError` if weights are missing or do not fit, or if the data have changed since."""
+    Raises `RunError` if weights are missing or do not fit, or if the data have changed since training."""
     dls = run_loaders(cfg, device)
     _check_data(cfg, read_result(cfg, root) or {}, dls.checksums)
     dls.loaders[0] = _in_order(dls.train)
@@ -870,7 +874,7 @@ def _beside_teacher(learn):
 def _evaluations(cfg, model, dls):
     "Return accuracy and loss, with stored and with re-estimated BatchNorm statistics, and for views."
     test = dls[2]
-    plain = fresh = evaluate(model, test, right=True)
+    plain = fresh = evaluate(model, test, right=True) # `fresh`: with re-estimated statistics, see below
     if cfg.epochs: # without training (0 epochs), a pretrained network keeps its statistics
         whole_batches = len(dls.train.dataset) >= 2 * cfg.bs
         batches = dls.train.new(drop_last=True) if whole_batches else dls.train.new()
@@ -967,7 +971,7 @@ def _same_threads(cfg, root):
 
 # %% ../../nbs/experiments/81_runner.ipynb #40012220
 def _counts(recorder):
-    "Return the epochs, seconds, steps and passes that a `RunRecorder` has counted; it may not have started."
+    "Return the epochs, seconds, steps and passes that a `RunRecorder` counted; 0 epochs if it never started."
     seconds = sum(row['seconds'] for row in recorder.rows)
     counts = getattr(recorder, 'counts', {})
     return dict(epochs=len(recorder.rows), train_seconds=seconds, **counts,
@@ -1072,7 +1076,7 @@ def _leftover_files(cfg, root):
     folder = Path(root) / cfg.name
     left = [folder / 'checkpoint.pt', folder / 'checkpoint.pt.previous']
     new = folder / 'new'
-    if not [*new.glob('checkpoint.pt*')]: left.append(new) # `force` continues from a checkpoint
+    if not [*new.glob('checkpoint.pt*')]: left.append(new) # keep a checkpoint, from which `force` continues
     return [f for f in left if f.exists()]
 
 def _tidy(cfg, root):
@@ -1096,7 +1100,7 @@ def run(
     force=False,     # Train again even if a result is stored; remove a checkpoint that does not fit
     progress=True,   # Show a progress bar in a terminal or a notebook, elsewhere a line per epoch
     device=None,     # `None`: fastai's default device
-    minutes=1.,      # Least minutes between two checkpoints, stored after epochs; 0: after every epoch
+    minutes=1.,      # Least time between two checkpoints, stored after epochs; with 0, after every epoch
     weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware
     """Train a network and store its result, or read the stored result.

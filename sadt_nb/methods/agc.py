@@ -44,7 +44,7 @@ def clip_units_(
     for p, g in zip(params, grads):
         bound = unit_norm(p).clamp_(min=eps).mul_(clip)
         norm = unit_norm(g).clamp_(min=1e-6) # prevents division by zero; 1e-6 as in the paper's code
-        factor = bound.div_(norm).clamp_(max=1)
+        factor = bound.div_(norm).clamp_(max=1) # at most 1: a short gradient stays unchanged
         g.mul_(factor)
 
 # %% ../../nbs/methods/11_agc.ipynb #f1cbb7f3

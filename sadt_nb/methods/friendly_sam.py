@@ -39,7 +39,7 @@ class _RunningMean(SummedPass):
         self._loaded = False
 
     def _with_mean(self, grads):
-        "Return the names of the gradients that have a mean, and the local parts of both, in the same order."
+        "Return the names of gradients that have a mean, and the local parts of these gradients and means."
         known = [n for n in grads if n in self.mean]
         return known, local_parts(grads[n] for n in known), local_parts(self.mean[n] for n in known)
 
@@ -79,7 +79,7 @@ class FriendlySAM(_RunningMean):
     for values out of range, and before training if a loaded mean does not fit the network."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
-        sigma:float=1.,              # Factor of the subtracted mean m, >= 0; 0: SAM
+        sigma:float=1.,              # Factor of the subtracted mean m, >= 0; with 0, the method is SAM
         decay:float=.9,              # Share of the old mean in the new mean, in [0, 1)
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'

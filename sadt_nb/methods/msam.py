@@ -24,7 +24,7 @@ _KEYS = {_TORCH.SGD: 'momentum_buffer', KerasAdam: 'm', _TORCH.Adam: 'exp_avg', 
 
 def _inner(opt):
     "Return the optimizer that has the state, without wrappers around it."
-    # fastai's wrapper has it in `opt`, the wrappers of plain loops and of accelerate in `optimizer`
+    # fastai's wrapper has the inner optimizer in `opt`, those of plain loops and accelerate in `optimizer`
     while True:
         inner = getattr(opt, 'opt', getattr(opt, 'optimizer', None))
         if inner is None: return opt
@@ -104,7 +104,10 @@ class _MovedWeights(LoopMethod):
         self.rho = rho
         self._init_state()
 
-    def _init_state(self): self.scratch, self._moved, self._factor = {}, None, None
+    def _init_state(self):
+        self.scratch = {}   # memory for the copies of w
+        self._moved = None  # while the weights are moved: the parameters, and the copies of w, by name
+        self._factor = None # the weights were moved by `_factor` times the momentum
 
     @contextmanager
     def moved_weights(self):
@@ -136,11 +139,12 @@ class _MovedBatch:
     "Replaces a Learner's `_do_one_batch`; restores the weights at its end, also after an exception."
     def __init__(self, msam, learn):
         self.msam, self.learn = msam, learn
-        self.replaced = vars(learn).get('_do_one_batch') # `None`: the method of the Learner's class
+        # an attribute of this Learner alone; `None` if the Learner has only the method of its class
+        self.replaced = vars(learn).get('_do_one_batch')
 
     @classmethod
     def install(cls, msam):
-        cls.uninstall(msam.learn) # still there if an exception ended the last fit
+        cls.uninstall(msam.learn) # if an exception ended the last fit, its replacement is still installed
         msam.learn._do_one_batch = cls(msam, msam.learn)
 
     @classmethod

@@ -226,7 +226,7 @@ def _digits():
             where = f'noise {noise:.0%} · seed {seed}'
             yield PaperRun(f'teacher · {where}', teacher)
             yield PaperRun(f'SAM · {where}', teacher.but(method='sam', method_args=dict(rho=.2)))
-            for i, run in enumerate(independent(teacher, 4)[1:], start=1):
+            for i, run in enumerate(independent(teacher, 4)[1:], start=1): # the first is the teacher
                 yield PaperRun(f'independent {i} · {where}', run)
             for alpha in _ALPHAS:
                 for r, run in enumerate(rounds(teacher, alpha), start=1):

@@ -142,7 +142,7 @@ def _states_of(module):
 
 def _tensors_and_versions(states):
     tensors = [t for t in tree_leaves(states) if isinstance(t, Tensor)]
-    # tensors of `torch.inference_mode` have no version
+    # `_version` counts the in-place changes of a tensor; tensors of `torch.inference_mode` have none
     return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
 def _copy_state(value): return tree_map(lambda v: _detached_copy(v) if isinstance(v, Tensor) else v, value)
@@ -158,12 +158,13 @@ def hidden_states(
     found = []
     for module in filter(_may_keep_state, model.modules()):
         states = _states_of(module)
-        # the tensors themselves are kept, too: a new tensor could get the identity of a freed tensor
+        # an entry: the module, its states, identities and versions of their tensors, copies of the states;
+        # the tensors themselves are kept, because a new tensor could get the identity of a freed tensor
         if states: found.append((module, states, _tensors_and_versions(states), _copy_state(states)))
     return found
 
 def changed_states(
-    states:list|None, # Result of `hidden_states`; `None`: nothing has changed
+    states:list|None, # Result of `hidden_states`; `None` stands for no states
 ) -> list: # The entries of modules whose tensors have changed since `hidden_states` ran
     "Return the states that have changed since `hidden_states` ran."
     changed = []
@@ -187,7 +188,7 @@ def _set_states(module, states):
 
 @contextmanager
 def from_hidden_states(
-    states:list|None, # Result of `hidden_states` before the first pass; `None`: nothing happens
+    states:list|None, # Result of `hidden_states` before the first pass; with `None`, nothing happens
     rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
@@ -425,7 +426,7 @@ class _Window:
 
 # %% ../../nbs/core/01_passes.ipynb #b1694bf6
 class LoopMethod(_Window, ShowsArguments, Callback):
-    "Base class of the methods that work in any training loop, which gives them a closure for each batch."
+    "Base class of the methods that work in any training loop; a loop gives them a closure for each batch."
     run_valid = False
     needs_logits = False # `True`: the method needs the predictions, not only the loss
     needs_loss_scale = False # `True`: the method uses the size of the gradients, not only their direction
@@ -713,7 +714,8 @@ class PerturbedPass(_Chunks):
         if self.cuts: self.passes_by_chunk()
         elif self.makes_pass() and self.has_gradients():
             pauses = self.extra_pass(*self.first_gradients())
-            # a generator pauses where it needs a gradient; `None`: `extra_pass` has made its passes itself
+            # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
+            # passes itself and return `None`
             for _ in pauses or (): self.second_pass()
         add_gradients(self._stash)
         self._stash = {}
@@ -743,7 +745,7 @@ class PerturbedPass(_Chunks):
 
     def radius_scales(self,
         params:dict[str, Tensor], # Parameters by name
-    ) -> dict[str, float]: # By name; empty: 1 for all
+    ) -> dict[str, float]: # By name; an empty dict stands for the factor 1 everywhere
         "Return the factor of each parameter's perturbation; differs from 1 only in a plain loop."
         own = getattr(self.learn, 'radius_scales', None) # a plain loop's parameter groups can have a `rho`
         return own(self, params) if own else {}
@@ -810,7 +812,7 @@ class SummedPass(PerturbedPass):
         both = [n for n in tensors if n in self.total] # some micro-batches do not use all layers
         sums = local_parts(self.total[n] for n in both)
         if both: torch._foreach_add_(sums, local_parts(tensors[n] for n in both))
-        self.total = tensors | self.total
+        self.total = tensors | self.total # adds the tensors that had no sum yet
         self.weight += weight
 
     def after_sum(self,

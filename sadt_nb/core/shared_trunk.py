@@ -50,9 +50,9 @@ class _Trunk:
 def _recorded_trunk(model, touched):
     """Inside the block, the first call of `model` records the trunk's outputs, and later calls use them.
 
-    The caller calls the function that the block gets after each network."""
+    The block gets a function, and must call this function after each network."""
     modules = _trunk_modules(model, touched)
-    own_forwards = {m: vars(m).get('forward') for m in modules} # `None`: the class's own
+    own_forwards = {m: vars(m).get('forward') for m in modules} # `None` if the module has the class's
     trunk = _Trunk(modules)
     hooks = [m.register_forward_pre_hook(trunk.begin) for m in touched]
     for m in modules: trunk.patch(m)
@@ -66,7 +66,9 @@ def _recorded_trunk(model, touched):
 # %% ../../nbs/core/11_shared_trunk.ipynb #ad036cf9
 @contextmanager
 def _replaced(places, values):
-    "Inside the block, the tensors `values`, which may have a graph, replace the parameters at `places`."
+    """Inside the block, the tensors `values`, which may have a graph, replace parameters of the network.
+
+    `values` has a tensor per parameter name; `places` is a result of `_places`."""
     saved = []
     for name in values:
         saved += [(module, key, module._parameters[key]) for module, key in places[name]]
@@ -98,7 +100,7 @@ def shared_forward(
     Network i has the weights of `model` plus `deltas[i]`. A backward pass adds the
     gradients of all networks to `.grad` of the model's parameters."""
     params = dict(model.named_parameters())
-    names = {}
+    names = {} # from the `id` of a parameter to its name
     for changes in deltas: names |= {id(params[n]): n for n in changes}
     places = _places(model, names)
     touched = set()

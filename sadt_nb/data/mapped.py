@@ -25,7 +25,7 @@ def _images_crc(x, file):
     The CRC is stored beside the array file, and computed again if the array file changes."""
     if file is None: return zlib.crc32(x.contiguous().numpy())
     kept, state = file.with_suffix('.crc32'), file.stat()
-    stamp = [state.st_size, state.st_mtime_ns]
+    stamp = [state.st_size, state.st_mtime_ns] # stored in front of the CRC
     try:
         stored = json.loads(kept.read_text())
         if stored[:2] == stamp: return int(stored[2])
@@ -45,7 +45,7 @@ class MappedImages(ImageData):
         x,         # `(n, height, width, 3)` uint8 array, mapped from `file`
         y,         # `(n,)` class indices
         vocab,     # Names of the classes
-        file=None, # Path of the array file, beside which the checksum is stored; `None`: no stored checksum
+        file=None, # Path of the array file, beside which the checksum is stored; `None` stores no checksum
     ):
         super().__init__(x, y, vocab)
         self.file = file
@@ -74,7 +74,7 @@ def _prepared(file, size):
 
 def _stamp(root, size, files):
     "Return a hash of the folder's path, the image size, and the names, sizes and dates of the files."
-    lines = ['v3', str(root.resolve()), str(size)] # 'v3': the array file's layout
+    lines = ['v3', str(root.resolve()), str(size)] # 'v3': version of the array file's layout
     for f in files:
         state = f.stat()
         lines.append(f'{f.relative_to(root)}|{state.st_size}|{state.st_mtime_ns}')
@@ -95,13 +95,14 @@ def _write_array(array, files, shape):
     with whole_file(array) as part:
         out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
         with ThreadPoolExecutor(os.cpu_count()) as pool: # decoding and resizing release Python's lock
-            for start in range(0, len(files), 4096): # few results wait in memory
+            for start in range(0, len(files), 4096): # in parts, so that few results wait in memory
                 list(pool.map(decode, range(start, min(start + 4096, len(files)))))
         out.flush()
 
 # %% ../../nbs/data/73_mapped.ipynb #5e8c74cf
 def _listed(root, part):
     "Return classes and files of the images of one part, sorted by name."
+    # `folder_images` yields tuples (part, class, name, file)
     found = sorted(folder_images(root, [part]), key=lambda item: item[2])
     return [label for _, label, _, _ in found], [file for *_, file in found]
 

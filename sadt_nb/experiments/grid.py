@@ -207,7 +207,7 @@ def _plan(runs, root, force, needs_weights=_no_weights):
         done = is_trained(cfg, root) if weights else read_result(cfg, root)
         if done and not again: return
         for t in cfg.teachers:
-            if not is_trained(t, root): add(t, False, True)
+            if not is_trained(t, root): add(t, False, True) # a teacher needs its weights
     for cfg in runs: add(cfg, force, needs_weights(cfg))
     return plan
 
@@ -306,7 +306,7 @@ class _Work:
         rows = _work_history(cfg, self.root)
         if not rows: return 0
         written = os.path.getmtime(work_folder(cfg, self.root) / 'history.json')
-        # a file older than the start is of an earlier attempt
+        # a file older than the start belongs to an earlier attempt
         return max(0, len(rows) - self.before[cfg]) if written > self.running[cfg] else 0
 
     def time_left(self):
@@ -430,16 +430,17 @@ class _Grid:
 def run_grid(
     runs:Iterable[Run],   # Configurations of the runs
     root:str|Path='runs', # Folder of all results
-    workers:int=1,        # Number of processes; together they use the threads of the CPU, or the GPU
+    workers:int=1,        # Number of processes; they share the threads of the CPU, or the GPU
     force:bool=False,     # Train finished runs again
     progress:bool=True,   # Print a line per run; in a terminal, also a table of unfinished runs
-    minutes:float=1.,     # Least minutes between two checkpoints of a run; they are stored after epochs
+    minutes:float=1.,     # Least minutes between two checkpoints; each is stored at the end of an epoch
     attempts:int=3,       # Number of attempts at a run whose process dies, each from the last checkpoint
-    # For each run, names in `MEASURES` to measure after training; a run without weights is trained again
+    # For each run, names in `MEASURES` to measure after training; a finished run without weights is trained
+    # again
     measures:dict[Run, Iterable[str]]|None=None,
     samples:int=1000,     # Number of training images to measure on
     # Address of a Ray cluster; 'auto': the cluster of this machine; 'local': a new cluster of this machine
-    # alone. All machines must share the folder `root`; `workers` is the number of processes on all machines
+    # alone. All machines must share the folder `root`; `workers` then counts the processes on all machines
     ray:str|None=None,
 ) -> list: # Per run, in the order of `runs`: the result, or the `Exception` of a failed run
     """Train all runs that are not finished yet. Ctrl-C stops the training; the same call continues it.
@@ -466,7 +467,7 @@ def _stored_ensemble(file, root):
 def run_ensemble(
     members,       # Trained runs on one data set; a stored result can be read without their weights
     root='runs',   # Folder of all results
-    device=None,   # `None`: fastai's default device
+    device=None,   # With `None`, fastai's default device
 ) -> dict: # Test `accuracy`, accuracies of its `members`, and the mean `diversity` of their logits
     """Evaluate the ensemble of stored runs, or read the stored result of the ensemble.
 

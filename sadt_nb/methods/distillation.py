@@ -32,10 +32,11 @@ class Distillation(LossTerm):
     _stateattrs = ('teacher',) # not in pickled Learners
 
     def __init__(self,
-        teacher:nn.Module|Sequence[nn.Module]|None, # A list: their mean logits; `None`: set before `fit`
+        # A network, or a list of networks whose logits are averaged; with `None`, set a teacher before `fit`
+        teacher:nn.Module|Sequence[nn.Module]|None,
         alpha:float=.5,       # Factor of the labels' loss, in [0, 1]; read at every batch
         temperature:float=4., # Temperature that softens both predictions, > 0; read at every batch
-        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        divergence:DivergenceLike=None, # See `as_divergence`; with `None`, the divergence fits the loss
     ):
         if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
         if not 0 < temperature < math.inf:

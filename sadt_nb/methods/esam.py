@@ -127,7 +127,7 @@ class ESAM(_StochasticWeightPerturbation):
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
-        gamma:float=.5, # Fraction of samples in the second pass, in (0, 1]; 1: no forward pass to choose them
+        gamma:float=.5, # Fraction of samples in the second pass, in (0, 1]; with 1, no pass chooses them
         bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the second pass: 'fresh' or 'replay'
         seed:int=0,                  # Seed of the draws
@@ -170,7 +170,7 @@ class ESAM(_StochasticWeightPerturbation):
 # %% ../../nbs/methods/22_esam.ipynb #47d97ccc
 def esam_step(
     model:torch.nn.Module,                  # The network whose parameters `optimizer` steps
-    losses:Callable[[Tensor|None], Tensor], # Returns the losses at these positions; `None`: all losses
+    losses:Callable[[Tensor|None], Tensor], # Returns the losses at these positions, or all losses for `None`
     optimizer:torch.optim.Optimizer,        # Any base optimizer
     rho:float=.05,                          # Radius in weight space, > 0
     beta:float=.6,                          # Probability that a parameter tensor is perturbed, in (0, 1]

@@ -34,7 +34,7 @@ class Records:
         lag:int,                 # Number of epochs whose records are kept, >= 1
         samples:int,             # Number of training samples
         shape:int|Sequence[int], # Shape of a sample's output, such as `(classes,)`; or the number of classes
-        device:str|torch.device|None=None, # Device of the records; `None`: the CPU
+        device:str|torch.device|None=None, # Device of the records; the CPU if `None`
     ) -> 'Records': # Buffers in which every record is missing
         "Return buffers for the records of all samples."
         never = torch.iinfo(torch.int16).min # no epoch has this number
@@ -124,11 +124,11 @@ class SAF(TrajectoryLoss):
     def __init__(self,
         lam:float=.3,      # Factor of the divergence, >= 0; read at every batch
         tau:float=5.,      # Temperature that softens both predictions, > 0
-        lag:int|None=None, # Age of the compared records in epochs, >= 1; `None`: 3, or 2 with spec='code'
-        # Number of epochs without the term at the start of training, >= 0; `None`: 5, or 6 with spec='code'
+        lag:int|None=None, # Age of the compared records in epochs, >= 1; by default 3 (2 if spec='code')
+        # Number of epochs without the term at the start of training, >= 0; by default 5 (6 if spec='code')
         start_epoch:int|None=None,
-        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
-        tau_squared:bool|None=None, # Multiply the term by `tau**2`? `None`: only with spec='code'
+        divergence:DivergenceLike=None, # See `as_divergence`; with `None`, the divergence fits the loss
+        tau_squared:bool|None=None, # Multiply the term by `tau**2`? By default only if spec='code'
         spec:Literal['paper', 'code']='paper', # Options that are `None` follow the paper or the authors' code
     ):
         options = self.by_reading(spec, lag=lag, start_epoch=start_epoch, tau_squared=tau_squared)
@@ -152,7 +152,7 @@ class SAF(TrajectoryLoss):
     def _exchange(self, now):
         "Return the recorded past logits of this batch's samples, and record the current logits instead."
         _check_outputs(now, self.records)
-        compares_classes = getattr(self.compare, 'kind', '') == 'categorical' # own functions have no `kind`
+        compares_classes = getattr(self.compare, 'kind', '') == 'categorical' # other functions have no `kind`
         # checked once per epoch, because the check waits for the device
         if compares_classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
         if self.records is None:
@@ -160,7 +160,7 @@ class SAF(TrajectoryLoss):
             whole = getattr(self.learn.dl, 'dl', self.learn.dl)
             self.records = Records.empty(self.lag, n_samples(whole), now.shape[1:], now.device)
         self.records.to(now.device)
-        return self.records.exchange(self.sample_ids.ids, now, self.done)
+        return self.records.exchange(self.sample_ids.ids, now, self.done) # `done`: finished epochs
 
     def term(self, logits, rows):
         if not replaying(self.learn): self._past = self._exchange(logits.detach())

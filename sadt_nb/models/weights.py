@@ -69,7 +69,7 @@ def load_weights(
 
     If the file lacks a tensor whose name begins with `fresh`, or has this tensor in another shape, the
     network keeps all its tensors with this prefix. Raises `FileNotFoundError` if there is no file,
-    `ImportError` if the file needs safetensors, which is not installed, and `ValueError` if the file does not
+    `ImportError` if safetensors is needed and not installed, and `ValueError` if the file does not
     hold only tensors, or holds tensors that do not fit the network."""
     if not Path(file).is_file(): raise FileNotFoundError(f'{file} does not exist')
     own = model.state_dict()

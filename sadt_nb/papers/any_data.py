@@ -170,12 +170,13 @@ def sentence(
     free = rivals.loc[AVERAGE]
     text += f'; a weight average, which needs no extra pass, differs from plain training by {_text(free)}'
     if found.low > free.difference: return text + f', less than {best}.'
-    return text + ', so much of the gain may be possible without an extra pass.'
+    return text + '; much of the gain may therefore be possible without an extra pass.'
 
 # %% ../../nbs/papers/112_any_data.ipynb #8639301e
 _RULE = ('All rows make the same number of passes, as far as whole epochs allow, with the same network, '
-         'learning rate and data. Differences are paired by seed; the intervals (t-test) hold jointly '
-         'with 95%. The number of seeds was fixed before the first run, from the time that was given. '
+         'learning rate and data. Differences are paired by seed; all their intervals (t-test) together '
+         'cover the true differences with a probability of at least 95%. The number of seeds was fixed '
+         'before the first run, from the time that was given. '
          'With another network or learning rate, the order of the rows may be different.')
 _ALT = 'Test accuracy of each run, one line of points per method'
 

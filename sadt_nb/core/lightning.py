@@ -67,8 +67,8 @@ def _check_trainer(trainer, module):
                          'processes; use larger batches, or accumulate_grad_batches=1')
 
 def _total_steps(trainer, method):
-    "Return the optimizer steps of a training; `None` if training has no limit or the method needs no number."
-    if is_whole_training(method): return None
+    "Return the number of optimizer steps; `None` if training has no limit or the method does not need it."
+    if is_whole_training(method): return None # without `start` and `stop`
     total = trainer.estimated_stepping_batches # -1 or infinity: no limit
     return int(total) if 0 < total < float('inf') else None
 
@@ -104,7 +104,7 @@ class MethodCallback(Callback):
         self._loop.loss_scaler = getattr(trainer.precision_plugin, 'scaler', None)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        # a `PlainLoop` has the function that runs a pass where a Learner has the inputs
+        # in a Learner, `xb` are the inputs; in a `PlainLoop`, `xb` is the function that runs a pass
         self._loop.xb = partial(_training_step, trainer, pl_module, batch, batch_idx)
         self._loop.steps_done = trainer.global_step
         self._loop('before_batch')
@@ -120,7 +120,7 @@ class MethodCallback(Callback):
         try: self._loop('after_backward')
         finally:
             self._passing = False
-            sync_gradients(self._loop.model, True) # the extra pass may have switched this off
+            sync_gradients(self._loop.model, True) # the extra pass may have switched the synchronisation off
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self._loop('before_step')

@@ -132,7 +132,7 @@ def kd_loss(
     teacher_logits:Tensor, # `(n, classes)` logits of the teacher; no gradient flows into them
     student_logits:Tensor, # `(n, classes)` logits of the student
     y:Tensor,              # `(n,)` class indices, or `(n, classes)` probabilities
-    alpha:float,           # Factor of the labels' term, in [0, 1]; 0: no labels
+    alpha:float,           # Factor of the labels' term, in [0, 1]; with 0, the labels are not used
     temperature:float,     # Temperature that softens both predictions in the second term, > 0
     axis:int=-1,           # Axis of the classes, for logits with more than two axes
 ) -> Tensor: # 0-d tensor

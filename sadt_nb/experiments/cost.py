@@ -28,7 +28,7 @@ _IMAGES = dict( # number of training images
     tiny_imagenet=100_000, imagenet=1_281_167)
 _CLASSES = dict(cifar100=100, tiny_imagenet=200, imagenet=1000) # the other data sets have 10 classes
 _PIXELS = dict(tiny_imagenet=64, imagenet=224) # the other data sets have images of 32 by 32 pixels
-_NO_OPERATIONS = ('pretrained', 'zero_shot', 'dropout') # options of models that need no operations
+_NO_OPERATIONS = ('pretrained', 'zero_shot', 'dropout') # options of models that the count leaves out
 
 @lru_cache(None)
 def _forward_flops(model, args, classes, pixels):
@@ -69,11 +69,12 @@ def run_cost(
     Raises `ValueError` for an image folder, because its number of images is not known, and `ImportError` if
     the network needs a package that is missing."""
     n = training_images(run)
-    further_teachers = max(0, len(run.teachers) - 1) # `passes_of` counts one teacher, as 1/3 of a pass
+    # a teacher's forward is 1/3 of a pass; `passes_of` already counts the first teacher
+    further_teachers = max(0, len(run.teachers) - 1)
     per_batch = passes_of(run.method, **dict(run.method_args)) + further_teachers / 3
-    batches = n // run.bs if run.drop_last else -(-n // run.bs) # else rounded up
+    batches = n // run.bs if run.drop_last else -(-n // run.bs) # without `drop_last`, rounded up
     used = min(n, batches * run.bs) # images per epoch
-    all_batches = math.ceil(round(run.epochs * batches, 6)) # `round` removes rounding errors
+    all_batches = math.ceil(round(run.epochs * batches, 6)) # `round`: 3.0000001 is 3
     return Cost(all_batches * per_batch, run.epochs * used * per_batch * _pass_flops(run))
 
 def measure_cost(
@@ -84,7 +85,7 @@ def measure_cost(
     "Return the work of measuring a run. Raises as `run_cost` does, and `KeyError` for an unknown measure."
     samples = min(samples, training_images(run))
     passes = sum(PASSES[name] for name in measures)
-    batches = -(-samples // run.bs)
+    batches = -(-samples // run.bs) # rounded up
     return Cost(passes * batches, passes * samples * _pass_flops(run))
 
 # %% ../../nbs/experiments/87_cost.ipynb #88a1df38
@@ -109,7 +110,7 @@ def probe_machine(
     device=None, # `None`: fastai's default device
 ) -> Machine:
     "Measure this machine with ResNet-20 on batches of 2 and of 128 images, in a few seconds."
-    keep_pages()
+    keep_pages() # as in training: freed memory is kept for the next pass
     device = torch.device(device or default_device())
     net = make_model('resnet20', 10).to(device, memory_format=torch.channels_last)
     small, large = 2, 128 # images per batch
@@ -134,5 +135,5 @@ def measuring_seconds(
     machine:Machine, # Speed of the machine, from `probe_machine`
     samples=1000,    # Number of training images to measure on
 ) -> float: # Seconds to measure one trained run after the other
-    "Return the estimated time to measure the runs, as rough an estimate as `estimated_seconds` gives."
+    "Return the estimated time to measure the runs; it may be wrong by the factor of `estimated_seconds`."
     return sum(_seconds(measure_cost(r, names, samples), machine) for r, names in measures.items())

@@ -146,6 +146,7 @@ def _code_presets(model, variant, scale):
     if variant == 1: return [weight_noise(std, min_ndim=2)], 'clean_to_aux'
     if variant == 3: return [gradient_ascent(1e-3, std, min_ndim=2)], 'aux_to_clean'
     _, dense = _last_conv_and_dense(model) # raises an error for a model without a convolution or dense layer
+    # `code_array`: in networks of the paper, the name of the parameter that the released code perturbs
     second = getattr(model, 'code_array', None) or _second_conv_bias(model)
     times = layer_noise(f'{dense}.bias', .1 * scale, multiply=True)
     return [times, layer_noise(second, .1 * scale)], 'aux_to_clean'
@@ -200,7 +201,7 @@ class _MicroBatch(NamedTuple):
     yb: tuple              # Targets
     q: Tensor              # `(n, classes)` logits of the first pass, detached
     rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
-    states: list|None      # Hidden states at the start of the first pass
+    states: list|None      # Result of `hidden_states` at the start of the first pass
 
     def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
@@ -296,7 +297,7 @@ class _TwoSteps(_SeededNoise):
         g_up = self.step_grads.grads
         # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient
         if not g_up or not self.in_window(): return
-        # all parameters of the optimizer with a gradient, and those of the network, which alone are perturbed
+        # `stepped`: the optimizer's parameters with a gradient; `params`: those of the network, to perturb
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
         if not params: return # no parameter of the network has a gradient
@@ -358,16 +359,18 @@ class SADT(_TwoSteps):
         spec:Literal['paper', 'code']='paper', # Preset of the variant: the paper's, or the released code's
         # One function `(params, grads, generator) -> deltas` per teacher; `None`: the variant's functions
         perturb:Iterable[Callable]|None=None,
-        # KL(q || teacher), or KL(teacher || q); `None`: the variant's direction
+        # KL(q || teacher), or KL(teacher || q); by default the variant's direction, or 'clean_to_aux' if the
+        # teachers come from `perturb` or `rho`
         kl:Literal['clean_to_aux', 'aux_to_clean']|None=None,
-        kl_weight:float=1., # Factor of the divergence, >= 0; 0: no extra pass, second step with `g_up` only
+        # Factor of the divergence, >= 0; with 0 there is no extra pass, and the second step uses `g_up` alone
+        kl_weight:float=1.,
         grad_at:Literal['aux', 'up']='aux', # Where the divergence's gradient is taken: `w_aux`, `w_up`
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
         # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the learning rate at the start
         sigma:Literal['fixed', 'rate']='fixed',
-        # A single teacher at this distance uphill, as in SAM; `None`: `perturb` or the variant's teachers
+        # A single teacher at this distance uphill, as in SAM, instead of `perturb` or the variant's teachers
         rho:float|None=None,
-        first_step:bool=True,       # `False`: a batch makes only one step, with `g_up + sum(g_aux)`
+        first_step:bool=True,       # With `False`, a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
@@ -400,7 +403,8 @@ class SADT(_TwoSteps):
         generator = self._generator_on(next(iter(params.values())).device)
         groups = [fns] if _can_share(self, fns) else [[fn] for fn in fns] # one group of teachers per pass
         for group in groups:
-            deltas = [fn(params, g_up, generator) for fn in group] # drawn even if `kl_weight` is 0
+            # drawn even with `kl_weight=0`, so that this option does not change the random numbers
+            deltas = [fn(params, g_up, generator) for fn in group]
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
 

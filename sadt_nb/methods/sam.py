@@ -25,7 +25,7 @@ class SAM(PerturbedPass):
     `only` chooses no parameter of the network, or if `m` is used with fastai's MixUp or CutMix."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
-        adaptive:bool=False, # Scale the radius with each weight's size (`T = |w|`); then set `rho` to about 2
+        adaptive:bool=False, # Scale the radius with each weight's size; then set `rho` to about 2
         interval:int=1, # The optimizer steps 0, `interval`, 2 * `interval` ... have the extra pass
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'

@@ -60,7 +60,7 @@ def _modified_resnet(layers, outputs, img_size):
 
 def _zero_shot_file(depth, model, zero_shot):
     "Return the file of a teacher's weights; `None` for a network on the meta device, which loads no weights."
-    if zero_shot is not True: return zero_shot
+    if zero_shot is not True: return zero_shot # the name of a file
     if model.text.is_meta: return None
     return Path(os.environ.get('SADT_WEIGHTS', '.')) / f'clip_resnet{depth}.pth'
 

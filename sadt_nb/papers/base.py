@@ -29,7 +29,7 @@ class PaperRun:
     "One cell of a published table: our run, its label, and the published value."
     label: str              # Name of the row; its parts are separated by ' · '
     run: Run                # Our configuration of this cell
-    published: float | None = None # Published test accuracy; `None`: no number is published, or our control
+    published: float | None = None # Published test accuracy; `None` for our controls and unpublished numbers
     note: str = ''          # Remark about the published value or our run
     spread: float | None = None # Published standard deviation of the accuracy over seeds
     measures: tuple = ()    # Measures to compute on the trained network: names in `MEASURES`
@@ -38,7 +38,7 @@ class PaperRun:
     measured: tuple = ()    # Pairs of a name in `MEASURES` and the value that the paper gives for it
     # Part of our result that is compared with `published`: 'accuracy', of the kept weights;
     # 'accuracy_last', of the weights after the last epoch (in runs that keep the best epoch); or
-    # 'accuracy_others', of the kept weights on the test images that did not choose the epoch
+    # 'accuracy_others', of the kept weights on the test images that were not used to choose the epoch
     result: str = 'accuracy'
     log: EpochLog | None = None # Numbers about this network from the authors' log
 
@@ -58,7 +58,7 @@ def distilled(
     first = teachers if isinstance(teachers, Run) else teachers[0]
     options = dict(alpha=alpha)
     default = method_options('distillation')['temperature'].default
-    # without the default, so that equal runs have equal options
+    # the default is left out, so that equal runs have equal options
     if temperature not in (None, default): options['temperature'] = temperature
     return first.but(method='distillation', method_args=options, teachers=teachers, seed=seed)
 
@@ -88,7 +88,8 @@ def same_share(
     method:str,   # A name in `METHODS`; methods other than SAF and MESA keep their options
     options:dict, # Options of the method
     factor,       # Length of the training, as a share of the length that the options are for, > 0
-    steps=None,   # The same for optimizer steps, if the steps per epoch differ; `None`: `factor`
+    # Number of optimizer steps, as such a share, if the steps per epoch differ; by default `factor`
+    steps=None,
 ) -> dict: # The options, with `start_epoch` and `beta` for the other length
     "Return the options of SAF and MESA for training of another length."
     options = dict(options)

@@ -40,7 +40,7 @@ def table_size(
     groups = {}
     measured = {c.run: c.measures for c in cells if c.measures}
     for run, names in measured.items():
-        one_image = measure_cost(run, names, samples=1) # one image is one batch
+        one_image = measure_cost(run, names, samples=1) # one image makes one batch, so both are counted once
         groups.setdefault((run.bs, training_images(run)), []).append(one_image)
     measures = []
     for group, found in sorted(groups.items()):
@@ -95,6 +95,7 @@ def store(
     names=None, # Names in `PAPER_GRIDS`; `None`: all
 ):
     "Count the work of tables and write it to the file of the library."
+    # with `names`, the other tables keep their stored sizes
     sizes = dict(_stored()) if names and _FILE.exists() else {}
     for name in names or TABLES: sizes[name] = table_size(name)
     lines = [f'{json.dumps(name)}: {json.dumps(size)}' for name, size in sizes.items()]

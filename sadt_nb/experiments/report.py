@@ -26,7 +26,7 @@ from .runner import RunError, read_result
 
 # %% ../../nbs/experiments/82_report.ipynb #9826e710
 def published(
-    study:str='', # A study, such as 'digits' or 'flatness_digits'; empty: all studies
+    study:str='', # A study, such as 'digits' or 'flatness_digits'; an empty text means all studies
 ) -> Path: # A folder of results
     "Return the folder of the packaged results. Raises `FileNotFoundError` for an unknown study."
     every = Path(files('sadt_nb')) / 'published'
@@ -36,7 +36,7 @@ def published(
     return every / study
 
 def results_folder(
-    root, # A folder; 'published' is the package's folder, unless the current folder has one
+    root, # A folder; if it does not exist, a path that begins with 'published' is read in the package
 ) -> Path:
     "Return the folder of results for a path, or for a name that begins with 'published'."
     root = Path(root)
@@ -200,7 +200,7 @@ def _differing(runs):
     "Return the fields, except method and seeds, in which at least two of the runs differ."
     names = [f.name for f in fields(Run) if f.name not in ('method', 'seed', 'split')]
     differing = []
-    for name in names:
+    for name in names: # `method_args` is kept here and may be removed below
         if name == 'method_args' or len({_field(r, name) for r in runs}) > 1: differing.append(name)
     def settings(run): return run.method, *(_field(run, name) for name in names)
     methods = {r.method for r in runs}
@@ -229,7 +229,7 @@ def _mean_and_spread(v, scale=100, digits='.1f'):
     return f'{mean} ± {v.std(ddof=1):{digits}}' if len(v) > 1 else mean
 
 def _ratio(history):
-    "Return the largest ratio of a loss term's gradient to the loss's gradient in a run; NaN without a term."
+    "Return the largest ratio of the norms of the term's and of the loss's gradient; NaN without a term."
     return max((row['term_ratio'] for row in history if 'term_ratio' in row), default=np.nan)
 
 def _table_row(g, measured, with_term):
@@ -257,10 +257,11 @@ def results_table(
     results:pd.DataFrame,       # Table of runs from `load_results`; only finished runs are used
     by:Sequence[str]|None=None, # Labels, one per row of `results`; `None`: `labels(results)`
 ) -> pd.DataFrame: # One row per label, in order of appearance
-    """Return a table: mean and standard deviation of accuracies over seeds, costs, and all stored measures.
+    """Return a table of accuracies (mean and standard deviation over seeds), costs, and all stored measures.
 
     Where a method adds a term to the loss, the table has the norm of the term's gradient divided by the norm
-    of the loss's gradient, in the epoch with the largest ratio. Near zero, the term has no effect."""
+    of the loss's gradient, in the epoch with the largest ratio. If this
+    ratio is near zero, the term has no effect."""
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
@@ -293,10 +294,10 @@ _WHICH_DECIDES = ("To judge a paper's claim, we use the accuracies with the runn
                   "papers' authors measure in this way.")
 
 def both_readings(
-    # From the name of a group to its results, which are a dict by repetition or a list in repetition order
+    # From the name of a group to its results: a list, or a dict from repetition (such as a seed) to result
     groups:dict[str, dict|Sequence],
-    pairs:Iterable[tuple[str, str]], # Names of two groups; the comparison is the first minus the second
-) -> Sentence: # A sentence, and a line in points for each comparison that changes its sign
+    pairs:Iterable[tuple[str, str]], # Names of two groups; the accuracy of the second is subtracted
+) -> Sentence: # A sentence, and for each difference that changes its sign a line with both values
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
     Each result needs 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics). Means are

@@ -40,7 +40,7 @@ def _double_backward(loss, v, check=False):
     sizes = [p.numel() for p in ps]
     parts = [part.view(p.shape) for p, part in zip(ps, v.split(sizes))]
     out = torch.zeros_like(v)
-    for share in loss.shares():
+    for share in loss.shares(): # the part of each batch in the mean loss
         grads = torch.autograd.grad(share, ps, create_graph=True, materialize_grads=True)
         if check: _check_twice(grads)
         curved = [(g, part) for g, part in zip(grads, parts) if g.requires_grad] # constant gradients add 0
@@ -105,10 +105,10 @@ def _exact_trace(h):
     total, scale = 0., 0.
     unit = torch.zeros(h.size, dtype=h.dtype, device=h.device)
     for i in range(h.size):
-        unit.zero_()[i] = 1
+        unit.zero_()[i] = 1 # the `i`-th unit vector
         column = h(unit)
         total += column[i].double()
-        scale += column.norm().double()
+        scale += column.norm().double() # times `eps`, the size of the rounding error
     return Trace(float(total), float(scale) * torch.finfo(h.dtype).eps, h.n, True)
 
 class _TraceEstimate:
@@ -275,7 +275,7 @@ def top_eigenvalues(
     k:int=1,               # Number of eigenvalues, from 1 to the number of trainable weights
     dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
     samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
-    tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is only rounding
+    tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is rounding error
     max_products:int|None=None, # Largest number of products and of vectors in memory; `None`: 200 + 5 k
     seed:int=0,            # Seed of the first vector
     progress:bool=True,    # Show a bar after three seconds

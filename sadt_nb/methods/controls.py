@@ -36,5 +36,5 @@ class RepeatStep(ShowsArguments, Callback):
                 if name in grads: p.grad.copy_(grads[name]) # the step may have overwritten the gradient
             self.learn._step()
 
-    def after_batch(self): weights_moved()
+    def after_batch(self): weights_moved() # drops copies of the old weights that PyTorch may keep
     def after_fit(self): self.learn.remove_cb(StepGrads)

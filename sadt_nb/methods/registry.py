@@ -54,14 +54,14 @@ class Method:
     key: str = ''        # Most important hyperparameters, with their published values
     avoid: str = ''      # When not to use the method
     # Function that gets an object with the options as attributes, and returns the number of extra passes
-    # per batch while the method is active; `None`: `passes - 1` with any options
+    # per batch while the method is active; with `None` this number is `passes - 1` for all options
     extra_passes: Callable|None = None
     # The fields from here on are for the common tests, which train every method for a few steps
     few_steps: dict = field(default_factory=dict, hash=False) # Options with an effect within a few steps
     every_batch: dict = field(default_factory=dict, hash=False) # Options with an extra pass in every batch
     follows_samples: bool = False # `True` if every sample needs an id; its label then cannot be mixed
     chooses_samples: bool = False # `True` if the method does not work with fastai's MixUp and CutMix
-    # After six steps in half precision: largest allowed relative distance from single-precision weights
+    # Largest relative distance between the weights after six steps in half and in single precision
     half_precision: float = .05
 
     def __call__(self,
@@ -74,6 +74,7 @@ _KINDS = dict(float=(int, float), int=int, str=str, bool=bool, dict=dict)
 
 def _check_fact(name, kind, value):
     "Raise `TypeError` or `ValueError` if a fact about a method is not of its kind."
+    # `True` is an `int` in Python, so a bool is allowed only where a bool is needed
     is_kind = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == 'bool')
     if not is_kind: raise TypeError(f'`{name}` must be of type {kind}, got {value!r}')
     if kind in ('int', 'float') and not (math.isfinite(value) and value > 0):
@@ -157,7 +158,7 @@ _GRADIENTS = dict(
 
 # %% ../../nbs/methods/99_registry.ipynb #d7460d26
 def _sam_passes(o):
-    # with `only='norm'`, the first backward leaves out the gradients of the kernels
+    # with `only='norm'`, the first backward leaves out the gradients of the kernels, a third of a pass
     first = 2 / 3 if o.only == 'norm' else 1
     # with `m`, a forward pass over the whole batch comes before the passes over the chunks
     whole = 0 if o.m is None else 1 / 3
@@ -377,8 +378,8 @@ def passes_of(
     defaults = {k: p.default for k, p in parameters.items()}
     o = SimpleNamespace(**{**defaults, **options})
     extra = method.passes - 1 if method.extra_passes is None else method.extra_passes(o)
-    if not extra: return 1. # `start` and `stop` then change no cost
-    share = getattr(o, 'stop', 1.) - getattr(o, 'start', 0.) # of training, with the method active
+    if not extra: return 1. # without extra passes, `start` and `stop` change nothing
+    share = getattr(o, 'stop', 1.) - getattr(o, 'start', 0.) # share of training with an active method
     return 1 + share * extra
 
 # %% ../../nbs/methods/99_registry.ipynb #0b56f864

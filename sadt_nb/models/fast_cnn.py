@@ -33,7 +33,8 @@ def whitening_filters(
     patches = 0
     for part in images.split(500):
         flat = F.unfold(part.float(), size).transpose(1, 2).reshape(-1, numbers)
-        moment += (flat.T @ flat).double() # the covariance, as the mean of normalised pixels is about zero
+        # this is the covariance, because the mean of normalised pixels is about zero
+        moment += (flat.T @ flat).double()
         patches += len(flat)
     values, vectors = torch.linalg.eigh(moment / patches)
     scaled = vectors.T / (values.clamp(min=0) + eps).sqrt()[:, None]

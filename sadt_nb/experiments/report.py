@@ -120,7 +120,7 @@ def load_results(
 _COPIES = { # checksum of the test images: what is known about this copy
     'e9248f55': 'a copy of CIFAR-10 whose images were stored as JPEG files, of quality 75 and with colour at '
                 'half the resolution. JPEG removes fine colour, so accuracies differ from those on the '
-                'original pixels: with a strong recipe they are probably about four points lower. '
+                'original pixels: with a strong recipe they are probably about three points lower. '
                 'Compare the rows of this page with one another, and with published accuracies only roughly'}
 _OLDER = 'e9248f55' # copy of the runs that have no checksum
 

@@ -79,6 +79,15 @@ def test_the_sentence_says_what_the_table_shows(accuracies, words):
     assert re.search(words, said), said
 
 
+def test_the_sentence_does_without_a_weight_average_that_failed():
+    runs = seeded(comparison_runs(['sam'], PLAIN), 3)
+    accuracies = dict(baseline=BASE, sam=(85, 85.6, 86))
+    results = {}
+    for method, values in accuracies.items():
+        for r, v in zip(runs[method], values): results[r] = dict(accuracy_bn=v / 100, forwards=1)
+    assert sentence(comparison_table(runs, results)).endswith('; a weight average could not be compared.')
+
+
 def test_the_time_decides_the_seeds_and_the_plan_stays(tmp_path, monkeypatch):
     rows = comparison_runs(['sam'], PLAIN)
     monkeypatch.setattr(any_data, 'seconds_per_run', lambda plain, root: 20.)

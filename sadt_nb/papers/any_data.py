@@ -168,6 +168,7 @@ def sentence(
     text += f', over {found.n:.0f} seeds'
     if best == AVERAGE: return text + '; a weight average needs no extra pass.'
     free = rivals.loc[AVERAGE]
+    if np.isnan(free.difference): return text + '; a weight average could not be compared.'
     text += f'; a weight average, which needs no extra pass, differs from plain training by {_text(free)}'
     if found.low > free.difference: return text + f', less than {best}.'
     return text + '; much of the gain may therefore be possible without an extra pass.'

@@ -365,7 +365,8 @@ def plot_claims(
         ax.grid(axis='x', alpha=.3)
         ax.tick_params(axis='y', length=0)
     judged = sum(c.outcome not in _OPEN for c in every)
-    title = f'{judged} of {len(every)} claims are decided; for the others our runs are too few or too small'
+    title = f'{judged} of {len(every)} claims are decided; '
+    title += 'for the others our runs are missing, too few or too small'
     fig.suptitle(title, fontsize=11)
     _legend(fig, [o for o in OUTCOMES if any(c.outcome == o for c in every)])
     return fig

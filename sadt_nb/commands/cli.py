@@ -100,7 +100,7 @@ _STDOUT = 1 # the file descriptor of standard output
 
 def _nobody_reads():
     "Return whether the program that reads standard output has ended, as `head` does after its last line."
-    if not hasattr(select, 'poll'): return False # Windows reports this as another error
+    if not hasattr(select, 'poll'): return False # on Windows, a write to such a pipe raises another error
     pipe = select.poll()
     pipe.register(_STDOUT, 0) # `POLLERR` is always reported
     return any(event & select.POLLERR for _, event in pipe.poll(0))
@@ -136,7 +136,7 @@ def _keys(node, values):
         pairs = [(k.arg, k.value) for k in node.keywords]
     else:
         pairs = [(k and k.value, v) for k, v in zip(node.keys, node.values)]
-    for key, value in pairs: found += [key] if key else _keys(value, values) # no key: `**value`
+    for key, value in pairs: found += [key] if key else _keys(value, values) # `**value` has no key
     return found
 
 def registered(
@@ -160,7 +160,7 @@ class Names(str):
 
     @classmethod
     def known(cls) -> list[str]:
-        "Return all names."
+        "Return all names: the keys of the registry whose file and name are in `place`."
         return registered(*cls.place)
 
 class MethodName(Names):
@@ -212,7 +212,7 @@ def unknown(
     what:str,         # What the name stands for, such as 'method'
     name:str,         # The name that was given
     known:list,       # All names
-    advice:str='',    # Command that shows all names; empty: the message lists all names
+    advice:str='',    # Command that shows all names; without a command, the message lists all names
 ) -> str:
     "Return the error message for an unknown name, with the most similar known name."
     close = difflib.get_close_matches(str(name), list(map(str, known)), 1)
@@ -275,6 +275,7 @@ def _add_argument(parser, name, anno, default, comment):
     if anno is bool:
         parser.add_argument(f'--{name}', action='store_true', help=text)
         return
+    # the type of a `Literal` is the type of its values: str or int
     kind = type(get_args(anno)[-1]) if get_origin(anno) is Literal else anno
     if issubclass(kind, str): kind = str
     metavar = 'NAME' if kind is str and anno is not str else kind.__name__.upper()
@@ -317,7 +318,9 @@ def _complete(parser, kinds):
 def command(
     example:str, # A command line that the help shows as an example
 ):
-    "Return a decorator that turns a function into a command; without arguments, it reads the command line."
+    """Return a decorator that makes a command from a function.
+
+    A command that is called without arguments reads them from the command line."""
     def decorate(func):
         @wraps(func)
         def main(*args, **kwargs):
@@ -386,6 +389,7 @@ def _teacher_fields(folder, root):
     teacher = _stored_config(folder, 'train the teacher first, with this command')
     if folder.resolve() != (Path(root) / teacher.name).resolve():
         raise ValueError(f'the teacher is not below {root}; pass --root {folder.parent}')
+    # without `split`, the seed of the teacher splits its images into training and validation images
     return dict(teachers=teacher, split=teacher.seed if teacher.split is None else teacher.split)
 
 # %% ../../nbs/commands/110_cli.ipynb #c5ac8686
@@ -409,7 +413,7 @@ def sadt_train(
     method:MethodName='sam', # Training method
     model:ModelName='simple_cnn', # Network
     data:DataName='digits',  # Data set, or a folder with train/<class>/* and test/<class>/*
-    epochs:float=10,       # Number of passes over the training data, such as 10 or 9.9
+    epochs:float=10,       # Number of epochs, such as 10 or 9.9
     bs:int=128,            # Images per batch
     lr:float=1e-3,         # Largest learning rate; with decoupled_sgd, the rate for batches of 1,024 images
     seed:int=0,            # Seed of starting weights, data order, augmentation and the method's noise
@@ -418,21 +422,23 @@ def sadt_train(
     # Schedule of the learning rate
     sched:Literal['cosine', 'constant', 'step', 'thirds', 'restart', 'triangle',
                   'triangle_to_zero']='cosine',
-    cutmix:float=0.,       # Alpha of CutMix; 0: no CutMix
-    crop:int=0,            # Border for random crops, in pixels; 0: no crops
+    cutmix:float=0.,       # Alpha of CutMix; 0 means no CutMix
+    crop:int=0,            # Border for random crops, in pixels; 0 means no crops
     pad_mode:Literal['zeros', 'reflect']='zeros', # Border of --crop: black, or the image mirrored at its edge
     rotate:float=0.,       # Largest angle in degrees by which training images are turned
     autoaugment:Literal['', 'cifar10', 'svhn', 'imagenet']='', # Policy of AutoAugment
-    cutout:int=0,          # Side of the square that Cutout hides, in pixels; 0: no Cutout
+    cutout:int=0,          # Side of the square that Cutout hides, in pixels; 0 means no Cutout
     flip:bool=False,       # Mirror a random half of the training images
     alternate:bool=False,  # Mirror one fixed half of the images in an epoch, the other half in the next epoch
-    normalize:Literal['', 'data']='', # data: subtract each channel's mean, divide by its standard deviation
+    normalize:Literal['', 'data']='', # With data, each channel gets mean 0 and standard deviation 1
     label_smoothing:float=0., # Share of each label that is spread over all classes
     drop_last:bool=False,  # Leave out the last batch of an epoch if it is smaller
-    lookahead:int=0,       # Batches after which the weights are pulled to a slow average; 0: never
+    lookahead:int=0,       # After this many batches, the weights are set to a slow average; 0 means never
     warmup:float=0.,       # Number of epochs in which the learning rate rises from --warmup_lr to --lr
     warmup_lr:float=0.,    # Learning rate at the start of the warm-up
-    views:Literal[0, 1, 2]=0, # Also test on averages over views of an image: 1: mirrored; 2: also shifted
+    # With 1, test also with outputs averaged over an image and its mirror image; with 2, also over
+    # shifted images
+    views:Literal[0, 1, 2]=0,
     valid:float=.1,        # Share of the training images held out for validation
     n_train:int=None,      # Number of training images; by default all
     method_args:str='',    # Options of the method, such as 'rho=0.1' or 'spec=code'
@@ -443,13 +449,13 @@ def sadt_train(
     # Mode in which torch.compile compiles the network
     compile:Literal['', 'default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs']='',
     tf32:bool=False,       # Use TF32 in matrix products, on GPUs that have TF32
-    clip:float=0.,         # Largest allowed norm of the gradient of a step; 0: no clipping
+    clip:float=0.,         # Largest allowed norm of the gradient of a step; 0 means no clipping
     # Epoch whose weights are kept: the last, the best on validation or test images, or the one that the
     # notebook of the SADT authors keeps (release)
     select:Literal['last', 'valid', 'test', 'release']='last',
-    teacher:Path=None,     # For a student: the folder of its teacher, a finished run below --root
-    minutes:float=1.,      # Least minutes between two checkpoints; each is stored at the end of an epoch
-    force:bool=False,      # Train again even if a result is stored; remove a checkpoint that does not fit
+    teacher:Path=None,     # Folder of a student's teacher, which must be a finished run below --root
+    minutes:float=1.,      # Smallest number of minutes between checkpoints, which are stored after epochs
+    force:bool=False,      # Train again even if a result is stored; remove a checkpoint of another training
     json:bool=False,       # Print the whole result as JSON
 ):
     "Train one network with one method, print its test accuracy, and store everything."
@@ -463,7 +469,7 @@ def sadt_train(
         method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
         opt_args=_options(opt_args), **_teacher_fields(teacher, root))
     r = runner.run(cfg, root, force=force, progress=not json, minutes=minutes)
-    if not ranks.this_rank(): _print_result(cfg, r, root, json) # several processes: only the first prints
+    if not ranks.this_rank(): _print_result(cfg, r, root, json) # only the first of several processes
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _size(name, machine, samples):
@@ -517,7 +523,7 @@ def _list_rows(name, scale, amp, only, json):
 def _settings_of(run): return dict(name=run.name, config=run.to_dict())
 
 def _as_published(cell):
-    "Return a row of a table: its label, and what is published about it; shares, not percent."
+    "Return a row of a table: its label, and its published values, as shares and not in percent."
     return dict(run=cell.label, published=cell.published, published_spread=cell.spread, note=cell.note)
 
 def _rows_and_results(name, root, scale, amp, only=''):
@@ -545,15 +551,15 @@ def sadt_grid(
     root:Path='runs',   # Folder for the results; finished runs are not repeated
     workers:int=1,      # Number of processes that train at the same time
     only:str='',        # Train only rows whose label has all these words, such as 'cifar10 simple_cnn 2048'
-    # Share of the published epochs, such as 0.1 for a first impression; the notes of the rows say so
+    # Share of the published epochs, such as 0.1 for a first impression; the notes of the rows name it
     scale:float=1.,
-    amp:Literal['', 'bf16', 'fp16']='', # Mixed precision for all runs; the notes of the rows say so
-    # Number of training images for the measures that a figure needs; by default 1,000 or, with a --scale
-    # below 1, this share of 1,000, but at least 100
+    amp:Literal['', 'bf16', 'fp16']='', # Mixed precision for all runs; the notes of the rows name it
+    # Number of training images for the measures that a figure needs. The default is 1,000; a --scale below 1
+    # reduces the default in proportion, but not below 100
     samples:int=None,
-    minutes:float=1.,   # Least minutes between two checkpoints; each is stored at the end of an epoch
+    minutes:float=1.,   # Smallest number of minutes between checkpoints, which are stored after epochs
     force:bool=False,   # Train finished runs again
-    # Address of a Ray cluster whose machines train; 'auto': the cluster of this machine.
+    # Address of a Ray cluster whose machines train; 'auto' means the cluster of this machine.
     # All machines must share the folder --root
     ray:str='',
     no_measures:bool=False, # Train only; leave out the measures that a figure needs, which can take hours
@@ -568,7 +574,7 @@ def sadt_grid(
     measures = {}
     for c in grids.paper_grid(name, scale, amp, only):
         wanted = () if no_measures else c.measures
-        measures[c.run] = (*measures.get(c.run, ()), *wanted)
+        measures[c.run] = (*measures.get(c.run, ()), *wanted) # two rows can share a run
     results = grid.run_grid([*measures], root, workers, force, progress=not json, minutes=minutes,
                             measures=measures, samples=samples, ray=ray or None)
     failed = [r for r in results if isinstance(r, Exception)]
@@ -657,7 +663,7 @@ def sadt_report(
 
 # %% ../../nbs/commands/110_cli.ipynb #57e4972d
 def _announce(runs, plan, root, workers):
-    "Print on standard error how many runs are not finished and how long they will take."
+    "Print on standard error how many runs are not finished and how long they will take; return all runs."
     every = [r for group in runs.values() for r in group]
     left = sum(runner.read_result(r, root) is None for r in every)
     time = grid.duration(left * plan.seconds / workers)
@@ -769,7 +775,7 @@ def sadt_sweep(
     workers:int=1,         # Number of processes that train at the same time
     json:bool=False,       # Print the result as JSON
 ):
-    "Search each method's best learning rate and radius at equal passes; test these with other seeds."
+    "Search each method's best learning rate and radius at equal passes; test both with other seeds."
     if name and name not in sweeps.SWEEPS:
         raise ValueError(unknown('search', name, [*sweeps.SWEEPS]) + ', or use --methods instead')
     if min(seeds, top) < 1: raise ValueError(f'--seeds and --top must be at least 1, got {seeds} and {top}')
@@ -798,7 +804,8 @@ def _measure_line(name, m):
 @command("sadt_measure runs/RUN --measures 'trace eigenvalue'")
 def sadt_measure(
     name:Path=None,      # Folder of a finished run, as sadt_train prints it
-    measures:MeasureNames='', # Names in quotes; default: all but spectrum, top100, surfaces, shifted_accuracy
+    # Names in quotes; by default all measures except spectrum, top100, surfaces and shifted_accuracy
+    measures:MeasureNames='',
     samples:int=1000,    # Number of training images to measure on
     force:bool=False,    # Measure again even if a measure is stored
     json:bool=False,     # Print the result as JSON
@@ -875,7 +882,7 @@ def _demo_figure(runs, accuracies, file):
 def sadt_demo(
     root:Path='runs/demo',    # Folder for the results; finished runs are not repeated
     seeds:int=3,              # Number of runs per row, each with its own starting weights and data order
-    epochs:int=8,             # Number of passes over the 320 training images
+    epochs:int=8,             # Number of epochs on the 320 training images
     figure:Path='sadt_demo.png', # Where to save the figure
     json:bool=False,          # Print the result as JSON
 ):

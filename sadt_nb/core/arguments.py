@@ -111,17 +111,17 @@ def _is_default(value, default):
 class ShowsArguments:
     """Shows a class's parameters in `help`, and in `repr` the arguments that differ from the defaults.
 
-    Some classes have an argument `spec`, which chooses between readings of a method: 'paper' follows the
-    paper, 'code' the authors' code. Their dict `readings` has, for each reading, the values of the arguments
-    that the user leaves out."""
+    A paper and its authors' code can differ. Some classes therefore have an argument `spec`, with values such
+    as 'paper' (follow the paper) and 'code' (follow the authors' code). The dict `readings` of such a class
+    has, for each value of `spec`, the values of the arguments that the user leaves out."""
     readings = {}
 
     @classmethod
     def by_reading(cls,
         spec:str,  # A key of `readings`
-        **options:object, # Arguments by name; `None`: the value comes from `readings`
+        **options:object, # Arguments by name; an argument that is `None` gets its value from `readings`
     ) -> dict: # The arguments, with values in place of `None`
-        "Return the arguments of one reading of a method. Raises `ValueError` for an unknown `spec`."
+        "Return the arguments of a method for one value of `spec`. Raises `ValueError` for an unknown `spec`."
         if spec not in cls.readings:
             raise ValueError(f'`spec` must be {" or ".join(map(repr, cls.readings))}, got {spec!r}')
         return {k: cls.readings[spec][k] if v is None else v for k, v in options.items()}
@@ -142,8 +142,9 @@ class ShowsArguments:
         shown, parameters = [], []
         if init is not None:
             parameters = list(inspect.signature(init).parameters.values())[1:] # without `self`
+        # `vars`, because a callback without an attribute looks for it in its Learner
         spec = vars(self).get('spec')
-        of_reading = self.readings.get(spec, {}) # the defaults of this reading
+        of_reading = self.readings.get(spec, {}) # the defaults with this `spec`
         for p in parameters:
             if p.name not in vars(self): continue
             value = vars(self)[p.name]
@@ -171,12 +172,12 @@ def unknown_name(
 @lru_cache(None) # a grid asks for the options of the same few functions thousands of times
 def parameters_of(
     function:Callable, # A function or a class
-) -> MappingProxyType: # Name: `inspect.Parameter`
+) -> MappingProxyType: # From name to `inspect.Parameter`
     "Return the parameters of a function; they are read once per function."
     return inspect.signature(function).parameters
 
 def check_options(
-    owner:str,             # What the options belong to, such as 'method sam'; for the message
+    owner:str,             # Owner of the options, as the message names it, such as 'method sam'
     options:Iterable[str], # Names of the given options
     known:Iterable[str],   # Names of the options that `owner` takes
 ):

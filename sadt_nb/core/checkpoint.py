@@ -202,7 +202,7 @@ def _is_alive(pid):
 
 def remove_abandoned(
     folder:Path,  # Folder to search; nothing happens if it does not exist
-    name:str='',  # File whose incomplete versions are removed; empty: incomplete versions of all files
+    name:str='',  # File whose incomplete versions are removed; by default those of all files
 ):
     "Remove incomplete files whose process has died, or which have not changed for a day."
     with suppress(OSError):
@@ -217,7 +217,7 @@ def remove_abandoned(
 @contextmanager
 def whole_file(
     file:Path,                   # Path of the file; the folder must exist
-    previous:str|Path|None=None, # New name for a `file` that already exists; `None`: it is overwritten
+    previous:str|Path|None=None, # New name for a `file` that already exists; with `None`, it is overwritten
 ):
     """Yield the path of a new file that takes the place of `file` when the block ends.
 
@@ -235,9 +235,9 @@ def whole_file(
 def write_whole(
     file:Path,                   # Path of the file; the folder must exist
     data:bytes,                  # Bytes to write
-    previous:str|Path|None=None, # New name for a `file` that already exists; `None`: it is overwritten
+    previous:str|Path|None=None, # New name for a `file` that already exists; with `None`, it is overwritten
 ):
-    "Write a file completely or not at all. Raises `OSError` if it fails; then the old content remains."
+    "Write a file completely or not at all. Raises `OSError` if the write fails; the old content remains."
     with whole_file(file, previous) as part, open(part, 'wb') as f:
         f.write(data)
         f.flush()
@@ -266,7 +266,7 @@ def _is_whole(file):
     return True
 
 def _newest(file):
-    "Make `file` the newest undamaged checkpoint and return it, or return `None`. Warn of damaged files."
+    "Make `file` the newest undamaged checkpoint and return it; `None` without one. Warn of damaged files."
     for f in (file, _previous(file)):
         if not f.exists(): continue
         if _is_whole(f):
@@ -306,7 +306,7 @@ def _other_tag(stored, mine):
     return f'{stored!r}, not of {mine!r}'
 
 def _other_training(state, tag, n_epoch):
-    "Return how the training of a state differs from this training, for a message; `None`: it does not."
+    "Return, for a message, how the training of a state differs from this training; `None` if it is the same."
     if state['tag'] != tag: return _other_tag(state['tag'], tag)
     if state['of'] != n_epoch: return f'training for {state["of"]} epochs, not {n_epoch}'
     return None
@@ -416,7 +416,8 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
         raise ValueError('a Checkpoint is for one `fit`; pass it as `learn.fit(n, cbs=Checkpoint(file))`')
 
     def before_fit(self):
-        self._on = not self._used and not hasattr(self.learn, 'lr_finder') # `get_preds` sends this event, too
+        # `get_preds` sends this event, too, also after the `fit`
+        self._on = not self._used and not hasattr(self.learn, 'lr_finder')
         if not self._on: return
         self._state = self._read(self.n_epoch)
         self._done = None   # number of finished epochs
@@ -430,7 +431,7 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
         else: self._store()
         self._state = None
         self.learn.epoch += self.start # fastai counts from 0
-        if self.epoch >= self.n_epoch: raise CancelFitException()
+        if self.epoch >= self.n_epoch: raise CancelFitException() # the stored training is complete
 
     def before_train(self):
         if not self._on and not hasattr(self.learn, 'lr_finder'):
@@ -445,7 +446,7 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
 
     def _store(self):
         if self._done is None or self._done == self._stored: return
-        epochs = self._done - (self._stored or self.start)
+        epochs = self._done - (self._stored or self.start) # since the last checkpoint
         seconds = time.monotonic() - self._since
         if epochs < self.epochs or seconds < 60 * self.minutes: return
         state = dict(training_state(self.learn), epoch=self._done, of=self.n_epoch, tag=self.tag)

@@ -40,8 +40,8 @@ class Card:
 
 # %% ../../nbs/core/12_display.ipynb #5311ad7d
 def bar(
-    iterable:Iterable|None=None, # Items that the bar counts; `None`: the bar counts calls of `update`
-    show:bool=True,  # `False`: no bar
+    iterable:Iterable|None=None, # Items that the bar counts; with `None`, it counts calls of `update`
+    show:bool=True,  # With `False`, no bar is shown
     **kwargs:object, # Options of `tqdm`, such as `total` and `desc`
 ): # A bar of `tqdm`, on standard error
     "Return a progress bar, which is visible after three seconds in a notebook or a terminal."

@@ -21,7 +21,7 @@ IMAGE_TYPES = {'.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.webp', '.gif'
 def _is_hidden(parts): return any(p.startswith('.') or p == '__MACOSX' for p in parts)
 
 def image_class(
-    path, # Relative path: part, class, perhaps further folders, file name
+    path, # Relative path: part ('train' or 'test'), class, perhaps further folders, file name
     innermost=False, # Take the last folder as the class, not the first
 ) -> str|None: # `None` if the file is hidden, is not an image, or is not inside a class folder
     "Return the class of an image from its path below the data set's root."
@@ -37,7 +37,7 @@ class _Filter:
         self.others = Counter() # files that are not images, by suffix
         self.deeper = ''        # a folder with images inside a class folder
 
-    def place(self, path):
+    def part_and_class(self, path):
         "Return (part, class) of an image; `None` for any other file."
         label = image_class(path, self.innermost)
         parts = PurePosixPath(path).parts
@@ -77,12 +77,12 @@ def folder_images(
         if not (root / part).is_dir(): continue
         for file in _files_below(root / part):
             name = file.relative_to(root).as_posix()
-            place = wanted.place(name)
-            if place: yield *place, name, file
+            found = wanted.part_and_class(name)
+            if found: yield *found, name, file
     wanted.warn(root)
 
 def _inside(name, parts, archive):
-    """Return a member's path from the folder of a part on; `None` for a member outside the parts.
+    """Return a member's path from `train/` or `test/` on, such as 'train/cat/1.png'; `None` without a part.
 
     Raises `ValueError` for a path outside the archive."""
     path = PurePosixPath(name.replace('\\', '/'))
@@ -126,7 +126,7 @@ def _content(stream, member, archive):
 
 # %% ../../nbs/data/74_image_files.ipynb #b028b99e
 def _tar_members(archive):
-    "Yield name and stream of each file of a tar archive, one after the other. Raises `ValueError` for links."
+    "Yield each file's name, and a function that opens the file. Raises `ValueError` for a link."
     limits = _Limits(archive)
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -138,7 +138,7 @@ def _tar_members(archive):
             tar.members = [] # otherwise all members stay in memory
 
 def _zip_members(archive):
-    "Yield name and stream of each file of a zip archive."
+    "Yield each file's name, and a function that opens the file."
     limits = _Limits(archive)
     with zipfile.ZipFile(archive) as z:
         for info in z.infolist():
@@ -158,10 +158,10 @@ def archive_images(
     wanted = _Filter(innermost)
     members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
     try:
-        for name, read in members(archive):
+        for name, open_member in members(archive):
             inside = _inside(name, parts, archive)
-            place = inside and wanted.place(inside)
-            if place: yield *place, inside, io.BytesIO(_content(read(), name, archive))
+            found = wanted.part_and_class(inside) if inside else None
+            if found: yield *found, inside, io.BytesIO(_content(open_member(), name, archive))
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as e:
         raise ValueError(f'{archive} is not a complete tar or zip archive ({e}); '
                          'copy or download it again') from None

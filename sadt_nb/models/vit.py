@@ -27,7 +27,7 @@ def _timm_create_model():
     return create_model
 
 def _load_pretrained(model, name, pretrained):
-    "Load weights from the path `pretrained`; `True`: from the file `<name>.pth` in the folder SADT_WEIGHTS."
+    "Load weights from the path `pretrained`; with `True`, from `<name>.pth` in the folder $SADT_WEIGHTS."
     if pretrained is True:
         if model.head.weight.is_meta: return # no weights on the meta device; the folder may not exist
         pretrained = Path(os.environ.get('SADT_WEIGHTS', '.')) / f'{name}.pth'
@@ -42,7 +42,7 @@ def vit(
     classes:int=10,   # Number of outputs
     size:str='s',     # 's': 384 numbers per patch and 6 heads; 'b': 768 numbers and 12 heads
     img_size:int=224, # Height and width to which images are enlarged, in pixels, a multiple of 32
-    pretrained=None,  # Path of weights; `True`: `<timm's name>.pth` in $SADT_WEIGHTS; `None`: random weights
+    pretrained=None,  # Path of weights; with `True`, `<timm's name>.pth` in $SADT_WEIGHTS; with `None`, none
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, values in [0, 1]; gives `(n, classes)` logits
     """Return timm's ViT-S/32 or ViT-B/32, after layers that normalise and enlarge the images.
 

@@ -17,8 +17,8 @@ class WideBlock(nn.Module):
     "Two 3x3 convolutions, each after BatchNorm and ReLU, and a shortcut."
     def __init__(self,
         n_in:int,         # Input channels
-        n:int,            # Output channels; if they differ from `n_in`, the shortcut is a 1x1 convolution
-        stride:int=1,     # Stride of the first convolution; 2 halves the image
+        n:int,            # Output channels; if `n` differs from `n_in`, the shortcut is a 1x1 convolution
+        stride:int=1,     # Stride of the first convolution; 2 halves the image and also needs this shortcut
         dropout:float=0., # Dropout probability before the second convolution, in [0, 1]
     ):
         super().__init__()

@@ -266,7 +266,9 @@ def _is_whole(file):
     return True
 
 def _newest(file):
-    "Make `file` the newest undamaged checkpoint and return it; `None` without one. Warn of damaged files."
+    """Make `file` the newest undamaged checkpoint and return it. Warn of damaged files.
+
+    Return `None` if there is no undamaged checkpoint."""
     for f in (file, _previous(file)):
         if not f.exists(): continue
         if _is_whole(f):

@@ -42,7 +42,7 @@ def vit(
     classes:int=10,   # Number of outputs
     size:str='s',     # 's': 384 numbers per patch and 6 heads; 'b': 768 numbers and 12 heads
     img_size:int=224, # Height and width to which images are enlarged, in pixels, a multiple of 32
-    pretrained=None,  # Path of weights; with `True`, `<timm's name>.pth` in $SADT_WEIGHTS; with `None`, none
+    pretrained=None,  # Path of weights; `True` for the file in $SADT_WEIGHTS, `None` for random weights
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, values in [0, 1]; gives `(n, classes)` logits
     """Return timm's ViT-S/32 or ViT-B/32, after layers that normalise and enlarge the images.
 

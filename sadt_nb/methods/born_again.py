@@ -31,7 +31,7 @@ def _n_right(model, batches):
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
-    """After training, loads the weights of the first epoch with the highest accuracy.
+    """After training, loads the weights of the epoch with the highest accuracy (of several, the first).
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False

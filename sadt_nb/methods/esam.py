@@ -127,7 +127,9 @@ class ESAM(_StochasticWeightPerturbation):
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
-        gamma:float=.5, # Fraction of samples in the second pass, in (0, 1]; with 1, no pass chooses them
+        # Share of the sharpest samples in the second pass, in (0, 1]. With 1, all samples are used, and the
+        # pass that chooses samples is left out
+        gamma:float=.5,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the second pass: 'fresh' or 'replay'
         seed:int=0,                  # Seed of the draws
@@ -135,7 +137,8 @@ class ESAM(_StochasticWeightPerturbation):
         stop:float=1.,  # Share of training at which ESAM ends, in [0, 1]; plain training after
         # Divide by the norm of all gradients (`True`), or of the perturbed tensors' gradients (`False`)
         whole_norm:bool|None=None,
-        # Sets `whole_norm` if it is `None`: 'paper' to `True`, and the authors' 'code' to `False`
+        # Used if `whole_norm` is `None`: 'paper' means `whole_norm=True`; 'code', the authors' code, means
+        # `whole_norm=False`
         spec:Literal['paper', 'code']='paper',
     ):
         check_radius(rho)

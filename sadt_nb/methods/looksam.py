@@ -45,7 +45,7 @@ def _add_direction_(params, direction, alpha):
 
 # %% ../../nbs/methods/23_looksam.ipynb #770da87b
 def _unit_(direction):
-    "Scale all tensors of `direction` in place to a common norm of 1, and return `direction`."
+    "Scale `direction` in place, so that all of its tensors together have norm 1, and return it."
     tensors = list(direction.values())
     torch._foreach_div_(local_parts(tensors), global_norm(tensors) + 1e-12)
     return direction

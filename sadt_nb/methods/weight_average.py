@@ -102,7 +102,7 @@ def _check_average(kind, start, decay, every):
     check_count(every=every)
 
 def _has_begun(kind, start, done):
-    "Return whether averaging has begun when the share `done` of training is over; `start` is the option."
+    "Return whether averaging has begun, after a share `done` of training; `start` is the option."
     if start is None: start = .75 if kind == 'swa' else 0.
     rounding = 1e-9 # the share has a rounding error
     return done >= start - rounding
@@ -186,7 +186,7 @@ def _exchange_(a, b):
         y.copy_(kept)
 
 def _partners_by_name(model, other):
-    "Return the tensors of `other` by the names that the equally ordered tensors of the network have."
+    "Return the tensors of `other`, named like the network's tensors at the same positions."
     partners = {id(mine): theirs for mine, theirs in zip(_tensors(model), _tensors(other))}
     return {name: partners[id(t)] for name, t in model.state_dict(keep_vars=True).items()}
 

@@ -46,7 +46,7 @@ class InceptionResNetModule(nn.Module):
 # %% ../../nbs/models/62_inception_resnet.ipynb #2aed6469
 def inception_resnet_slim(
     classes:int=10,   # Number of outputs
-    bottleneck=False, # Add the released code's dense layer (`classes` outputs, ReLU) before the classifier?
+    bottleneck=False, # Add one more dense layer (`classes` outputs, ReLU), as the released code does?
     init='torch',     # Starting weights and BatchNorm constants: 'torch' or 'keras'
     dropout:float=.2, # Dropout probability in the modules, and before and after the dense layer
 ) -> nn.Sequential: # Takes `(n, 3, 32, 32)`, gives `(n, classes)` logits
@@ -63,6 +63,6 @@ def inception_resnet_slim(
     if bottleneck: layers.update(bottleneck=nn.Linear(128, classes), relu=nn.ReLU())
     layers['classifier'] = nn.Linear(classes if bottleneck else 128, classes)
     model = nn.Sequential(layers)
-    # the name of the parameter (in Keras: array) that variant 2 of SADT's released code perturbs
+    # SADT-2 of the authors' released code perturbs one parameter only (in Keras: an array); this is its name
     model.code_array = 'module2.b.bn2.bias'
     return keras_init_(model) if init == 'keras' else model

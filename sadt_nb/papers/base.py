@@ -34,11 +34,11 @@ class PaperRun:
     spread: float | None = None # Published standard deviation of the accuracy over seeds
     measures: tuple = ()    # Measures to compute on the trained network: names in `MEASURES`
     memory: float | None = None # Published memory that the method keeps from step to step, in bytes
-    formula: float | None = None # The same memory by our formula, in bytes
+    formula: float | None = None # The memory that our formula gives for this row, in bytes
     measured: tuple = ()    # Pairs of a name in `MEASURES` and the value that the paper gives for it
-    # Part of our result that is compared with `published`: 'accuracy', of the kept weights;
-    # 'accuracy_last', of the weights after the last epoch (in runs that keep the best epoch); or
-    # 'accuracy_others', of the kept weights on the test images that were not used to choose the epoch
+    # Which of our accuracies is compared with `published`: 'accuracy' (kept weights, all test images),
+    # 'accuracy_last' (weights after the last epoch, in runs that keep the best epoch), or 'accuracy_others'
+    # (kept weights, only the test images that did not choose the epoch)
     result: str = 'accuracy'
     log: EpochLog | None = None # Numbers about this network from the authors' log
 
@@ -58,7 +58,7 @@ def distilled(
     first = teachers if isinstance(teachers, Run) else teachers[0]
     options = dict(alpha=alpha)
     default = method_options('distillation')['temperature'].default
-    # the default is left out, so that equal runs have equal options
+    # the default is not stored; otherwise an explicit default would make another run of the same training
     if temperature not in (None, default): options['temperature'] = temperature
     return first.but(method='distillation', method_args=options, teachers=teachers, seed=seed)
 
@@ -77,7 +77,7 @@ def rounds(
 def independent(
     base:Run, # A run without a teacher
     n:int,    # Number of networks
-) -> list[Run]: # Seeds 100 apart, so that the seeds of students fit between them
+) -> list[Run]: # Seeds 100 apart, because the students of a network use the seeds that follow its own
     "Return runs that differ in their seed only; the first is `base`."
     return [base.but(seed=base.seed + 100 * i) for i in range(n)]
 
@@ -87,8 +87,8 @@ _TRAJECTORY = ('saf', 'mesa') # both compare the network with earlier states, it
 def same_share(
     method:str,   # A name in `METHODS`; methods other than SAF and MESA keep their options
     options:dict, # Options of the method
-    factor,       # Length of the training, as a share of the length that the options are for, > 0
-    # Number of optimizer steps, as such a share, if the steps per epoch differ; by default `factor`
+    factor,       # New number of epochs, divided by the number for which the options were set, > 0
+    # New number of optimizer steps, divided by the old one; by default `factor`
     steps=None,
 ) -> dict: # The options, with `start_epoch` and `beta` for the other length
     "Return the options of SAF and MESA for training of another length."

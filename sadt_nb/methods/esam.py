@@ -127,7 +127,7 @@ class ESAM(_StochasticWeightPerturbation):
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         beta:float=.6,               # Probability that a parameter tensor is perturbed, in (0, 1]
-        # Share of the sharpest samples in the second pass, in (0, 1]. With 1, all samples are used, and the
+        # Fraction of the samples in the second pass, in (0, 1]. With 1, all samples are used, and the
         # pass that chooses samples is left out
         gamma:float=.5,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the second pass: 'update' or 'keep'

@@ -260,8 +260,8 @@ def results_table(
     """Return a table of accuracies (mean and standard deviation over seeds), costs, and all stored measures.
 
     Where a method adds a term to the loss, the table has the norm of the term's gradient divided by the norm
-    of the loss's gradient, in the epoch with the largest ratio. If this
-    ratio is near zero, the term has no effect."""
+    of the loss's gradient, in the epoch with the largest ratio. If this ratio is near
+    zero, the term has no effect."""
     df = results.assign(label=labels(results) if by is None else list(by))
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')

@@ -95,7 +95,8 @@ def _rates(base, noise=0.):
     base = _with_wrong_labels(base, noise).but(valid=.1)
     for name in ('baseline', 'weight_average', 'sam', 'sadt1'):
         run = base.but(method=name, epochs=2 * base.epochs / passes_of(name))
-        for factor in (*_RATES, *(() if noise else _FURTHER.get(name, ()))):
+        factors = _RATES if noise else _RATES + _FURTHER.get(name, ())
+        for factor in factors:
             label = f'{name}, {factor:g} times the rate · seed 0'
             yield PaperRun(label, run.but(lr=factor * base.lr))
         if noise or name not in _TUNED: continue

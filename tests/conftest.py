@@ -30,7 +30,44 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: long matrices, run by make test-all')
 
 
+# The files whose tests take every method by its name, and need no package beside the library's own
+METHOD_FILES = ('test_closures.py', 'test_every_method.py', 'test_fast.py', 'test_gradients.py',
+                'test_independent_oracles.py', 'test_other_training.py')
+
+
+def method_alone(config):
+    """Return the method that `pytest -k METHOD` names when no path is given, else None.
+
+    pytest would choose every name that contains these letters: for `sam` also "sample" and "same"."""
+    keyword = config.getoption('keyword')
+    with_path = config.args_source is config.ArgsSource.ARGS
+    return keyword if keyword in METHODS and not with_path else None
+
+
+def pytest_report_header(config):
+    method = method_alone(config)
+    if method is None: return None
+    return (f'tests of the method {method} in {len(METHOD_FILES)} files; '
+            f'`pytest tests -k {method}` chooses all names with these letters')
+
+
+def pytest_ignore_collect(collection_path, config):
+    if method_alone(config) is None or collection_path.is_dir(): return None
+    return collection_path.name not in METHOD_FILES or None
+
+
+def _takes(item, method):
+    "Return whether the test has the method's name as one of its parameters."
+    callspec = getattr(item, 'callspec', None)
+    return callspec is not None and any(v == method for v in callspec.params.values() if isinstance(v, str))
+
+
 def pytest_collection_modifyitems(config, items):
+    method = method_alone(config)
+    if method is not None:
+        others = [item for item in items if not _takes(item, method)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _takes(item, method)]
     if 'slow' in (config.getoption('-m') or ''): return
     skip = pytest.mark.skip(reason='long; make test-all runs it')
     for item in items:

@@ -5,7 +5,9 @@ import re
 from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import sadt_nb
 from packaging.requirements import Requirement
@@ -153,3 +155,31 @@ def test_workflows_use_actions_of_one_commit():
         found += re.findall(r'uses: *(\S+)', file.read_text())
     assert found
     for action in found: assert re.fullmatch(r'[\w/-]+@[0-9a-f]{40}', action), action
+
+
+@pytest.mark.parametrize('keyword, source, chosen', [
+    ('sam', 'TESTPATHS', 'sam'), ('sam', 'INVOCATION_DIR', 'sam'), # `pytest -k sam`
+    ('sam', 'ARGS', None),                                         # `pytest tests -k sam`
+    ('sampl', 'TESTPATHS', None), ('sam or asam', 'TESTPATHS', None), ('', 'TESTPATHS', None)])
+def test_a_method_without_a_path_chooses_the_tests_of_this_method(keyword, source, chosen):
+    sources = pytest.Config.ArgsSource
+    deselected = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
+    config = SimpleNamespace(getoption={'keyword': keyword, '-m': ''}.get, ArgsSource=sources,
+                             args_source=sources[source], hook=hook)
+    assert conftest.method_alone(config) == chosen
+
+    file = Path(conftest.__file__)
+    for name in conftest.METHOD_FILES:
+        path = file.parent / name
+        assert path.exists()
+        assert conftest.pytest_ignore_collect(path, config) is None
+    assert conftest.pytest_ignore_collect(file.parent, config) is None
+    assert conftest.pytest_ignore_collect(Path(__file__), config) is (True if chosen else None)
+
+    def item(**params): return SimpleNamespace(callspec=SimpleNamespace(params=params), keywords=())
+    of_sam, of_asam, of_no_method = item(name='sam', n=2), item(name='asam'), SimpleNamespace(keywords=())
+    items = [of_sam, of_asam, of_no_method]
+    conftest.pytest_collection_modifyitems(config, items)
+    assert items == ([of_sam] if chosen else [of_sam, of_asam, of_no_method])
+    assert len(items) + len(deselected) == 3

@@ -317,6 +317,17 @@ def test_cutout_hides_every_pixel_equally_often_and_leaves_its_input_alone():
     assert Cutout(4)(x[:0], y[:0], np.random.default_rng(0))[0].shape == (0, 4, 6, 3)
 
 
+@pytest.mark.parametrize('valid, most, left', [(0., 1437, ''), (.1, 1293, ' that validation leaves')])
+def test_as_many_images_as_given_train_or_an_error_says_how_many_there_are(valid, most, left):
+    for n in (10, most):
+        dls = get_dls('digits', n_train=n, bs=10, valid=valid, device='cpu')
+        assert len(dls.train.x) == n
+    for n in (9, most + 1):
+        limits = f'from 10, the number of classes, to {most}, the number of training images{left}; got {n}$'
+        with pytest.raises(ValueError, match=limits):
+            get_dls('digits', n_train=n, bs=5, valid=valid, device='cpu')
+
+
 def test_impossible_augmentations_are_refused():
     x = hard_images(5, 8, 8).permute(0, 2, 3, 1).contiguous()
     rng = np.random.default_rng(0)

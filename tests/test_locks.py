@@ -48,6 +48,20 @@ def test_a_run_locks_out_another_one(without_flock, tmp_path):
     assert not [*tmp_path.iterdir()], 'a folder without content is removed'
 
 
+@pytest.mark.parametrize('existing', ['.', 'a', 'a/b', 'a/b/c'])
+def test_a_refused_run_removes_the_folders_that_were_made_for_it(existing, tmp_path):
+    root = tmp_path / 'a/b/c'
+    (tmp_path / existing).mkdir(parents=True, exist_ok=True)
+    before = sorted(tmp_path.rglob('*'))
+    too_many = CFG.but(n_train=10_000)
+    with pytest.raises(ValueError, match='`n_train`'): run(too_many, root, **quiet)
+    assert sorted(tmp_path.rglob('*')) == before
+    with runner._lock(CFG, root):
+        with pytest.raises(ValueError, match='`n_train`'): run(too_many, root, **quiet)
+        assert (root / CFG.name).exists(), 'another process trains in this root'
+    assert sorted(tmp_path.rglob('*')) == before
+
+
 HOLD = 'import filelock, os, sys; lock = filelock.SoftFileLock(sys.argv[1]); lock.acquire(); os._exit(0)'
 
 

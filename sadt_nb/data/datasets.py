@@ -478,11 +478,12 @@ def _training_parts(train, valid, n_train, split):
     if valid:
         kept, out = _split(train.y, valid, split)
         train, held_out = train.subset(kept), train.subset(out)
-    if n_train is not None and n_train < len(train):
-        if n_train < len(train.vocab):
-            raise ValueError(f'`n_train` must be at least the number of classes, {len(train.vocab)}, '
-                             f'got {n_train}')
-        train = train.subset(_split(train.y, n_train, split)[1])
+    if n_train is None or n_train == len(train): return train, held_out
+    if not len(train.vocab) <= n_train < len(train):
+        left = ' that validation leaves' if valid else ''
+        raise ValueError(f'`n_train` must be from {len(train.vocab)}, the number of classes, to '
+                         f'{len(train)}, the number of training images{left}; got {n_train}')
+    train = train.subset(_split(train.y, n_train, split)[1])
     return train, held_out
 
 # %% ../../nbs/data/72_datasets.ipynb #ff568a8e

@@ -274,12 +274,19 @@ def _held(cfg, file):
                     f'{delete}')
 
 # %% ../../nbs/experiments/81_runner.ipynb #1096d6f0
+def _remove_empty(folders):
+    "Remove the folders, inner ones first, up to the first that holds something."
+    for folder in folders:
+        try: folder.rmdir()
+        except OSError: return
+
 @contextmanager
 def _lock(cfg, root):
-    """Hold the lock of a run's folder.
+    """Hold the lock of a run's folder; if nothing is stored in it, remove all folders that were made for it.
 
     Raises `RunBusy` if another process holds the lock, and `RunError` if that process seems to have died."""
     folder = Path(root) / cfg.name
+    made = [f for f in folder.parents if not f.exists()]
     with _disk_errors(root): folder.mkdir(parents=True, exist_ok=True)
     try: lock = _acquired(folder)
     except Timeout as e: raise _held(cfg, Path(e.lock_file)) from None
@@ -290,6 +297,7 @@ def _lock(cfg, root):
         nothing_stored = {f.name for f in folder.iterdir()} <= {'.lock', '.lock.held'}
         if nothing_stored: shutil.rmtree(folder)
         lock.release()
+        if nothing_stored: _remove_empty(made)
 
 # %% ../../nbs/experiments/81_runner.ipynb #cda9a38a
 def _opt_func(cfg):

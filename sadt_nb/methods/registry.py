@@ -172,7 +172,8 @@ _SAM = dict(
         extra='with `interval=k`, 1/k on average; with `start=s`, 1 - s; with `m`, 4/3; '
               "with `only='norm'`, about 2/3",
         key='`rho` = 0.05, the distance in weight space',
-        avoid='when plain training for twice the epochs, which takes the same time, is more accurate'),
+        avoid='when plain training for twice the epochs, which takes as long as SAM, '
+              'is more accurate than SAM'),
     asam=Method(
         ASAM, 'SAM with a radius relative to each weight', passes=2, memory='1 x weights',
         extra_passes=_sam_passes,
@@ -202,7 +203,8 @@ _FASTER_SAM = dict(
         paper='Efficient Sharpness-Aware Minimization, '
               '[Du et al. 2022](https://arxiv.org/abs/2110.03141), ICLR',
         extra='a forward pass that chooses a share `gamma` of the samples, '
-              'and a full pass over the chosen samples; with `whole_norm=False`, (1 - `beta`)/3 less',
+              'and a full pass over the chosen samples; '
+              'with `whole_norm=False`, (1 - `beta`)/3 of a pass less',
         key='`beta` = 0.6 and `gamma` = 0.5; `rho` as for SAM',
         avoid='with small batches, because the gradient of half a batch is noisy; '
               'for networks whose BatchNorm needs the whole batch'),
@@ -214,14 +216,14 @@ _FASTER_SAM = dict(
               '"Towards efficient and scalable sharpness-aware minimization", CVPR',
         extra='1/`k` on average',
         key='`k` = 5 and `alpha` = 0.7; `rho` as for SAM',
-        avoid='where the loss surface changes quickly from step to step: '
+        avoid='where the gradient that LookSAM stores changes much within `k` steps: '
               'with large learning rates, with small batches, in the first epochs'),
     msam=Method(
         MSAM, 'takes the gradient at weights moved along the momentum, without an extra pass',
         memory='1 x weights',
         paper='Momentum-SAM, [Becker et al. 2024](https://arxiv.org/abs/2401.12033)',
         key='`rho` = 0.3, the distance in weight space; the authors\' examples use 3',
-        avoid='with an optimizer without momentum; without a search for `rho`'),
+        avoid='with an optimizer without momentum; where `rho` cannot be tuned'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #b64f3c42
@@ -233,7 +235,7 @@ _CHANGED_SAM = dict(
         paper='Surrogate Gap Guided Sharpness-Aware Minimization, '
               '[Zhuang et al. 2022](https://arxiv.org/abs/2203.08065), ICLR',
         key='`alpha` = 0.4 in the authors\' CIFAR example (with `adaptive` and `rho` = 2)',
-        avoid='when SAM already underfits: with GSAM the training loss falls even less'),
+        avoid='when SAM already underfits: with GSAM the training loss falls less than with SAM'),
     friendly_sam=Method(
         FriendlySAM, 'SAM along the noise of the batch: the gradient minus a mean of past gradients',
         passes=2, memory='3 x weights',

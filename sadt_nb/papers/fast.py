@@ -84,8 +84,7 @@ def _search():
 # %% ../../nbs/papers/105_fast.ipynb #f7a31d03
 _RATES = (.5, 1, 2) # multiples of the recipe's learning rate
 _FURTHER = dict(sam=(4,)) # the best of these rates was the largest, so the search went on
-# The search with right labels found this factor for SAM, and 1 for plain training and the weight average. It
-# is not finished for SADT-1.
+# The search with right labels found this factor for SAM, and 1 for the three other methods
 _TUNED = dict(sam=2)
 
 def _rates(base, noise=0.):

@@ -17,15 +17,15 @@ _SADT = {
 
 # %% ../../nbs/papers/111_tables.ipynb #b1655857
 _SAM_STUDY = {
-    'sam_study/a': 'SGD and SAM, at equal passes and at equal epochs',
-    'sam_study/b': 'SGD and SAM at several batch sizes',
-    'sam_study/c': 'SAM and ASAM, with and without BatchNorm',
-    'sam_study/a_code': 'study a, with the settings of the released code',
-    'sam_study/b_code': 'study b, with the settings of the released code',
-    'sam_study/c_code': 'study c, with the settings of the released code',
-    'sam_study/a_small': 'study a with ResNet-20 on 10,000 images',
-    'sam_study/b_small': 'study b with ResNet-20 on 10,000 images',
-    'sam_study/c_small': 'study c with ResNet-20 on 10,000 images',
+    'sam_study/a': 'experiment A: SGD and SAM, at equal passes and at equal epochs',
+    'sam_study/b': 'experiment B: SGD and SAM at several batch sizes',
+    'sam_study/c': 'experiment C: SAM and ASAM, with and without BatchNorm',
+    'sam_study/a_code': 'experiment A, with the settings of the released code',
+    'sam_study/b_code': 'experiment B, with the settings of the released code',
+    'sam_study/c_code': 'experiment C, with the settings of the released code',
+    'sam_study/a_small': 'experiment A with ResNet-20 on 10,000 images',
+    'sam_study/b_small': 'experiment B with ResNet-20 on 10,000 images',
+    'sam_study/c_small': 'experiment C with ResNet-20 on 10,000 images',
 }
 
 # %% ../../nbs/papers/111_tables.ipynb #3299bc60
@@ -98,7 +98,7 @@ _OWN = {
     'fast/narrow': 'all methods on the shorter recipe with half of the channels',
     'fast/narrow_noise20': 'fast/narrow with 20% wrong labels',
     'fast/narrow_noise40': 'fast/narrow with 40% wrong labels',
-    'fast/narrow_rates': 'four methods at three learning rates, as many passes as 16 epochs',
+    'fast/narrow_rates': 'four methods at several learning rates, for twice the passes of fast/narrow',
     'fast/narrow_rates_noise40': 'fast/narrow_rates with 40% wrong labels',
     'fast/search': 'plain training at several widths, epochs and batch sizes',
     'fast/steps': 'the 94% recipe, built up part by part',

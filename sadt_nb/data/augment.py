@@ -32,7 +32,7 @@ def crop_windows(
     pad:int,      # Pixels added on every side
     top:Tensor,   # `(n,)` first row of each window in the padded image, 0..2*pad
     left:Tensor,  # `(n,)` first column of each window in the padded image, 0..2*pad
-    mode='zeros', # Border: 'zeros', or 'reflect' for the image mirrored at its edge
+    mode='zeros', # Border: 'zeros' is black, 'reflect' is the image mirrored at its edge
 ) -> Tensor: # `(n, h, w, c)`
     "Return, from each padded image, the window of the original size at (`top`, `left`)."
     n, h, w, c = x.shape
@@ -42,8 +42,10 @@ def crop_windows(
     image = torch.arange(n, device=x.device)
     rows = (image * H + top)[:, None] + torch.arange(h, device=x.device)
     starts = (rows * W + left[:, None]) * c # first byte of each row of each window
-    runs = padded.as_strided((padded.numel() - run + 1, run), (1, 1)) # row i: bytes from byte i on; a view
-    return runs[starts.view(-1)].view(n, h, w, c)
+    # a view whose row i has the bytes i to i + run - 1; the rows overlap in memory
+    runs = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
+    windows = runs[starts.view(-1)] # `(n * h, run)`; copies one row of a window per index
+    return windows.view(n, h, w, c)
 
 # %% ../../nbs/data/71_augment.ipynb #f5b00f97
 PAD_MODES = ('zeros', 'reflect')
@@ -51,11 +53,12 @@ PAD_MODES = ('zeros', 'reflect')
 class CropFlip:
     """Crops each padded image at its own random place, and mirrors the image with probability 1/2.
 
-    Raises `ValueError` for a negative `pad`, an unknown `mode`, and a reflected border that is too wide."""
+    Raises `ValueError` for a negative `pad`, a `flip` that is not a bool, an unknown `mode`, and a reflected
+    border that is not narrower than the image."""
     def __init__(self,
         pad:int=4,    # Border in pixels, >= 0; offsets are uniform on 0..2*pad
         flip=True,    # Mirror each image with probability 1/2?
-        mode='zeros', # Border: 'zeros' (black), or 'reflect': the image mirrored at its edge
+        mode='zeros', # Border: 'zeros' is black, 'reflect' is the image mirrored at its edge
     ):
         if pad < 0: raise ValueError(f'`pad` must not be negative, got {pad}')
         if not isinstance(flip, bool): raise ValueError(f'`flip` must be True or False, got {flip!r}')
@@ -80,7 +83,7 @@ class AlternatingFlip:
         seed:int=0, # Decides which half is mirrored first
     ):
         self.seed = seed
-        self._first = None # for each image of the data set: is it mirrored in the first epoch?
+        self._mirrored_first = None # `(size,)` bool: whether each image is mirrored in the first epoch
 
     def __call__(self,
         x:Tensor, y:Tensor, rng:np.random.Generator,
@@ -88,11 +91,12 @@ class AlternatingFlip:
         epoch:int,  # Number of the epoch, from 0
         size:int,   # Number of images in the data set
     ) -> tuple[Tensor, Tensor]:
-        first = self._first
+        first = self._mirrored_first
         if first is None or len(first) != size or first.device != x.device:
-            draws = np.random.default_rng([self.seed, 2]).random(size) # the loader uses streams 0 and 1
-            first = self._first = _to_device_of(x, draws < .5)
-        mirrored = first[ids] ^ bool(epoch % 2)
+            # the loader draws from the seeds `[seed, 0]` and `[seed, 1]`
+            draws = np.random.default_rng([self.seed, 2]).random(size)
+            first = self._mirrored_first = _to_device_of(x, draws < .5)
+        mirrored = first[ids] ^ bool(epoch % 2) # in odd epochs, the other half
         return torch.where(mirrored[:, None, None, None], x.flip(2), x), y
 
 # %% ../../nbs/data/71_augment.ipynb #6860d8eb
@@ -103,11 +107,15 @@ def _central_size(h, w):
     return h, w
 
 def _source_places(size, start, length):
-    "Return where the centres of `size` new pixels lie in the old image, on a scale from -1 to 1."
-    new = torch.arange(size, device=start.device) + .5 # centres, in units of a new pixel
-    at = new * length[:, None] / size - .5
-    at = torch.minimum(at.clamp(min=0), length[:, None] - 1.) + start[:, None] # within the window
-    return 2 * at / max(1, size - 1) - 1 # the old image has `size` pixels too; -1 and 1: outermost centres
+    """Return where the centres of `size` new pixels lie in the old image, which also has `size` pixels.
+
+    On the scale of `grid_sample`, the centre of the first pixel is -1, and the centre of the last is 1."""
+    new = torch.arange(size, device=start.device) + .5 # centres, in widths of a new pixel
+    in_window = new * length[:, None] / size - .5 # in old pixels, from the centre of the window's first pixel
+    # new centres outside the window's outermost centres are moved there
+    in_window = torch.minimum(in_window.clamp(min=0), length[:, None] - 1.)
+    at = in_window + start[:, None] # in old pixels, from the centre of the image's first pixel
+    return 2 * at / max(1, size - 1) - 1
 
 def enlarge_windows(
     x:Tensor,     # `(n, h, w, c)` bytes
@@ -152,11 +160,12 @@ class ResizedCrop:
         width = np.round(np.sqrt(area * aspect)).astype(int)
         height = np.round(np.sqrt(area / aspect)).astype(int)
         fits = (0 < width) & (width <= w) & (0 < height) & (height <= h)
-        first = (np.arange(n), fits.argmax(1)) # of each image, the first of ten parts that fits
-        found = fits.any(1)
+        found = fits.any(1)        # whether one of the ten parts fits
+        first = fits.argmax(1)     # position of the first part that fits
+        image = np.arange(n)
         central_height, central_width = _central_size(h, w)
-        height = np.where(found, height[first], central_height)
-        width = np.where(found, width[first], central_width)
+        height = np.where(found, height[image, first], central_height)
+        width = np.where(found, width[image, first], central_width)
         top = np.where(found, rng.integers(0, h - height + 1), (h - height) // 2)
         left = np.where(found, rng.integers(0, w - width + 1), (w - width) // 2)
         return top, left, height, width
@@ -177,7 +186,7 @@ class Rotate:
         angle = np.radians(rng.uniform(-self.degrees, self.degrees, n)).astype(np.float32)
         a = _to_device_of(x, angle)
         cos, sin, zero = a.cos(), a.sin(), torch.zeros_like(a)
-        # a counter-clockwise rotation; both axes run from -1 to 1, hence the factors h / w and w / h
+        # a counter-clockwise rotation; h / w and w / h are there because both axes run from -1 to 1
         rows = [cos, -sin * h / w, zero, sin * w / h, cos, zero]
         theta = torch.stack(rows, 1).view(n, 2, 3)
         grid = F.affine_grid(theta, (n, c, h, w), align_corners=False)
@@ -207,7 +216,9 @@ def _second_image(kind, x):
     return grey.float().mean((1, 2, 3), keepdim=True)
 
 def _apply_kind(kind, x, rows, fill):
-    "Apply one kind of operation to `(n, 3, h, w)` bytes; `rows` has a row of its table for each image."
+    """Apply one kind of operation to `(n, 3, h, w)` bytes.
+
+    `rows` has, for each image, the row of the kind's table (see `_table`) for the image's operation."""
     if kind == 'move':
         pixels = F.pad(x.flatten(2), (1, 0))
         pixels[..., 0] = fill # the source of pixels from outside the image
@@ -215,15 +226,16 @@ def _apply_kind(kind, x, rows, fill):
     if kind == 'curve': return rows.gather(1, x.flatten(1).long()).view_as(x)
     if kind == 'AutoContrast': return vision.autocontrast(x)
     if kind == 'Equalize': return equalize(x)
-    factor, rest = rows.T[..., None, None, None] # two weights per image, each `(n, 1, 1, 1)`
-    return (factor * x).add_(rest * _second_image(kind, x)).clamp_(0, 255).to(torch.uint8)
+    f = rows[:, 0].view(-1, 1, 1, 1)    # weight of each image
+    rest = rows[:, 1].view(-1, 1, 1, 1) # 1 - f, the weight of each second image
+    return (f * x).add_(rest * _second_image(kind, x)).clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/71_augment.ipynb #b17f53e1
 def op_magnitude(
     op:tuple,     # (torchvision's name; position of the magnitude, 0..9 or `None`; sign, 1 or -1)
     h:int, w:int, # Height and width of the image in pixels; they scale translations
-) -> float: # Pixels, degrees, slope, bits, threshold, or factor minus 1; 0 if without magnitude
-    "Return the signed magnitude of an operation, in torchvision's unit."
+) -> float: # The unit depends on the operation: pixels, degrees, slope, bits, threshold, or factor minus 1
+    "Return an operation's signed magnitude in torchvision's unit; 0 if the operation has no magnitude."
     name, level, sign = op
     if level is None: return 0.
     magnitudes, _ = autoaugment.AutoAugment()._augmentation_space(10, (h, w))[name]
@@ -232,12 +244,13 @@ def op_magnitude(
 def _table(kind, ops, h, w):
     """Return a table with a row for each operation of a kind.
 
-    For 'move', a row has the source of each pixel (0: outside); for 'curve', the new value of each byte.
-    For all other kinds, a row has the two weights of a blend."""
+    For 'move', a row has the number of each pixel's source, from 1 on; 0 is a source outside the image.
+    For 'curve', a row has the new value of each byte. For all other kinds, a row has the two weights of a
+    blend; `Equalize` and `AutoContrast` do not use these weights."""
     magnitudes = [op_magnitude(op, h, w) for op in ops]
     if kind == 'move': probe = torch.arange(1, h * w + 1, dtype=torch.float32).view(1, h, w)
     elif kind == 'curve': probe = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
-    # `1 - (1 + m)` and not `-m`: rounded as in torchvision
+    # torchvision computes the second weight as `1 - (1 + m)`, which is rounded differently from `-m`
     else: return torch.tensor([(1 + m, 1 - (1 + m)) for m in magnitudes], dtype=torch.float32)
     rows = []
     for (name, *_), m in zip(ops, magnitudes):
@@ -262,15 +275,15 @@ class BatchedOps:
     Raises `ValueError` for images with a side below 3 pixels and for a `fill` that is not a colour."""
     def __init__(self,
         ops,    # Operations, each a tuple that `op_magnitude` takes
-        fill=0, # Colour of the gaps of moved images: one byte or three; black, as in torchvision
+        fill=0, # Colour of the gaps of moved images, as one byte or three; 0 is black, as in torchvision
     ):
         self.ops = list(ops)
         self.fill = _colour(fill)
-        self._tables = {} # by height, width and device
+        self._tables = {} # from (height, width, device) to the tables of all kinds
         kind_names = [_KINDS.get(name, name) for name, *_ in self.ops]
-        kinds, self.kind = np.unique(kind_names, return_inverse=True) # position of each operation's kind
-        self.kinds = kinds.tolist()
-        self.row = np.zeros(len(self.ops), dtype=int) # place of each operation in the table of its kind
+        kinds, self.kind = np.unique(kind_names, return_inverse=True)
+        self.kinds = kinds.tolist() # names; `self.kind` has each operation's position in this list
+        self.row = np.zeros(len(self.ops), dtype=int) # row of each operation in the table of its kind
         for k in range(len(self.kinds)):
             of_kind = np.flatnonzero(self.kind == k)
             self.row[of_kind] = np.arange(len(of_kind))
@@ -288,20 +301,20 @@ class BatchedOps:
 
     def __call__(self,
         x:Tensor,       # `(n, 3, h, w)` bytes
-        ops:np.ndarray, # `(n,)` positions in `self.ops`; -1: the image is not changed
+        ops:np.ndarray, # `(n,)` positions in `self.ops`; -1 stands for no operation
     ) -> Tensor: # `(n, 3, h, w)` bytes, a copy
         "Return the images after the operation of each image."
         kind = np.where(ops < 0, -1, self.kind[ops])
-        order = np.argsort(kind, kind='stable') # images without an operation come first
-        cuts = np.bincount(kind + 1, minlength=len(self.kinds) + 1).tolist() # images of each kind
-        unchanged, *parts = x.index_select(0, _to_device_of(x, order)).split(cuts)
-        # table rows by kind; the first part belongs to the unchanged images
-        _, *rows = _to_device_of(x, self.row[ops[order]]).split(cuts)
+        order = np.argsort(kind, kind='stable') # by kind; images without an operation come first
+        counts = np.bincount(kind + 1, minlength=len(self.kinds) + 1).tolist() # images in each part
+        unchanged, *parts = x.index_select(0, _to_device_of(x, order)).split(counts)
+        row_numbers = _to_device_of(x, self.row[ops[order]]).split(counts)[1:] # without the unchanged images
         fill, tables = self.fill.to(x.device), self.tables(*x.shape[2:], x.device)
         done = [unchanged]
-        for name, part, table, r in zip(self.kinds, parts, tables, rows):
-            if len(part): done.append(_apply_kind(name, part, table.index_select(0, r), fill))
-        return torch.cat(done).index_select(0, _to_device_of(x, np.argsort(order)))
+        for name, part, table, numbers in zip(self.kinds, parts, tables, row_numbers):
+            if len(part): done.append(_apply_kind(name, part, table.index_select(0, numbers), fill))
+        back = np.argsort(order) # the inverse of the permutation `order`
+        return torch.cat(done).index_select(0, _to_device_of(x, back))
 
 # %% ../../nbs/data/71_augment.ipynb #780046e5
 class AutoAugment:
@@ -309,8 +322,8 @@ class AutoAugment:
 
     Raises `ValueError` for an unknown policy and for the same reasons as `BatchedOps`."""
     def __init__(self,
-        policy='cifar10', # 'cifar10', 'svhn' or 'imagenet': the data on which the policy was found
-        fill=0,           # Colour of the gaps of moved images: one byte or three; black, as in torchvision
+        policy='cifar10', # Data on which the policy was found: 'cifar10', 'svhn' or 'imagenet'
+        fill=0, # Colour of the gaps of moved images, as one byte or three; 0 is black, as in torchvision
     ):
         known = [p.value for p in autoaugment.AutoAugmentPolicy]
         if policy not in known:
@@ -318,27 +331,29 @@ class AutoAugment:
         source = autoaugment.AutoAugment(autoaugment.AutoAugmentPolicy(policy))
         space = source._augmentation_space(10, (32, 32)) # signs do not depend on the size
         ops = []
-        # axes: the pair; the place, 0 for its first and 1 for its second operation; the coin of the sign
+        # axis 0: the pair; axis 1: its first or second operation; axis 2: the coin that chooses the direction
         self.op = np.zeros((len(source.policies), 2, 2), dtype=int) # positions in `ops`
         self.p = np.zeros((len(source.policies), 2))                # probabilities
-        for pair, place in np.ndindex(self.p.shape):
-            name, self.p[pair, place], level = source.policies[pair][place]
-            _, signed = space[name]
-            for coin, sign in enumerate((-1, 1)):
-                op = name, level, sign if signed else 1
-                if op not in ops: ops.append(op)
-                self.op[pair, place, coin] = ops.index(op)
+        for pair, two_operations in enumerate(source.policies):
+            for i, (name, probability, level) in enumerate(two_operations):
+                self.p[pair, i] = probability
+                _, signed = space[name]
+                for coin, sign in enumerate((-1, 1)):
+                    op = name, level, sign if signed else 1
+                    if op not in ops: ops.append(op)
+                    self.op[pair, i, coin] = ops.index(op)
         self.batched = BatchedOps(ops, fill)
 
     def draw(self,
         n:int, # Number of images
         rng:np.random.Generator,
-    ) -> np.ndarray: # `(n, 2)` positions in `batched.ops`; -1: no operation
+    ) -> np.ndarray: # `(n, 2)` positions in `batched.ops`; -1 stands for no operation
         "Draw the first and the second operation of each image."
         pair = rng.integers(0, len(self.p), n)
         chance = rng.random((n, 2))
         coin = rng.integers(0, 2, (n, 2))
-        return np.where(chance < self.p[pair], self.op[pair[:, None], [0, 1], coin], -1)
+        first_and_second = self.op[pair[:, None], [0, 1], coin] # `(n, 2)`
+        return np.where(chance < self.p[pair], first_and_second, -1)
 
     def __call__(self, x:Tensor, y:Tensor, rng:np.random.Generator) -> tuple[Tensor, Tensor]:
         images = x.permute(0, 3, 1, 2).contiguous() # torchvision's layout: one plane per colour
@@ -363,8 +378,9 @@ class Cutout:
     With `inside`, the whole square lies inside the image. Raises `ValueError` for a size below 1 or
     above the shorter side of the images, and for a `fill` that is not a colour."""
     def __init__(self,
-        size:int=16, # Side, at most the image's shorter side; authors: 16 for CIFAR-10, 8 for CIFAR-100
-        fill=0,      # Colour of the square: one byte or three; black by default, the mean in the paper
+        # Side in pixels, at most the image's shorter side. The authors use 16 for CIFAR-10, 8 for CIFAR-100
+        size:int=16,
+        fill=0,      # Colour of the square, as one byte or three; 0 is black. The paper uses the mean colour
         inside=False,# Draw only squares that lie completely inside the image, as in Jordan (2024)?
     ):
         if size != int(size) or size < 1:
@@ -391,8 +407,10 @@ class Cutout:
         mask = _rectangles(_to_device_of(x, self._edges(n, h, w, rng)), h, w, c)
         flat = x.view(n, h, w * c)
         fill = self.fill.to(x.device).repeat(w)
-        # (a ^ b) & mask ^ a is b where the mask has ones, and a elsewhere: fill in the square, image outside
-        hidden = flat.bitwise_xor(fill).bitwise_and_(mask).bitwise_xor_(flat)
+        # in the square, `mask` has all bits, and the result is image ^ (image ^ fill) = fill;
+        # outside, `mask` has none, and the result is image ^ 0 = image
+        changed_bits = flat.bitwise_xor(fill).bitwise_and_(mask)
+        hidden = changed_bits.bitwise_xor_(flat)
         return hidden.view_as(x), y
 
 # %% ../../nbs/data/71_augment.ipynb #3c16136d
@@ -401,11 +419,12 @@ class CutMix:
 
     Labels become `(n, classes)` probabilities.
     Raises `ValueError` for `alpha` <= 0, `classes` < 1 or an unknown `per`."""
-    mixes = True # methods that store something per sample raise an error for a loader with CutMix
+    mixes = True # training methods that store something per sample, such as SAF, refuse a loader with CutMix
     def __init__(self,
         classes:int,     # Number of classes, for the soft labels
-        alpha:float=.25, # Both parameters of the Beta distribution, > 0; SADT's code: 0.25, CutMix paper: 1
-        per='sample',    # 'sample': one rectangle for each image; 'batch': one rectangle for all images
+        # Both parameters of the Beta distribution, > 0. SADT's code uses 0.25, the CutMix paper uses 1
+        alpha:float=.25,
+        per='sample',    # Draw one rectangle for each image ('sample') or one for all images ('batch')
     ):
         if not 0 < alpha < float('inf'): raise ValueError(f'`alpha` must be positive, got {alpha}')
         if classes < 1: raise ValueError(f'`classes` must be at least 1, got {classes}')
@@ -433,8 +452,9 @@ class CutMix:
         partner = _to_device_of(x, rng.permutation(n))
         mask, flat = _rectangles(box, h, w, c), x.view(n, h, w * c)
         other = flat.index_select(0, partner)
-        # the partner inside the rectangle, the image outside
-        mixed = other.bitwise_xor_(flat).bitwise_and_(mask).bitwise_xor_(flat)
+        # as in `Cutout`: the partner inside the rectangle, the image outside
+        changed_bits = other.bitwise_xor_(flat).bitwise_and_(mask)
+        mixed = changed_bits.bitwise_xor_(flat)
         top, bottom, left, right = box[:, :, None]
         area = ((bottom - top) * (right - left)).to(torch.float32) / (h * w)
         soft = F.one_hot(y, self.classes).to(torch.float32) if y.ndim == 1 else y

@@ -52,14 +52,14 @@ def _zoom_blur(x, c, g): # the mean of the image and of enlarged copies
     total = torch.zeros_like(x)
     factors = np.arange(1, c, .01)
     for factor in factors:
-        side = math.ceil(h / factor) # of the square in the middle that is enlarged
-        first = (h - side) // 2
+        side = math.ceil(h / factor) # the enlarged part is a square of this side in the middle of the image
+        first = (h - side) // 2      # first row and first column of this square
         centre = x[..., first:first + side, first:first + side]
-        size = [round(side * factor)] * 2
-        big = interpolate(centre, size=size, mode='bilinear', align_corners=True)
-        border = (big.shape[-1] - h) // 2 # the enlarged square may be a pixel or two too large
+        new_side = round(side * factor)
+        big = interpolate(centre, size=[new_side, new_side], mode='bilinear', align_corners=True)
+        border = (new_side - h) // 2 # `big` may be a pixel or two larger than the image
         total += big[..., border:border + h, border:border + h]
-    return (x + total) / (len(factors) + 1)
+    return (x + total) / (len(factors) + 1) # the image itself counts like one copy
 
 # %% ../../nbs/measures/53_robustness.ipynb #65844534
 def _brightness(x, c, g):
@@ -75,7 +75,9 @@ def _saturate(x, c, g):
     v, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     s = (v - low) / v.clamp(min=1e-12)
     new = (s * c[0] + c[1]).clamp(0, 1)
-    grey = torch.cat([v, v * (1 - new), v * (1 - new)], 1) # a grey pixel has no hue; HSV gives it the hue red
+    # a grey pixel has no hue, and HSV code takes red: the red value stays V, green and blue become V (1 - S')
+    green_and_blue = v * (1 - new)
+    grey = torch.cat([v, green_and_blue, green_and_blue], 1)
     coloured = v - (v - x) * new / s.clamp(min=1e-12)
     return torch.where(s > 0, coloured, grey)
 
@@ -155,7 +157,7 @@ class Accuracy(NamedTuple):
     n: int       # Number of samples
 
 def _loader_normalisation(dl):
-    "Return mean and standard deviation of fastai's `Normalize` or of a `TensorDL`; otherwise 0 and 1."
+    "Return mean and standard deviation of fastai's `Normalize` or of a `TensorDL`, or 0 and 1 without these."
     stages = getattr(getattr(dl, 'after_batch', None), 'fs', ())
     for stage in stages:
         if type(stage).__name__ == 'Normalize': return stage.mean, stage.std
@@ -175,19 +177,24 @@ def _normalisation(learn, dl, mean, std, like):
 @torch.no_grad()
 def corrupted_accuracy(
     learn:Learner,                            # A Learner whose network is in evaluation mode
-    kinds:Iterable[str]|None=None,            # Names in `CORRUPTIONS`; `None`: all
+    kinds:Iterable[str]|None=None,            # Names in `CORRUPTIONS`; with `None`, all of them
     severities:Iterable[int]=(1, 2, 3, 4, 5), # Severities from 1 to 5
-    dl:Iterable|None=None, # Batches `(x, y)` of clean, normalised images; `None`: the validation loader
-    samples:int|None=None, # How many samples: a random choice, the same in every call; `None`: all
+    # Batches `(x, y)` of clean, normalised images; with `None`, the validation loader is read
+    dl:Iterable|None=None,
+    # Largest number of samples to read. A loader gives random samples, the same in every call; a list gives
+    # its first samples. With `None`, all samples are read
+    samples:int|None=None,
     seed:int=0,                               # Seed of the noise, which is the same for every network
-    mean:float|Sequence[float]|None=None,     # Mean of the normalisation; `None`: the loader's mean
-    std:float|Sequence[float]|None=None,      # Standard deviation of the normalisation; `None`: the loader's
+    mean:float|Sequence[float]|None=None,     # Mean of the normalisation; with `None`, the loader's mean
+    # Standard deviation of the normalisation; with `None`, the loader's standard deviation
+    std:float|Sequence[float]|None=None,
     progress:bool=True,                       # Show a bar after three seconds
-) -> pd.DataFrame: # Accuracy by kind and severity; NaN for those not measured before Ctrl-C
+) -> pd.DataFrame: # Accuracy by kind and severity; NaN for each cell that was not yet measured at Ctrl-C
     """Return the accuracy on images that are corrupted as in CIFAR-10-C.
 
     The batches are read once. Raises `ValueError` for an unknown kind or severity, for images that are not in
-    [0, 1] before the normalisation, and for a network or a loader that `FixedLoss` refuses."""
+    [0, 1] before the normalisation, and for the same reasons as `FixedLoss`, such as a network in training
+    mode, weights that are not finite, or batches without labels."""
     kinds, severities = list(CORRUPTIONS if kinds is None else kinds), list(severities)
     cells = [(kind, severity) for kind in kinds for severity in severities]
     for kind, severity in cells: _check_corruption(kind, severity)
@@ -246,7 +253,7 @@ class _Folder:
         self.data = ImageFolder(folder, loader=open_image)
         self.folder, self.size, self.shape = folder, size, None
         position = _by_number if numbered else _by_name
-        class_of = [position(folder, c, vocab) for c in self.data.classes] # by the position of the folder
+        class_of = [position(folder, c, vocab) for c in self.data.classes] # class number of each subfolder
         self.y = np.array([class_of[i] for i in self.data.targets])
 
     def _image(self, file):
@@ -268,21 +275,22 @@ def shifted_accuracy(
     learn:Learner,                        # A Learner whose network is in evaluation mode
     data:str|Path|Sequence, # Two `.npy` files, images and labels as in CIFAR-10.1, or a folder `<class>/*`
     bs:int=256,                           # Images per batch
-    mean:float|Sequence[float]|None=None, # Mean of the normalisation; `None`: the mean of `dl`
-    std:float|Sequence[float]|None=None,  # Standard deviation; `None`: the standard deviation of `dl`
-    # For a folder: side of the network's images, in pixels. The shorter side of each image is resized to 8/7
-    # of `size`, and the centre is cut out. With `None`, images are not resized
+    mean:float|Sequence[float]|None=None, # Mean of the normalisation; with `None`, the mean of the loader
+    std:float|Sequence[float]|None=None,  # Standard deviation; with `None`, that of the loader
+    # Side of the network's images, in pixels; only for a folder. The shorter side of each image is resized to
+    # 8/7 of `size`, and the centre is cut out. With `None`, images are not resized
     size:int|None=None,
     numbered:bool=False, # Are the folders named by the number of their class, from 0, as in ImageNetV2?
-    dl:Iterable|None=None, # Loader whose normalisation is used; `None`: the validation loader
+    dl:Iterable|None=None, # Loader whose normalisation is used; with `None`, the validation loader
 ) -> Accuracy: # Share of correct answers, its standard error, and the number of images
     """Return the accuracy on a test set of another origin.
 
     The `.npy` files hold the images as bytes `(n, h, w, 3)` and the class numbers `(n,)`.
 
-    Raises `ValueError` for images that are not bytes, for class numbers that are not integers, for different
-    numbers of images and labels, for images of different sizes without `size`, for `size` or `numbered`
-    together with files, and for a class that the network does not have."""
+    Raises `ValueError` for a network in training mode, for no images, for images that are not bytes, for
+    class numbers that are not integers, for different numbers of images and labels, for images of different
+    sizes without `size`, for `size` or `numbered` together with files, and for a class that the network does
+    not have."""
     if learn.model.training:
         raise ValueError('the network is in training mode; call `learn.model.eval()` first')
     vocab = [str(v) for v in learn.dls.vocab]
@@ -329,11 +337,11 @@ def effective_robustness(
     baseline_reference:Sequence[float], # Accuracies of at least 3 ordinary networks, ordinary test set
     baseline_shifted:Sequence[float],   # Accuracies of the same ordinary networks on the shifted test set
     level:float=.95,                    # Level of the confidence band, in (0, 1)
-) -> EffectiveRobustness: # One value per network to measure
+) -> EffectiveRobustness: # One value for each measured network, and the slope and intercept of the line
     """Return how far accuracies lie above the line of ordinary networks (Pham et al. 2022, Figure 9).
 
-    Raises `ValueError` for accuracies outside (0, 1), and for fewer than three ordinary networks of different
-    accuracy."""
+    Raises `ValueError` for accuracies outside (0, 1), for a network with only one accuracy, and for fewer
+    than three ordinary networks of different accuracy."""
     r, s = _accuracies(reference), _accuracies(shifted)
     line_r, line_s = _accuracies(baseline_reference), _accuracies(baseline_shifted)
     paired = r.shape == s.shape and line_r.shape == line_s.shape
@@ -406,13 +414,17 @@ class Calibration(NamedTuple):
 @torch.no_grad()
 def calibration_error(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    dl:Iterable|None=None, # Batches `(x, y)` with class numbers, read once; `None`: the validation loader
+    # Batches `(x, y)` with class numbers, read once; with `None`, the validation loader is read
+    dl:Iterable|None=None,
     bins:int=15,           # Number of bins of equal width in confidence, >= 1
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    # Largest number of samples to read. A loader gives random samples, the same in every call; a list gives
+    # its first samples. With `None`, all samples are read
+    samples:int|None=None,
 ) -> Calibration: # The error, and confidence, accuracy and number of samples in each bin
     """Return the expected calibration error.
 
-    Raises `ValueError` if `bins` is less than 1, and for a network or a loader that `FixedLoss` refuses."""
+    Raises `ValueError` if `bins` is less than 1, and for the same reasons as `FixedLoss`, such as a network
+    in training mode, weights that are not finite, or batches without labels."""
     if bins < 1: raise ValueError(f'`bins` must be at least 1, got {bins}')
     loss = FixedLoss(learn, learn.dls.valid if dl is None else dl, samples)
     conf, right = [], []
@@ -432,7 +444,7 @@ def calibration_error(
 
 # %% ../../nbs/measures/53_robustness.ipynb #40a8651e
 def plot_reliability(
-    calibrations:Calibration|dict[str, Calibration], # One, or a dictionary with one per label
+    calibrations:Calibration|dict[str, Calibration], # One result, or a dictionary from label to result
     ax:plt.Axes|None=None,                           # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,                 # Dictionary from label to colour
 ): # The axes
@@ -452,19 +464,21 @@ def plot_reliability(
 # %% ../../nbs/measures/53_robustness.ipynb #15bdd4bd
 class Memorisation(NamedTuple):
     "Shares of predictions on the training samples whose label is wrong."
-    given: float # Share of predictions that are the wrong label: memorised
-    true: float  # Share of predictions that are the true label: not memorised
+    given: float # Share of predictions that are the wrong label, so this label is memorised
+    true: float  # Share of predictions that are the true label, so the wrong label is not memorised
     n: int       # Number of samples with a wrong label
 
 @torch.no_grad()
 def memorisation(
     learn:Learner,         # A Learner whose network is in evaluation mode
     true:Tensor|Sequence[int], # `(n,)` true class numbers, in the order of `dl`
-    dl:Iterable|None=None, # Batches `(x, y)` with the training labels, in order; `None`: the training loader
+    # Batches `(x, y)` with the training labels; with `None`, those of the training loader, not shuffled
+    dl:Iterable|None=None,
 ) -> Memorisation: # The two shares, and the number of samples with a wrong label
     """Return how often a network predicts the wrong and the true label of samples with a wrong label.
 
-    Raises `ValueError` if `true` and the loader have different numbers of labels, or if no label is wrong."""
+    Raises `ValueError` if `true` and the loader have different numbers of labels, if no label is wrong, and
+    for the same reasons as `FixedLoss`, such as a network in training mode."""
     loss = FixedLoss(learn, dl)
     given = torch.cat([y for _, y in loss.batches]).cpu()
     answers = torch.cat([loss.model(*xb).argmax(1) for xb, _ in loss.batches]).cpu()

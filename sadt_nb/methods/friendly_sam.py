@@ -17,7 +17,7 @@ from ..core.perturb import trainable_params
 # %% ../../nbs/methods/27_friendly_sam.ipynb #a4825286
 class _RunningMean(SummedPass):
     "Keeps in `mean` the running mean of the gradients of past steps."
-    per_rank = False # average first-pass gradients over processes, so that all have the same mean
+    per_rank = False # the first pass's gradient is a mean over all processes, so all have the same m
 
     def __init__(self, decay, *passes):
         super().__init__(*passes) # `bn`, `rng`, `start` and `stop`
@@ -28,13 +28,14 @@ class _RunningMean(SummedPass):
 
     def before_fit(self):
         super().before_fit()
-        self._fit_mean()
+        self._match_loaded_mean()
 
     def after_fit(self):
         super().after_fit()
         self._spare = {}
 
-    def _fit_mean(self):
+    def _match_loaded_mean(self):
+        "Place a newly loaded mean like the parameters. Raises `ValueError` if a shape differs."
         if self._loaded: self.mean = fitted(self.mean, trainable_params(self.learn.model), 'mean gradient')
         self._loaded = False
 
@@ -45,9 +46,10 @@ class _RunningMean(SummedPass):
 
     def extra_pass(self, params, grads):
         unscale_(self.learn, grads.values())
-        spare, self._spare = self._spare, {} # reuse the memory of the last step's sum
-        g = copied(grads, spare)
-        yield from super().extra_pass(params, grads)
+        memory = self._spare # the last step's sum is no longer needed, so its memory takes the copies
+        self._spare = {}
+        g = copied(grads, memory)
+        yield from super().extra_pass(params, grads) # empties `grads`; the extra pass runs at the `yield`
         self.keep(g, micro_batch_share(self.learn))
 
     def after_sum(self, total, weight):
@@ -56,7 +58,7 @@ class _RunningMean(SummedPass):
         known, gs, means = self._with_mean(total)
         if known: torch._foreach_lerp_(means, gs, 1 - self.decay) # decay m + (1 - decay) g
         self._spare = {n: total[n] for n in known}
-        # old means win in the union; a parameter without a mean starts with its first gradient
+        # an existing mean replaces the sum; for a parameter without a mean, m is its first gradient
         self.mean = total | self.mean
 
     def state_dict(self): return super().state_dict() | dict(mean=deepcopy(self.mean))
@@ -66,7 +68,7 @@ class _RunningMean(SummedPass):
 
     def __getstate__(self):
         state = super().__getstate__()
-        learn = state.get('learn') # `Learner.export` removes the optimizer: no training follows
+        learn = state.get('learn') # `Learner.export` removes the optimizer; then no mean is needed
         if learn is not None and learn.opt is None: state |= dict(mean={}, total={})
         return state
 
@@ -78,7 +80,7 @@ class FriendlySAM(_RunningMean):
     step does not change m. With several processes, g and m are means over all processes. Raises `ValueError`
     for values out of range, and before training if a loaded mean does not fit the network."""
     def __init__(self,
-        rho:float=.05,               # Radius in weight space, > 0; read at every batch
+        rho:float=.05,               # Radius in weight space, > 0; you may change it during training
         sigma:float=1.,              # Factor of the subtracted mean m, >= 0; with 0, the method is SAM
         decay:float=.9,              # Share of the old mean in the new mean, in [0, 1)
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -93,8 +95,8 @@ class FriendlySAM(_RunningMean):
         self.rho, self.sigma = rho, sigma
 
     def perturbation(self, params, grads):
-        self._fit_mean()
+        self._match_loaded_mean()
         known, gs, means = self._with_mean(grads)
-        share = micro_batch_share(self.learn) # `grads` contain this factor
+        share = micro_batch_share(self.learn) # each gradient has this factor, so m gets the same factor
         if known: torch._foreach_add_(gs, means, alpha=-self.sigma * share) # d = g - sigma m
         return ascent(grads, self.rho)

@@ -67,7 +67,7 @@ class KerasAdam(torch.optim.Optimizer):
                 counts.append(state['step'])
             if not ps: continue
             options = {k: group[k] for k in ('lr', 'betas', 'eps', 'weight_decay')}
-            # keep of each tensor the part that this process stores
+            # use only the part of each tensor that this process stores
             ps, grads, ms, vs = map(local_parts, (ps, grads, ms, vs))
             _keras_adam_step_(ps, grads, ms, vs, counts, **options)
         return loss

@@ -31,7 +31,7 @@ def is_sharded(
 
 def check_whole(
     model:nn.Module, # A network
-    what:str,        # Start of the error message, which names the feature, such as 'MESA keeps a copy'
+    what:str,        # Start of the error message: what the method does, such as 'MESA keeps a copy'
 ):
     "Raise `ValueError` if a parameter of the network is a `DTensor`."
     drop_gathered(model) # after a forward pass with FSDP2, sharded weights would look whole
@@ -57,11 +57,15 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    t:Tensor,    # Has the shape of `like`; an ordinary `t` is split with the values of the first process
+    # Has the shape of `like`. If only `like` is a `DTensor`, each process gets its part of the first
+    # process's `t`
+    t:Tensor,
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
     "Return `t`, distributed over processes in the same way as `like`."
-    if not is_sharded(like): return t.full_tensor() if is_sharded(t) else t
+    if not is_sharded(like):
+        if is_sharded(t): return t.full_tensor()
+        return t
     if not is_sharded(t): return distribute_tensor(t, like.device_mesh, like.placements)
     if t.placements == like.placements: return t
     return t.redistribute(like.device_mesh, like.placements)
@@ -83,7 +87,7 @@ def version_of(
 ) -> tuple: # Numbers that change with every write to `t`
     """Return how often a tensor has been written.
 
-    For a `DTensor`, return this also for its local part, to which FSDP2 writes."""
+    For a `DTensor`, a second number counts the writes to its local part; FSDP2 writes to the local part."""
     return (t._version, t.to_local()._version) if is_sharded(t) else (t._version,)
 
 # %% ../../nbs/core/00_perturb.ipynb #61f4cba3
@@ -105,13 +109,13 @@ def drop_gathered(
 ):
     """Drop whole weights that a forward pass of FSDP2 has gathered, so that the next pass gathers new ones.
 
-    Raises `ValueError` for FSDP1, which hides the shapes of the weights that a process stores."""
+    Raises `ValueError` for FSDP1, which hides how the weights are divided over the processes."""
     if not (distributed.is_available() and distributed.is_initialized()): return
     from torch.distributed import fsdp
     for m in model.modules():
         if isinstance(m, fsdp.FullyShardedDataParallel):
-            raise ValueError('FullyShardedDataParallel (FSDP1) hides the shapes of sharded weights, so a '
-                             'perturbation of the right length is not possible; use '
+            raise ValueError('FullyShardedDataParallel (FSDP1) hides how the weights are divided over the '
+                             'processes, so the norm over all weights cannot be computed; use '
                              '`torch.distributed.fsdp.fully_shard` (FSDP2) or DistributedDataParallel')
         if isinstance(m, fsdp.FSDPModule):
             _FSDP_MODULES.add(m)
@@ -139,8 +143,8 @@ def is_norm_layer(
 
     A class that does not derive from PyTorch's, such as `LlamaRMSNorm`, is recognised by its name."""
     if isinstance(module, _NORMS): return True
-    has_parts = any(True for _ in module.children())
-    return not has_parts and bool(_NORM_NAMES.search(type(module).__name__))
+    children = list(module.children()) # a module with children is a block of layers
+    return not children and bool(_NORM_NAMES.search(type(module).__name__))
 
 def _norm_names(model):
     "Return the names of the parameters that belong to normalisation layers themselves."
@@ -191,17 +195,18 @@ def real_views(
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
 
 def _over_parts(values, tensors):
-    "Return the sum of `values`, one number per local part, over all tensors and all their processes."
+    "Return the sum over all tensors and processes; `values` has one number for each tensor's local part."
     totals = []
     shared = {}
     for value, t in zip(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
         else: totals.append(value)
     for (mesh, placements), parts in shared.items(): # one message for all tensors with the same sharding
-        # where a tensor is replicated, every process has the whole sum; elsewhere it has a summand
+        # along a mesh axis that replicates the tensors, all processes have the same sum; along an axis that
+        # splits the tensors, each process has one summand of the sum
         of_sum = [Replicate() if p.is_replicate() else Partial() for p in placements]
-        part = DTensor.from_local(torch.stack(parts).sum(), mesh, of_sum, run_check=False)
-        totals.append(part.full_tensor())
+        total = DTensor.from_local(torch.stack(parts).sum(), mesh, of_sum, run_check=False)
+        totals.append(total.full_tensor()) # `full_tensor` adds up the summands of the processes
     return torch.stack(totals).sum()
 
 def global_norm(
@@ -282,11 +287,11 @@ def ascent(
     for n, g in grads.items():
         if g.is_conj(): grads[n] = g.resolve_conj() # a lazy conjugate cannot be changed in place
     names = [n for n in grads if scales and n in scales]
-    scaled = real_views(grads[n] for n in names) # views: changes of `scaled` change `grads`
+    scaled = real_views(grads[n] for n in names) # these views share the memory of `grads`
     ts = real_views(scales[n] for n in names)
-    if ts: torch._foreach_mul_(scaled, ts) # T g
+    if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T g
     factor = rho / (global_norm(grads.values()) + eps)
-    if ts: torch._foreach_mul_(scaled, ts) # T² g
+    if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T² g
     torch._foreach_mul_(local_parts(grads.values()), factor)
     return grads
 
@@ -400,7 +405,7 @@ def sam_ascent(
     params:dict[str, Tensor], # From name to parameter
     grads:dict[str, Tensor],  # From name to gradient; overwritten
     rho:float,                # Radius, > 0
-    adaptive:bool=False,      # `True`: `T = |w|` for every parameter; `False`: `T = 1`
+    adaptive:bool=False,      # With `True`, `T = |w|` for every parameter; with `False`, `T = 1`
     scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return SAM's step uphill, as a dictionary by name; GSAM uses this step, too."

@@ -25,21 +25,22 @@ from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
 def sam_sharpness(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    rho:float=.05,         # Radius in weight space, > 0; with `adaptive` relative to the size of each weight
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    rho:float=.05,         # Radius in weight space, > 0; with `adaptive`, relative to the size of each weight
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Number of samples, a random choice that is the same in every call; `None` for all
     adaptive:bool=False,   # Scale the neighbourhood with the size of each weight
 ) -> float: # Rise of the loss; it can be negative if `rho` is too large
     """Return the rise of the loss at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
 
-    Raises `ValueError` for a radius that is not positive, for a zero gradient, and for the same reasons as
-    `FixedLoss`."""
+    Raises `ValueError` for a radius that is not positive, for a zero gradient, and for what `FixedLoss`
+    refuses, such as a network in training mode."""
     if not rho > 0: raise ValueError(f'`rho` must be positive, got {rho}')
     loss = FixedLoss(learn, dl, samples)
     here, grads = loss.gradient()
-    scales, scaled = None, grads.values()
+    scales = None           # T = 1
+    scaled = grads.values() # T g, to test for zero; `ascent` multiplies by T itself
     if adaptive:
-        scales = weight_sizes(loss.params, loss.params) # T: the absolute value of every weight
+        scales = weight_sizes(loss.params, names=loss.params) # T = |w|, for all weights
         with torch.no_grad(): scaled = [g * scales[n] for n, g in grads.items()]
     with torch.no_grad():
         if not float(global_norm(scaled)) > 0:
@@ -50,8 +51,8 @@ def sam_sharpness(
 
 def gradient_norm(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Number of samples, a random choice that is the same in every call; `None` for all
 ) -> float: # Norm of the gradient: rise of the loss per unit of length, for a tiny step along the gradient
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
@@ -75,9 +76,10 @@ def _weight_noise(params, std, adaptive, g):
 
 def average_sharpness(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    std:float=.01,         # Standard deviation of the noise, > 0; with `adaptive` in multiples of each weight
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    # Standard deviation of the noise, > 0; with `adaptive`, relative to the size of each weight
+    std:float=.01,
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Number of samples, a random choice that is the same in every call; `None` for all
     pairs:int=20,          # Number of pairs, each a random step and its opposite, >= 2
     adaptive:bool=False,   # Scale the noise with the size of each weight
     seed:int=0,            # Seed of the noise
@@ -86,7 +88,7 @@ def average_sharpness(
     """Return how much the loss rises on average when noise is added to the weights.
 
     Ctrl-C returns the estimate so far. Raises `ValueError` if `pairs` is less than 2 or `std` is not
-    positive, and for the same reasons as `FixedLoss`."""
+    positive, and for what `FixedLoss` refuses, such as a network in training mode."""
     if pairs < 2:
         raise ValueError(f'`pairs` must be at least 2, got {pairs}; one gives no estimate of the error')
     if not std > 0: raise ValueError(f'`std` must be positive, got {std}')
@@ -117,10 +119,11 @@ class FlatnessRecorder(ShowsArguments, Callback):
     precision of the weights. Raises `ValueError` if `every` is below 1."""
     order = 80 # runs after all other callbacks of the epoch
     def __init__(self,
-        measures:dict[str, Callable]|None=None, # Functions `f(learn, dl=...)`; `None`: `sam_sharpness`
+        # From name to function `f(learn, dl=...)`; with `None`, only `sam_sharpness` is measured
+        measures:dict[str, Callable]|None=None,
         every:int=1,           # Number of epochs from one measurement to the next, >= 1
-        dl:Iterable|None=None, # Batches `(x, y)`; `None`: the training loader, in order
-        samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+        dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+        samples:int|None=None, # Number of samples, a random choice that never changes; `None` for all
     ):
         if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
         self.measures = measures or dict(sharpness=sam_sharpness)
@@ -128,16 +131,16 @@ class FlatnessRecorder(ShowsArguments, Callback):
 
     def before_fit(self):
         self.rows = []
-        # nothing is measured during `lr_find` and `get_preds`
-        self._quiet = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
-        if self._quiet: return
-        batches = collect_batches(self.learn, self.dl, self.samples)
-        self._batches = [(*xb, y) for xb, y in batches]
+        # the Learner has one of these callbacks during `lr_find` and `get_preds`, when nothing is measured
+        self._skips = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+        if self._skips: return
+        batches = collect_batches(self.learn, self.dl, self.samples) # pairs of a tuple of inputs and a target
+        self._batches = [(*xb, y) for xb, y in batches] # `(x, y)`, as the measures take them
 
     def after_epoch(self):
         last = self.epoch + 1 == self.n_epoch
         due = last or (self.epoch + 1) % self.every == 0
-        if self._quiet or not due: return
+        if self._skips or not due: return
         modes = [(m, m.training) for m in self.model.modules()]
         self.model.eval()
         try: self.rows.append(self._measured())

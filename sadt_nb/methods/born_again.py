@@ -19,7 +19,7 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-# position in `learn.dls` of the data on which the epoch is chosen; 'last' keeps the last epoch, without data
+# index in `learn.dls` of the data on which the epoch is chosen; 'last' keeps the last epoch and needs no data
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 def _n_right(model, batches):
@@ -31,7 +31,7 @@ def _n_right(model, batches):
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
-    """After training, loads the weights of the epoch with the highest accuracy (of several, the first).
+    """After training, loads the weights of the first epoch that has the highest accuracy of all epochs.
 
     Raises `ValueError` before training starts if the data to select on are missing or empty."""
     run_valid = False
@@ -48,17 +48,20 @@ class KeepBest(ShowsArguments, Callback):
         self.last = None # accuracy after the most recent epoch
         self._weights = None
         loaders = self.learn.dls.loaders
-        place = SELECT[self.select]
-        if len(loaders) <= place or not len(loaders[place]):
-            raise ValueError(f"`select` = {self.select!r} needs data in `learn.dls[{place}]`, which is "
+        index = SELECT[self.select]
+        if index >= len(loaders) or not len(loaders[index]):
+            raise ValueError(f"`select` = {self.select!r} needs data in `learn.dls[{index}]`, which is "
                              "missing or empty; use select='last'")
 
     @torch.no_grad()
     def after_epoch(self):
         model = unwrapped(self.learn.model.eval()) # the next epoch sets training mode
-        loader = bare_loader(self.learn.dls.loaders[SELECT[self.select]]) # all samples in every process
+        # `bare_loader` yields all samples in every process
+        loader = bare_loader(self.learn.dls.loaders[SELECT[self.select]])
         right, n = _n_right(model, loader)
-        self.last = float(over_ranks(right, 'first')) / n # all processes use the first process's count
+        # BatchNorm's running averages, and so the counts, can differ between processes. With the count of the
+        # first process, all processes choose the same epoch
+        self.last = float(over_ranks(right, 'first')) / n
         if self.last <= self.best: return
         self.best, self.epoch_kept = self.last, self.epoch
         self._weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -80,7 +83,8 @@ class KeepBest(ShowsArguments, Callback):
 class Generations(NamedTuple):
     "The result of `born_again`; all networks are in evaluation mode."
     models: list      # The generations, from round 0 to the last round
-    independent: list # Round 0's network, and one network without teacher for each later round; may be empty
+    # Round 0's network, and a network without a teacher for each other round; empty if `independent=False`
+    independent: list
 
     @property
     def ban(self) -> Ensemble:

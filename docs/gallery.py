@@ -59,11 +59,20 @@ def costs():
         found.setdefault(stem, set()).add(round(method.passes, 2))
     return found
 
-def cost(stem, known):
-    "Return the cost of the methods of a page as text; '' for a page that defines none."
-    if stem not in known: return ''
-    passes = ' or '.join(f'{p:g}' for p in sorted(known[stem]))
-    return f'{passes} pass{"" if passes == "1" else "es"} per batch'
+def downloads(nb):
+    "Return the names of the data sets that a notebook's code loads from outside the installed packages."
+    from sadt_nb.data.datasets import DATASETS
+    code = '\n'.join(c.source for c in nb.cells if c.cell_type == 'code')
+    loaded = re.findall(r"""(?:\bdata=|get_dls\(|load_data\()\s*['"](\w+)['"]""", code)
+    return [name for name in DATASETS if name in loaded and 'digits' not in name]
+
+def cost(stem, known, nb):
+    "Return the cost of the methods that a page defines as text, for another page what the page needs to run."
+    if stem in known:
+        passes = ' or '.join(f'{p:g}' for p in sorted(known[stem]))
+        return f'{passes} pass{"" if passes == "1" else "es"} per batch'
+    data = downloads(nb)
+    return f'CPU, downloads {" and ".join(data)}' if data else 'CPU, no download'
 
 def measured():
     "Return the seconds of each notebook and the processor, by the stem of its page, from docs/minutes.json."
@@ -94,7 +103,7 @@ def card(stem, title, lead, nb, folder, known):
         png, alt = figure
         thumbnail(png, folder / 'thumbnails' / f'{stem}.png')
         options += [f':img-top: thumbnails/{stem}.png', f':img-alt: {alt}']
-    facts = [cost(stem, known), *times(nb, stem)]
+    facts = [cost(stem, known, nb), *times(nb, stem)]
     foot = ' · '.join(fact for fact in facts if fact)
     return [f':::{{grid-item-card}} {title}', *options, '', lead, '', '{.facts}', foot, ':::', '']
 

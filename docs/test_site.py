@@ -425,6 +425,19 @@ def test_the_cards_have_minutes_to_read_and_run():
         assert bool(re.search(r'about \d+ (s|min) to run', card)) == (stem in measured), stem
 
 
+@pytest.mark.parametrize('code, names', [
+    ("get_dls('cifar10', bs=64)", ['cifar10']), ('Run(method="sam", data="svhn")', ['svhn']),
+    ("load_data(\n    'cifar100')", ['cifar100']), ("get_dls('digits')", []), ("published['cifar10']", []),
+    ("Run(data='noisy_digits')", [])])
+def test_a_card_names_the_data_that_its_notebook_downloads(code, names):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code),
+                                               nbformat.v4.new_markdown_cell("get_dls('imagenet')")])
+    assert gallery.downloads(notebook) == names
+    expected = f'CPU, downloads {names[0]}' if names else 'CPU, no download'
+    assert gallery.cost('a_page', {}, notebook) == expected
+    assert gallery.cost('sam', {'sam': {2}}, notebook) == '2 passes per batch'
+
+
 # the words in which a tutorial says its minutes
 MINUTES = {'a': 1, 'two': 2, 'three': 3, 'ten': 10, 'fifteen': 15, 'twenty': 20, 'twenty-five': 25}
 

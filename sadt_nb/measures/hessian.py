@@ -140,8 +140,8 @@ class _TraceEstimate:
 # %% ../../nbs/measures/50_hessian.ipynb #b5a6cf50
 def hessian_trace(
     learn:Learner,      # A Learner in evaluation mode with `model`, `loss_func` and, if `dl` is `None`, `dls`
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     tol:float=.05,      # Stop when the standard error is below this share of the value
     # Largest number of random vectors, >= 20; a network with at most as many weights gets its exact trace
     max_probes:int=200,
@@ -273,8 +273,8 @@ def _top(h, k, tol, max_products, seed):
 def top_eigenvalues(
     learn:Learner,         # A Learner whose network is in evaluation mode
     k:int=1,               # Number of eigenvalues, from 1 to the number of trainable weights
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is rounding error
     max_products:int|None=None, # Largest number of products and of vectors in memory; `None`: 200 + 5 k
     seed:int=0,            # Seed of the first vector
@@ -291,8 +291,8 @@ def top_eigenvalues(
 def top_eigenvectors(
     learn:Learner,         # A Learner whose network is in evaluation mode
     k:int=1,               # Number of eigenvalues
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     tol:float=1e-5,        # As for `top_eigenvalues`
     max_products:int|None=None, # As for `top_eigenvalues`
     seed:int=0,            # Seed of the first vector
@@ -360,8 +360,8 @@ def smoothed_density(
 # %% ../../nbs/measures/50_hessian.ipynb #d2c95af4
 def spectral_density(
     learn:Learner,      # A Learner whose network is in evaluation mode
-    dl:Iterable|None=None, # Batches `(x, y)`, read once; `None`: the training loader, in order
-    samples:int|None=None, # How many samples to use: a random choice, the same in every call; `None`: all
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     steps:int=60,       # Lanczos steps per random vector, >= 2; each keeps a network-sized vector in memory
     vectors:int=4,      # Number of random vectors, >= 2
     width:float=.01,    # Standard deviation of a node's bump, as a share of the range of the nodes

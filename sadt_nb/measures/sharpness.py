@@ -27,7 +27,7 @@ def sam_sharpness(
     learn:Learner,         # A Learner whose network is in evaluation mode
     rho:float=.05,         # Radius in weight space, > 0; with `adaptive`, relative to the size of each weight
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Number of samples, a random choice that is the same in every call; `None` for all
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     adaptive:bool=False,   # Scale the neighbourhood with the size of each weight
 ) -> float: # Rise of the loss; it can be negative if `rho` is too large
     """Return the rise of the loss at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
@@ -52,7 +52,7 @@ def sam_sharpness(
 def gradient_norm(
     learn:Learner,         # A Learner whose network is in evaluation mode
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Number of samples, a random choice that is the same in every call; `None` for all
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
 ) -> float: # Norm of the gradient: rise of the loss per unit of length, for a tiny step along the gradient
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
@@ -79,7 +79,7 @@ def average_sharpness(
     # Standard deviation of the noise, > 0; with `adaptive`, relative to the size of each weight
     std:float=.01,
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Number of samples, a random choice that is the same in every call; `None` for all
+    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     pairs:int=20,          # Number of pairs, each a random step and its opposite, >= 2
     adaptive:bool=False,   # Scale the noise with the size of each weight
     seed:int=0,            # Seed of the noise
@@ -123,7 +123,7 @@ class FlatnessRecorder(ShowsArguments, Callback):
         measures:dict[str, Callable]|None=None,
         every:int=1,           # Number of epochs from one measurement to the next, >= 1
         dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-        samples:int|None=None, # Number of samples, a random choice that never changes; `None` for all
+        samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     ):
         if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
         self.measures = measures or dict(sharpness=sam_sharpness)

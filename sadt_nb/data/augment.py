@@ -42,9 +42,9 @@ def crop_windows(
     image = torch.arange(n, device=x.device)
     rows = (image * H + top)[:, None] + torch.arange(h, device=x.device)
     starts = (rows * W + left[:, None]) * c # first byte of each row of each window
-    # a view whose row i has the bytes i to i + run - 1; the rows overlap in memory
+    # a view whose row i has the bytes i to i + run - 1; the rows overlap in memory, and nothing is copied yet
     runs = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
-    windows = runs[starts.view(-1)] # `(n * h, run)`; copies one row of a window per index
+    windows = runs[starts.view(-1)] # `(n * h, run)`; each index copies one row of a window
     return windows.view(n, h, w, c)
 
 # %% ../../nbs/data/71_augment.ipynb #f5b00f97
@@ -93,7 +93,7 @@ class AlternatingFlip:
     ) -> tuple[Tensor, Tensor]:
         first = self._mirrored_first
         if first is None or len(first) != size or first.device != x.device:
-            # the loader draws from the seeds `[seed, 0]` and `[seed, 1]`
+            # a third stream of numbers: the loader draws from the seeds `[seed, 0]` and `[seed, 1]`
             draws = np.random.default_rng([self.seed, 2]).random(size)
             first = self._mirrored_first = _to_device_of(x, draws < .5)
         mirrored = first[ids] ^ bool(epoch % 2) # in odd epochs, the other half
@@ -111,8 +111,9 @@ def _source_places(size, start, length):
 
     On the scale of `grid_sample`, the centre of the first pixel is -1, and the centre of the last is 1."""
     new = torch.arange(size, device=start.device) + .5 # centres, in widths of a new pixel
-    in_window = new * length[:, None] / size - .5 # in old pixels, from the centre of the window's first pixel
-    # new centres outside the window's outermost centres are moved there
+    # `(n, size)`, in old pixels, from the centre of the window's first pixel
+    in_window = new * length[:, None] / size - .5
+    # a new centre beyond the centre of the window's first or last pixel is moved to that centre
     in_window = torch.minimum(in_window.clamp(min=0), length[:, None] - 1.)
     at = in_window + start[:, None] # in old pixels, from the centre of the image's first pixel
     return 2 * at / max(1, size - 1) - 1
@@ -204,7 +205,8 @@ def _blurred(x):
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     inner = x[..., 1:-1, 1:-1]
-    # a whole number divided by 13 is never halfway between two whole numbers, so float errors do not matter
+    # a whole number divided by 13 is never halfway between two whole numbers, so float errors cannot change
+    # the rounded value
     x[..., 1:-1, 1:-1] = ((box + 4 * inner) / 13).round_()
     return x
 
@@ -218,7 +220,7 @@ def _second_image(kind, x):
 def _apply_kind(kind, x, rows, fill):
     """Apply one kind of operation to `(n, 3, h, w)` bytes.
 
-    `rows` has, for each image, the row of the kind's table (see `_table`) for the image's operation."""
+    `rows[i]` is the row of the table (see `_table`) that belongs to the operation of image i."""
     if kind == 'move':
         pixels = F.pad(x.flatten(2), (1, 0))
         pixels[..., 0] = fill # the source of pixels from outside the image
@@ -282,7 +284,7 @@ class BatchedOps:
         self._tables = {} # from (height, width, device) to the tables of all kinds
         kind_names = [_KINDS.get(name, name) for name, *_ in self.ops]
         kinds, self.kind = np.unique(kind_names, return_inverse=True)
-        self.kinds = kinds.tolist() # names; `self.kind` has each operation's position in this list
+        self.kinds = kinds.tolist() # names of kinds; `self.kind[i]` is the position of operation i's kind
         self.row = np.zeros(len(self.ops), dtype=int) # row of each operation in the table of its kind
         for k in range(len(self.kinds)):
             of_kind = np.flatnonzero(self.kind == k)
@@ -303,12 +305,15 @@ class BatchedOps:
         x:Tensor,       # `(n, 3, h, w)` bytes
         ops:np.ndarray, # `(n,)` positions in `self.ops`; -1 stands for no operation
     ) -> Tensor: # `(n, 3, h, w)` bytes, a copy
-        "Return the images after the operation of each image."
+        "Apply to each image its operation, and return the results."
+        # for each image, the position in `self.kinds`; -1 for an image without an operation
         kind = np.where(ops < 0, -1, self.kind[ops])
         order = np.argsort(kind, kind='stable') # by kind; images without an operation come first
         counts = np.bincount(kind + 1, minlength=len(self.kinds) + 1).tolist() # images in each part
+        # first the images without an operation, then one part for each kind
         unchanged, *parts = x.index_select(0, _to_device_of(x, order)).split(counts)
-        row_numbers = _to_device_of(x, self.row[ops[order]]).split(counts)[1:] # without the unchanged images
+        # for each kind, the table row of each image; [1:] leaves out the images without an operation
+        row_numbers = _to_device_of(x, self.row[ops[order]]).split(counts)[1:]
         fill, tables = self.fill.to(x.device), self.tables(*x.shape[2:], x.device)
         done = [unchanged]
         for name, part, table, numbers in zip(self.kinds, parts, tables, row_numbers):
@@ -352,13 +357,15 @@ class AutoAugment:
         pair = rng.integers(0, len(self.p), n)
         chance = rng.random((n, 2))
         coin = rng.integers(0, 2, (n, 2))
-        first_and_second = self.op[pair[:, None], [0, 1], coin] # `(n, 2)`
+        # `(n, 2)`: entry [i, j] is self.op[pair[i], j, coin[i, j]]
+        first_and_second = self.op[pair[:, None], [0, 1], coin]
         return np.where(chance < self.p[pair], first_and_second, -1)
 
     def __call__(self, x:Tensor, y:Tensor, rng:np.random.Generator) -> tuple[Tensor, Tensor]:
         images = x.permute(0, 3, 1, 2).contiguous() # torchvision's layout: one plane per colour
         for ops in self.draw(len(x), rng).T: images = self.batched(images, ops)
-        return torch.stack(images.unbind(1), -1), y # takes half the time of a permuted copy
+        # back to `(n, h, w, 3)`; stacking the planes takes half the time of a permuted copy
+        return torch.stack(images.unbind(1), -1), y
 
 # %% ../../nbs/data/71_augment.ipynb #dd94f6de
 def _rectangles(edges, h, w, c):
@@ -407,8 +414,8 @@ class Cutout:
         mask = _rectangles(_to_device_of(x, self._edges(n, h, w, rng)), h, w, c)
         flat = x.view(n, h, w * c)
         fill = self.fill.to(x.device).repeat(w)
-        # in the square, `mask` has all bits, and the result is image ^ (image ^ fill) = fill;
-        # outside, `mask` has none, and the result is image ^ 0 = image
+        # inside the square, all bits of `mask` are set, and the result is image ^ (image ^ fill) = fill;
+        # outside, no bit is set, and the result is image ^ 0 = image
         changed_bits = flat.bitwise_xor(fill).bitwise_and_(mask)
         hidden = changed_bits.bitwise_xor_(flat)
         return hidden.view_as(x), y
@@ -452,7 +459,7 @@ class CutMix:
         partner = _to_device_of(x, rng.permutation(n))
         mask, flat = _rectangles(box, h, w, c), x.view(n, h, w * c)
         other = flat.index_select(0, partner)
-        # as in `Cutout`: the partner inside the rectangle, the image outside
+        # as in `Cutout`: inside the rectangle image ^ (image ^ partner) = partner, outside image ^ 0 = image
         changed_bits = other.bitwise_xor_(flat).bitwise_and_(mask)
         mixed = changed_bits.bitwise_xor_(flat)
         top, bottom, left, right = box[:, :, None]

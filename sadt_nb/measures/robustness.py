@@ -159,7 +159,7 @@ class Accuracy(NamedTuple):
     n: int       # Number of samples
 
 def _loader_normalisation(dl):
-    "Return mean and standard deviation of fastai's `Normalize` or of a `TensorDL`; 0 and 1 for other loaders."
+    "Return mean and standard deviation of fastai's `Normalize` or of `TensorDL`; 0 and 1 for other loaders."
     stages = getattr(getattr(dl, 'after_batch', None), 'fs', ())
     for stage in stages:
         if type(stage).__name__ == 'Normalize': return stage.mean, stage.std

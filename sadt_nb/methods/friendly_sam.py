@@ -45,7 +45,7 @@ class _RunningMean(SummedPass):
         self._loaded = False
 
     def _with_mean(self, grads):
-        "Return the names of gradients that have a mean, and the local parts of these gradients and means."
+        "Return names of gradients that have a mean, and this process's parts of these gradients and means."
         known = [n for n in grads if n in self.mean]
         return known, local_parts(grads[n] for n in known), local_parts(self.mean[n] for n in known)
 
@@ -55,7 +55,7 @@ class _RunningMean(SummedPass):
         memory = self._spare
         self._spare = {} # a second micro-batch must not overwrite the copies of the first
         g = copied(grads, memory)
-        # the extra pass runs at the `yield` inside; afterwards `grads` is empty, so the copies `g` are kept
+        # this call changes and empties `grads`, so `g` is a copy; the extra pass runs at the `yield` inside
         yield from super().extra_pass(params, grads)
         self.keep(g, micro_batch_share(self.learn))
 

@@ -15,13 +15,16 @@ from .perturb import local_parts, settle_gradients
 
 # %% ../../nbs/core/03_optim.ipynb #ef0ff76c
 def _keras_adam_step_(ps, grads, ms, vs, counts, lr, betas, eps, weight_decay):
-    "Update the parameters `ps` and their moments `ms` and `vs` in place; `counts` are step numbers from 1."
+    """Update the parameters `ps` and their moments `ms` and `vs` in place.
+
+    `counts` has, for each parameter, the number of its steps, this step included."""
     b1, b2 = betas
     torch._foreach_lerp_(ms, grads, 1 - b1)
     torch._foreach_mul_(vs, b2)
     torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
     roots = torch._foreach_sqrt(vs)
     torch._foreach_add_(roots, eps) # outside the bias correction
+    # one step size per parameter; negative, because the last line adds steps * ms / roots
     steps = [-lr * (1 - b2**t)**.5 / (1 - b1**t) for t in counts]
     if weight_decay: torch._foreach_mul_(ps, 1 - lr * weight_decay)
     torch._foreach_addcdiv_(ps, ms, roots, steps)
@@ -31,7 +34,7 @@ class KerasAdam(torch.optim.Optimizer):
     """Adam with epsilon added outside the bias correction, as in `tf.keras.optimizers.Adam`.
 
     The formula is in Kingma & Ba 2015, section 2, last paragraph before section 2.1.
-    Raises `ValueError` for a negative `lr` or `eps` and for `betas` outside [0, 1)."""
+    Raises `ValueError` for a negative `lr` or `eps`, and for a beta outside [0, 1)."""
     def __init__(self,
         params:Iterable,       # Parameters or parameter groups
         lr:float=1e-3,         # Learning rate, >= 0
@@ -46,8 +49,8 @@ class KerasAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self,
-        closure:Callable|None=None, # Computes the loss and its gradients; `None` if `.grad` has the gradients
-    ) -> torch.Tensor|None: # The closure's loss; `None` without a closure
+        closure:Callable|None=None, # Computes the loss and the gradients. With `None`, `.grad` must have them
+    ) -> torch.Tensor|None: # The closure's loss, or `None` without a closure
         "Update all parameters that have a gradient."
         loss = None
         if closure is not None:

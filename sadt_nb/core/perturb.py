@@ -25,7 +25,7 @@ except ImportError: DTensor = () # built without `torch.distributed`; `isinstanc
 # %% ../../nbs/core/00_perturb.ipynb #ad33caac
 def is_sharded(
     t:Tensor, # Any tensor
-) -> bool: # `True` also for a `DTensor` of which every process stores all elements
+) -> bool: # `True` for every `DTensor`, also if each process stores all of its elements
     "Return whether a tensor is distributed over processes, as a `DTensor`."
     return isinstance(t, DTensor)
 
@@ -57,8 +57,8 @@ def local_parts(
 
 @torch.no_grad()
 def placed_like(
-    # Has the shape of `like`. If only `like` is a `DTensor`, each process gets its part of the first
-    # process's `t`
+    # A tensor with the shape of `like`. If `like` is a `DTensor` and `t` is not, the `t` of the first process
+    # is distributed, and the `t` of the other processes is ignored
     t:Tensor,
     like:Tensor, # An ordinary tensor or a `DTensor`
 ) -> Tensor: # `t` itself if it is distributed in the same way
@@ -105,7 +105,7 @@ def unwrapped(
 _FSDP_MODULES = WeakSet() # all modules of FSDP2 that `drop_gathered` has seen
 
 def drop_gathered(
-    model:nn.Module, # A network, whose weights `fully_shard` may have distributed over processes
+    model:nn.Module, # A network; `fully_shard` may have distributed its weights over processes
 ):
     """Drop whole weights that a forward pass of FSDP2 has gathered, so that the next pass gathers new ones.
 
@@ -156,7 +156,7 @@ def _norm_names(model):
 Only = str | Callable | None # which parameters a method perturbs, see `chosen_params`
 
 def check_only(
-    only:Only, # The option of a method
+    only:Only, # Value of the option `only` of a method
 ):
     "Raise `ValueError` unless `only` is one of the values that `chosen_params` takes."
     if only in (None, 'norm', 'not norm') or callable(only): return
@@ -202,8 +202,9 @@ def _over_parts(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
         else: totals.append(value)
     for (mesh, placements), parts in shared.items(): # one message for all tensors with the same sharding
-        # along a mesh axis that replicates the tensors, all processes have the same sum; along an axis that
-        # splits the tensors, each process has one summand of the sum
+        # A mesh arranges the processes in a grid. Each axis of the grid replicates or splits the tensors. The
+        # next line tells `DTensor` what the processes along each axis hold: with `Replicate`, all hold the
+        # same sum; with `Partial`, each holds one summand
         of_sum = [Replicate() if p.is_replicate() else Partial() for p in placements]
         total = DTensor.from_local(torch.stack(parts).sum(), mesh, of_sum, run_check=False)
         totals.append(total.full_tensor()) # `full_tensor` adds up the summands of the processes
@@ -247,14 +248,14 @@ def clip_gradients_(
 
 # %% ../../nbs/core/00_perturb.ipynb #a07d0763
 def check_finite(
-    **values:float, # Keyword arguments: the name of an option and its value
+    **values:float, # Each option as a keyword argument, such as `rho=.05`
 ):
     "Raise `ValueError` for an infinite value or NaN."
     for name, value in values.items():
         if not math.isfinite(value): raise ValueError(f'`{name}` must be a finite number, got {value}')
 
 def check_not_negative(
-    **values:float, # Keyword arguments: the name of an option and its value
+    **values:float, # Each option as a keyword argument, such as `rho=.05`
 ):
     "Raise `ValueError` unless all values are finite and not negative."
     check_finite(**values)
@@ -262,7 +263,7 @@ def check_not_negative(
         if value < 0: raise ValueError(f'`{name}` must not be negative, got {value}')
 
 def check_count(
-    **values:float, # Keyword arguments: the name of an option and its value
+    **values:float, # Each option as a keyword argument, such as `rho=.05`
 ):
     "Raise `ValueError` unless the values are whole numbers of at least 1."
     check_finite(**values)
@@ -280,16 +281,17 @@ def check_radius(
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
     rho:float,                          # Length of the step; with `scales`, measured in units of T
-    scales:dict[str, Tensor]|None=None, # Diagonal of T by name; 1 for a parameter that is not in `scales`
+    # Diagonal of T by name; for a parameter that is not in `scales`, T is 1
+    scales:dict[str, Tensor]|None=None,
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
     for n, g in grads.items():
         if g.is_conj(): grads[n] = g.resolve_conj() # a lazy conjugate cannot be changed in place
     names = [n for n in grads if scales and n in scales]
-    scaled = real_views(grads[n] for n in names) # these views share the memory of `grads`
+    scaled = real_views(grads[n] for n in names) # views: a change of `scaled` also changes `grads`
     ts = real_views(scales[n] for n in names)
-    if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T g
+    if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T g, whose norm the next line needs
     factor = rho / (global_norm(grads.values()) + eps)
     if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T² g
     torch._foreach_mul_(local_parts(grads.values()), factor)
@@ -297,7 +299,7 @@ def ascent(
 
 # %% ../../nbs/core/00_perturb.ipynb #0e1e1be4
 def _check_deltas(params, deltas):
-    "Raise `ValueError` for a name that is not in `params`, or for a change of another shape."
+    "Raise `ValueError` for a name that is not in `params`, or if a change and its parameter differ in shape."
     for n, d in deltas.items():
         if n not in params:
             example = next(iter(params), '(none)')
@@ -307,11 +309,11 @@ def _check_deltas(params, deltas):
             raise ValueError(f'the change for {n!r} has shape {shapes}')
 
 def _layout(t):
-    "Return the properties that must be equal for a tensor's memory to hold a copy of another tensor."
+    "Return the properties in which two tensors must agree, so that one can hold a copy of the other."
     return t.shape, t.stride(), t.dtype, t.device, t.placements if is_sharded(t) else None
 
 def scratch_like(
-    scratch:dict|None, # Name to tensor, filled by this function; with `None`, the tensor is always new
+    scratch:dict|None, # From name to tensor; new tensors are added. With `None`, the tensor is always new
     name:str,          # Key in `scratch`
     p:Tensor,          # Tensor whose shape, strides, dtype and device are used
 ) -> Tensor: # Uninitialised tensor, without gradient
@@ -336,7 +338,7 @@ def copied(
 def weights_moved(
     model:nn.Module|None=None, # The network; may be left out if `trainable_params` was called on it before
 ):
-    """Drop the copies of weights that PyTorch keeps; must run after every change of the weights.
+    """Drop the copies of weights that PyTorch keeps. Must be called after every change of the weights.
 
     `torch.autocast` keeps cast copies. FSDP2 keeps the whole weights of its outermost module after a forward
     pass without a backward pass."""
@@ -348,9 +350,11 @@ def weights_moved(
 def fitted(
     tensors:dict[str, Tensor], # From name to a loaded tensor
     params:dict[str, Tensor],  # From name to parameter
-    what:str,                  # What the tensors are, for the error's message, such as 'direction'
+    what:str,                  # What the tensors are, such as 'direction'; the error message contains it
 ) -> dict[str, Tensor]: # The tensors whose names are in `params`, on the parameters' devices
-    "Return tensors by name, placed like parameters. Raises `ValueError` if a shape differs."
+    """Return the loaded tensors by name, each distributed over processes like its parameter.
+
+    Raises `ValueError` if the shape of a tensor differs from the shape of its parameter."""
     found = {}
     for n, t in tensors.items():
         if n not in params: continue
@@ -364,12 +368,13 @@ def fitted(
 @contextmanager
 def perturbed(
     params:dict[str, Tensor], # From name to parameter, see `trainable_params`
-    deltas:dict[str, Tensor], # From name to additive change, of the parameter's shape, dtype and device
+    deltas:dict[str, Tensor], # From name to the change to add, of the parameter's shape, dtype and device
     scratch:dict|None=None,   # Memory for the copies of the weights, see `scratch_like`
 ):
     """Add `deltas` to `params` inside the block; restore every bit at the end, also after an exception.
 
-    Raises `ValueError`, before anything changes, for a name that is not in `params` or for another shape."""
+    Raises `ValueError`, before anything changes, for a name that is not in `params` and for a change whose
+    shape differs from the shape of its parameter."""
     _check_deltas(params, deltas)
     if not deltas:
         yield
@@ -380,7 +385,7 @@ def perturbed(
     try:
         with torch.no_grad(): torch._foreach_add_(ps, ds)
         weights_moved()
-        del ds # no second reference: the caller may free the deltas inside the block
+        del ds # if the caller empties `deltas` in the block, no reference remains, and the memory is freed
         yield
     finally:
         with torch.no_grad(): torch._foreach_copy_(ps, backup)
@@ -392,7 +397,7 @@ def weight_sizes(
     names:Iterable[str],      # Names of the parameters whose sizes are returned
     eta:float=0.,             # Added to each size, >= 0
     scratch:dict|None=None,   # Memory for the sizes, see `scratch_like`; `perturbed` may overwrite it
-) -> dict[str, Tensor]: # From name to `|w| + eta`; of a complex `w`, one size for each of its two parts
+) -> dict[str, Tensor]: # From name to `|w| + eta`; a complex `w` has one size each for its two parts
     "Return the diagonal of the matrix T of the adaptive methods, for `ascent`."
     sizes = copied({n: params[n] for n in names}, scratch)
     if sizes:
@@ -406,7 +411,7 @@ def sam_ascent(
     grads:dict[str, Tensor],  # From name to gradient; overwritten
     rho:float,                # Radius, > 0
     adaptive:bool=False,      # With `True`, `T = |w|` for every parameter; with `False`, `T = 1`
-    scratch:dict|None=None,   # Memory for the sizes, as for `weight_sizes`
+    scratch:dict|None=None,   # Memory for the sizes, see `weight_sizes`
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
     "Return SAM's step uphill, as a dictionary by name; GSAM uses this step, too."
     sizes = weight_sizes(params, grads, scratch=scratch) if adaptive else None

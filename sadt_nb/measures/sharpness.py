@@ -25,20 +25,20 @@ from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
 def sam_sharpness(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    rho:float=.05,         # Radius in weight space, > 0; with `adaptive`, relative to the size of each weight
+    rho:float=.05,         # Radius, > 0. With `adaptive`, changes are divided by the sizes of the weights
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
     samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
-    adaptive:bool=False,   # Scale the neighbourhood with the size of each weight
+    adaptive:bool=False,   # With `True`, a weight may move in proportion to its size
 ) -> float: # Rise of the loss; it can be negative if `rho` is too large
-    """Return the rise of the loss at distance `rho` along its gradient (Du et al. 2022, eqs. 3 and 4).
+    """Return the rise of the loss after a step of length `rho` along the gradient.
 
-    Raises `ValueError` for a radius that is not positive, for a zero gradient, and for what `FixedLoss`
-    refuses, such as a network in training mode."""
+    The formulas are equations 3 and 4 of Du et al. 2022. Raises `ValueError` if `rho` is not positive
+    or the gradient is zero, and if `FixedLoss` refuses the network, for example in training mode."""
     if not rho > 0: raise ValueError(f'`rho` must be positive, got {rho}')
     loss = FixedLoss(learn, dl, samples)
     here, grads = loss.gradient()
-    scales = None           # T = 1
-    scaled = grads.values() # T g, to test for zero; `ascent` multiplies by T itself
+    scales = None           # without `adaptive`, T = 1
+    scaled = grads.values() # T g, only for the test for zero: `ascent` computes T g again from `scales`
     if adaptive:
         scales = weight_sizes(loss.params, names=loss.params) # T = |w|, for all weights
         with torch.no_grad(): scaled = [g * scales[n] for n, g in grads.items()]
@@ -53,7 +53,7 @@ def gradient_norm(
     learn:Learner,         # A Learner whose network is in evaluation mode
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
     samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
-) -> float: # Norm of the gradient: rise of the loss per unit of length, for a tiny step along the gradient
+) -> float: # The norm; a tiny step along the gradient raises the loss by this number per unit of length
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
     return float(global_norm(grads.values()))
@@ -64,7 +64,7 @@ class AverageSharpness(NamedTuple):
     value: float     # The estimate
     error: float     # Standard error of `value`
     n: int           # Number of pairs of random steps
-    converged: bool  # `False` if Ctrl-C came before all pairs were used
+    converged: bool  # `False` if Ctrl-C ended the measurement before all pairs were used
 
 def _weight_noise(params, std, adaptive, g):
     "Return Gaussian noise for each parameter, by name."
@@ -76,19 +76,19 @@ def _weight_noise(params, std, adaptive, g):
 
 def average_sharpness(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    # Standard deviation of the noise, > 0; with `adaptive`, relative to the size of each weight
+    # Standard deviation of the noise, > 0. With `adaptive`, this number is multiplied by each weight's size
     std:float=.01,
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
     samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
     pairs:int=20,          # Number of pairs, each a random step and its opposite, >= 2
-    adaptive:bool=False,   # Scale the noise with the size of each weight
+    adaptive:bool=False,   # With `True`, the noise on a weight is proportional to the weight's size
     seed:int=0,            # Seed of the noise
     progress:bool=True,    # Show a bar after three seconds
 ) -> AverageSharpness: # Mean rise, its standard error, number of pairs used, and whether all were used
     """Return how much the loss rises on average when noise is added to the weights.
 
-    Ctrl-C returns the estimate so far. Raises `ValueError` if `pairs` is less than 2 or `std` is not
-    positive, and for what `FixedLoss` refuses, such as a network in training mode."""
+    After Ctrl-C, returns the estimate from the pairs used so far. Raises `ValueError` if `pairs` is less
+    than 2, if `std` is not positive, and if `FixedLoss` refuses the network or the samples."""
     if pairs < 2:
         raise ValueError(f'`pairs` must be at least 2, got {pairs}; one gives no estimate of the error')
     if not std > 0: raise ValueError(f'`std` must be positive, got {std}')
@@ -104,7 +104,7 @@ def average_sharpness(
                 with perturbed(loss.params, {n: sign * d for n, d in noise.items()}): both += loss()
             rises.append(both / 2 - here)
     except KeyboardInterrupt:
-        if len(rises) < 2: raise
+        if len(rises) < 2: raise # one pair gives no standard error
     n = len(rises)
     v = torch.tensor(rises, dtype=torch.float64)
     error = v.std().item() / math.sqrt(n)
@@ -114,8 +114,8 @@ def average_sharpness(
 class FlatnessRecorder(ShowsArguments, Callback):
     """Measures the network once every few epochs (`every`), and after the last epoch.
 
-    A measure returns a number, or a result with the field `value`. `rows` has one dictionary per
-    measurement, and `table()` returns all rows as a table. Under mixed precision, the measures use the
+    Each measure returns a number, or a result whose field `value` is the number. `rows` has one dictionary
+    per measurement, and `table()` returns all rows as a table. Under mixed precision, the measures use the
     precision of the weights. Raises `ValueError` if `every` is below 1."""
     order = 80 # runs after all other callbacks of the epoch
     def __init__(self,
@@ -131,11 +131,12 @@ class FlatnessRecorder(ShowsArguments, Callback):
 
     def before_fit(self):
         self.rows = []
-        # the Learner has one of these callbacks during `lr_find` and `get_preds`, when nothing is measured
+        # `lr_find` adds the callback `lr_finder`, and `get_preds` adds `gather_preds`; nothing is measured
+        # during these two calls
         self._skips = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
         if self._skips: return
-        batches = collect_batches(self.learn, self.dl, self.samples) # pairs of a tuple of inputs and a target
-        self._batches = [(*xb, y) for xb, y in batches] # `(x, y)`, as the measures take them
+        batches = collect_batches(self.learn, self.dl, self.samples) # list of pairs `((x, ...), y)`
+        self._batches = [(*xb, y) for xb, y in batches] # list of `(x, ..., y)`, as the measures take them
 
     def after_epoch(self):
         last = self.epoch + 1 == self.n_epoch
@@ -167,8 +168,8 @@ class FlatnessRecorder(ShowsArguments, Callback):
 
 # %% ../../nbs/measures/51_sharpness.ipynb #57d8939f
 def weight_histograms(
-    model:nn.Module, # The network; parameters with one axis, such as biases, are left out
-    bins:int=60,     # Number of bins of equal width, from minus to plus the layer's largest absolute weight
+    model:nn.Module, # A network; parameters with fewer than two axes, such as biases, are left out
+    bins:int=60,     # Number of equal bins from -m to m, where m is the layer's largest absolute weight
 ) -> dict: # From parameter name to `(edges, counts)`: `(bins + 1,)` and `(bins,)` tensors
     "Return a histogram of each layer's weights. Raises `ValueError` if no parameter has two axes or more."
     out = {}
@@ -183,10 +184,10 @@ def weight_histograms(
 
 # %% ../../nbs/measures/51_sharpness.ipynb #fbd75808
 def plot_weights(
-    histograms:dict[str, tuple[Tensor, Tensor]], # Label to `(edges, counts)`, see `weight_histograms`
-    ax:plt.Axes|None=None,                       # Axes to draw on; new ones if `None`
-    colors:dict[str, str]|None=None,             # Dictionary from label to colour
-): # The axes
+    histograms:dict[str, tuple[Tensor, Tensor]], # From label to `(edges, counts)`, see `weight_histograms`
+    ax:plt.Axes|None=None,                       # Axes to draw on; with `None`, new axes are made
+    colors:dict[str, str]|None=None,             # From label to colour
+): # The axes with the plot
     "Draw the distribution of weights as a density on a log scale (Figure 3 of the study of SAM and ASAM)."
     if ax is None: ax = plt.subplots(figsize=(6, 3.2), layout='constrained')[1]
     for label, (edges, counts) in histograms.items():

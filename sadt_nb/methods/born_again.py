@@ -19,7 +19,8 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-# index in `learn.dls` of the data on which the epoch is chosen; 'last' keeps the last epoch and needs no data
+# From the value of `select` to the index in `learn.dls` of the data on which the epoch is chosen. With 'last',
+# the last epoch is kept, and no data are needed
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 def _n_right(model, batches):
@@ -31,12 +32,14 @@ def _n_right(model, batches):
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
-    """After training, loads the weights of the first epoch that has the highest accuracy of all epochs.
+    """After training, loads the weights of the epoch with the highest accuracy.
 
-    Raises `ValueError` before training starts if the data to select on are missing or empty."""
+    If several epochs have this accuracy, the first of them is chosen. Raises `ValueError` before training
+    starts if the data on which `select` chooses are missing or empty."""
     run_valid = False
     def __init__(self,
-        select:Literal['valid', 'test']='valid', # Data to choose on; 'test' overestimates the accuracy
+        # Data to choose on. With 'test', the test accuracy of the chosen epoch is an overestimate
+        select:Literal['valid', 'test']='valid',
     ):
         if select not in ('valid', 'test'):
             raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
@@ -51,7 +54,8 @@ class KeepBest(ShowsArguments, Callback):
         index = SELECT[self.select]
         if index >= len(loaders) or not len(loaders[index]):
             raise ValueError(f"`select` = {self.select!r} needs data in `learn.dls[{index}]`, which is "
-                             "missing or empty; use select='last'")
+                             "missing or empty; leave out `KeepBest`, or call `born_again` with "
+                             "select='last', to keep the last epoch")
 
     @torch.no_grad()
     def after_epoch(self):
@@ -59,8 +63,8 @@ class KeepBest(ShowsArguments, Callback):
         # `bare_loader` yields all samples in every process
         loader = bare_loader(self.learn.dls.loaders[SELECT[self.select]])
         right, n = _n_right(model, loader)
-        # BatchNorm's running averages, and so the counts, can differ between processes. With the count of the
-        # first process, all processes choose the same epoch
+        # BatchNorm's running averages can differ between processes, and then `right` differs, too. With
+        # 'first', all processes use the `right` of the first process, so they choose the same epoch
         self.last = float(over_ranks(right, 'first')) / n
         if self.last <= self.best: return
         self.best, self.epoch_kept = self.last, self.epoch
@@ -83,7 +87,8 @@ class KeepBest(ShowsArguments, Callback):
 class Generations(NamedTuple):
     "The result of `born_again`; all networks are in evaluation mode."
     models: list      # The generations, from round 0 to the last round
-    # Round 0's network, and a network without a teacher for each other round; empty if `independent=False`
+    # The network of round 0, and for every later round a network that was trained without a teacher; an
+    # empty list if `independent=False`
     independent: list
 
     @property
@@ -98,15 +103,15 @@ class Generations(NamedTuple):
 
 # %% ../../nbs/methods/31_born_again.ipynb #6aef965c
 def born_again(
-    make_learner:Callable[[int, nn.Module|None], Learner], # Gets the round (0, 1, ...) and the teacher
+    make_learner:Callable[[int, nn.Module|None], Learner], # Called with the round (0, 1, ...) and the teacher
     rounds:int,                                      # Rounds of self-distillation after round 0, >= 1
     fit:Callable[[Learner], None],                   # Trains the Learner that it gets
-    select:Literal['last', 'valid', 'test']='valid', # Keep the last epoch, or the best epoch on these data
+    select:Literal['last', 'valid', 'test']='valid', # 'last' keeps the last epoch; otherwise see `KeepBest`
     independent:bool=False,                          # Also train `rounds` networks without a teacher?
-) -> Generations: # All generations, and the independent networks
+) -> Generations: # The networks of all rounds, and the independent networks
     """Train in rounds of self-distillation; the network of each round is the teacher of the next round.
 
-    Raises `ValueError` for `rounds` < 1 and an unknown `select`."""
+    Raises `ValueError` if `rounds` is below 1, and for an unknown `select`."""
     if rounds < 1: raise ValueError(f'`rounds` must be at least 1, got {rounds}')
     if select not in SELECT: raise ValueError(f"`select` must be one of {', '.join(SELECT)}, got {select!r}")
 

@@ -19,8 +19,8 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-# From the value of `select` to the index in `learn.dls` of the data on which the epoch is chosen. With 'last',
-# the last epoch is kept, and no data are needed
+# From the value of `select` to the index in `learn.dls` of the data that decide which epoch is kept. With
+# 'last', the last epoch is kept, and no data are needed
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 def _n_right(model, batches):

@@ -27,7 +27,7 @@ def sam_sharpness(
     learn:Learner,         # A Learner whose network is in evaluation mode
     rho:float=.05,         # Radius, > 0. With `adaptive`, changes are divided by the sizes of the weights
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
+    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
     adaptive:bool=False,   # With `True`, a weight may move in proportion to its size
 ) -> float: # Rise of the loss; it can be negative if `rho` is too large
     """Return the rise of the loss after a step of length `rho` along the gradient.
@@ -52,7 +52,7 @@ def sam_sharpness(
 def gradient_norm(
     learn:Learner,         # A Learner whose network is in evaluation mode
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
+    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
 ) -> float: # The norm; a tiny step along the gradient raises the loss by this number per unit of length
     "Return the norm of the gradient of the mean loss."
     _, grads = FixedLoss(learn, dl, samples).gradient()
@@ -79,7 +79,7 @@ def average_sharpness(
     # Standard deviation of the noise, > 0. With `adaptive`, this number is multiplied by each weight's size
     std:float=.01,
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
+    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
     pairs:int=20,          # Number of pairs, each a random step and its opposite, >= 2
     adaptive:bool=False,   # With `True`, the noise on a weight is proportional to the weight's size
     seed:int=0,            # Seed of the noise
@@ -123,7 +123,7 @@ class FlatnessRecorder(ShowsArguments, Callback):
         measures:dict[str, Callable]|None=None,
         every:int=1,           # Number of epochs from one measurement to the next, >= 1
         dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-        samples:int|None=None, # Largest number of samples, read as by `collect_batches`; `None` for all
+        samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
     ):
         if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
         self.measures = measures or dict(sharpness=sam_sharpness)

@@ -124,6 +124,7 @@ def _refuse_skips(do_item, i):
                          'samples are then unknown; remove the sample, or use num_workers=0')
     return item
 
+# %% ../../nbs/core/04_loss_terms.ipynb #35a7c6d9
 class _FastaiOrder:
     "The positions that a fastai loader gives out, without the positions that its data set skips."
     def __init__(self, dl):

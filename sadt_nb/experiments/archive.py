@@ -95,6 +95,7 @@ def read_parts(
         except (OSError, ValueError) as e: raise ValueError(f'{file}: {e}') from None
     return found
 
+# %% ../../nbs/experiments/79_archive.ipynb #75fdac96
 def _try(read, left_out):
     """Return the result of `read()`; for a `ValueError`, add the message to `left_out` and return `{}`.
 

@@ -47,6 +47,7 @@ class _Check(NamedTuple):
     accepts: object # The allowed values, or a function that returns whether a value is allowed
     must: str       # Words of the error message that follow 'must'
 
+# %% ../../nbs/experiments/80_config.ipynb #ccab4e01
 _CHECKS = (
     _Check('bs', _at_least_one, 'be a whole number of at least 1'),
     _Check('lr', _positive, 'be positive'),

@@ -56,6 +56,7 @@ def training_images(
     n = round(_IMAGES[run.data] * (1 - run.valid))
     return min(n, run.n_train or n)
 
+# %% ../../nbs/experiments/87_cost.ipynb #0b2f2133
 class Cost(NamedTuple):
     "The work of training, without evaluation."
     passes: float # Number of passes, each a forward and a backward over one batch

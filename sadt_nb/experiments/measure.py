@@ -96,6 +96,7 @@ def _shifted(learn, samples):
     numbered = all(c.isdecimal() for c in data.classes) and not are_names
     return shifted_accuracy(learn, data.root, size=None if fits else side, numbered=numbered, dl=test)
 
+# %% ../../nbs/experiments/86_measure.ipynb #1e5bb157
 MEASURES = dict( # name: function `(learn, samples=...)` that returns a number or an estimate
     trace=partial(hessian_trace, tol=.1),
     eigenvalue=partial(top_eigenvalues, tol=1e-2),

@@ -90,6 +90,7 @@ def _check_search(cases, spaces, trials, batch):
         if not run.valid: raise ValueError(f'{label}: a search needs validation images; set `valid` above 0')
         for name, (low, high) in spaces[label].items(): _check_range(label, run, name, low, high)
 
+# %% ../../nbs/experiments/89_sweep.ipynb #d8feff8b
 def _import_optuna():
     try:
         with warnings.catch_warnings():

@@ -205,6 +205,7 @@ class Comparison(NamedTuple):
     sentence: str       # What the table shows
     files: list[Path]   # HTML page (one file), Markdown page, PNG of the figure
 
+# %% ../../nbs/papers/112_any_data.ipynb #0ec22d95
 def compare(
     runs:dict, # From `seeded`
     root,      # Folder of the results

@@ -83,6 +83,7 @@ _DIGITS = SMALL_DIGITS.but(data_args=dict(noise=.2), model_args={}, select='last
 def _compare_digits():
     return _all_methods(_DIGITS, range(0, 50, 10))
 
+# %% ../../nbs/papers/106_compare.ipynb #d2da270f
 _NOT_COMPARED = 'the paper does not compare interpretations'
 _READINGS = { # interpretation of the paper: options of SADT
     'gradient at w_aux': {}, # the default, as in the paper's text

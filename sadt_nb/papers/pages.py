@@ -67,6 +67,7 @@ def _beside_measured(cell, result):
         columns[f'our {name}'] = '-' if found is None else f"{found['value']:.4g}"
     return columns
 
+# %% ../../nbs/papers/108_pages.ipynb #cc3c6d73
 class _Row:
     "One row of a table with all its repetitions; accuracies in percent."
     def __init__(self, what, cells):

@@ -49,7 +49,8 @@ class KerasAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self,
-        closure:Callable|None=None, # Computes the loss and the gradients. With `None`, `.grad` must have them
+        # Computes the loss and the gradients. With `None`, the gradients must already be in `.grad`
+        closure:Callable|None=None,
     ) -> torch.Tensor|None: # The closure's loss, or `None` without a closure
         "Update all parameters that have a gradient."
         loss = None

@@ -25,7 +25,7 @@ except ImportError: DTensor = () # built without `torch.distributed`; `isinstanc
 # %% ../../nbs/core/00_perturb.ipynb #ad33caac
 def is_sharded(
     t:Tensor, # Any tensor
-) -> bool: # `True` for every `DTensor`, also if each process stores all of its elements
+) -> bool: # `True` for every `DTensor`, even for a `DTensor` that every process stores completely
     "Return whether a tensor is distributed over processes, as a `DTensor`."
     return isinstance(t, DTensor)
 
@@ -34,7 +34,8 @@ def check_whole(
     what:str,        # Start of the error message: what the method does, such as 'MESA keeps a copy'
 ):
     "Raise `ValueError` if a parameter of the network is a `DTensor`."
-    drop_gathered(model) # after a forward pass with FSDP2, sharded weights would look whole
+    # after a forward pass, FSDP2 keeps whole weights; without the next line, the loop would find no `DTensor`
+    drop_gathered(model)
     for name, p in model.named_parameters():
         if is_sharded(p):
             raise ValueError(f'{what}, but {name!r} is distributed over processes; load the whole weights '
@@ -75,8 +76,8 @@ def settle_gradients(
 ):
     """Make each gradient a tensor that can be changed in place, distributed like its parameter.
 
-    Finishes a sum over processes that tensor parallelism has left pending. If PyTorch stores a complex
-    gradient as a lazy conjugate of another tensor, the gradient is replaced by a copy."""
+    Tensor parallelism may leave one summand of a gradient in each process; these summands are added up. If
+    PyTorch stores a complex gradient as a lazy conjugate of another tensor, a copy replaces the gradient."""
     for p in params:
         if p.is_complex() and p.grad is not None and p.grad.is_conj(): p.grad = p.grad.resolve_conj()
         if is_sharded(p) and p.grad is not None and p.grad.placements != p.placements:
@@ -138,16 +139,17 @@ _NORM_NAMES = re.compile('(batch|instance|layer|group|rms)_?norm', re.I)
 
 def is_norm_layer(
     module:nn.Module, # Any module
-) -> bool: # `False` for a block that contains normalisation layers and other layers
+) -> bool: # `False` for a block of layers, even if all of them are normalisation layers
     """Return whether a module is a normalisation layer: batch, instance, layer, group or RMS normalisation.
 
-    A class that does not derive from PyTorch's, such as `LlamaRMSNorm`, is recognised by its name."""
+    A class that is not derived from PyTorch's normalisation classes, such as `LlamaRMSNorm`, is recognised
+    by its name."""
     if isinstance(module, _NORMS): return True
     children = list(module.children()) # a module with children is a block of layers
     return not children and bool(_NORM_NAMES.search(type(module).__name__))
 
 def _norm_names(model):
-    "Return the names of the parameters that belong to normalisation layers themselves."
+    "Return the names of the parameters of normalisation layers; parameters of their submodules do not count."
     ids = set()
     for m in model.modules():
         if is_norm_layer(m): ids.update(id(p) for p in m.parameters(recurse=False))
@@ -194,6 +196,15 @@ def real_views(
     been added up yet; see `settle_gradients`."""
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
 
+def _over_processes(value, mesh, placements):
+    """Return the sum of `value` over the processes that store different parts of a tensor.
+
+    A mesh arranges the processes in a grid. Each axis of the grid replicates or splits the tensor. Processes
+    along an axis that replicates have the same `value`, and it is counted once."""
+    # along each axis, each process holds the whole sum (`Replicate`) or one summand (`Partial`)
+    held = [Replicate() if p.is_replicate() else Partial() for p in placements]
+    return DTensor.from_local(value, mesh, held, run_check=False).full_tensor() # adds up the summands
+
 def _over_parts(values, tensors):
     "Return the sum over all tensors and processes; `values` has one number for each tensor's local part."
     totals = []
@@ -202,12 +213,7 @@ def _over_parts(values, tensors):
         if is_sharded(t): shared.setdefault((t.device_mesh, t.placements), []).append(value)
         else: totals.append(value)
     for (mesh, placements), parts in shared.items(): # one message for all tensors with the same sharding
-        # A mesh arranges the processes in a grid. Each axis of the grid replicates or splits the tensors. The
-        # next line tells `DTensor` what the processes along each axis hold: with `Replicate`, all hold the
-        # same sum; with `Partial`, each holds one summand
-        of_sum = [Replicate() if p.is_replicate() else Partial() for p in placements]
-        total = DTensor.from_local(torch.stack(parts).sum(), mesh, of_sum, run_check=False)
-        totals.append(total.full_tensor()) # `full_tensor` adds up the summands of the processes
+        totals.append(_over_processes(torch.stack(parts).sum(), mesh, placements))
     return torch.stack(totals).sum()
 
 def global_norm(
@@ -263,7 +269,7 @@ def check_not_negative(
         if value < 0: raise ValueError(f'`{name}` must not be negative, got {value}')
 
 def check_count(
-    **values:float, # Each option as a keyword argument, such as `rho=.05`
+    **values:float, # Each option as a keyword argument, such as `steps=5`
 ):
     "Raise `ValueError` unless the values are whole numbers of at least 1."
     check_finite(**values)
@@ -289,7 +295,7 @@ def ascent(
     for n, g in grads.items():
         if g.is_conj(): grads[n] = g.resolve_conj() # a lazy conjugate cannot be changed in place
     names = [n for n in grads if scales and n in scales]
-    scaled = real_views(grads[n] for n in names) # views: a change of `scaled` also changes `grads`
+    scaled = real_views(grads[n] for n in names) # shares memory with `grads`, so `grads` change with it
     ts = real_views(scales[n] for n in names)
     if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T g, whose norm the next line needs
     factor = rho / (global_norm(grads.values()) + eps)
@@ -336,7 +342,8 @@ def copied(
 
 # %% ../../nbs/core/00_perturb.ipynb #b3a9f187
 def weights_moved(
-    model:nn.Module|None=None, # The network; may be left out if `trainable_params` was called on it before
+    # The network; may be left out after a call of `trainable_params(model)`, which records FSDP2's modules
+    model:nn.Module|None=None,
 ):
     """Drop the copies of weights that PyTorch keeps. Must be called after every change of the weights.
 
@@ -385,7 +392,9 @@ def perturbed(
     try:
         with torch.no_grad(): torch._foreach_add_(ps, ds)
         weights_moved()
-        del ds # if the caller empties `deltas` in the block, no reference remains, and the memory is freed
+        # The changes are not needed any more. If the caller also empties `deltas` inside the block, the
+        # memory of the changes is freed
+        del ds
         yield
     finally:
         with torch.no_grad(): torch._foreach_copy_(ps, backup)
@@ -397,8 +406,11 @@ def weight_sizes(
     names:Iterable[str],      # Names of the parameters whose sizes are returned
     eta:float=0.,             # Added to each size, >= 0
     scratch:dict|None=None,   # Memory for the sizes, see `scratch_like`; `perturbed` may overwrite it
-) -> dict[str, Tensor]: # From name to `|w| + eta`; a complex `w` has one size each for its two parts
-    "Return the diagonal of the matrix T of the adaptive methods, for `ascent`."
+) -> dict[str, Tensor]: # From name to `|w| + eta`
+    """Return the diagonal of the matrix T of the adaptive methods, for `ascent`.
+
+    For a complex parameter, the real part of the returned tensor contains the sizes of the parameter's real
+    part, and the imaginary part contains the sizes of the imaginary part."""
     sizes = copied({n: params[n] for n in names}, scratch)
     if sizes:
         ts = real_views(sizes.values())

@@ -141,7 +141,7 @@ class _TraceEstimate:
 def hessian_trace(
     learn:Learner,      # A Learner in evaluation mode with `model`, `loss_func` and, if `dl` is `None`, `dls`
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
+    samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     tol:float=.05,      # Stop when the standard error is below this share of the value
     # Largest number of random vectors, >= 20; a network with at most as many weights gets its exact trace
     max_probes:int=200,
@@ -274,7 +274,7 @@ def top_eigenvalues(
     learn:Learner,         # A Learner whose network is in evaluation mode
     k:int=1,               # Number of eigenvalues, from 1 to the number of trainable weights
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
+    samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is rounding error
     max_products:int|None=None, # Largest number of products and of vectors in memory; `None`: 200 + 5 k
     seed:int=0,            # Seed of the first vector
@@ -292,7 +292,7 @@ def top_eigenvectors(
     learn:Learner,         # A Learner whose network is in evaluation mode
     k:int=1,               # Number of eigenvalues
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
+    samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     tol:float=1e-5,        # As for `top_eigenvalues`
     max_products:int|None=None, # As for `top_eigenvalues`
     seed:int=0,            # Seed of the first vector
@@ -361,7 +361,7 @@ def smoothed_density(
 def spectral_density(
     learn:Learner,      # A Learner whose network is in evaluation mode
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
+    samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     steps:int=60,       # Lanczos steps per random vector, >= 2; each keeps a network-sized vector in memory
     vectors:int=4,      # Number of random vectors, >= 2
     width:float=.01,    # Standard deviation of a node's bump, as a share of the range of the nodes

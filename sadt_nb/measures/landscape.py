@@ -177,7 +177,7 @@ def loss_line(
     span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
     points:int=51, # Number of points, >= 2; with an odd number and a scalar `span`, zero is one of the points
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
+    samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     seed:int=0,            # Seed of the random direction
     progress:bool=True,    # Show a bar after three seconds
 ) -> Line: # Multiples, losses, and a description of direction and samples
@@ -202,7 +202,7 @@ def loss_surface(
     span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
     points:int=51,         # Number of points along each direction, >= 2; see `loss_line`
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
-    samples:int|None=None, # Largest number of samples; `collect_batches` chooses them; `None` for all
+    samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     seed:int=0,            # Seed of the random directions
     progress:bool=True,    # Show a bar after three seconds
     orthogonal:bool=False, # Make the random directions orthogonal, see `orthogonal_directions`

@@ -19,8 +19,8 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-# From the value of `select` to the index in `learn.dls` of the data that decide which epoch is kept. With
-# 'last', the last epoch is kept, and no data are needed
+# From the value of `select` to an index in `learn.dls`. The accuracy on the data of this loader decides which
+# epoch is kept. With 'last', the last epoch is kept, and no data are needed
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
 def _n_right(model, batches):
@@ -63,9 +63,10 @@ class KeepBest(ShowsArguments, Callback):
         # `bare_loader` yields all samples in every process
         loader = bare_loader(self.learn.dls.loaders[SELECT[self.select]])
         right, n = _n_right(model, loader)
-        # BatchNorm's running averages can differ between processes, and then `right` differs, too. With
-        # 'first', all processes use the `right` of the first process, so they choose the same epoch
-        self.last = float(over_ranks(right, 'first')) / n
+        # BatchNorm's running averages can differ between processes, and then `right` differs, too. All
+        # processes use the number of the first process, so they choose the same epoch
+        right_in_first_process = over_ranks(right, 'first')
+        self.last = float(right_in_first_process) / n
         if self.last <= self.best: return
         self.best, self.epoch_kept = self.last, self.epoch
         self._weights = {k: v.clone() for k, v in model.state_dict().items()}

@@ -86,7 +86,7 @@ def _saturate(x, c, g):
 def _in_256_levels(x): return (x * 255 + .5).floor() / 255
 
 def _box_filter(n, m, like):
-    "Return the `(m, n)` matrix of Pillow's box filter from `n` pixels to `m`, with type and device of `like`."
+    "Return the `(m, n)` matrix of Pillow's box filter from `n` pixels to `m`, in the type of `like`."
     out = torch.zeros(m, n)
     for i in range(m):
         centre = (i + .5) * n / m # of output pixel `i`, in input pixels
@@ -102,8 +102,8 @@ def _pixelate(x, c, g): # resize to `c` times the size and back
     m = int(n * c)
     shrink, enlarge = _box_filter(n, m, x), _box_filter(m, n, x)
     for resize in (shrink, enlarge):
-        narrowed_or_widened = _in_256_levels(x @ resize.T) # along the rows
-        x = _in_256_levels(resize @ narrowed_or_widened)   # along the columns
+        along_rows = _in_256_levels(x @ resize.T) # a new width
+        x = _in_256_levels(resize @ along_rows)   # a new height
     return x
 
 def _jpeg_compression(x, c, g):

@@ -108,8 +108,8 @@ class FriendlySAM(_RunningMean):
     def perturbation(self, params, grads):
         self._match_loaded_mean()
         known, gs, means = self._with_mean(grads)
-        # `GradientAccumulation` multiplied the gradient of this micro-batch by the micro-batch's share, so m is
-        # multiplied by the same share
+        # `GradientAccumulation` multiplied the gradient of this micro-batch by the micro-batch's share, so m
+        # is multiplied by the same share
         share = micro_batch_share(self.learn)
         # d = g - sigma m; the tensors of `gs` are those of `grads`, so this changes `grads`
         if known: torch._foreach_add_(gs, means, alpha=-self.sigma * share)

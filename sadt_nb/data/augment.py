@@ -43,7 +43,7 @@ def crop_windows(
     rows = (image * H + top)[:, None] + torch.arange(h, device=x.device)
     starts = (rows * W + left[:, None]) * c # first byte of each row of each window
     # a view whose row i has the bytes i to i + run - 1; the rows overlap in memory, and nothing is copied yet
-    runs = padded.as_strided((padded.numel() - run + 1, run), (1, 1))
+    runs = padded.unfold(0, run, 1)
     windows = runs[starts.view(-1)] # `(n * h, run)`; each index copies one row of a window
     return windows.view(n, h, w, c)
 
@@ -93,7 +93,8 @@ class AlternatingFlip:
     ) -> tuple[Tensor, Tensor]:
         first = self._mirrored_first
         if first is None or len(first) != size or first.device != x.device:
-            # a third stream of numbers: the loader draws from the seeds `[seed, 0]` and `[seed, 1]`
+            # the 2 makes these numbers differ from those of a loader with the same seed, which draws the
+            # order from `[seed, 0]` and the augmentation from `[seed, 1]`
             draws = np.random.default_rng([self.seed, 2]).random(size)
             first = self._mirrored_first = _to_device_of(x, draws < .5)
         mirrored = first[ids] ^ bool(epoch % 2) # in odd epochs, the other half
@@ -107,15 +108,16 @@ def _central_size(h, w):
     return h, w
 
 def _source_places(size, start, length):
-    """Return where the centres of `size` new pixels lie in the old image, which also has `size` pixels.
+    """Return where the centre of each new pixel lies in the original image, along one axis: `(n, size)`.
 
-    On the scale of `grid_sample`, the centre of the first pixel is -1, and the centre of the last is 1."""
-    new = torch.arange(size, device=start.device) + .5 # centres, in widths of a new pixel
-    # `(n, size)`, in old pixels, from the centre of the window's first pixel
-    in_window = new * length[:, None] / size - .5
-    # a new centre beyond the centre of the window's first or last pixel is moved to that centre
+    The axis has `size` pixels. A window of `length` pixels, from pixel `start` on, is enlarged to `size` new
+    pixels. New pixel i has its centre at `start + (i + 1/2) length / size - 1/2`, in original pixels. The
+    result is on the scale of `grid_sample`: -1 is the centre of the axis' first pixel, 1 that of its last."""
+    new = torch.arange(size, device=start.device) + .5 # i + 1/2
+    in_window = new * length[:, None] / size - .5 # 0 is the centre of the window's first pixel
+    # near its border, the window's first or last pixel is repeated, as in torchvision
     in_window = torch.minimum(in_window.clamp(min=0), length[:, None] - 1.)
-    at = in_window + start[:, None] # in old pixels, from the centre of the image's first pixel
+    at = in_window + start[:, None] # 0 is the centre of the image's first pixel
     return 2 * at / max(1, size - 1) - 1
 
 def enlarge_windows(
@@ -187,7 +189,8 @@ class Rotate:
         angle = np.radians(rng.uniform(-self.degrees, self.degrees, n)).astype(np.float32)
         a = _to_device_of(x, angle)
         cos, sin, zero = a.cos(), a.sin(), torch.zeros_like(a)
-        # a counter-clockwise rotation; h / w and w / h are there because both axes run from -1 to 1
+        # a counter-clockwise rotation; on both axes the image extends from -1 to 1, so a unit is w / 2 pixels
+        # on one axis and h / 2 pixels on the other, and the factors h / w and w / h convert between the two
         rows = [cos, -sin * h / w, zero, sin * w / h, cos, zero]
         theta = torch.stack(rows, 1).view(n, 2, 3)
         grid = F.affine_grid(theta, (n, c, h, w), align_corners=False)
@@ -312,8 +315,8 @@ class BatchedOps:
         counts = np.bincount(kind + 1, minlength=len(self.kinds) + 1).tolist() # images in each part
         # first the images without an operation, then one part for each kind
         unchanged, *parts = x.index_select(0, _to_device_of(x, order)).split(counts)
-        # for each kind, the table row of each image; [1:] leaves out the images without an operation
-        row_numbers = _to_device_of(x, self.row[ops[order]]).split(counts)[1:]
+        sorted_rows = self.row[ops[order]] # row in the table of the kind; unused where there is no operation
+        _, *row_numbers = _to_device_of(x, sorted_rows).split(counts) # the first part has no operation
         fill, tables = self.fill.to(x.device), self.tables(*x.shape[2:], x.device)
         done = [unchanged]
         for name, part, table, numbers in zip(self.kinds, parts, tables, row_numbers):

@@ -50,7 +50,7 @@ def _gaussian_blur(x, c, g): # the kernel ends at four standard deviations; bord
 def _zoom_blur(x, c, g): # the mean of the image and of enlarged copies
     h = x.shape[-1]
     total = torch.zeros_like(x)
-    factors = np.arange(1, c, .01)
+    factors = np.arange(1, c, .01) # the first copy is not enlarged
     for factor in factors:
         side = math.ceil(h / factor) # the enlarged part is a square of this side in the middle of the image
         first = (h - side) // 2      # first row and first column of this square
@@ -59,13 +59,13 @@ def _zoom_blur(x, c, g): # the mean of the image and of enlarged copies
         big = interpolate(centre, size=[new_side, new_side], mode='bilinear', align_corners=True)
         border = (new_side - h) // 2 # `big` may be a pixel or two larger than the image
         total += big[..., border:border + h, border:border + h]
-    return (x + total) / (len(factors) + 1) # the image itself counts like one copy
+    return (x + total) / (len(factors) + 1) # the image is added once more
 
 # %% ../../nbs/measures/53_robustness.ipynb #65844534
 def _brightness(x, c, g):
     v = x.amax(1, keepdim=True)
     new = (v + c).clamp(max=1)
-    return torch.where(v > 0, x * new / v.clamp(min=1e-12), new)
+    return torch.where(v > 0, x * new / v.clamp(min=1e-12), new) # a black pixel becomes grey
 
 def _contrast(x, c, g):
     mean = x.mean((2, 3), keepdim=True)
@@ -75,8 +75,8 @@ def _saturate(x, c, g):
     v, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     s = (v - low) / v.clamp(min=1e-12)
     new = (s * c[0] + c[1]).clamp(0, 1)
-    # a grey pixel has no hue; conversions to HSV set its hue to red, so its red value stays V, and green and
-    # blue become V (1 - S')
+    # a grey pixel (S = 0) has no hue, and conversions to HSV use the hue red for it. If S' > 0, as at the
+    # severities 4 and 5, its red value stays V, and its green and blue values fall to V (1 - S')
     green_and_blue = v * (1 - new)
     grey = torch.cat([v, green_and_blue, green_and_blue], 1)
     coloured = v - (v - x) * new / s.clamp(min=1e-12)
@@ -86,7 +86,7 @@ def _saturate(x, c, g):
 def _in_256_levels(x): return (x * 255 + .5).floor() / 255
 
 def _box_filter(n, m, like):
-    "Return the matrix of the box filter with which Pillow resizes `n` pixels to `m`."
+    "Return the `(m, n)` matrix of Pillow's box filter from `n` pixels to `m`, in the type of `like`."
     out = torch.zeros(m, n)
     for i in range(m):
         centre = (i + .5) * n / m # of output pixel `i`, in input pixels
@@ -100,9 +100,10 @@ def _box_filter(n, m, like):
 def _pixelate(x, c, g): # resize to `c` times the size and back
     n = x.shape[-1]
     m = int(n * c)
-    for step in (_box_filter(n, m, x), _box_filter(m, n, x)):
-        along_rows = _in_256_levels(x @ step.T)
-        x = _in_256_levels(step @ along_rows)
+    shrink, enlarge = _box_filter(n, m, x), _box_filter(m, n, x)
+    for resize in (shrink, enlarge):
+        along_rows = _in_256_levels(x @ resize.T) # a new width
+        x = _in_256_levels(resize @ along_rows)   # a new height
     return x
 
 def _jpeg_compression(x, c, g):
@@ -148,7 +149,8 @@ def corrupt(
     x = _in_256_levels(x.clamp(0, 1)) # otherwise a grey pixel with a rounding error would look coloured
     g = torch.Generator(x.device).manual_seed(seed)
     out = f(x, settings[severity - 1], g).clamp(0, 1).mul(255)
-    # like the authors, round down to whole levels; the thousandth compensates for rounding errors
+    # like the authors, round down to whole levels; 1e-3 of a level is added, so that a rounding error does
+    # not lower a value by a level
     return out.add(1e-3).floor().div(255)
 
 # %% ../../nbs/measures/53_robustness.ipynb #5f9b8bd2
@@ -239,7 +241,8 @@ def _read_pair(images, labels):
 def _by_name(folder, name, vocab):
     "Return the position of a class in the network's classes."
     if name in vocab: return vocab.index(name)
-    known = f'{", ".join(vocab[:10])}{", ..." if len(vocab) > 10 else ""}'
+    known = ', '.join(vocab[:10])
+    if len(vocab) > 10: known += ', ...'
     advice = '; if the folders are named by class numbers, pass numbered=True' if name.isdecimal() else ''
     raise ValueError(f'{folder} has a class {name!r}, which the network does not have; '
                      f'it has {known}{advice}')
@@ -336,9 +339,9 @@ def _accuracies(v):
     return v
 
 def effective_robustness(
-    reference:Sequence[float], # Accuracies of the measured networks on the ordinary test set, in (0, 1)
+    reference:Sequence[float], # Accuracies of the measured networks on the original test set, in (0, 1)
     shifted:Sequence[float],            # Accuracies of the same networks on the shifted test set
-    baseline_reference:Sequence[float], # Accuracies of at least 3 ordinary networks, ordinary test set
+    baseline_reference:Sequence[float], # Accuracies of 3 or more ordinary networks on the original test set
     baseline_shifted:Sequence[float],   # Accuracies of the same ordinary networks on the shifted test set
     level:float=.95,                    # Level of the confidence band, in (0, 1)
 ) -> EffectiveRobustness: # One value for each measured network, and the slope and intercept of the line
@@ -380,15 +383,15 @@ IMAGENETV2 = { # torchvision's network with `IMAGENET1K_V1` weights: accuracy on
 
 # %% ../../nbs/measures/53_robustness.ipynb #f7ac96d3
 def plot_robustness(
-    reference:dict[str, Sequence[float]], # By label: accuracies on the ordinary test set, in (0, 1)
+    reference:dict[str, Sequence[float]], # By label: accuracies on the original test set, in (0, 1)
     shifted:dict[str, Sequence[float]],   # By the same labels: accuracies on the shifted test set
-    baseline_reference:Sequence[float],   # Accuracies of at least 3 ordinary networks, ordinary test set
+    baseline_reference:Sequence[float],   # Accuracies of 3 or more ordinary networks on the original test set
     baseline_shifted:Sequence[float],     # Accuracies of the same ordinary networks on the shifted test set
     ax:plt.Axes|None=None,                # Axes to draw on; new ones if `None`
     colors:dict[str, str]|None=None,      # Dictionary from label to colour
     level:float=.95,                      # Level of the confidence band, in (0, 1)
 ): # The axes
-    "Draw the shifted against the ordinary accuracy on logit scales, with the line of ordinary networks."
+    "Draw the shifted against the original accuracy on logit scales, with the line of ordinary networks."
     if ax is None: ax = plt.subplots(figsize=(5.5, 4.5), layout='constrained')[1]
     every = np.concatenate([np.atleast_1d(v) for v in (baseline_reference, *reference.values())])
     grid = expit(np.linspace(logit(every.min()), logit(every.max()), 100))
@@ -398,7 +401,7 @@ def plot_robustness(
     ax.fill_between(grid, line.low, line.high, color='tab:gray', alpha=.25, lw=0)
     ax.plot(baseline_reference, baseline_shifted, 'o', color='tab:gray', ms=4, label='ordinary networks')
     for k in reference: ax.plot(reference[k], shifted[k], '*', ms=10, label=k, color=(colors or {}).get(k))
-    ax.set(xscale='logit', xlabel='accuracy, ordinary test set')
+    ax.set(xscale='logit', xlabel='accuracy, original test set')
     ax.set(yscale='logit', ylabel='accuracy, shifted test set')
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_formatter(plt.FuncFormatter(lambda v, _: f'{v:.2g}'))
@@ -468,8 +471,8 @@ def plot_reliability(
 # %% ../../nbs/measures/53_robustness.ipynb #15bdd4bd
 class Memorisation(NamedTuple):
     "Shares of predictions on the training samples whose label is wrong."
-    given: float # Share of predictions that are the wrong label, so this label is memorised
-    true: float  # Share of predictions that are the true label, so the wrong label is not memorised
+    given: float # Share of these samples for which the network predicts the wrong label (memorised)
+    true: float  # Share of these samples for which the network predicts the true label (not memorised)
     n: int       # Number of samples with a wrong label
 
 @torch.no_grad()

@@ -45,17 +45,20 @@ class _RunningMean(SummedPass):
         self._loaded = False
 
     def _with_mean(self, grads):
-        "Return names of gradients that have a mean, and this process's parts of these gradients and means."
+        """Return the names of those parameters in `grads` that already have a mean.
+
+        Return also this process's parts of their gradients and of their means."""
         known = [n for n in grads if n in self.mean]
         return known, local_parts(grads[n] for n in known), local_parts(self.mean[n] for n in known)
 
     def extra_pass(self, params, grads):
         unscale_(self.learn, grads.values())
-        # copy the gradients into the memory of the last step's sum, which is no longer needed
+        # the sum of the previous step is no longer needed; copy the gradients into its memory
         memory = self._spare
         self._spare = {} # a second micro-batch must not overwrite the copies of the first
         g = copied(grads, memory)
-        # this call changes and empties `grads`, so `g` is a copy; the extra pass runs at the `yield` inside
+        # the next line changes and empties `grads`; `g` keeps a copy. The base class perturbs the weights and
+        # yields; the caller of this generator then runs the extra pass and resumes the generator
         yield from super().extra_pass(params, grads)
         self.keep(g, micro_batch_share(self.learn))
 
@@ -65,8 +68,8 @@ class _RunningMean(SummedPass):
         known, gs, means = self._with_mean(total)
         if known: torch._foreach_lerp_(means, gs, 1 - self.decay) # decay m + (1 - decay) g
         self._spare = {n: total[n] for n in known}
-        # where a parameter is in both, the right side of `|` is taken: the mean, which is already updated;
-        # for a parameter without a mean, m is the first gradient, from `total`
+        # keep the updated means (`|` prefers its right side); a parameter without a mean starts with its
+        # gradient in `total`
         self.mean = total | self.mean
 
     def state_dict(self): return super().state_dict() | dict(mean=deepcopy(self.mean))
@@ -105,7 +108,8 @@ class FriendlySAM(_RunningMean):
     def perturbation(self, params, grads):
         self._match_loaded_mean()
         known, gs, means = self._with_mean(grads)
-        # `GradientAccumulation` multiplies each gradient by its share, so m is multiplied by it, too
+        # `GradientAccumulation` multiplied the gradient of this micro-batch by the micro-batch's share, so m
+        # is multiplied by the same share
         share = micro_batch_share(self.learn)
         # d = g - sigma m; the tensors of `gs` are those of `grads`, so this changes `grads`
         if known: torch._foreach_add_(gs, means, alpha=-self.sigma * share)

@@ -199,9 +199,9 @@ def real_views(
 def _over_processes(value, mesh, placements):
     """Return the sum of `value` over the processes that store different parts of a tensor.
 
-    A mesh arranges the processes in a grid. Each axis of the grid replicates or splits the tensor. Processes
-    along an axis that replicates have the same `value`, and it is counted once."""
-    # along each axis, each process holds the whole sum (`Replicate`) or one summand (`Partial`)
+    A mesh arranges the processes in a grid. Along an axis that replicates the tensor, all processes have the
+    same `value`, which counts once. Along an axis that splits it, the values are added up."""
+    # `Replicate`: the same value along this axis; `Partial`: one summand per process
     held = [Replicate() if p.is_replicate() else Partial() for p in placements]
     return DTensor.from_local(value, mesh, held, run_check=False).full_tensor() # adds up the summands
 

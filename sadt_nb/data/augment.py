@@ -111,8 +111,9 @@ def _source_places(size, start, length):
     """Return where the centre of each new pixel lies in the original image, along one axis: `(n, size)`.
 
     The axis has `size` pixels. A window of `length` pixels, from pixel `start` on, is enlarged to `size` new
-    pixels. New pixel i has its centre at `start + (i + 1/2) length / size - 1/2`, in original pixels. The
-    result is on the scale of `grid_sample`: -1 is the centre of the axis' first pixel, 1 that of its last."""
+    pixels. New pixel i has its centre at `start + (i + 1/2) length / size - 1/2`, in original pixels. These
+    positions are returned on the scale of `grid_sample`, where -1 is the centre of the axis' first pixel, and
+    1 is the centre of its last pixel."""
     new = torch.arange(size, device=start.device) + .5 # i + 1/2
     in_window = new * length[:, None] / size - .5 # 0 is the centre of the window's first pixel
     # near its border, the window's first or last pixel is repeated, as in torchvision

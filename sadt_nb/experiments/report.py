@@ -138,7 +138,7 @@ def about_images(
     for checksum, n in counts.items():
         copy = _COPIES.get(checksum, 'a copy of CIFAR of which nothing else is known here')
         those = 'all runs on CIFAR here' if len(counts) == 1 else f'{n:,} run' + 's' * (n > 1)
-        kinds.append(f'The images of {those} are {copy} (checksum of the test images: {checksum}).')
+        kinds.append(f'The images of {those} are {copy}. The checksum of their test images is {checksum}.')
     return Sentence(' '.join(kinds))
 
 # %% ../../nbs/experiments/82_report.ipynb #91a9fa38

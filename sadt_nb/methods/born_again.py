@@ -19,7 +19,7 @@ from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/31_born_again.ipynb #ff8eb3ee
-# From the value of `select` to an index in `learn.dls`. The accuracy on the data of this loader decides which
+# For each value of `select`, the index of a loader in `learn.dls`. The accuracy on its data decides which
 # epoch is kept. With 'last', the last epoch is kept, and no data are needed
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 

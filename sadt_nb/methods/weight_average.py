@@ -7,15 +7,21 @@ __all__ = ['reestimate_', 'WeightAverage']
 
 # %% ../../nbs/methods/91_weight_average.ipynb #0e2dca9c
 from collections import deque
+from contextlib import suppress
 from typing import Iterable, Literal
 
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
-from fastai.callback.core import Callback, TrainEvalCallback
+from fastai.callback.core import (Callback, CancelBatchException, CancelEpochException, CancelFitException,
+                                  CancelTrainException, TrainEvalCallback)
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import HookCallback
+from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
+from ..core.loss_terms import SampleIds
 from ..core.passes import batch_size, check_single, evaluating
 from ..core.perturb import check_count, check_whole, unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
@@ -86,11 +92,41 @@ def reestimate_(
         for m, momentum in zip(norms, momenta): m.momentum = momentum
         for m, mode in modes: m.training = mode
 
+# %% ../../nbs/methods/91_weight_average.ipynb #6bc25044
+# their `before_batch` leaves the inputs as they are, and changes something else, such as the learning rate
+_LEAVE_INPUTS = (ShowsArguments, SampleIds, MixedPrecision, ParamScheduler, HookCallback)
+
+def _input_callbacks(learn):
+    "Return copies, in their order, of the callbacks that may change the inputs of a batch."
+    copies = []
+    for cb in learn.cbs.sorted('order'):
+        if isinstance(cb, _LEAVE_INPUTS): continue
+        twin = object.__new__(type(cb)) # not `copy`, which leaves out a callback's `_stateattrs`
+        vars(twin).update(vars(cb))
+        copies.append(twin)
+    return copies
+
+def _training_inputs(learn, cbs, i, batch):
+    "Return the inputs of training batch `i` after `before_batch`, or `None` if a callback skips the batch."
+    before = dict(vars(learn))
+    learn.dl, learn.n_iter = learn.dls.train, len(learn.dls.train)
+    learn.iter, learn.training = i, True
+    learn._split(learn._set_device(batch))
+    try:
+        for cb in cbs:
+            # training has ended, so a callback cannot end it here
+            with suppress(CancelTrainException, CancelEpochException, CancelFitException): cb('before_batch')
+        return learn.xb
+    except CancelBatchException: return None
+    finally:
+        for name in ('dl', 'n_iter', 'iter', 'training', 'xb', 'yb'): vars(learn)[name] = before.get(name)
+
 def _inputs(learn):
-    "Yield the inputs of all training batches, on the device of the network."
-    for batch in learn.dls.train:
-        learn._split(learn._set_device(batch))
-        yield learn.xb
+    "Yield the inputs of all training batches as the network sees them in training."
+    cbs = _input_callbacks(learn) # copies, so that a callback that counts batches counts none of these
+    for i, batch in enumerate(learn.dls.train):
+        xb = _training_inputs(learn, cbs, i, batch)
+        if xb is not None: yield xb
 
 # %% ../../nbs/methods/91_weight_average.ipynb #2de8ec96
 def _check_average(kind, start, decay, every):
@@ -230,10 +266,10 @@ class _ValidatedAverage(_Average):
 class WeightAverage(_ValidatedAverage):
     """Averages the weights from a share of training on; after `fit`, the Learner has the averaged weights.
 
-    After `fit`, BatchNorm statistics are estimated anew, and `trained` returns the weights of the last step.
-    If `fit` ends before `start`, the Learner keeps the trained weights. Raises `ValueError` for values out
-    of range. Before training starts, it also raises `ValueError` for sharded weights and for a loaded average
-    that does not fit the network."""
+    After `fit`, BatchNorm statistics are estimated anew from the inputs that the network gets in training.
+    `trained` returns the weights of the last step. If `fit` ends before `start`, the Learner keeps the
+    trained weights. Raises `ValueError` for values out of range. Before training starts, it also raises
+    `ValueError` for sharded weights and for a loaded average that does not fit the network."""
     # after fastai counts the finished share of training, and before callbacks that save or load at the end
     order, run_valid = TrainEvalCallback.order + 2, False
 

@@ -1,0 +1,163 @@
+"""WeightAverage and SampleIds beside callbacks that change inputs, skip batches, or evaluate within a fit."""
+import pytest
+import torch
+from conftest import batches, learner, mlp
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.hook import ActivationStats
+from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.training import GradientAccumulation
+from fastai.data.load import DataLoader
+from fastai.learner import before_batch_cb
+from fastai.losses import CrossEntropyLossFlat
+from torch import nn
+
+from sadt_nb.core.loss_terms import SampleIds
+from sadt_nb.methods.saf import SAF
+from sadt_nb.methods.sam import SAM
+from sadt_nb.methods.weight_average import WeightAverage
+
+
+def normed():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def statistics(learn, inputs):
+    "Return the means over batches of BatchNorm's means and variances, computed from the definition."
+    with torch.no_grad(): outputs = [learn.model[0](x) for x in inputs]
+    return torch.stack([o.mean(0) for o in outputs]).mean(0), torch.stack([o.var(0) for o in outputs]).mean(0)
+
+
+def check_statistics(learn, inputs, tolerance=1e-12):
+    norm = learn.model[1]
+    got = norm.running_mean, norm.running_var
+    torch.testing.assert_close(got, statistics(learn, inputs), rtol=tolerance, atol=tolerance)
+
+
+class Seen(Callback):
+    "Keeps the inputs of the last epoch, as the network gets them, and the random state before that epoch."
+    order, run_valid = 5000, False
+    def before_epoch(self): self.xs = []
+    def before_train(self): self.state = torch.get_rng_state()
+    def after_pred(self): self.xs.append(self.learn.xb[0].clone())
+
+
+class Normalise(Callback):
+    "Scales the inputs, and counts its batches."
+    n = 0
+    def before_batch(self):
+        self.learn.xb = (self.learn.xb[0] / 128 - 1,)
+        if self.training: self.n += 1
+
+
+class ScaleTraining(Normalise):
+    run_valid = False
+
+
+def scaled(cb, xb, yb): return (xb[0] / 128 - 1,), yb
+
+
+@pytest.mark.parametrize('make', [Normalise, ScaleTraining, lambda: before_batch_cb(scaled)],
+                         ids=['always', 'training only', 'a function'])
+@pytest.mark.parametrize('others', [list, lambda: [SAM()], lambda: [SAF(start_epoch=0)],
+                                    lambda: [GradientAccumulation(16)]], ids=['alone', 'sam', 'saf', 'micro'])
+def test_statistics_are_of_the_inputs_that_training_sees(make, others):
+    data = [(x * 100 + 50, y) for x, y in batches()]
+    dl = DataLoader([(x, y) for b in data for x, y in zip(*b)], bs=len(data[0][1]))
+    cb, seen = make(), Seen()
+    learn = learner(normed(), [cb, seen, WeightAverage(), *others()], dl)
+    learn.fit(4)
+    assert seen.xs[0].abs().max() < 20, 'the callback has scaled the inputs'
+    check_statistics(learn, seen.xs)
+    if isinstance(cb, Normalise): assert cb.n == 4 * len(data), 'the pass at the end does not count'
+    assert not learn.training and learn.xb == (None,)
+
+
+def test_mixed_inputs_are_mixed_for_the_statistics():
+    "MixUp draws the shares and partners of each batch after the training; the test draws them again."
+    class State(Callback):
+        order = WeightAverage.order - .5
+        def after_fit(self): self.state = torch.get_rng_state()
+    mixup, state = MixUp(.4), State()
+    data = batches(dtype=torch.float32) # fastai's MixUp does not work in double precision
+    learn = learner(normed().float(), [mixup, state, WeightAverage()], data, loss_func=CrossEntropyLossFlat())
+    learn.fit(4)
+    torch.set_rng_state(state.state)
+    mixed = []
+    for x, _ in data:
+        lam = mixup.distrib.sample((len(x),)).squeeze()
+        lam = torch.maximum(lam, 1 - lam)[:, None]
+        mixed.append(torch.lerp(x[torch.randperm(len(x))], x, lam))
+    check_statistics(learn, mixed, 1e-6)
+    with pytest.raises(AssertionError): check_statistics(learn, [x for x, _ in data], 1e-6)
+
+
+def test_the_pass_at_the_end_changes_nothing_else():
+    "The learning rate, hooks of fastai and random numbers are as after a fit without BatchNorm's pass."
+    def trained(*cbs):
+        learn = learner(normed(), [ParamScheduler(dict(lr=lambda share: .1 * (1 - share))), *cbs])
+        learn.fit(4)
+        return learn
+    plain, averaged = trained(), trained(ActivationStats(every=2), WeightAverage())
+    assert plain.opt.hypers[-1]['lr'] == averaged.opt.hypers[-1]['lr'] > 0
+    assert not any(m._forward_hooks for m in averaged.model.modules())
+
+
+def test_batches_that_a_callback_skips_are_left_out():
+    class SkipFirst(Callback):
+        order = -100
+        def before_batch(self):
+            if self.iter == 0: raise CancelBatchException()
+    data = batches()
+    learn = learner(normed(), [SkipFirst(), WeightAverage()], data)
+    learn.fit(4)
+    check_statistics(learn, [x for x, _ in data[1:]])
+
+
+def test_a_callback_that_ended_the_fit_does_not_end_the_pass():
+    class StopLate(Callback):
+        run_valid = False
+        def before_batch(self):
+            if self.learn.pct_train >= .9: raise CancelFitException()
+    data = batches()
+    learn = learner(normed(), [StopLate(), WeightAverage()], data)
+    learn.fit(4)
+    assert learn.weight_average.swapped
+    check_statistics(learn, [x for x, _ in data])
+
+
+# Sample ids
+
+class TestSet(Callback):
+    "Evaluates after every epoch, and in the middle of training."
+    __test__ = False
+    busy = False
+    def evaluate(self):
+        if self.busy: return
+        self.busy = True
+        self.learn.validate(dl=self.learn.dls.valid)
+        self.learn.get_preds(dl=self.learn.dls.valid, inner=True)
+        self.busy = False
+    def after_epoch(self): self.evaluate()
+
+
+@pytest.mark.parametrize('lag, start_epoch', [(1, 1), (2, 0)])
+def test_saf_beside_a_callback_that_evaluates(lag, start_epoch):
+    def trained(*cbs):
+        items = [(x, y) for b in batches() for x, y in zip(*b)]
+        learn = learner(mlp(), [SAF(1., 1., lag=lag, start_epoch=start_epoch), *cbs], DataLoader(items, bs=8))
+        learn.fit(3)
+        return learn
+    plain, learn = trained(), trained(TestSet())
+    for p, q in zip(plain.model.parameters(), learn.model.parameters()): assert torch.equal(p, q)
+    assert torch.equal(plain.saf.records.logits, learn.saf.records.logits)
+    assert not any(isinstance(cb, SampleIds) for cb in learn.cbs)
+
+
+def test_evaluations_outside_a_fit_leave_no_sample_ids():
+    items = [(x, y) for b in batches() for x, y in zip(*b)]
+    learn = learner(mlp(), [SAF(start_epoch=0)], DataLoader(items, bs=8))
+    for call in (learn.validate, learn.get_preds, lambda: learn.fit(1), learn.validate):
+        call()
+        assert not any(isinstance(cb, SampleIds) for cb in learn.cbs)

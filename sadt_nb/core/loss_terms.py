@@ -19,7 +19,7 @@ from fastai.learner import Learner
 
 from .arguments import ShowsArguments
 from .losses import as_divergence, DivergenceLike
-from .passes import ORDERS, batch_size, check_single, device_of, replayed_rows
+from .passes import ORDERS, batch_size, check_single, device_of, evaluating, replayed_rows
 from .passes import replays_other_loss
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
@@ -207,12 +207,20 @@ def _has_order(dl):
         return dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset)
     return hasattr(dl, 'get_idxs') and getattr(dl, 'bs', None) is not None and n_samples(dl) is not None
 
+def _check_order(dl):
+    "Raise `ValueError` for a loader whose order of samples cannot be read."
+    if _has_order(dl): return
+    name = f'{type(dl).__module__}.{type(dl).__qualname__}'.replace('builtins.', '')
+    raise ValueError('sample ids need a DataLoader of fastai or PyTorch, or `TensorDL`, over data '
+                     f'with a length, got {name}')
+
 class SampleIds(Callback):
     """Stores in `ids`, for each sample of the training batch, its position in the data set.
 
     `ids` has shape `(n,)` and is on the network's device."""
     order, run_valid = ORDERS['step_grads'], False # the largest order of the library
     ids = None
+    _for_fit = False # `True` if a fit uses the callback, and not only an evaluation outside a fit
 
     def before_train(self):
         dl = self.learn.dl
@@ -222,7 +230,9 @@ class SampleIds(Callback):
         self.ids = self._order.ids(self.iter, batch_size(self.learn.xb), device_of(self.model))
 
     def after_train(self): self._order.restore()
-    def after_fit(self): self.learn.remove_cb(self)
+    def after_fit(self):
+        if evaluating(self.learn) and self._for_fit: return # the fit around this evaluation continues
+        self.learn.remove_cb(self)
 
     @classmethod
     def install(cls,
@@ -231,15 +241,12 @@ class SampleIds(Callback):
         """Return the Learner's `SampleIds`. If there is none, add one, and remove it at the end of the fit.
 
         Raises `ValueError` for a loader without an order of samples, such as a list of batches."""
-        for cb in learn.cbs:
-            if isinstance(cb, cls): return cb
-        dl = learn.dls.train
-        if not _has_order(dl):
-            name = f'{type(dl).__module__}.{type(dl).__qualname__}'.replace('builtins.', '')
-            raise ValueError('sample ids need a DataLoader of fastai or PyTorch, or `TensorDL`, over data '
-                             f'with a length, got {name}')
-        ids = cls()
-        learn.add_cb(ids)
+        ids = next((cb for cb in learn.cbs if isinstance(cb, cls)), None)
+        if ids is None:
+            _check_order(learn.dls.train)
+            ids = cls()
+            learn.add_cb(ids)
+        ids._for_fit = ids._for_fit or not evaluating(learn)
         return ids
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e1368042

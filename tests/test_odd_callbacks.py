@@ -11,6 +11,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import before_batch_cb
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
+from torch.nn import functional as F
 
 from sadt_nb.core.loss_terms import SampleIds
 from sadt_nb.methods.saf import SAF
@@ -161,3 +162,62 @@ def test_evaluations_outside_a_fit_leave_no_sample_ids():
     for call in (learn.validate, learn.get_preds, lambda: learn.fit(1), learn.validate):
         call()
         assert not any(isinstance(cb, SampleIds) for cb in learn.cbs)
+
+
+# Chunks of one sample
+
+def sam_by_hand(net, chunks, rho, lr=.1):
+    "Make one SAM step with the size-weighted mean of the chunks' gradients."
+    net.train()
+    params = list(net.parameters())
+    n = sum(len(y) for _, y in chunks)
+    mean = [torch.zeros_like(p) for p in params]
+    for x, y in chunks:
+        g = torch.autograd.grad(F.cross_entropy(net(x), y), params)
+        length = sum(t.square().sum() for t in g).sqrt()
+        weights = [p.detach().clone() for p in params]
+        with torch.no_grad():
+            for p, t in zip(params, g): p += rho * t / length
+        uphill = torch.autograd.grad(F.cross_entropy(net(x), y), params)
+        with torch.no_grad():
+            for p, w in zip(params, weights): p.copy_(w)
+        for t, u in zip(mean, uphill): t += u * len(y) / n
+    with torch.no_grad():
+        for p, t in zip(params, mean): p -= lr * t
+
+
+@pytest.mark.parametrize('rng', ['fresh', 'replay'])
+def test_the_trial_of_one_sample_draws_no_random_numbers(rng):
+    "Dropout has the masks of a batch whose two chunks are given as micro-batches."
+    def net(): return nn.Sequential(*normed()[:3], nn.Dropout(.5), normed()[3])
+    def trained(cbs, data):
+        learn = learner(net(), cbs, data)
+        torch.manual_seed(3)
+        learn.fit(1)
+        return torch.get_rng_state()
+    x, y = batches(n=9, bs=9)[0]
+    whole = torch.empty(9, 8, dtype=torch.float64)
+    class SkipWhole(Callback):
+        "Draws the mask of the forward pass over the whole batch, which chunks have."
+        order, run_valid = -5, False
+        def before_batch(self):
+            if self.iter == 0: F.dropout(whole, .5)
+    micro = [(x[:4], y[:4]), (x[4:], y[4:])]
+    state = trained([SkipWhole(), SAM(.2, rng=rng), GradientAccumulation(9)], micro)
+    assert torch.equal(trained([SAM(.2, m=4, rng=rng)], [(x, y)]), state)
+
+
+def test_the_joined_chunk_is_right():
+    x, y = batches(n=9, bs=9)[0]
+    learn, expected = learner(normed(), [SAM(.2, m=4)], [(x, y)]), normed()
+    learn.fit(1)
+    sam_by_hand(expected, [(x[:4], y[:4]), (x[4:], y[4:])], .2)
+    for a, b in zip(learn.model.state_dict().values(), expected.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_single_samples_are_refused_with_advice():
+    learn = learner(normed(), [SAM(m=1)])
+    before = learn.model[0].weight.clone()
+    with pytest.raises(ValueError, match='`m=1` runs each sample alone.* set `m` to 2 or more'): learn.fit(1)
+    assert torch.equal(learn.model[0].weight, before)

@@ -642,6 +642,20 @@ def check_chunk(
         raise ValueError(f'`m` must be a whole number of samples, or None for the whole batch, got {m!r}')
     check_count(m=m)
 
+def _fails_alone(method, row):
+    "Return whether BatchNorm refuses a chunk of one sample, because a channel then has one value only."
+    norms = [m for m in method.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    # a pass of one process alone would wait for the others in `SyncBatchNorm`
+    if not norms or any(isinstance(m, nn.SyncBatchNorm) for m in norms): return False
+    device = device_of(method.model)
+    before = rng_states(device)
+    try: method.replay(rows=row, bn='keep', rng='fresh', backward=False)
+    except ValueError as e:
+        if 'more than 1 value per channel' not in str(e): raise
+        return True
+    finally: set_rng_states(before, device)
+    return False
+
 def _scale_gradients(params, factor):
     "Multiply the gradients of parameters."
     grads = local_parts(p.grad for p in params if p.grad is not None)
@@ -656,6 +670,7 @@ class _Chunks(_ChosenParams):
     def before_fit(self):
         super().before_fit()
         self._buffers_before, self.cuts = None, False
+        self._one_fails = None # whether BatchNorm refuses a chunk of one sample; found when there is one
         if self.m is not None: check_rows(self.learn, '`m`', 'm=None')
 
     def before_batch(self):
@@ -676,14 +691,27 @@ class _Chunks(_ChosenParams):
             setattr(self.learn, name, value)
         raise CancelBackwardException()
 
+    def chunks(self) -> list: # For each chunk, the positions of its samples in the batch
+        """Cut the batch; a last chunk of one sample joins the chunk before it if BatchNorm cannot run it.
+
+        Raises `ValueError` if `m` is 1 and BatchNorm cannot run one sample."""
+        positions = torch.arange(batch_size(self.learn.xb), device=_device_of_batch(self.learn.xb))
+        chunks = list(positions.split(int(self.m)))
+        if len(chunks[-1]) > 1: return chunks
+        if self._one_fails is None: self._one_fails = _fails_alone(self, chunks[-1])
+        if not self._one_fails: return chunks
+        if self.m == 1:
+            raise ValueError('`m=1` runs each sample alone, and BatchNorm needs two values per channel; set '
+                             '`m` to 2 or more, or use GroupNorm or LayerNorm')
+        return [*chunks[:-2], torch.cat(chunks[-2:])]
+
     def passes_by_chunk(self):
         "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
         n = batch_size(self.learn.xb)
         params = stepped_params(self.learn)
         total = {} # sum over the chunks so far
         sync_gradients(self.learn.model, False)
-        positions = torch.arange(n, device=_device_of_batch(self.learn.xb))
-        for rows in positions.split(int(self.m)):
+        for rows in self.chunks():
             start = rng_states(device_of(self.model)) if self.rng == 'replay' else None
             self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass

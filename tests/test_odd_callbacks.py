@@ -14,6 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.loss_terms import SampleIds
+from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.methods.esam import ESAM
+from sadt_nb.methods.friendly_sam import FriendlySAM
+from sadt_nb.methods.looksam import LookSAM
+from sadt_nb.methods.sadt import SADT
+from sadt_nb.methods.wsam import WSAM
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
 from sadt_nb.methods.weight_average import WeightAverage
@@ -221,3 +227,23 @@ def test_single_samples_are_refused_with_advice():
     before = learn.model[0].weight.clone()
     with pytest.raises(ValueError, match='`m=1` runs each sample alone.* set `m` to 2 or more'): learn.fit(1)
     assert torch.equal(learn.model[0].weight, before)
+
+
+# States and closures that do not fit
+
+def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
+
+
+@pytest.mark.parametrize('saved, loaded, lacks', [
+    (SADT(1), SAM(), 'steps'), (SAM(), ESAM(), 'generator'), (SAM(), WSAM(), 'total'),
+    (SAM(), FriendlySAM(), 'total'), (WSAM(), LookSAM(), 'steps')])
+def test_a_state_of_another_method_is_refused(saved, loaded, lacks):
+    net = mlp()
+    state = MethodOptimizer(saved, sgd(net), net).state_dict()
+    state['param_groups'][0]['lr'] = 7.
+    opt = MethodOptimizer(loaded, sgd(net), net)
+    name = type(loaded).__name__
+    with pytest.raises(ValueError, match=f"is not of {name}: it lacks '{lacks}' and has"):
+        opt.load_state_dict(state)
+    assert opt.param_groups[0]['lr'] == .1, 'the base is as before'
+    opt.load_state_dict(MethodOptimizer(loaded, sgd(net), net).state_dict())

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .closures import MethodOptimizer, PlainLoop, check_one_pass
+from .closures import MethodOptimizer, PlainLoop, check_one_pass, load_method_state
 from .passes import PerturbedPass, device_of, is_whole_training, rng_states
 from .ranks import sync_gradients
 
@@ -146,4 +146,4 @@ class MethodCallback(Callback):
 
     def load_state_dict(self, state_dict):
         "Restore the method's state from Lightning's checkpoint."
-        self.method.load_state_dict(state_dict)
+        load_method_state(self.method, state_dict)

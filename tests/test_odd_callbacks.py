@@ -14,14 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.loss_terms import SampleIds
-from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.wsam import WSAM
 from sadt_nb.methods.saf import SAF
-from sadt_nb.methods.sam import SAM
+from sadt_nb.methods.sam import SAM, sam_step
+from sadt_nb.methods.asam import asam_step
+from sadt_nb.methods.gsam import gsam_step
 from sadt_nb.methods.weight_average import WeightAverage
 
 
@@ -247,3 +249,80 @@ def test_a_state_of_another_method_is_refused(saved, loaded, lacks):
         opt.load_state_dict(state)
     assert opt.param_groups[0]['lr'] == .1, 'the base is as before'
     opt.load_state_dict(MethodOptimizer(loaded, sgd(net), net).state_dict())
+
+
+@pytest.mark.parametrize('step', [sam_step, asam_step, gsam_step])
+def test_a_step_with_lbfgs_is_refused(step):
+    "`LBFGS.step` evaluates the loss itself; no forward pass has run when the error comes."
+    net, (x, y) = mlp(), batches()[0]
+    calls = []
+    def loss():
+        calls.append(1)
+        return F.cross_entropy(net(x), y)
+    with pytest.raises(ValueError, match='LBFGS evaluates the loss several times'):
+        step(net, loss, torch.optim.LBFGS(net.parameters()))
+    assert not calls
+
+
+@pytest.mark.parametrize('returned, words', [
+    (lambda a, b: (a, b), 'two values, the first of which is a single number'),
+    (lambda a, b: (a, b, a), 'a tuple of 3'), (lambda a, b: (a,), 'a tuple of 1'), (lambda a, b: (), 'a tuple of 0')])
+@pytest.mark.parametrize('method', [SAM, lambda: SADT(1)])
+def test_several_losses_are_refused(method, returned, words):
+    net, (x, y) = mlp(), batches()[0]
+    def closure():
+        a = F.cross_entropy(net(x), y)
+        return returned(a, a * .5)
+    before = net[0].weight.clone()
+    opt = MethodOptimizer(method(), sgd(net), net)
+    with pytest.raises(ValueError, match=f'the loss or .logits, loss., got {words}; return the sum'):
+        opt.step(closure)
+    assert torch.equal(net[0].weight, before)
+
+
+def test_logits_and_loss_are_still_taken():
+    net, expected, (x, y) = mlp(), mlp(), batches()[0]
+    def closure():
+        logits = net(x)
+        return logits, F.cross_entropy(logits, y)
+    closure_step(SAM(.2), net, closure, torch.optim.SGD(net.parameters(), lr=.1))
+    sam_by_hand(expected, [(x, y)], .2)
+    for p, q in zip(net.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+class TakesBatch:
+    def training_step(self, batch): return self.loss(batch)
+class TakesIndex:
+    def training_step(self, batch, i): return self.loss(batch)
+class TakesAll:
+    def training_step(self, *args):
+        batch, index = args
+        return self.loss(batch)
+class TakesKeyword:
+    def training_step(self, batch, *, k=1): return k * self.loss(batch)
+class TakesIndexByName:
+    def training_step(self, batch, batch_idx=None, **options):
+        assert batch_idx is not None and not options
+        return self.loss(batch)
+
+
+@pytest.mark.parametrize('kind', [TakesBatch, TakesIndex, TakesAll, TakesKeyword, TakesIndexByName])
+def test_the_second_pass_of_lightning_gives_the_same_arguments(kind):
+    lightning = pytest.importorskip('lightning')
+    from sadt_nb.core.lightning import MethodCallback
+    class Module(kind, lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+        def loss(self, batch): return F.cross_entropy(self.net(batch[0]), batch[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.net.parameters(), lr=.1)
+        def train_dataloader(self): return torch.utils.data.DataLoader(batches(), batch_size=None)
+    trainer = lightning.Trainer(max_epochs=1, accelerator='cpu', precision='64-true', logger=False,
+                                enable_checkpointing=False, enable_progress_bar=False,
+                                enable_model_summary=False, callbacks=[MethodCallback(SAM(.2))])
+    module, expected = Module(), mlp()
+    trainer.fit(module)
+    for x, y in batches(): sam_by_hand(expected, [(x, y)], .2)
+    for p, q in zip(module.net.parameters(), expected.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)

@@ -65,8 +65,15 @@ def _check_logits(logits, has_gradients):
                          'method compares predictions')
 
 def _split(out):
-    "Return logits and loss of a closure's result; the logits are `None` if it returned the loss alone."
-    return out if isinstance(out, tuple) else (None, out)
+    """Return logits and loss of a closure's result; the logits are `None` if it returned the loss alone.
+
+    Raises `ValueError` for another tuple, such as two losses."""
+    if not isinstance(out, tuple): return None, out
+    first_is_number = isinstance(out[0], Tensor) and out[0].ndim == 0 if out else False
+    if len(out) == 2 and not first_is_number: return out
+    found = 'two values, the first of which is a single number' if len(out) == 2 else f'a tuple of {len(out)}'
+    raise ValueError(f'the closure must return the loss or (logits, loss), got {found}; return the sum of '
+                     'several losses')
 
 # %% ../../nbs/core/13_closures.ipynb #ea23db3d
 class _CallbackHandler:
@@ -385,6 +392,13 @@ def _check_method(method):
     raise TypeError(f'the method must be {_LOOP_METHODS}, as an instance such as SAM(rho=.05), '
                     f'got {method!r}; every other method needs a fastai Learner')
 
+def _check_one_evaluation(optimizer):
+    "Raise `ValueError` for an optimizer that evaluates the loss itself, such as LBFGS."
+    closure = inspect.signature(optimizer.step).parameters.get('closure')
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(f'{type(optimizer).__name__} evaluates the loss several times in one step, so it '
+                         'cannot use the gradient of a method; use another base optimizer')
+
 def closure_step(
     method:LoopMethod, # Such as `SAM(rho=.05)`; pass the same object in every step to keep its state
     model:nn.Module,  # The network whose parameters `optimizer` steps
@@ -394,8 +408,10 @@ def closure_step(
     """Make one step of a method in plain PyTorch; earlier gradients are dropped.
 
     With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual.
-    Raises `ValueError` for a closure or a gradient that the method cannot use."""
+    Raises `ValueError` for a closure or a gradient that the method cannot use, and for an optimizer that
+    evaluates the loss itself, such as LBFGS."""
     _check_method(method)
+    _check_one_evaluation(optimizer)
     accelerated = getattr(optimizer, 'gradient_state', None)
     if accelerated is None: optimizer.zero_grad()
     loop = PlainLoop(method, model, optimizer)
@@ -412,10 +428,7 @@ def _check_base(optimizer, model):
     if not isinstance(optimizer, torch.optim.Optimizer):
         got = type(optimizer).__name__
         raise TypeError(f'the base optimizer must be a `torch.optim.Optimizer`, got {got}')
-    closure = inspect.signature(optimizer.step).parameters.get('closure')
-    if closure is not None and closure.default is closure.empty:
-        raise ValueError(f'{type(optimizer).__name__} evaluates the loss several times in one step, so it '
-                         'cannot use the gradient of a method; use another base optimizer')
+    _check_one_evaluation(optimizer)
     stepped = set()
     for group in optimizer.param_groups: stepped |= {id(p) for p in group['params']}
     if not any(id(p) in stepped for p in trainable_params(model).values()):

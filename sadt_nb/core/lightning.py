@@ -6,7 +6,6 @@
 __all__ = ['MethodCallback']
 
 # %% ../../nbs/core/14_lightning.ipynb #af7dc9f8
-import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,17 +16,22 @@ from .closures import MethodOptimizer, PlainLoop, check_one_pass, load_method_st
 from .passes import PerturbedPass, device_of, is_whole_training, rng_states
 from .ranks import sync_gradients
 
-try: from lightning.pytorch import Callback
+try:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 except ImportError:
-    try: from pytorch_lightning import Callback
+    try:
+        from pytorch_lightning import Callback
+        from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
     except ImportError:
         raise ImportError('Lightning is not installed: pip install sadt_nb[integrations]') from None
 
 # %% ../../nbs/core/14_lightning.ipynb #00af8d66
 def _arguments(module, batch, batch_idx):
-    "Return the arguments that the module's `training_step` takes."
-    names = list(inspect.signature(module.training_step).parameters)
-    return (batch, batch_idx) if len(names) > 1 else (batch,)
+    "Return the arguments that Lightning gives to the module's `training_step`."
+    # Lightning's own rule, also for `*args`, keyword-only parameters and decorated steps
+    takes_index = is_param_in_hook_signature(module.training_step, 'batch_idx', min_args=2)
+    return (batch, batch_idx) if takes_index else (batch,)
 
 def _loss_of(output):
     "Return the loss from the output of a `training_step`."

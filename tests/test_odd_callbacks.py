@@ -22,7 +22,7 @@ from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.wsam import WSAM
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM, sam_step
-from sadt_nb.methods.asam import asam_step
+from sadt_nb.methods.asam import ASAM, asam_step
 from sadt_nb.methods.gsam import gsam_step
 from sadt_nb.methods.weight_average import WeightAverage
 
@@ -231,6 +231,17 @@ def test_single_samples_are_refused_with_advice():
     assert torch.equal(learn.model[0].weight, before)
 
 
+@pytest.mark.parametrize('method', [SAM, ASAM])
+def test_chunks_of_a_sum_are_refused(method):
+    "The mean of the chunks' gradients would be a part of the gradient of the sum."
+    def fit(m, reduction):
+        learner(mlp(), [method(m=m)], loss_func=nn.CrossEntropyLoss(reduction=reduction)).fit(1)
+    with pytest.raises(ValueError, match="`m` needs a loss that is a mean .*, got reduction 'sum'"):
+        fit(4, 'sum')
+    fit(4, 'mean')
+    fit(None, 'sum')
+
+
 # States and closures that do not fit
 
 def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
@@ -266,7 +277,8 @@ def test_a_step_with_lbfgs_is_refused(step):
 
 @pytest.mark.parametrize('returned, words', [
     (lambda a, b: (a, b), 'two values, the first of which is a single number'),
-    (lambda a, b: (a, b, a), 'a tuple of 3'), (lambda a, b: (a,), 'a tuple of 1'), (lambda a, b: (), 'a tuple of 0')])
+    (lambda a, b: (a, b, a), 'a tuple of 3'), (lambda a, b: (a,), 'a tuple of 1'),
+    (lambda a, b: (), 'a tuple of 0')])
 @pytest.mark.parametrize('method', [SAM, lambda: SADT(1)])
 def test_several_losses_are_refused(method, returned, words):
     net, (x, y) = mlp(), batches()[0]

@@ -671,7 +671,12 @@ class _Chunks(_ChosenParams):
         super().before_fit()
         self._buffers_before, self.cuts = None, False
         self._one_fails = None # whether BatchNorm refuses a chunk of one sample; found when there is one
-        if self.m is not None: check_rows(self.learn, '`m`', 'm=None')
+        if self.m is None: return
+        check_rows(self.learn, '`m`', 'm=None')
+        reduction = getattr(self.learn.loss_func, 'reduction', 'mean')
+        if reduction != 'mean': # the chunks' gradients are averaged
+            raise ValueError("`m` needs a loss that is a mean over the batch, got reduction "
+                             f"{reduction!r}; use reduction='mean', or m=None")
 
     def before_batch(self):
         super().before_batch()

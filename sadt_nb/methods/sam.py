@@ -22,7 +22,8 @@ class SAM(PerturbedPass):
     Under gradient accumulation the weights are perturbed for each micro-batch, along the gradient of this
     micro-batch; a chunk of `m` samples counts as a micro-batch. `interval` counts steps from `start` on.
     Raises `ValueError` for an option out of range. Also raises `ValueError`, before training starts, if
-    `only` chooses no parameter of the network, or if `m` is used with fastai's MixUp or CutMix."""
+    `only` chooses no parameter of the network, or if `m` is used with fastai's MixUp or
+    CutMix or with a loss that is not a mean."""
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch
         adaptive:bool=False, # Scale the radius with each weight's size; then set `rho` to about 2

@@ -1,15 +1,17 @@
-"Methods in trainings that are evaluated, interrupted, unfrozen, checkpointed or repeated with other networks."
+"Methods in trainings that are evaluated, interrupted or unfrozen."
 from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
-from conftest import as_loader, batches, cnn, flat, learner, needed, sgd_for
+from conftest import as_loader, batches, cnn, flat, learner, mlp, needed, sgd_for
 from fastai.callback.core import Callback
+from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.core.passes import StepGrads
 from sadt_nb.methods.registry import METHODS, make_method, method_options
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
+from torch.nn import functional as F
 
 KINDS = {
     **{name: partial(make_method, name) for name in METHODS},
@@ -20,7 +22,7 @@ KINDS = {
 
 
 def make(kind):
-    "Make the callbacks of a kind; where there is a choice, the extra passes have the masks of the first pass."
+    "Make the callbacks of a kind; an extra pass replays the masks of the first pass if it has this option."
     if kind not in METHODS: return KINDS[kind]()
     replays = dict(rng='replay') if 'rng' in method_options(kind) else {}
     return make_method(kind, **needed(kind), **METHODS[kind].every_batch, **replays)
@@ -142,3 +144,51 @@ def test_a_method_may_be_away_for_an_evaluation():
         sam = SAM(rng='replay')
         fit(net, [sam, *[Away(sam)] * n])
     assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+# Parameters that are unfrozen during training
+CHOICES = {'not norm': ('0.', '4.'), 'norm': ('1.',), None: ('0.', '1.', '4.')}
+
+
+def flat_norm(tensors): return torch.stack([t.norm() for t in tensors] or [torch.ones(())]).norm()
+
+
+def sam_step_by_hand(net, x, y, rho, lr, chosen):
+    "Make one step of SAM that perturbs the trainable parameters whose names begin with one of `chosen`."
+    params = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    grads = dict(zip(params, torch.autograd.grad(F.cross_entropy(net(x), y), params.values())))
+    up = {n: g for n, g in grads.items() if n.startswith(chosen)}
+    norm = flat_norm(up.values())
+    with torch.no_grad():
+        for n, g in up.items(): params[n] += rho * g / norm
+    second = dict(zip(params, torch.autograd.grad(F.cross_entropy(net(x), y), params.values())))
+    with torch.no_grad():
+        for n, g in up.items(): params[n] -= rho * g / norm
+        for n, p in params.items(): p -= lr * second[n]
+
+
+@pytest.mark.parametrize('only', [*CHOICES, lambda name, p: name.startswith(('0.', '4.'))])
+@pytest.mark.parametrize('in_learner', [False, True])
+def test_only_also_chooses_parameters_that_are_unfrozen_or_frozen_later(only, in_learner):
+    def thaw(net, i):
+        if i == 1: net[0].requires_grad_(True)
+        if i == 2: net[1].requires_grad_(False) # with `only='norm'`, nothing is left to perturb
+    class Thaws(Callback):
+        run_valid = False
+        def before_batch(self): thaw(self.model, self.iter)
+    nets = mlp(bn=True), mlp(bn=True)
+    for net in nets: net[0].requires_grad_(False)
+    data = batches(24)
+    opt = torch.optim.SGD(nets[0].parameters(), lr=.1)
+    if in_learner:
+        everything = dict(splitter=lambda net: list(net.parameters())) # also what is frozen at the start
+        learner(nets[0], [SAM(.5, only=only), Thaws()], data, lr=.1, **everything).fit(1)
+    else: method = MethodOptimizer(SAM(.5, only=only), opt, nets[0])
+    for i, (x, y) in enumerate(data):
+        thaw(nets[1], i)
+        sam_step_by_hand(nets[1], x, y, .5, .1, CHOICES.get(only, ('0.', '4.')))
+        if in_learner: continue
+        thaw(nets[0], i)
+        opt.zero_grad()
+        method.step(lambda x=x, y=y: F.cross_entropy(nets[0](x), y))
+    torch.testing.assert_close(flat(nets[0], True), flat(nets[1], True), rtol=1e-12, atol=1e-12)

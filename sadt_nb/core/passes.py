@@ -614,17 +614,30 @@ class _ChosenParams(_OwnGradients):
         super().before_fit()
         _unlimit_backward(self.learn)
         self._chosen = None if self.only is None else chosen_params(self.learn.model, self.only)
+        self._trainable = None # names of the trainable parameters among which `only` has chosen
+
+    def _choose(self):
+        "Apply `only` again if parameters were frozen or unfrozen since the last choice."
+        if self.only is None: return
+        trainable = list(trainable_params(self.learn.model))
+        if trainable != self._trainable:
+            # a method whose parameters are all frozen for a while has no effect, and raises no error
+            self._chosen = chosen_params(self.learn.model, self.only, may_be_empty=True)
+        self._trainable = trainable
 
     def chosen(self,
         grads:dict[str, Tensor], # Gradients by name
     ) -> dict[str, Tensor]: # A new dict
         "Return the gradients of the parameters that are perturbed."
+        self._choose()
         return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
 
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of this batch needs."
+        self._choose()
         if self._chosen is None or n_ranks() > 1 or not self.makes_pass(): return None
-        return [p for n, p in trainable_params(self.learn.model).items() if n in self._chosen]
+        params = trainable_params(self.learn.model).items()
+        return [p for n, p in params if n in self._chosen] or None # `backward` refuses an empty list
 
     def limit_backward(self):
         "Let the next backward compute the gradients that the first pass needs."

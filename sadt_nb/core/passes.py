@@ -235,6 +235,13 @@ def _as_replay(learn, rows, other_loss):
         learn._replayed_rows = None
         learn._other_loss = False
 
+def _is_used_by(
+    learn:Learner|None, # A Learner or a plain loop; `None` is the `learn` of a callback that was removed
+    cb:Callback, # Any callback
+) -> bool: # `False` after `remove_cb`
+    "Return whether a callback belongs to a Learner; one that was removed must not act any more."
+    return learn is not None and any(other is cb for other in learn.cbs)
+
 def evaluating(
     learn:Learner, # A Learner, in any event
 ) -> bool: # `True` inside `get_preds` and `validate`
@@ -431,6 +438,12 @@ class LoopMethod(_Window, ShowsArguments, Callback):
     needs_logits = False # `True`: the method needs the predictions, not only the loss
     needs_loss_scale = False # `True`: the method uses the size of the gradients, not only their direction
 
+    def __call__(self,
+        event_name:str, # Name of a fastai event, such as 'before_fit'
+    ):
+        "Handle an event of a fit; `validate` and `get_preds` inside a fit change nothing of the method."
+        if not evaluating(self.learn): return super().__call__(event_name)
+
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of a batch needs."
 
@@ -476,16 +489,24 @@ class ExtraPass(LoopMethod):
         return replaying(self.learn)
 
     def _remember_rng(self, module, inputs):
-        if self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
+        if not _is_used_by(self.learn, self): self._unhook() # removed after an exception had ended its fit
+        elif self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
+
+    def _set_hook(self):
+        needed = self.rng == 'replay' and self._hook is None
+        if needed: self._hook = self.model.register_forward_pre_hook(self._remember_rng)
 
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
         trainable_params(self.learn.model) # raises its errors here, before the first batch
         self._unhook() # a hook remains if the last fit ended in an exception
-        if self.rng == 'replay': self._hook = self.model.register_forward_pre_hook(self._remember_rng)
+        self._set_hook()
         if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
 
-    def before_batch(self): self.states = hidden_states(self.model)
+    def before_batch(self):
+        self._set_hook() # it is gone if the callback was removed and added again during the fit
+        self.states = hidden_states(self.model)
+
     def after_batch(self): weights_moved(self.learn.model) # the user's loop may run inside `autocast`
 
     def after_fit(self):
@@ -561,13 +582,15 @@ class _LossOf:
     def __init__(self, loss, inputs): self.loss, self.inputs = loss, inputs
     def backward(self): self.loss.backward(inputs=self.inputs)
 
-def _limit_backward(learn, inputs):
-    "Let the next backward of a Learner compute the gradients of `inputs` only."
+def _limit_backward(method, inputs):
+    "Let the next backward of the method's Learner compute the gradients of `inputs` only."
+    learn = method.learn
     own = vars(learn).get('_backward') # set by another callback, such as one that counts backward passes
     whole = learn._backward
     def limited():
         if own is None: del learn._backward
         else: learn._backward = own
+        if not _is_used_by(learn, method): return whole() # the method was removed after an exception
         loss = learn.loss_grad
         learn.loss_grad = _LossOf(loss, inputs)
         try: whole()
@@ -591,23 +614,36 @@ class _ChosenParams(_OwnGradients):
         super().before_fit()
         _unlimit_backward(self.learn)
         self._chosen = None if self.only is None else chosen_params(self.learn.model, self.only)
+        self._trainable = None # names of the trainable parameters among which `only` has chosen
+
+    def _choose(self):
+        "Apply `only` again if parameters were frozen or unfrozen since the last choice."
+        if self.only is None: return
+        trainable = list(trainable_params(self.learn.model))
+        if trainable != self._trainable:
+            # a method whose parameters are all frozen for a while has no effect, and raises no error
+            self._chosen = chosen_params(self.learn.model, self.only, may_be_empty=True)
+        self._trainable = trainable
 
     def chosen(self,
         grads:dict[str, Tensor], # Gradients by name
     ) -> dict[str, Tensor]: # A new dict
         "Return the gradients of the parameters that are perturbed."
+        self._choose()
         return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
 
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of this batch needs."
+        self._choose()
         if self._chosen is None or n_ranks() > 1 or not self.makes_pass(): return None
-        return [p for n, p in trainable_params(self.learn.model).items() if n in self._chosen]
+        params = trainable_params(self.learn.model).items()
+        return [p for n, p in params if n in self._chosen] or None # `backward` refuses an empty list
 
     def limit_backward(self):
         "Let the next backward compute the gradients that the first pass needs."
         inputs = self.first_inputs()
         plain_loop = hasattr(self.learn, 'own_replay') # a plain loop calls `first_inputs` itself
-        if inputs and not plain_loop: _limit_backward(self.learn, inputs)
+        if inputs and not plain_loop: _limit_backward(self, inputs)
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
         if not self.replaying: self.limit_backward()
@@ -873,11 +909,21 @@ class StepGrads(Callback):
     grads = None # from name to gradient; `None` if this batch made no step
     hold = False # `True`: cancel the Learner's step, because the method itself steps later
 
-    def __init__(self): self._copies = {}
+    def __init__(self):
+        self._copies = {}
+        self._owners = [] # methods that use the gradients
 
     def params(self) -> dict: # From name to parameter
         "Return all parameters that the optimizer steps: the network's by name, all others by number."
         return trainable_params(self.model) | params_outside(self.learn)
+
+    def before_batch(self):
+        self.grads = None # the batch before may have ended in an exception
+        if self._owners and not any(_is_used_by(self.learn, cb) for cb in self._owners): self._remove()
+
+    def _remove(self):
+        self.hold = False
+        if self.learn is not None: self.learn.remove_cb(self)
 
     def before_step(self):
         now = {n: p.grad for n, p in self.params().items() if p.grad is not None}
@@ -888,15 +934,23 @@ class StepGrads(Callback):
         if not self.hold: self.grads = None # another callback cancelled the step, e.g. after an overflow
     def after_batch(self): self.grads = None
 
+    def after_fit(self):
+        if not evaluating(self.learn): self._remove()
+
     @classmethod
     def install(cls,
         learn:Learner, # Gets the callback if it has none
+        owner:Callback|None=None, # Method that uses the gradients, see below
     ) -> 'StepGrads':
-        "Return the Learner's `StepGrads`; if the Learner has none, add one."
+        """Return the Learner's `StepGrads`; if the Learner has none, add one.
+
+        It is removed at the end of the fit, and after an exception at the first batch of a fit without its
+        owners."""
         found = next((cb for cb in learn.cbs if isinstance(cb, cls)), None)
         if found is None:
             found = cls()
             learn.add_cb(found)
+        if owner is not None: found._owners = [cb for cb in found._owners if cb is not owner] + [owner]
         return found
 
 # %% ../../nbs/core/01_passes.ipynb #eab71d04

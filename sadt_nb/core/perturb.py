@@ -168,6 +168,7 @@ def check_only(
 def chosen_params(
     model:nn.Module, # A network, perhaps wrapped
     only:Only, # 'norm', 'not norm', a function (name, parameter) -> bool, or `None` for all parameters
+    may_be_empty:bool=False, # With `True`, do not raise an error if `only` chooses no trainable parameter
 ) -> set[str]: # Names of trainable parameters
     """Return the names of the parameters that `only` chooses.
 
@@ -180,7 +181,7 @@ def chosen_params(
     if only == 'norm': chosen = {n for n in params if n in norms}
     elif only == 'not norm': chosen = {n for n in params if n not in norms}
     else: chosen = {n for n, p in params.items() if only(n, p)}
-    if not chosen:
+    if not chosen and not may_be_empty:
         name = getattr(only, '__name__', repr(only))
         raise ValueError(f'`only`, which is {name}, chooses none of the {len(params)} trainable parameters; '
                          'leave `only` out to perturb all')

@@ -26,7 +26,7 @@ class RepeatStep(ShowsArguments, Callback):
 
     def before_fit(self):
         check_single(self, RepeatStep, 'repeats steps')
-        StepGrads.install(self.learn).hold = False # `False`: the Learner makes the first step itself
+        StepGrads.install(self.learn, self).hold = False # `False`: the Learner makes the first step itself
 
     def after_step(self):
         grads = self.step_grads.grads
@@ -37,4 +37,3 @@ class RepeatStep(ShowsArguments, Callback):
             self.learn._step()
 
     def after_batch(self): weights_moved() # drops copies of the old weights that PyTorch may keep
-    def after_fit(self): self.learn.remove_cb(StepGrads)

@@ -280,7 +280,7 @@ class _TwoSteps(_SeededNoise):
         loss_func = self.learn.loss_func or F.cross_entropy # in a plain loop, only a closure is known
         self.compare = as_divergence(self.divergence, loss_func)
         self._micro = []
-        StepGrads.install(self.learn)
+        StepGrads.install(self.learn, self)
 
     def before_batch(self):
         super().before_batch()
@@ -313,7 +313,6 @@ class _TwoSteps(_SeededNoise):
     def after_fit(self):
         super().after_fit()
         self._micro = []
-        self.learn.remove_cb(StepGrads)
 
     def state_dict(self):
         state = super().state_dict()

@@ -8,6 +8,7 @@ __all__ = ['PlainLoop', 'closure_step', 'check_one_pass', 'MethodOptimizer']
 # %% ../../nbs/core/13_closures.ipynb #d880f7fd
 import inspect
 import sys
+import weakref
 from contextlib import contextmanager, ExitStack
 from typing import Callable
 
@@ -98,11 +99,17 @@ class _CallbackHandler:
             if f: f(cb)
 
 # %% ../../nbs/core/13_closures.ipynb #53af4d8e
+def _is_used(grad, used):
+    "Return whether a gradient is the one that the last step has used, without a write since then."
+    if used is None: return False
+    reference, version = used
+    return reference() is grad and version == version_of(grad)
+
 class _Gradients(_CallbackHandler):
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
-        self._used = {} # gradients that the last step has used
+        self._used = {} # from parameter to the gradient that the last step has used, and its writes
         self.kept = {}  # gradients of earlier micro-batches while a batch runs
 
     def set_aside(self):
@@ -110,13 +117,14 @@ class _Gradients(_CallbackHandler):
         used = self._used
         self._used = {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), version_of(g))}
+        return {p: g for p, g in taken.items() if not _is_used(g, used.get(p))}
 
     def remember_used(self):
         "Store which gradients a step has used."
         self._used = {}
         for p in stepped_params(self):
-            if p.grad is not None: self._used[id(p)] = id(p.grad), version_of(p.grad)
+            # not the gradient's `id`, which a new gradient can get after this one is freed
+            if p.grad is not None: self._used[p] = weakref.ref(p.grad), version_of(p.grad)
 
     def has_gradients(self):
         "Return whether a backward has run."

@@ -1,0 +1,72 @@
+"""Loops of the user that drop batches, raise errors, copy their optimizer or hold two optimizers."""
+
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.methods.sam import SAM
+
+
+def batch(seed=0, n=16):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=gen, dtype=torch.float64)
+    return x, torch.randint(0, 3, (n,), generator=gen)
+
+
+def network(dropout=0.):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
+
+
+def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1)
+def wrapped(method, net, **kwargs): return MethodOptimizer(method, sgd(net), net, **kwargs)
+def values(net): return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def sam_gradient(net, loss, rho=.05):
+    "SAM's gradient in plain PyTorch; `net` keeps its weights and gradients."
+    params = list(net.parameters())
+    grads = torch.autograd.grad(loss(), params)
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, g in zip(params, grads): p += rho * g / norm
+    moved = torch.autograd.grad(loss(), params)
+    with torch.no_grad():
+        for p, w in zip(params, before): p.copy_(w)
+    return torch.cat([g.flatten() for g in moved])
+
+
+def close(got, expected): torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+def tensor_with_identity(wanted, like):
+    "Return `2 * like` in a tensor whose `id` is that of a freed tensor."
+    others = [] # keep the other memory in use
+    for _ in range(100_000):
+        t = 2 * like.detach()
+        if id(t) == wanted: return t
+        others.append(t)
+    pytest.skip('Python did not use the freed memory again')
+
+
+def test_an_accumulated_gradient_counts_though_it_has_the_identity_of_a_used_one():
+    x, y = batch()
+    torch.manual_seed(1)
+    net = nn.Linear(5, 3, bias=False).double()
+    opt = wrapped(SAM(), net)
+    def loss(): return F.cross_entropy(net(x), y)
+    opt.step(loss)
+    used, version = id(net.weight.grad), net.weight.grad._version
+    opt.zero_grad()
+    own = tensor_with_identity(used, net.weight) # an own term, accumulated before the step
+    while own._version < version: own.add_(0.)
+    net.weight.grad = own
+    before, added = values(net), own.flatten().clone()
+    expected = before - .1 * (sam_gradient(net, loss) + added)
+    del own
+    opt.step(loss)
+    close(values(net), expected)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.closures import MethodOptimizer
-from sadt_nb.methods.sam import SAM
+from sadt_nb.methods.sam import SAM, sam_step
 
 
 def batch(seed=0, n=16):
@@ -70,3 +70,57 @@ def test_an_accumulated_gradient_counts_though_it_has_the_identity_of_a_used_one
     del own
     opt.step(loss)
     close(values(net), expected)
+
+
+FAILURES = {'first pass': 1, 'second pass': 2}
+
+
+def failing(net, x, y, at_call, zero=None):
+    "A closure that runs out of memory after its own backward, in the given call."
+    calls = []
+    def closure():
+        calls.append(1)
+        if zero is not None: zero.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        if len(calls) == at_call: raise RuntimeError('out of memory')
+        return loss
+    return closure
+
+
+@pytest.mark.parametrize('call', ['step', 'backward'])
+@pytest.mark.parametrize('at', FAILURES)
+def test_a_batch_whose_closure_fails_leaves_no_gradient(at, call):
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    net = network()
+    opt = wrapped(SAM(), net)
+    def half(): return F.cross_entropy(net(x), y) / 2
+    expected = values(net) - .1 * 2 * sam_gradient(net, half)
+    opt.backward(half) # an earlier micro-batch
+    earlier = [p.grad.clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match='out of memory'):
+        getattr(opt, call)(failing(net, 10 * bad_x, bad_y, FAILURES[at]))
+    for p, g in zip(net.parameters(), earlier): assert torch.equal(p.grad, g)
+    opt.step(half)
+    close(values(net), expected)
+
+
+@pytest.mark.parametrize('at', FAILURES)
+def test_a_failed_closure_that_zeroes_drops_the_earlier_gradients(at):
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    net = network()
+    opt = wrapped(SAM(), net)
+    def loss(): return F.cross_entropy(net(x), y)
+    expected = values(net) - .1 * sam_gradient(net, loss)
+    opt.backward(loss)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        opt.step(failing(net, 10 * bad_x, bad_y, FAILURES[at], opt))
+    opt.step(loss)
+    close(values(net), expected)
+
+
+def test_a_failed_function_leaves_no_gradient():
+    (x, y), net = batch(), network()
+    with pytest.raises(RuntimeError, match='out of memory'):
+        sam_step(net, failing(net, x, y, 1), sgd(net))
+    assert all(p.grad is None for p in net.parameters())

@@ -296,8 +296,9 @@ class PlainLoop(_Passes):
             if method.needs_logits: self('before_backward')
         inputs = method.first_inputs() # parameters that need a gradient in the first pass; `None`: all
         with _noticed_zeroing(self.optimizer, self.model) as zeroed:
-            loss = self.run(between=between, inputs=inputs)
-        if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
+            try: loss = self.run(between=between, inputs=inputs)
+            finally: # also after an error in the closure
+                if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
         if not inputs: _check_gradients(self.model)
         self('after_backward')
         if inputs: _check_gradients(self.model) # the first pass may have reached none of `inputs`
@@ -354,6 +355,9 @@ def _loop_backward(loop, closure):
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may call backward itself
         loss = loop._do_one_batch()
+    except BaseException: # also an interruption by the user
+        take_gradients(stepped_params(loop)) # those of a batch that failed must not enter the next step
+        raise
     finally:
         sync_gradients(loop.model, True)
         add_gradients(loop.kept)

@@ -124,3 +124,39 @@ def test_a_failed_function_leaves_no_gradient():
     with pytest.raises(RuntimeError, match='out of memory'):
         sam_step(net, failing(net, x, y, 1), sgd(net))
     assert all(p.grad is None for p in net.parameters())
+
+
+def after_first_step(method=None):
+    "A network and its optimizer between the two calls, the loss, and the weights before."
+    (x, y), net = batch(), network()
+    opt, before = wrapped(method or SAM(.5), net), values(net)
+    def loss(): return F.cross_entropy(net(x), y)
+    loss().backward()
+    assert opt.first_step() and not torch.equal(values(net), before)
+    return net, opt, loss, before
+
+
+@pytest.mark.parametrize('call', ['step', 'step(closure)', 'backward(closure)', 'load_state_dict'])
+def test_a_call_that_needs_the_own_weights_is_refused_after_first_step(call):
+    net, opt, loss, _ = after_first_step()
+    calls = {'step': opt.step, 'step(closure)': lambda: opt.step(loss),
+             'backward(closure)': lambda: opt.backward(loss),
+             'load_state_dict': lambda: opt.load_state_dict(opt.state_dict())}
+    moved = values(net)
+    opt.zero_grad()
+    loss().backward()
+    with pytest.raises(ValueError, match='second_step.*cancel_first_step'): calls[call]()
+    assert torch.equal(values(net), moved)
+    opt.second_step() # still possible
+
+
+def test_cancelling_a_first_step_puts_the_weights_back_and_drops_the_gradients():
+    net, opt, loss, before = after_first_step()
+    loss().backward() # an error comes after this backward
+    opt.cancel_first_step()
+    assert torch.equal(values(net), before)
+    expected = before - .1 * sam_gradient(net, loss, .5)
+    opt.step(loss)
+    close(values(net), expected)
+    opt.cancel_first_step() # nothing to cancel
+    close(values(net), expected)

@@ -532,6 +532,17 @@ class _TwoSteps(_Wrapped):
         super().zero_grad(set_to_none)
         self._remember_states()
 
+    def load_state_dict(self, state_dict):
+        self._check_weights()
+        super().load_state_dict(state_dict)
+
+    def _check_weights(self):
+        "Raise `ValueError` between `first_step` and `second_step`, where the weights are not the network's own."
+        if self._second is None: return
+        raise ValueError('`first_step` has moved the weights, and `second_step` has not put them back; call '
+                         '`second_step()` instead of `step()`, or, if an error came between the two, '
+                         '`cancel_first_step()`')
+
     def _begin_pass(self):
         "Move the weights after a batch's own backward; return whether the method makes a pass in this batch."
         self._abandon()
@@ -584,6 +595,7 @@ class MethodOptimizer(_TwoSteps):
         closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     ) -> Tensor: # The loss at the unperturbed weights, detached
         "Add the method's gradient of a batch to `.grad`. With k micro-batches, divide each loss by k."
+        self._check_weights()
         return _loop_backward(self._loop, closure)
 
     def step(self,
@@ -591,7 +603,9 @@ class MethodOptimizer(_TwoSteps):
     ): # What the closure returned at the unperturbed weights, or `None`
         """Make one step of the method, with the gradients that were accumulated before, if any.
 
-        Raises `ValueError` if `.grad` holds plain gradients, because the method has made no pass."""
+        Raises `ValueError` if `.grad` holds plain gradients, because the method has made no pass, and after
+        `first_step`, which needs `second_step`."""
+        self._check_weights()
         loss = None if closure is None else self.backward(closure)
         _check_passes(self._loop)
         _loop_step(self._loop)
@@ -605,6 +619,11 @@ class MethodOptimizer(_TwoSteps):
         Raises `ValueError` for a method that does not make exactly one pass at perturbed weights."""
         check_one_pass(self.method, 'give `step` a closure')
         return self._begin_pass()
+
+    def cancel_first_step(self):
+        "After an error between `first_step` and `second_step`, put the weights back, and drop all gradients."
+        self._abandon()
+        self.zero_grad()
 
     def second_step(self):
         "Put the weights back, and step with the gradient from the perturbed weights."

@@ -7,6 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.methods.esam import ESAM
+from sadt_nb.methods.gsam import GSAM
+from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM, sam_step
 
 
@@ -160,3 +163,92 @@ def test_cancelling_a_first_step_puts_the_weights_back_and_drops_the_gradients()
     close(values(net), expected)
     opt.cancel_first_step() # nothing to cancel
     close(values(net), expected)
+
+
+def parts_of(net): return net[:3], net[3]
+
+
+CLOSURES = {
+    'one call': lambda net, x: net(x),
+    'two calls': lambda net, x: net(x) + net(-x),
+    'noise first': lambda net, x: net(x + torch.randn_like(x)),
+    'parts': lambda net, x: parts_of(net)[1](parts_of(net)[0](x)),
+}
+METHODS = {'sam': lambda **kw: SAM(**kw), 'esam': lambda **kw: ESAM(gamma=1, **kw),
+           'gsam': lambda **kw: GSAM(**kw), 'sadt': lambda **kw: SADT(1, **kw)}
+
+
+def masked(dropout=.5):
+    "A network with a list that gets the dropout mask of each pass."
+    net, masks = network(dropout), []
+    net[2].register_forward_hook(lambda module, inputs, out: masks.append(out == 0))
+    return net, masks
+
+
+@pytest.mark.parametrize('forward', CLOSURES)
+@pytest.mark.parametrize('name', METHODS)
+def test_replay_repeats_the_masks_of_any_closure(name, forward):
+    (x, y), (net, masks) = batch(), masked()
+    def closure(rows=None):
+        out = CLOSURES[forward](net, x)
+        if name == 'esam': return F.cross_entropy(out, y, reduction='none')
+        return (out, F.cross_entropy(out, y)) if name == 'sadt' else F.cross_entropy(out, y)
+    opt = wrapped(METHODS[name](rng='replay'), net)
+    for _ in range(2):
+        masks.clear()
+        opt.step(closure)
+        half = len(masks) // 2
+        assert half and all(torch.equal(a, b) for a, b in zip(masks[:half], masks[half:]))
+        assert not all(torch.equal(masks[0], m) for m in masks) or forward != 'two calls'
+    masks.clear()
+    wrapped(METHODS[name](rng='fresh'), net).step(closure)
+    assert not torch.equal(masks[0], masks[len(masks) // 2])
+
+
+@pytest.mark.parametrize('forward', ['one call', 'two calls', 'noise first'])
+def test_replay_repeats_the_masks_between_the_two_steps(forward):
+    (x, y), (net, masks) = batch(), masked()
+    opt = wrapped(SAM(rng='replay'), net)
+    for late in (False, True, False):
+        masks.clear()
+        if not late: opt.zero_grad()
+        loss = F.cross_entropy(CLOSURES[forward](net, x), y)
+        if late: opt.zero_grad() # as in PyTorch's tutorials
+        loss.backward()
+        net.eval()
+        net(x) # an evaluation does not count
+        net.train()
+        half = len(masks)
+        assert opt.first_step()
+        F.cross_entropy(CLOSURES[forward](net, x), y).backward()
+        opt.second_step()
+        del masks[half - 1]
+        half -= 1
+        assert len(masks) == 2 * half and all(map(torch.equal, masks[:half], masks[half:]))
+
+
+def test_replay_forgets_the_forward_of_a_skipped_batch():
+    (x, y), (net, masks) = batch(), masked()
+    opt = wrapped(SAM(rng='replay'), net)
+    net(x) # a batch that the loop skips
+    opt.zero_grad()
+    masks.clear()
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    F.cross_entropy(net(x), y).backward()
+    opt.second_step()
+    assert torch.equal(*masks)
+
+
+def test_replay_between_the_two_steps_is_refused_if_the_random_state_is_not_known():
+    (x, y), (net, _) = batch(), masked()
+    opt, before = wrapped(SAM(rng='replay'), net), values(net)
+    F.cross_entropy(CLOSURES['parts'](net, x), y).backward()
+    with pytest.raises(ValueError, match="rng='replay'.*step\\(closure\\)"): opt.first_step()
+    assert torch.equal(values(net), before)
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    F.cross_entropy(CLOSURES['two calls'](net, x), y).backward()
+    with pytest.raises(ValueError, match='1 and 2 times'): opt.second_step()
+    assert torch.equal(values(net), before)

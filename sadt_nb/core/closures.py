@@ -19,7 +19,8 @@ from fastai.callback.core import Callback, CancelStepException
 
 from .passes import BatchNormPolicy, LoopMethod, PerturbedPass, RandomPolicy, add_gradients
 from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
-from .passes import rng_policy, step_unscaled, stepped_params, take_gradients
+from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepped_params
+from .passes import take_gradients
 from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params, version_of
 from .perturb import weights_moved
 from .ranks import sync_gradients
@@ -283,6 +284,9 @@ class PlainLoop(_Passes):
         self.steps_done = 0
         self.add_cb(method)
         method.before_fit()
+        # removes the hook that reads the random state in a forward of the network: a closure may draw numbers
+        # earlier, and may run the network several times or only its parts
+        method._unhook()
 
     @property
     def pct_train(self) -> float:
@@ -294,6 +298,7 @@ class PlainLoop(_Passes):
         method = self.method
         def between():
             if method.needs_logits: self('before_backward')
+        if getattr(method, 'rng', None) == 'replay': method.rng_state = rng_states(device_of(self.model))
         inputs = method.first_inputs() # parameters that need a gradient in the first pass; `None`: all
         with _noticed_zeroing(self.optimizer, self.model) as zeroed:
             try: loss = self.run(between=between, inputs=inputs)
@@ -494,15 +499,68 @@ def check_one_pass(
         raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
 
 # %% ../../nbs/core/13_closures.ipynb #8d44a075
+class _ForwardStates:
+    "A hook: each forward of the network after `first_step` draws the numbers of the same forward before it."
+    def __init__(self, loop=None): # `None`: the hook does nothing
+        self.loop = loop and weakref.ref(loop) # the network keeps the hook, and must not keep the loop
+        self.clear()
+
+    # a copied network has another optimizer, or none
+    def __deepcopy__(self, memo): return _ForwardStates()
+    def __reduce__(self): return _ForwardStates, ()
+
+    def clear(self):
+        "Begin a new batch."
+        self.states = []   # one for each forward of the batch
+        self.zeroed = 0    # forwards before the last `zero_grad`
+        self.repeated = None # forwards since `first_step`; `None` before it
+
+    def zero_grad(self):
+        "Note that what follows may be a new batch; a loop may also call `zero_grad` before its backward."
+        if self.repeated is None: self.zeroed = len(self.states)
+
+    def __call__(self, module, inputs):
+        loop = self.loop and self.loop()
+        in_closure = loop is None or loop.xb is not None
+        if in_closure or not module.training or not torch.is_grad_enabled(): return
+        device = device_of(module)
+        if self.repeated is None:
+            del self.states[:self.zeroed] # of an earlier batch
+            self.zeroed = 0
+            self.states.append(rng_states(device))
+            return
+        if self.repeated < len(self.states): set_rng_states(self.states[self.repeated], device)
+        self.repeated += 1
+
+    def begin(self):
+        "Repeat the numbers from here on. Raises `ValueError` if they are not known."
+        if not self.states:
+            raise ValueError("rng='replay' repeats the random numbers of the network's forward passes, and "
+                             'the network has made none since the last step; call the network itself, not '
+                             "its parts, or use `step(closure)`, or rng='fresh'")
+        self.repeated = 0
+
+    def check(self):
+        "Raise `ValueError` if the two passes have run the network differently often."
+        first, second = len(self.states), self.repeated
+        if second in (None, first): return
+        raise ValueError(f"with rng='replay' the batch must run alike before and after `first_step`, and the "
+                         f'network ran {first} and {second} times; call `zero_grad` at the beginning of each '
+                         "batch, or use `step(closure)`, or rng='fresh'")
+
 class _MovedWeights:
     "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
-    def __init__(self, loop):
+    def __init__(self, loop, forwards):
         method = loop.method
+        state = None # of the first forward; with rng='fresh' it is not needed
+        if method.rng == 'replay':
+            forwards.begin()
+            state = forwards.states[0]
         self.passes = method.extra_pass(*method.first_gradients())
         next(self.passes) # the weights have moved
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
-        self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
+        self.policies.enter_context(rng_policy(method.rng, state, device_of(loop.model)))
         self.policies.enter_context(from_hidden_states(method.states))
 
     def finish(self):
@@ -521,7 +579,14 @@ class _TwoSteps(_Wrapped):
     def __init__(self, loop):
         super().__init__(loop)
         self._second = None # `_MovedWeights` between the two calls
+        self._watch_forwards()
         self._remember_states()
+
+    def _watch_forwards(self):
+        "With rng='replay', read the random state in the passes that the loop makes by itself."
+        self._forwards = _ForwardStates(self._loop)
+        if getattr(self.method, 'rng', None) != 'replay': return
+        self._loop.model.register_forward_pre_hook(self._forwards)
 
     def _remember_states(self):
         "Store the hidden states of recurrent layers, from which the passes of the next `first_step` start."
@@ -530,6 +595,7 @@ class _TwoSteps(_Wrapped):
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        self._forwards.zero_grad()
         self._remember_states()
 
     def load_state_dict(self, state_dict):
@@ -537,7 +603,7 @@ class _TwoSteps(_Wrapped):
         super().load_state_dict(state_dict)
 
     def _check_weights(self):
-        "Raise `ValueError` between `first_step` and `second_step`, where the weights are not the network's own."
+        "Raise `ValueError` between `first_step` and `second_step`, when the weights are moved."
         if self._second is None: return
         raise ValueError('`first_step` has moved the weights, and `second_step` has not put them back; call '
                          '`second_step()` instead of `step()`, or, if an error came between the two, '
@@ -550,7 +616,7 @@ class _TwoSteps(_Wrapped):
         _check_gradients(loop.model)
         loop.batches = 1
         if method.makes_pass():
-            self._second = _MovedWeights(loop)
+            self._second = _MovedWeights(loop, self._forwards)
             return True
         method._stash = {} # `after_backward` adds these gradients of earlier micro-batches; there are none
         method.after_backward()
@@ -559,12 +625,20 @@ class _TwoSteps(_Wrapped):
     def _finish_pass(self):
         "Put the weights back, and finish the method's gradient, if the weights have been moved."
         second, self._second = self._second, None
-        if second is not None: second.finish()
+        if second is None: return
+        try: self._forwards.check()
+        except ValueError:
+            second.abandon()
+            raise
+        finally: self._forwards.clear()
+        second.finish()
 
     def _abandon(self):
         "Put the weights back if a first step was not followed by a second step."
         second, self._second = self._second, None
-        if second is not None: second.abandon()
+        if second is None: return
+        self._forwards.clear()
+        second.abandon()
 
 # %% ../../nbs/core/13_closures.ipynb #e982580a
 def _check_passes(loop):
@@ -630,4 +704,5 @@ class MethodOptimizer(_TwoSteps):
         self._finish_pass()
         _loop_step(self._loop)
         self._opt_called = True # PyTorch's schedulers warn if this is not set
+        self._forwards.clear()
         self._remember_states()

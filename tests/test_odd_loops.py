@@ -252,3 +252,51 @@ def test_replay_between_the_two_steps_is_refused_if_the_random_state_is_not_know
     F.cross_entropy(CLOSURES['two calls'](net, x), y).backward()
     with pytest.raises(ValueError, match='1 and 2 times'): opt.second_step()
     assert torch.equal(values(net), before)
+
+
+class BadBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): raise RuntimeError('out of memory')
+
+
+@pytest.mark.parametrize('way', ['zero_grad', 'error', 'closure that zeroes'])
+def test_sadt_forgets_a_dropped_micro_batch(way):
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    def on(net, x, y):
+        out = net(x)
+        return out, F.cross_entropy(out, y)
+    def train(dropped):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        def last():
+            if way == 'closure that zeroes': opt.zero_grad()
+            return on(net, x, y)
+        def bad():
+            out, loss = on(net, 3 * bad_x, bad_y)
+            return out, BadBackward.apply(loss)
+        if dropped and way == 'error':
+            with pytest.raises(RuntimeError, match='out of memory'): opt.backward(bad)
+        elif dropped: opt.backward(lambda: on(net, 3 * bad_x, bad_y))
+        if dropped and way == 'zero_grad': opt.zero_grad()
+        opt.step(last)
+        return values(net)
+    assert torch.equal(train(True), train(False))
+
+
+def test_sadt_keeps_earlier_micro_batches_after_an_error():
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    def train(failed):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        def half(x, y):
+            out = net(x)
+            return out, F.cross_entropy(out, y) / 2
+        opt.backward(lambda: half(x[:8], y[:8]))
+        if failed:
+            with pytest.raises(RuntimeError, match='out of memory'):
+                opt.backward(lambda: (net(bad_x), BadBackward.apply(half(bad_x, bad_y)[1])))
+        opt.step(lambda: half(x[8:], y[8:]))
+        return values(net)
+    assert torch.equal(train(True), train(False))

@@ -297,6 +297,7 @@ class PlainLoop(_Passes):
         "Run the closure and the method's own passes; return the loss."
         method = self.method
         def between():
+            if zeroed: method.drop_batches() # before `before_backward`, which adds this batch
             if method.needs_logits: self('before_backward')
         if getattr(method, 'rng', None) == 'replay': method.rng_state = rng_states(device_of(self.model))
         inputs = method.first_inputs() # parameters that need a gradient in the first pass; `None`: all
@@ -362,6 +363,7 @@ def _loop_backward(loop, closure):
         loss = loop._do_one_batch()
     except BaseException: # also an interruption by the user
         take_gradients(stepped_params(loop)) # those of a batch that failed must not enter the next step
+        method.drop_batches(current=True)
         raise
     finally:
         sync_gradients(loop.model, True)
@@ -595,6 +597,9 @@ class _TwoSteps(_Wrapped):
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        if not self._loop._replaying and self._second is None: # else within a batch
+            self.method.drop_batches()
+            self._loop.batches = 0
         self._forwards.zero_grad()
         self._remember_states()
 

@@ -300,3 +300,32 @@ def test_sadt_keeps_earlier_micro_batches_after_an_error():
         opt.step(lambda: half(x[8:], y[8:]))
         return values(net)
     assert torch.equal(train(True), train(False))
+
+
+@pytest.mark.parametrize('way', ['unscale', 'unscale the base', 'scaler.step', 'unscale before second_step'])
+def test_gradients_are_not_unscaled_twice(way):
+    (x, y), net = batch(), network()
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    opt = wrapped(SAM(), net, scaler=scaler)
+    def loss(): return F.cross_entropy(net(x), y)
+    before = values(net)
+    expected = before - .1 * sam_gradient(net, loss)
+    if way == 'unscale before second_step':
+        scaler.scale(loss()).backward()
+        opt.first_step()
+        scaler.scale(loss()).backward()
+        finish = opt.second_step
+    else:
+        opt.backward(loss)
+        finish = opt.step
+    if way == 'scaler.step':
+        with pytest.raises(ValueError, match='unscaled already'): scaler.step(opt)
+        return
+    scaler.unscale_(opt.base if way == 'unscale the base' else opt)
+    with pytest.raises(ValueError, match='unscaled already'): finish()
+    if way == 'unscale before second_step': opt.cancel_first_step()
+    assert torch.equal(values(net), before)
+    scaler.update()
+    opt.zero_grad()
+    opt.step(loss)
+    torch.testing.assert_close(values(net), expected, rtol=1e-8, atol=1e-10)

@@ -14,6 +14,7 @@ from typing import Callable
 
 import torch
 from torch import nn, Tensor
+from torch.amp.grad_scaler import OptState
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
@@ -652,6 +653,15 @@ def _check_passes(loop):
     raise ValueError('the gradients are plain, because the method has made no pass since the last step; call '
                      '`step(closure)`, or `backward(closure)` for each micro-batch before `step()`')
 
+def _check_scaled(loop, *optimizers):
+    "Raise `ValueError` if the loop has unscaled the gradients with the scaler that the step uses."
+    states = getattr(loop.scaler, '_per_optimizer_states', {}) # of a `GradScaler`, by the optimizer's id
+    for opt in optimizers:
+        if id(opt) in states and states[id(opt)]['stage'] is OptState.UNSCALED:
+            raise ValueError('the gradients are unscaled already, and MethodOptimizer unscales them itself; '
+                             'leave out `scaler.unscale_(opt)`, call `opt.step()` instead of '
+                             '`scaler.step(opt)`, and clip with `MethodOptimizer(..., max_norm=...)`')
+
 class MethodOptimizer(_TwoSteps):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
 
@@ -662,7 +672,7 @@ class MethodOptimizer(_TwoSteps):
         method:LoopMethod,        # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
-        scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call `scaler.update()` yourself
+        scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call only `scaler.update()`
         max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
         total_steps:int|None=None, # Steps of the whole training; needed for a method's `start` and `stop`
     ):
@@ -687,6 +697,7 @@ class MethodOptimizer(_TwoSteps):
         self._check_weights()
         loss = None if closure is None else self.backward(closure)
         _check_passes(self._loop)
+        _check_scaled(self._loop, self, self.base)
         _loop_step(self._loop)
         return loss
 
@@ -706,6 +717,7 @@ class MethodOptimizer(_TwoSteps):
 
     def second_step(self):
         "Put the weights back, and step with the gradient from the perturbed weights."
+        _check_scaled(self._loop, self, self.base)
         self._finish_pass()
         _loop_step(self._loop)
         self._opt_called = True # PyTorch's schedulers warn if this is not set

@@ -1,5 +1,6 @@
 """Loops of the user that drop batches, raise errors, copy their optimizer or hold two optimizers."""
-
+import copy
+import pickle
 
 import pytest
 import torch
@@ -329,3 +330,51 @@ def test_gradients_are_not_unscaled_twice(way):
     opt.zero_grad()
     opt.step(loss)
     torch.testing.assert_close(values(net), expected, rtol=1e-8, atol=1e-10)
+
+
+def trained(method, scheduler=False):
+    "A network and its optimizer after a step, and the function that makes the next step."
+    (x, y), net = batch(), network()
+    opt = wrapped(method, net)
+    if scheduler: torch.optim.lr_scheduler.StepLR(opt, 10)
+    def step(net, opt):
+        def closure():
+            out = net(x)
+            loss = F.cross_entropy(out, y)
+            return (out, loss) if method.needs_logits else loss
+        opt.step(closure)
+    step(net, opt)
+    return net, opt, step
+
+
+COPIES = {'deepcopy': copy.deepcopy, 'pickle': lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize('scheduler', [False, True])
+@pytest.mark.parametrize('name', ['sam', 'gsam', 'sadt'])
+@pytest.mark.parametrize('way', COPIES)
+def test_a_copy_made_after_a_step_trains_its_own_network(way, name, scheduler):
+    net, opt, step = trained(METHODS[name](rng='replay'), scheduler)
+    other_net, other = COPIES[way]((net, opt))
+    before = values(net)
+    step(other_net, other)
+    assert torch.equal(values(net), before)
+    step(net, opt)
+    close(values(other_net), values(net))
+    assert not torch.equal(values(net), before)
+
+
+@pytest.mark.parametrize('name', ['sam', 'sadt'])
+def test_a_network_is_averaged_after_a_step(name):
+    net, _, _ = trained(METHODS[name](rng='replay'))
+    close(values(torch.optim.swa_utils.AveragedModel(net).module), values(net))
+
+
+def test_a_state_between_micro_batches_holds_no_closure():
+    (x, y), net = batch(), network()
+    opt = wrapped(SADT(1), net)
+    def closure():
+        out = net(x)
+        return out, F.cross_entropy(out, y)
+    opt.backward(closure)
+    pickle.dumps(opt.state_dict())

@@ -114,6 +114,8 @@ class _Gradients(_CallbackHandler):
         self._used = {} # from parameter to the gradient that the last step has used, and its writes
         self.kept = {}  # gradients of earlier micro-batches while a batch runs
 
+    def __getstate__(self): return vars(self) | dict(_used={}) # copied parameters have no gradients
+
     def set_aside(self):
         "Take all gradients out of `.grad`; return the gradients that the last step has not used."
         used = self._used
@@ -370,6 +372,7 @@ def _loop_backward(loop, closure):
         sync_gradients(loop.model, True)
         add_gradients(loop.kept)
         loop.kept = {}
+        loop.xb = loop.pred = None # nothing of the batch stays, so the loop can be copied
     loop.batches += 1
     return loss
 
@@ -483,9 +486,14 @@ class _Wrapped(torch.optim.Optimizer):
         if method is not None: self.method.load_state_dict(method)
 
     # fastai copies a callback without its large state, so this state is copied here
-    def __getstate__(self): return self.__dict__ | dict(_copied=self.method.state_dict())
+    def __getstate__(self):
+        # as in PyTorch, a copy has no hooks; schedulers replace `step` by a function that calls the original
+        left_out = [k for k in self.__dict__ if k == 'step' or k.endswith('_hooks')]
+        state = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        return state | dict(_copied=self.method.state_dict())
+
     def __setstate__(self, state):
-        self.__dict__.update(state)
+        super().__setstate__(state) # makes empty dicts for the hooks
         self.method.load_state_dict(self.__dict__.pop('_copied'))
 
 # %% ../../nbs/core/13_closures.ipynb #773a575a
@@ -603,6 +611,14 @@ class _TwoSteps(_Wrapped):
             self._loop.batches = 0
         self._forwards.zero_grad()
         self._remember_states()
+
+    def __getstate__(self):
+        self._check_weights()
+        return super().__getstate__()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._watch_forwards() # of the copied network
 
     def load_state_dict(self, state_dict):
         self._check_weights()

@@ -322,7 +322,9 @@ class _TwoSteps(_SeededNoise):
 
     def state_dict(self):
         state = super().state_dict()
-        if self._micro: state['micro_batches'] = [micro.stored() for micro in self._micro]
+        # in a plain loop, `xb` is a closure, which a checkpoint cannot keep
+        stored = [micro.stored() for micro in self._micro if not callable(micro.xb)]
+        if stored: state['micro_batches'] = stored
         return state
 
     def load_state_dict(self, state):

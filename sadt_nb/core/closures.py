@@ -8,17 +8,20 @@ __all__ = ['PlainLoop', 'closure_step', 'load_method_state', 'check_one_pass', '
 # %% ../../nbs/core/13_closures.ipynb #d880f7fd
 import inspect
 import sys
+import weakref
 from contextlib import contextmanager, ExitStack
 from typing import Callable
 
 import torch
 from torch import nn, Tensor
+from torch.amp.grad_scaler import OptState
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
 from .passes import BatchNormPolicy, LoopMethod, PerturbedPass, RandomPolicy, add_gradients
 from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
-from .passes import rng_policy, step_unscaled, stepped_params, take_gradients
+from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepped_params
+from .passes import take_gradients
 from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params, version_of
 from .perturb import weights_moved
 from .ranks import sync_gradients
@@ -105,25 +108,34 @@ class _CallbackHandler:
             if f: f(cb)
 
 # %% ../../nbs/core/13_closures.ipynb #53af4d8e
+def _is_used(grad, used):
+    "Return whether a gradient is the one that the last step has used, without a write since then."
+    if used is None: return False
+    reference, version = used
+    return reference() is grad and version == version_of(grad)
+
 class _Gradients(_CallbackHandler):
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
-        self._used = {} # gradients that the last step has used
+        self._used = {} # from parameter to the gradient that the last step has used, and its writes
         self.kept = {}  # gradients of earlier micro-batches while a batch runs
+
+    def __getstate__(self): return vars(self) | dict(_used={}) # copied parameters have no gradients
 
     def set_aside(self):
         "Take all gradients out of `.grad`; return the gradients that the last step has not used."
         used = self._used
         self._used = {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if used.get(id(p)) != (id(g), version_of(g))}
+        return {p: g for p, g in taken.items() if not _is_used(g, used.get(p))}
 
     def remember_used(self):
         "Store which gradients a step has used."
         self._used = {}
         for p in stepped_params(self):
-            if p.grad is not None: self._used[id(p)] = id(p.grad), version_of(p.grad)
+            # not the gradient's `id`, which a new gradient can get after this one is freed
+            if p.grad is not None: self._used[p] = weakref.ref(p.grad), version_of(p.grad)
 
     def has_gradients(self):
         "Return whether a backward has run."
@@ -282,6 +294,9 @@ class PlainLoop(_Passes):
         self.steps_done = 0
         self.add_cb(method)
         method.before_fit()
+        # removes the hook that reads the random state in a forward of the network: a closure may draw numbers
+        # earlier, and may run the network several times or only its parts
+        method._unhook()
 
     @property
     def pct_train(self) -> float:
@@ -292,11 +307,14 @@ class PlainLoop(_Passes):
         "Run the closure and the method's own passes; return the loss."
         method = self.method
         def between():
+            if zeroed: method.drop_batches() # before `before_backward`, which adds this batch
             if method.needs_logits: self('before_backward')
+        if getattr(method, 'rng', None) == 'replay': method.rng_state = rng_states(device_of(self.model))
         inputs = method.first_inputs() # parameters that need a gradient in the first pass; `None`: all
         with _noticed_zeroing(self.optimizer, self.model) as zeroed:
-            loss = self.run(between=between, inputs=inputs)
-        if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
+            try: loss = self.run(between=between, inputs=inputs)
+            finally: # also after an error in the closure
+                if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
         if not inputs: _check_gradients(self.model)
         self('after_backward')
         if inputs: _check_gradients(self.model) # the first pass may have reached none of `inputs`
@@ -353,10 +371,15 @@ def _loop_backward(loop, closure):
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may call backward itself
         loss = loop._do_one_batch()
+    except BaseException: # also an interruption by the user
+        take_gradients(stepped_params(loop)) # those of a batch that failed must not enter the next step
+        method.drop_batches(current=True)
+        raise
     finally:
         sync_gradients(loop.model, True)
         add_gradients(loop.kept)
         loop.kept = {}
+        loop.xb = loop.pred = None # nothing of the batch stays, so the loop can be copied
     loop.batches += 1
     return loss
 
@@ -491,9 +514,14 @@ class _Wrapped(torch.optim.Optimizer):
         self._loop.steps_done = steps_done
 
     # fastai copies a callback without its large state, so this state is copied here
-    def __getstate__(self): return self.__dict__ | dict(_copied=self.method.state_dict())
+    def __getstate__(self):
+        # as in PyTorch, a copy has no hooks; schedulers replace `step` by a function that calls the original
+        left_out = [k for k in self.__dict__ if k == 'step' or k.endswith('_hooks')]
+        state = {k: v for k, v in self.__dict__.items() if k not in left_out}
+        return state | dict(_copied=self.method.state_dict())
+
     def __setstate__(self, state):
-        self.__dict__.update(state)
+        super().__setstate__(state) # makes empty dicts for the hooks
         self.method.load_state_dict(self.__dict__.pop('_copied'))
 
 # %% ../../nbs/core/13_closures.ipynb #773a575a
@@ -510,15 +538,68 @@ def check_one_pass(
         raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
 
 # %% ../../nbs/core/13_closures.ipynb #8d44a075
+class _ForwardStates:
+    "A hook: each forward of the network after `first_step` draws the numbers of the same forward before it."
+    def __init__(self, loop=None): # `None`: the hook does nothing
+        self.loop = loop and weakref.ref(loop) # the network keeps the hook, and must not keep the loop
+        self.clear()
+
+    # a copied network has another optimizer, or none
+    def __deepcopy__(self, memo): return _ForwardStates()
+    def __reduce__(self): return _ForwardStates, ()
+
+    def clear(self):
+        "Begin a new batch."
+        self.states = []   # one for each forward of the batch
+        self.zeroed = 0    # forwards before the last `zero_grad`
+        self.repeated = None # forwards since `first_step`; `None` before it
+
+    def zero_grad(self):
+        "Note that what follows may be a new batch; a loop may also call `zero_grad` before its backward."
+        if self.repeated is None: self.zeroed = len(self.states)
+
+    def __call__(self, module, inputs):
+        loop = self.loop and self.loop()
+        in_closure = loop is None or loop.xb is not None
+        if in_closure or not module.training or not torch.is_grad_enabled(): return
+        device = device_of(module)
+        if self.repeated is None:
+            del self.states[:self.zeroed] # of an earlier batch
+            self.zeroed = 0
+            self.states.append(rng_states(device))
+            return
+        if self.repeated < len(self.states): set_rng_states(self.states[self.repeated], device)
+        self.repeated += 1
+
+    def begin(self):
+        "Repeat the numbers from here on. Raises `ValueError` if they are not known."
+        if not self.states:
+            raise ValueError("rng='replay' repeats the random numbers of the network's forward passes, and "
+                             'the network has made none since the last step; call the network itself, not '
+                             "its parts, or use `step(closure)`, or rng='fresh'")
+        self.repeated = 0
+
+    def check(self):
+        "Raise `ValueError` if the two passes have run the network differently often."
+        first, second = len(self.states), self.repeated
+        if second in (None, first): return
+        raise ValueError(f"with rng='replay' the batch must run alike before and after `first_step`, and the "
+                         f'network ran {first} and {second} times; call `zero_grad` at the beginning of each '
+                         "batch, or use `step(closure)`, or rng='fresh'")
+
 class _MovedWeights:
     "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
-    def __init__(self, loop):
+    def __init__(self, loop, forwards):
         method = loop.method
+        state = None # of the first forward; with rng='fresh' it is not needed
+        if method.rng == 'replay':
+            forwards.begin()
+            state = forwards.states[0]
         self.passes = method.extra_pass(*method.first_gradients())
         next(self.passes) # the weights have moved
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
-        self.policies.enter_context(rng_policy(method.rng, method.rng_state, device_of(loop.model)))
+        self.policies.enter_context(rng_policy(method.rng, state, device_of(loop.model)))
         self.policies.enter_context(from_hidden_states(method.states))
 
     def finish(self):
@@ -537,7 +618,14 @@ class _TwoSteps(_Wrapped):
     def __init__(self, loop):
         super().__init__(loop)
         self._second = None # `_MovedWeights` between the two calls
+        self._watch_forwards()
         self._remember_states()
+
+    def _watch_forwards(self):
+        "With rng='replay', read the random state in the passes that the loop makes by itself."
+        self._forwards = _ForwardStates(self._loop)
+        if getattr(self.method, 'rng', None) != 'replay': return
+        self._loop.model.register_forward_pre_hook(self._forwards)
 
     def _remember_states(self):
         "Store the hidden states of recurrent layers, from which the passes of the next `first_step` start."
@@ -546,7 +634,30 @@ class _TwoSteps(_Wrapped):
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        if not self._loop._replaying and self._second is None: # else within a batch
+            self.method.drop_batches()
+            self._loop.batches = 0
+        self._forwards.zero_grad()
         self._remember_states()
+
+    def __getstate__(self):
+        self._check_weights()
+        return super().__getstate__()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._watch_forwards() # of the copied network
+
+    def load_state_dict(self, state_dict):
+        self._check_weights()
+        super().load_state_dict(state_dict)
+
+    def _check_weights(self):
+        "Raise `ValueError` between `first_step` and `second_step`, when the weights are moved."
+        if self._second is None: return
+        raise ValueError('`first_step` has moved the weights, and `second_step` has not put them back; call '
+                         '`second_step()` instead of `step()`, or, if an error came between the two, '
+                         '`cancel_first_step()`')
 
     def _begin_pass(self):
         "Move the weights after a batch's own backward; return whether the method makes a pass in this batch."
@@ -555,7 +666,7 @@ class _TwoSteps(_Wrapped):
         _check_gradients(loop.model)
         loop.batches = 1
         if method.makes_pass():
-            self._second = _MovedWeights(loop)
+            self._second = _MovedWeights(loop, self._forwards)
             return True
         method._stash = {} # `after_backward` adds these gradients of earlier micro-batches; there are none
         method.after_backward()
@@ -564,12 +675,20 @@ class _TwoSteps(_Wrapped):
     def _finish_pass(self):
         "Put the weights back, and finish the method's gradient, if the weights have been moved."
         second, self._second = self._second, None
-        if second is not None: second.finish()
+        if second is None: return
+        try: self._forwards.check()
+        except ValueError:
+            second.abandon()
+            raise
+        finally: self._forwards.clear()
+        second.finish()
 
     def _abandon(self):
         "Put the weights back if a first step was not followed by a second step."
         second, self._second = self._second, None
-        if second is not None: second.abandon()
+        if second is None: return
+        self._forwards.clear()
+        second.abandon()
 
 # %% ../../nbs/core/13_closures.ipynb #e982580a
 def _check_passes(loop):
@@ -577,6 +696,15 @@ def _check_passes(loop):
     if loop.batches or not loop.has_gradients(): return
     raise ValueError('the gradients are plain, because the method has made no pass since the last step; call '
                      '`step(closure)`, or `backward(closure)` for each micro-batch before `step()`')
+
+def _check_scaled(loop, *optimizers):
+    "Raise `ValueError` if the loop has unscaled the gradients with the scaler that the step uses."
+    states = getattr(loop.scaler, '_per_optimizer_states', {}) # of a `GradScaler`, by the optimizer's id
+    for opt in optimizers:
+        if id(opt) in states and states[id(opt)]['stage'] is OptState.UNSCALED:
+            raise ValueError('the gradients are unscaled already, and MethodOptimizer unscales them itself; '
+                             'leave out `scaler.unscale_(opt)`, call `opt.step()` instead of '
+                             '`scaler.step(opt)`, and clip with `MethodOptimizer(..., max_norm=...)`')
 
 class MethodOptimizer(_TwoSteps):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
@@ -588,7 +716,7 @@ class MethodOptimizer(_TwoSteps):
         method:LoopMethod,        # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
-        scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call `scaler.update()` yourself
+        scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call only `scaler.update()`
         max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
         total_steps:int|None=None, # Steps of the whole training; needed for a method's `start` and `stop`
     ):
@@ -600,6 +728,7 @@ class MethodOptimizer(_TwoSteps):
         closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     ) -> Tensor: # The loss at the unperturbed weights, detached
         "Add the method's gradient of a batch to `.grad`. With k micro-batches, divide each loss by k."
+        self._check_weights()
         return _loop_backward(self._loop, closure)
 
     def step(self,
@@ -607,9 +736,12 @@ class MethodOptimizer(_TwoSteps):
     ): # What the closure returned at the unperturbed weights, or `None`
         """Make one step of the method, with the gradients that were accumulated before, if any.
 
-        Raises `ValueError` if `.grad` holds plain gradients, because the method has made no pass."""
+        Raises `ValueError` if `.grad` holds plain gradients, because the method has made no pass, and after
+        `first_step`, which needs `second_step`."""
+        self._check_weights()
         loss = None if closure is None else self.backward(closure)
         _check_passes(self._loop)
+        _check_scaled(self._loop, self, self.base)
         _loop_step(self._loop)
         return loss
 
@@ -622,9 +754,16 @@ class MethodOptimizer(_TwoSteps):
         check_one_pass(self.method, 'give `step` a closure')
         return self._begin_pass()
 
+    def cancel_first_step(self):
+        "After an error between `first_step` and `second_step`, put the weights back, and drop all gradients."
+        self._abandon()
+        self.zero_grad()
+
     def second_step(self):
         "Put the weights back, and step with the gradient from the perturbed weights."
+        _check_scaled(self._loop, self, self.base)
         self._finish_pass()
         _loop_step(self._loop)
         self._opt_called = True # PyTorch's schedulers warn if this is not set
+        self._forwards.clear()
         self._remember_states()

@@ -461,6 +461,11 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         for k, g in vars(self).items():
             if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
 
+    def drop_batches(self,
+        current:bool=False, # `True`: only the micro-batch that has failed; `False`: all since the last step
+    ):
+        "Forget micro-batches that the loop has dropped, by `zero_grad` or after an error."
+
     def _unhook(self): pass
 
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5

@@ -273,6 +273,7 @@ class _TwoSteps(_SeededNoise):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
     needs_logits = True
     _micro = () # the micro-batches of a step that is not complete
+    _earlier = 0 # micro-batches before the current one
 
     def before_fit(self):
         super().before_fit()
@@ -284,6 +285,7 @@ class _TwoSteps(_SeededNoise):
 
     def before_batch(self):
         super().before_batch()
+        self._earlier = len(self._micro)
         # without a first step, the Learner's step is cancelled; SADT makes the only step later
         self.step_grads.hold = not self.first_step and self.in_window()
 
@@ -310,13 +312,18 @@ class _TwoSteps(_SeededNoise):
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
 
+    def drop_batches(self, current=False):
+        self._micro = self._micro[:self._earlier] if current else []
+
     def after_fit(self):
         super().after_fit()
         self._micro = []
 
     def state_dict(self):
         state = super().state_dict()
-        if self._micro: state['micro_batches'] = [micro.stored() for micro in self._micro]
+        # in a plain loop, `xb` is a closure, which a checkpoint cannot keep
+        stored = [micro.stored() for micro in self._micro if not callable(micro.xb)]
+        if stored: state['micro_batches'] = stored
         return state
 
     def load_state_dict(self, state):

@@ -1,0 +1,380 @@
+"""Loops of the user that drop batches, raise errors, copy their optimizer or hold two optimizers."""
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.methods.esam import ESAM
+from sadt_nb.methods.gsam import GSAM
+from sadt_nb.methods.sadt import SADT
+from sadt_nb.methods.sam import SAM, sam_step
+
+
+def batch(seed=0, n=16):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=gen, dtype=torch.float64)
+    return x, torch.randint(0, 3, (n,), generator=gen)
+
+
+def network(dropout=0.):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
+
+
+def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1)
+def wrapped(method, net, **kwargs): return MethodOptimizer(method, sgd(net), net, **kwargs)
+def values(net): return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def sam_gradient(net, loss, rho=.05):
+    "SAM's gradient in plain PyTorch; `net` keeps its weights and gradients."
+    params = list(net.parameters())
+    grads = torch.autograd.grad(loss(), params)
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, g in zip(params, grads): p += rho * g / norm
+    moved = torch.autograd.grad(loss(), params)
+    with torch.no_grad():
+        for p, w in zip(params, before): p.copy_(w)
+    return torch.cat([g.flatten() for g in moved])
+
+
+def close(got, expected): torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+
+
+def tensor_with_identity(wanted, like):
+    "Return `2 * like` in a tensor whose `id` is that of a freed tensor."
+    others = [] # keep the other memory in use
+    for _ in range(100_000):
+        t = 2 * like.detach()
+        if id(t) == wanted: return t
+        others.append(t)
+    pytest.skip('Python did not use the freed memory again')
+
+
+def test_an_accumulated_gradient_counts_though_it_has_the_identity_of_a_used_one():
+    x, y = batch()
+    torch.manual_seed(1)
+    net = nn.Linear(5, 3, bias=False).double()
+    opt = wrapped(SAM(), net)
+    def loss(): return F.cross_entropy(net(x), y)
+    opt.step(loss)
+    used, version = id(net.weight.grad), net.weight.grad._version
+    opt.zero_grad()
+    own = tensor_with_identity(used, net.weight) # an own term, accumulated before the step
+    while own._version < version: own.add_(0.)
+    net.weight.grad = own
+    before, added = values(net), own.flatten().clone()
+    expected = before - .1 * (sam_gradient(net, loss) + added)
+    del own
+    opt.step(loss)
+    close(values(net), expected)
+
+
+FAILURES = {'first pass': 1, 'second pass': 2}
+
+
+def failing(net, x, y, at_call, zero=None):
+    "A closure that runs out of memory after its own backward, in the given call."
+    calls = []
+    def closure():
+        calls.append(1)
+        if zero is not None: zero.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        if len(calls) == at_call: raise RuntimeError('out of memory')
+        return loss
+    return closure
+
+
+@pytest.mark.parametrize('call', ['step', 'backward'])
+@pytest.mark.parametrize('at', FAILURES)
+def test_a_batch_whose_closure_fails_leaves_no_gradient(at, call):
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    net = network()
+    opt = wrapped(SAM(), net)
+    def half(): return F.cross_entropy(net(x), y) / 2
+    expected = values(net) - .1 * 2 * sam_gradient(net, half)
+    opt.backward(half) # an earlier micro-batch
+    earlier = [p.grad.clone() for p in net.parameters()]
+    with pytest.raises(RuntimeError, match='out of memory'):
+        getattr(opt, call)(failing(net, 10 * bad_x, bad_y, FAILURES[at]))
+    for p, g in zip(net.parameters(), earlier): assert torch.equal(p.grad, g)
+    opt.step(half)
+    close(values(net), expected)
+
+
+@pytest.mark.parametrize('at', FAILURES)
+def test_a_failed_closure_that_zeroes_drops_the_earlier_gradients(at):
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    net = network()
+    opt = wrapped(SAM(), net)
+    def loss(): return F.cross_entropy(net(x), y)
+    expected = values(net) - .1 * sam_gradient(net, loss)
+    opt.backward(loss)
+    with pytest.raises(RuntimeError, match='out of memory'):
+        opt.step(failing(net, 10 * bad_x, bad_y, FAILURES[at], opt))
+    opt.step(loss)
+    close(values(net), expected)
+
+
+def test_a_failed_function_leaves_no_gradient():
+    (x, y), net = batch(), network()
+    with pytest.raises(RuntimeError, match='out of memory'):
+        sam_step(net, failing(net, x, y, 1), sgd(net))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def after_first_step(method=None):
+    "A network and its optimizer between the two calls, the loss, and the weights before."
+    (x, y), net = batch(), network()
+    opt, before = wrapped(method or SAM(.5), net), values(net)
+    def loss(): return F.cross_entropy(net(x), y)
+    loss().backward()
+    assert opt.first_step() and not torch.equal(values(net), before)
+    return net, opt, loss, before
+
+
+@pytest.mark.parametrize('call', ['step', 'step(closure)', 'backward(closure)', 'load_state_dict'])
+def test_a_call_that_needs_the_own_weights_is_refused_after_first_step(call):
+    net, opt, loss, _ = after_first_step()
+    calls = {'step': opt.step, 'step(closure)': lambda: opt.step(loss),
+             'backward(closure)': lambda: opt.backward(loss),
+             'load_state_dict': lambda: opt.load_state_dict(opt.state_dict())}
+    moved = values(net)
+    opt.zero_grad()
+    loss().backward()
+    with pytest.raises(ValueError, match='second_step.*cancel_first_step'): calls[call]()
+    assert torch.equal(values(net), moved)
+    opt.second_step() # still possible
+
+
+def test_cancelling_a_first_step_puts_the_weights_back_and_drops_the_gradients():
+    net, opt, loss, before = after_first_step()
+    loss().backward() # an error comes after this backward
+    opt.cancel_first_step()
+    assert torch.equal(values(net), before)
+    expected = before - .1 * sam_gradient(net, loss, .5)
+    opt.step(loss)
+    close(values(net), expected)
+    opt.cancel_first_step() # nothing to cancel
+    close(values(net), expected)
+
+
+def parts_of(net): return net[:3], net[3]
+
+
+CLOSURES = {
+    'one call': lambda net, x: net(x),
+    'two calls': lambda net, x: net(x) + net(-x),
+    'noise first': lambda net, x: net(x + torch.randn_like(x)),
+    'parts': lambda net, x: parts_of(net)[1](parts_of(net)[0](x)),
+}
+METHODS = {'sam': lambda **kw: SAM(**kw), 'esam': lambda **kw: ESAM(gamma=1, **kw),
+           'gsam': lambda **kw: GSAM(**kw), 'sadt': lambda **kw: SADT(1, **kw)}
+
+
+def masked(dropout=.5):
+    "A network with a list that gets the dropout mask of each pass."
+    net, masks = network(dropout), []
+    net[2].register_forward_hook(lambda module, inputs, out: masks.append(out == 0))
+    return net, masks
+
+
+@pytest.mark.parametrize('forward', CLOSURES)
+@pytest.mark.parametrize('name', METHODS)
+def test_replay_repeats_the_masks_of_any_closure(name, forward):
+    (x, y), (net, masks) = batch(), masked()
+    def closure(rows=None):
+        out = CLOSURES[forward](net, x)
+        if name == 'esam': return F.cross_entropy(out, y, reduction='none')
+        return (out, F.cross_entropy(out, y)) if name == 'sadt' else F.cross_entropy(out, y)
+    opt = wrapped(METHODS[name](rng='replay'), net)
+    for _ in range(2):
+        masks.clear()
+        opt.step(closure)
+        half = len(masks) // 2
+        assert half and all(torch.equal(a, b) for a, b in zip(masks[:half], masks[half:]))
+        assert not all(torch.equal(masks[0], m) for m in masks) or forward != 'two calls'
+    masks.clear()
+    wrapped(METHODS[name](rng='fresh'), net).step(closure)
+    assert not torch.equal(masks[0], masks[len(masks) // 2])
+
+
+@pytest.mark.parametrize('forward', ['one call', 'two calls', 'noise first'])
+def test_replay_repeats_the_masks_between_the_two_steps(forward):
+    (x, y), (net, masks) = batch(), masked()
+    opt = wrapped(SAM(rng='replay'), net)
+    for late in (False, True, False):
+        masks.clear()
+        if not late: opt.zero_grad()
+        loss = F.cross_entropy(CLOSURES[forward](net, x), y)
+        if late: opt.zero_grad() # as in PyTorch's tutorials
+        loss.backward()
+        net.eval()
+        net(x) # an evaluation does not count
+        net.train()
+        half = len(masks)
+        assert opt.first_step()
+        F.cross_entropy(CLOSURES[forward](net, x), y).backward()
+        opt.second_step()
+        del masks[half - 1]
+        half -= 1
+        assert len(masks) == 2 * half and all(map(torch.equal, masks[:half], masks[half:]))
+
+
+def test_replay_forgets_the_forward_of_a_skipped_batch():
+    (x, y), (net, masks) = batch(), masked()
+    opt = wrapped(SAM(rng='replay'), net)
+    net(x) # a batch that the loop skips
+    opt.zero_grad()
+    masks.clear()
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    F.cross_entropy(net(x), y).backward()
+    opt.second_step()
+    assert torch.equal(*masks)
+
+
+def test_replay_between_the_two_steps_is_refused_if_the_random_state_is_not_known():
+    (x, y), (net, _) = batch(), masked()
+    opt, before = wrapped(SAM(rng='replay'), net), values(net)
+    F.cross_entropy(CLOSURES['parts'](net, x), y).backward()
+    with pytest.raises(ValueError, match="rng='replay'.*step\\(closure\\)"): opt.first_step()
+    assert torch.equal(values(net), before)
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    F.cross_entropy(CLOSURES['two calls'](net, x), y).backward()
+    with pytest.raises(ValueError, match='1 and 2 times'): opt.second_step()
+    assert torch.equal(values(net), before)
+
+
+class BadBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, g): raise RuntimeError('out of memory')
+
+
+@pytest.mark.parametrize('way', ['zero_grad', 'error', 'closure that zeroes'])
+def test_sadt_forgets_a_dropped_micro_batch(way):
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    def on(net, x, y):
+        out = net(x)
+        return out, F.cross_entropy(out, y)
+    def train(dropped):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        def last():
+            if way == 'closure that zeroes': opt.zero_grad()
+            return on(net, x, y)
+        def bad():
+            out, loss = on(net, 3 * bad_x, bad_y)
+            return out, BadBackward.apply(loss)
+        if dropped and way == 'error':
+            with pytest.raises(RuntimeError, match='out of memory'): opt.backward(bad)
+        elif dropped: opt.backward(lambda: on(net, 3 * bad_x, bad_y))
+        if dropped and way == 'zero_grad': opt.zero_grad()
+        opt.step(last)
+        return values(net)
+    assert torch.equal(train(True), train(False))
+
+
+def test_sadt_keeps_earlier_micro_batches_after_an_error():
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    def train(failed):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        def half(x, y):
+            out = net(x)
+            return out, F.cross_entropy(out, y) / 2
+        opt.backward(lambda: half(x[:8], y[:8]))
+        if failed:
+            with pytest.raises(RuntimeError, match='out of memory'):
+                opt.backward(lambda: (net(bad_x), BadBackward.apply(half(bad_x, bad_y)[1])))
+        opt.step(lambda: half(x[8:], y[8:]))
+        return values(net)
+    assert torch.equal(train(True), train(False))
+
+
+@pytest.mark.parametrize('way', ['unscale', 'unscale the base', 'scaler.step', 'unscale before second_step'])
+def test_gradients_are_not_unscaled_twice(way):
+    (x, y), net = batch(), network()
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    opt = wrapped(SAM(), net, scaler=scaler)
+    def loss(): return F.cross_entropy(net(x), y)
+    before = values(net)
+    expected = before - .1 * sam_gradient(net, loss)
+    if way == 'unscale before second_step':
+        scaler.scale(loss()).backward()
+        opt.first_step()
+        scaler.scale(loss()).backward()
+        finish = opt.second_step
+    else:
+        opt.backward(loss)
+        finish = opt.step
+    if way == 'scaler.step':
+        with pytest.raises(ValueError, match='unscaled already'): scaler.step(opt)
+        return
+    scaler.unscale_(opt.base if way == 'unscale the base' else opt)
+    with pytest.raises(ValueError, match='unscaled already'): finish()
+    if way == 'unscale before second_step': opt.cancel_first_step()
+    assert torch.equal(values(net), before)
+    scaler.update()
+    opt.zero_grad()
+    opt.step(loss)
+    torch.testing.assert_close(values(net), expected, rtol=1e-8, atol=1e-10)
+
+
+def trained(method, scheduler=False):
+    "A network and its optimizer after a step, and the function that makes the next step."
+    (x, y), net = batch(), network()
+    opt = wrapped(method, net)
+    if scheduler: torch.optim.lr_scheduler.StepLR(opt, 10)
+    def step(net, opt):
+        def closure():
+            out = net(x)
+            loss = F.cross_entropy(out, y)
+            return (out, loss) if method.needs_logits else loss
+        opt.step(closure)
+    step(net, opt)
+    return net, opt, step
+
+
+COPIES = {'deepcopy': copy.deepcopy, 'pickle': lambda pair: pickle.loads(pickle.dumps(pair))}
+
+
+@pytest.mark.parametrize('scheduler', [False, True])
+@pytest.mark.parametrize('name', ['sam', 'gsam', 'sadt'])
+@pytest.mark.parametrize('way', COPIES)
+def test_a_copy_made_after_a_step_trains_its_own_network(way, name, scheduler):
+    net, opt, step = trained(METHODS[name](rng='replay'), scheduler)
+    other_net, other = COPIES[way]((net, opt))
+    before = values(net)
+    step(other_net, other)
+    assert torch.equal(values(net), before)
+    step(net, opt)
+    close(values(other_net), values(net))
+    assert not torch.equal(values(net), before)
+
+
+@pytest.mark.parametrize('name', ['sam', 'sadt'])
+def test_a_network_is_averaged_after_a_step(name):
+    net, _, _ = trained(METHODS[name](rng='replay'))
+    close(values(torch.optim.swa_utils.AveragedModel(net).module), values(net))
+
+
+def test_a_state_between_micro_batches_holds_no_closure():
+    (x, y), net = batch(), network()
+    opt = wrapped(SADT(1), net)
+    def closure():
+        out = net(x)
+        return out, F.cross_entropy(out, y)
+    opt.backward(closure)
+    pickle.dumps(opt.state_dict())

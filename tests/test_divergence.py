@@ -9,8 +9,10 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat,
-                           LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastai import losses as fastai_losses
+from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss,
+                           FocalLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy,
+                           LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.optimizer import SGD
 from tasks import NETWORKS, normal, task
 from torch import nn
@@ -90,16 +92,75 @@ def test_a_constant_per_pixel_changes_nothing():
     assert divergence_of(nn.CrossEntropyLoss())(z, shifted).abs() < 1e-12
 
 
+CLASSES, PIXELS = Divergence('categorical', 1), Divergence('categorical', -1) # by the axis of the classes
+LABELS, NUMBERS = Divergence('bernoulli'), Divergence('gaussian')
+TORCH_LOSSES = { # None: the outputs are not logits or means, so none of the three divergences fits
+    'CrossEntropyLoss': CLASSES, 'NLLLoss': CLASSES, 'NLLLoss2d': CLASSES,
+    'BCEWithLogitsLoss': LABELS, 'MultiLabelSoftMarginLoss': LABELS, 'MSELoss': NUMBERS,
+    **dict.fromkeys(['AdaptiveLogSoftmaxWithLoss', 'BCELoss', 'CTCLoss', 'CosineEmbeddingLoss',
+                     'GaussianNLLLoss', 'HingeEmbeddingLoss', 'HuberLoss', 'KLDivLoss', 'L1Loss',
+                     'LinearCrossEntropyLoss', 'MarginRankingLoss', 'MultiLabelMarginLoss',
+                     'MultiMarginLoss', 'PoissonNLLLoss', 'SmoothL1Loss', 'SoftMarginLoss',
+                     'TripletMarginLoss', 'TripletMarginWithDistanceLoss']),
+}
+SIZES = {'AdaptiveLogSoftmaxWithLoss': (8, 5, [2]), 'LinearCrossEntropyLoss': (4, 3)}
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning') # NLLLoss2d is deprecated
+@pytest.mark.parametrize('name', [n for n in dir(nn) if 'Loss' in n])
+def test_the_divergence_of_every_loss_of_torch(name):
+    loss = getattr(nn, name)(*SIZES.get(name, ()))
+    assert divergence_of(loss) == TORCH_LOSSES[name]
+    assert divergence_of(partial(loss)) == TORCH_LOSSES[name]
+    if TORCH_LOSSES[name] is None:
+        with pytest.raises(ValueError, match=f'no default for the loss function {name};'):
+            as_divergence(None, loss)
+
+
+FASTAI_LOSSES = {
+    'CrossEntropyLossFlat': (CrossEntropyLossFlat(), PIXELS), 'FocalLoss': (FocalLoss(), CLASSES),
+    'FocalLossFlat': (FocalLossFlat(), PIXELS), 'BCEWithLogitsLossFlat': (BCEWithLogitsLossFlat(), LABELS),
+    'BCELossFlat': (BCELossFlat(), None), 'MSELossFlat': (MSELossFlat(), NUMBERS),
+    'L1LossFlat': (L1LossFlat(), None), 'DiceLoss': (DiceLoss(), CLASSES),
+    'LabelSmoothingCrossEntropy': (LabelSmoothingCrossEntropy(), CLASSES),
+    'LabelSmoothingCrossEntropyFlat': (LabelSmoothingCrossEntropyFlat(), PIXELS),
+    'BaseLoss': (BaseLoss(nn.HuberLoss), None), 'classes': (BaseLoss(nn.CrossEntropyLoss, axis=1), CLASSES),
+    'labels': (BaseLoss(nn.BCEWithLogitsLoss, is_2d=False), LABELS),
+    'numbers': (BaseLoss(nn.MSELoss, is_2d=False), NUMBERS),
+    'partial': (partial(CrossEntropyLossFlat(axis=1)), CLASSES),
+}
+
+
+@pytest.mark.parametrize('name', {*fastai_losses.__all__, *FASTAI_LOSSES})
+def test_the_divergence_of_every_loss_of_fastai(name):
+    loss, expected = FASTAI_LOSSES[name]
+    assert divergence_of(loss) == expected
+    if expected is None:
+        with pytest.raises(ValueError, match='no default for the loss function (Huber|BCE|L1)Loss;'):
+            as_divergence(None, loss)
+
+
+@pytest.mark.parametrize('axis', [1, -1])
+def test_the_axis_of_a_loss_that_does_not_flatten(axis):
+    "A constant that is added along the axis of the classes does not change the loss."
+    loss = CrossEntropyLossFlat(axis=axis, flatten=False)
+    z, y = normal(2, 3, 3, 3), torch.randint(0, 3, (2, 3, 3))
+    classes = divergence_of(loss).axis
+    def with_constant(along): return loss(z + normal(2, 3, 3, 3, seed=1).mean(along, keepdim=True), y)
+    assert with_constant(classes).item() == pytest.approx(loss(z, y).item(), rel=1e-12)
+    assert abs(with_constant(-classes).item() - loss(z, y).item()) > 1e-3
+
+
 def test_other_losses():
-    for loss in (FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()):
-        assert divergence_of(loss).kind == 'categorical'
-    for unknown in (nn.L1Loss(), nn.HuberLoss(), nn.BCELoss(), lambda p, y: p.mean()):
+    for unknown in (F.l1_loss, F.huber_loss, F.binary_cross_entropy, lambda p, y: p.mean()):
         assert divergence_of(unknown) is None
 
 
 def test_the_argument_overrides_the_loss():
     assert as_divergence('gaussian', nn.CrossEntropyLoss()) == Divergence('gaussian')
     assert as_divergence('categorical', CrossEntropyLossFlat()) == Divergence('categorical', -1)
+    # an unknown loss of classes, inside a loss of fastai that has their axis
+    assert as_divergence('categorical', BaseLoss(nn.MultiMarginLoss, axis=-1)) == PIXELS
     own = Divergence('gaussian', scale=3.)
     assert as_divergence(own, None) is own and own(torch.ones(2), torch.zeros(2)) == 3
 
@@ -181,11 +242,12 @@ def test_distillation_is_its_formula(name):
 
 def test_an_unknown_loss_is_refused_before_training():
     net, samples, _ = task('regression')
-    for make in WITH_TERM.values():
-        with pytest.raises(ValueError, match='has no default for the loss function'):
-            learn = Learner(DataLoaders(samples, samples), net, loss_func=nn.HuberLoss(), opt_func=SGD,
-                            default_cbs=False, cbs=[TrainEvalCallback, make('regression')])
-            learn.fit(1)
+    for loss in (nn.HuberLoss(), L1LossFlat()):
+        for make in WITH_TERM.values():
+            with pytest.raises(ValueError, match='has no default for the loss function'):
+                learn = Learner(DataLoaders(samples, samples), net, loss_func=loss, opt_func=SGD,
+                                default_cbs=False, cbs=[TrainEvalCallback, make('regression')])
+                learn.fit(1)
 
 
 def test_a_plain_step_with_one_output():

@@ -169,6 +169,7 @@ class _Passes(_Gradients):
         self.xb = None # the closure; a Learner has the inputs here
         self.yb = ()
         self.pred = None
+        self.loss_grad = None
         self.per_sample = False # does the closure return one loss per sample?
         self._replaying = False
         self.loss_scaler = scaler
@@ -190,7 +191,9 @@ class _Passes(_Gradients):
         self.pred = logits
         if self.method.needs_logits: _check_logits(logits, self.has_gradients())
         if loss_func is not None: loss = loss_func(logits) / self.batches # the mean over micro-batches
+        self.loss_grad = loss # as in a Learner; SADT reads in its graph what kind of loss it is
         if between: between()
+        self.loss_grad = None # a loss with a graph cannot be copied with the optimizer
         _backward(self, loss, inputs)
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss

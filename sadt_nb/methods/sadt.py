@@ -10,12 +10,11 @@ from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
-from ..core.losses import as_divergence, DivergenceLike, kl_div
+from ..core.losses import as_divergence, Divergence, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
 from ..core.passes import changed_states, step_unscaled, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
@@ -268,6 +267,42 @@ def _add_first_gradients(params, g_up):
     for n, p in params.items():
         if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may overwrite `.grad`
 
+# %% ../../nbs/methods/40_sadt.ipynb #5d0c1f7e
+def _computed_from(outputs, loss):
+    "Return the names of the autograd functions by which a loss was computed from a network's outputs."
+    users = {outputs.grad_fn: []} # the functions that take each function's result
+    to_visit = [loss.grad_fn]
+    while to_visit:
+        function = to_visit.pop()
+        if function is outputs.grad_fn: continue # the functions before it belong to the network
+        for earlier, _ in function.next_functions:
+            if earlier is None: continue
+            if earlier not in users: to_visit.append(earlier)
+            users.setdefault(earlier, []).append(function)
+    found = set()
+    to_visit = list(users[outputs.grad_fn])
+    while to_visit:
+        function = to_visit.pop()
+        if function in found: continue
+        found.add(function)
+        to_visit += users.get(function, ())
+    return {function.name() for function in found}
+
+_OF_CLASSES = ('LogSoftmaxBackward', 'SoftmaxBackward', 'LogsumexpBackward', 'NllLossBackward')
+
+def _divergence_in_loop(outputs, loss):
+    """Return the divergence for the outputs and the loss of a closure: that of classes on axis 1.
+
+    Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm."""
+    problem = f'outputs of shape {tuple(outputs.shape)}'
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        if any(name.startswith(_OF_CLASSES) for name in _computed_from(outputs, loss)): return Divergence()
+        problem = 'this loss, which was not computed from the outputs by a softmax'
+    raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
+                     f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "
+                     "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "
+                     '(n, tokens, classes) logits')
+
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
 class _TwoSteps(_SeededNoise):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
@@ -277,8 +312,10 @@ class _TwoSteps(_SeededNoise):
     def before_fit(self):
         super().before_fit()
         self.teachers() # a missing layer raises an error here, before the first batch
-        loss_func = self.learn.loss_func or F.cross_entropy # in a plain loop, only a closure is known
-        self.compare = as_divergence(self.divergence, loss_func)
+        # in a plain loop, the loss function is unknown, and the first closure may show the divergence
+        self.compare = None
+        known = self.divergence is not None or self.learn.loss_func is not None
+        if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
         self._micro = []
         StepGrads.install(self.learn)
 
@@ -289,6 +326,10 @@ class _TwoSteps(_SeededNoise):
 
     def before_backward(self):
         if self.replaying: return
+        loss = self.learn.loss_grad
+        has_graph = getattr(loss, 'grad_fn', None) is not None # without a graph, the loop raises an error
+        if self.compare is None and self.kl_weight and has_graph:
+            self.compare = _divergence_in_loop(self.pred, loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
         self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states))
 
@@ -351,7 +392,8 @@ class SADT(_TwoSteps):
 
     The method is from Fahim & Boutellier 2022, section 3.1. A callback that changes gradients in
     `before_step`, such as clipping, changes only `g_up`. Raises `ValueError` for arguments out of range. At
-    the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer."""
+    the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer, and
+    in a loop without a Learner at the first batch if `divergence` is needed and missing."""
     def __init__(self,
         # 1: noise on every layer; 2: two teachers, noise on the last convolution and on the last dense layer;
         # 3: a noisy step uphill
@@ -375,7 +417,9 @@ class SADT(_TwoSteps):
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
         share_trunk:bool=True, # With `layer_noise`: run layers that are equal in all teachers once
-        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        # See `as_divergence`; `None`: the divergence that fits the loss, in a loop without a Learner only for
+        # the cross-entropy of `(n, classes)` logits
+        divergence:DivergenceLike=None,
         start:float=0., # Share of training, in [0, 1]; before this point, one plain step per batch
         stop:float=1.,  # Share of training, in [0, 1]; after this point, one plain step per batch
     ):
@@ -420,9 +464,11 @@ def sadt_step(
     generator:torch.Generator|None=None,   # Source of the noise; `None`: PyTorch's global generator
     bn:BatchNormPolicy='update',           # BatchNorm statistics in the teachers' passes: 'update' or 'keep'
     rng:RandomPolicy='fresh',              # Dropout masks in the teachers' passes: 'fresh' or 'replay'
-    divergence:DivergenceLike=None, # See `as_divergence`; `None`: KL divergence of classes on axis 1
+    divergence:DivergenceLike=None, # As in `SADT`; `None`: only for cross-entropy of `(n, classes)` logits
 ) -> Tensor: # The loss of the first pass, detached
-    "Train on one batch: make a step, add the teachers' gradients to the gradient, make a second step."
+    """Train on one batch: make a step, add the teachers' gradients to the gradient, make a second step.
+
+    Raises `ValueError` before the first step if `divergence` is needed and missing."""
     method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng, divergence=divergence)
     method.fixed_generator = (generator,)
     return closure_step(method, model, closure, optimizer)

@@ -49,7 +49,9 @@ def _takes_rows(method, closure):
     if not getattr(method, 'selects_samples', False): return False
     try: parameters = inspect.signature(closure).parameters.values()
     except (TypeError, ValueError): return False
-    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+    positional = 'POSITIONAL_ONLY', 'POSITIONAL_OR_KEYWORD', 'VAR_POSITIONAL'
+    # a parameter with a default binds a variable of the loop, as in `lambda xb=xb: ...`
+    return any(p.kind.name in positional and p.default is p.empty for p in parameters)
 
 def _check_loss(loss):
     "Raise `ValueError` if a closure returned no loss with a graph, and no parameter has a gradient."
@@ -396,7 +398,8 @@ def closure_step(
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Make one step of a method in plain PyTorch; earlier gradients are dropped.
 
-    With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual.
+    With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual;
+    SADT's closure does not call backward, and SADT's micro-batches need `MethodOptimizer`.
     Raises `ValueError` for a closure or a gradient that the method cannot use."""
     _check_method(method)
     accelerated = getattr(optimizer, 'gradient_state', None)

@@ -6,11 +6,13 @@
 __all__ = ['Perturbation', 'weight_noise', 'layer_noise', 'gradient_ascent', 'normalized_ascent', 'SADT', 'sadt_step']
 
 # %% ../../nbs/methods/40_sadt.ipynb #467082bd
+from itertools import count
 from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
@@ -201,12 +203,13 @@ class _MicroBatch(NamedTuple):
     q: Tensor              # `(n, classes)` logits of the first pass, detached
     rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
     states: list|None      # Result of `hidden_states` at the start of the first pass
+    inputs: tuple = ()     # In a plain loop: lists of the network's input tensors, call by call
 
     def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
     def stored(self):
         "Return what a checkpoint keeps; the hidden states are left out, as in every checkpoint."
-        return tuple(self._replace(states=None))
+        return tuple(self._replace(states=None, inputs=()))
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the divergence's gradient at `w_aux` to `.grad`; the divergence compares `q` with the teacher."
@@ -224,6 +227,38 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
     with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
     def loss(pred, *yb): return divergence(pred, aux)
     sadt.replay(**micro.starts(), loss_func=loss)
+
+# %% ../../nbs/methods/40_sadt.ipynb #b7e4a912
+def _tensors(inputs): return [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+
+def _are_equal(some, others):
+    "Return whether two lists hold the same tensors, or equal tensors."
+    def equal(a, b): return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+    return len(some) == len(others) and all(map(equal, some, others))
+
+def _check_inputs(micro, micro_batches):
+    """Return a function of the network's input tensors, which is called before each call of the network.
+
+    The function raises `ValueError` if the inputs are not those of `micro`, but those of another micro-batch.
+    Other inputs are allowed, because a closure may augment its batch at random."""
+    others = [other for other in micro_batches if other is not micro]
+    numbers = count() # of the network's calls in this pass
+    def check(inputs):
+        i = next(numbers)
+        if i >= len(micro.inputs) or _are_equal(inputs, micro.inputs[i]): return
+        if any(i < len(other.inputs) and _are_equal(inputs, other.inputs[i]) for other in others):
+            raise ValueError("a micro-batch's closure read another micro-batch when SADT ran it again; "
+                             'a closure reads the variables of a loop when it runs, so bind them: '
+                             '`opt.backward(lambda xb=xb, yb=yb: ...)`')
+    return check
+
+def _check_accumulation(learn):
+    "Raise `ValueError` inside accelerate's accumulation, if a new loop is made for each micro-batch."
+    state = getattr(getattr(learn, 'optimizer', None), 'gradient_state', None)
+    if state is None or state.sync_gradients: return
+    raise ValueError('SADT runs all micro-batches of a step again, and `sadt_step` and `closure_step` keep '
+                     'no micro-batches; make one `MethodOptimizer` before the loop, and call its '
+                     '`backward(closure)` for each micro-batch, and then its `step()`')
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _agree_over_ranks(params, deltas):
@@ -253,10 +288,13 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
     try:
         for micro in micro_batches:
             learn.xb, learn.yb = micro.xb, micro.yb
+            sadt._watch(_check_inputs(micro, micro_batches))
             if len(deltas) > 1: _backward_shared(sadt, deltas, micro, divergence)
             elif sadt.grad_at == 'up': _backward_at_up(sadt, params, deltas[0], micro, divergence)
             else: _backward_at_aux(sadt, params, deltas[0], micro, divergence)
-    finally: learn.xb, learn.yb = batch
+    finally:
+        learn.xb, learn.yb = batch
+        sadt._unwatch()
 
 # %% ../../nbs/methods/40_sadt.ipynb #c76b505a
 def _add_first_gradients(params, g_up):
@@ -308,6 +346,8 @@ class _TwoSteps(_SeededNoise):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
     needs_logits = True
     _micro = () # the micro-batches of a step that is not complete
+    _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
+    _watching = None # handle of the hook that reads the network's inputs
 
     def before_fit(self):
         super().before_fit()
@@ -317,21 +357,44 @@ class _TwoSteps(_SeededNoise):
         known = self.divergence is not None or self.learn.loss_func is not None
         if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
         self._micro = []
+        _check_accumulation(self.learn)
+        self._calls = [] if hasattr(self.learn, 'own_replay') else None
         StepGrads.install(self.learn)
+
+    def _watch(self, f):
+        "Call `f` with the network's input tensors before each call of the network, in a loop's first step."
+        self._unwatch()
+        if self._calls is None: return
+        def hook(module, args, kwargs): f(_tensors((args, kwargs)))
+        self._watching = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _unwatch(self):
+        "Remove the hook of `_watch`, so that a copy of the network has no hook."
+        if self._watching is not None: self._watching.remove()
+        self._watching = None
+
+    def _unhook(self):
+        self._unwatch()
+        super()._unhook()
 
     def before_batch(self):
         super().before_batch()
+        if self._calls is not None:
+            self._calls = []
+            self._watch(self._calls.append)
         # without a first step, the Learner's step is cancelled; SADT makes the only step later
         self.step_grads.hold = not self.first_step and self.in_window()
 
     def before_backward(self):
         if self.replaying: return
+        self._unwatch()
         loss = self.learn.loss_grad
         has_graph = getattr(loss, 'grad_fn', None) is not None # without a graph, the loop raises an error
         if self.compare is None and self.kl_weight and has_graph:
             self.compare = _divergence_in_loop(self.pred, loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
-        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states))
+        calls = tuple(self._calls or ())
+        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
 
     def after_step(self):
         micro_batches, self._micro = self._micro, []
@@ -344,6 +407,7 @@ class _TwoSteps(_SeededNoise):
         if not params: return # no parameter of the network has a gradient
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
+        self._calls = None # the first step has shown whether each closure keeps its micro-batch
 
         def second_step():
             _add_first_gradients(stepped, g_up)

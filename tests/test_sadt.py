@@ -8,7 +8,7 @@ from tasks import normal
 from torch import nn
 from torch.nn import functional as F
 
-from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.esam import ESAM
@@ -226,3 +226,41 @@ def test_a_function_refuses_accumulation_by_accelerate():
     with pytest.raises(ValueError, match='make one `MethodOptimizer` before the loop'):
         sadt_step(net, lambda: of(net, X[:4], Y[:4]), opt, [fixed_noise])
     assert torch.equal(flat(net), before) and all(p.grad is None for p in net.parameters())
+
+
+# With sigma='rate', the noise is as large as the rate of the first step
+
+class RatesOfSteps(Callback):
+    "Stores the rate of the Learner's steps."
+    order = 70
+    def before_fit(self): self.of_steps = []
+    def before_step(self): self.of_steps.append(float(self.opt.hypers[-1]['lr']))
+
+
+def test_the_noise_has_the_rate_of_the_first_step_of_a_schedule():
+    seen, sadt = RatesOfSteps(), SADT(sigma='rate')
+    learn = learner(mlp(), [sadt, seen], opt_func=SGD)
+    with learn.no_logging(): learn.fit_one_cycle(2, lr_max=.1)
+    assert sadt.rate == seen.of_steps[0] == pytest.approx(.1 / 25) and seen.of_steps[1] != seen.of_steps[0]
+    learn.fit(1, lr=.02) # a new training
+    assert sadt.rate == pytest.approx(.02)
+    assert sadt.state_dict()['rate'] == sadt.rate
+    resumed = SADT(sigma='rate')
+    resumed.load_state_dict(sadt.state_dict())
+    learner(mlp(), [resumed], opt_func=SGD).fit(1, lr=.5)
+    assert resumed.rate == pytest.approx(.02)
+
+
+@pytest.mark.parametrize('by_function', [True, False])
+def test_the_noise_has_the_rate_of_the_first_step_of_a_loop(by_function):
+    "A warm-up: the rate is set before the first step, and grows after each step."
+    net, sadt = loop_network(), SADT(sigma='rate')
+    base = torch.optim.SGD(net.parameters(), lr=1.)
+    opt = base if by_function else MethodOptimizer(sadt, base, net)
+    schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda i: .01 * (i + 1)) # sets `initial_lr` to 1
+    for _ in range(3):
+        if by_function: closure_step(sadt, net, lambda: of(net, X, Y), base)
+        else: opt.step(lambda: of(net, X, Y))
+        schedule.step()
+        assert sadt.rate == pytest.approx(.01)
+    assert sadt._scale() == pytest.approx(.01 / 1e-4)

@@ -164,7 +164,7 @@ class _SeededNoise(ExtraPass):
     generator = None # made at the first batch
     _loaded = None   # loaded state of a generator that is not made yet
     fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator
-    rate = None      # learning rate at the start of training, for `sigma='rate'`
+    rate = None      # learning rate of the first step of training, for `sigma='rate'`
     _loaded_rate = None # loaded learning rate of a run that has not continued yet
 
     def _generator_on(self, device):
@@ -177,23 +177,31 @@ class _SeededNoise(ExtraPass):
 
     def _scale(self):
         "Return the noise's factor; with sigma='rate', it is also multiplied by (learning rate / 0.0001)."
-        return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
+        if self.sigma != 'rate': return self.noise_scale
+        rate = self._rate_now() if self.rate is None else self.rate # `None` before the first step
+        return self.noise_scale * rate / 1e-4
+
+    def _rate_now(self): return float(max(h['lr'] for h in self.learn.opt.hypers)) # of all groups
 
     def before_fit(self):
-        self.rate = self._loaded_rate # `None` unless a run is resumed
+        # a Learner's fit is a new training unless a run is resumed; `closure_step` makes a loop in every step
+        if not hasattr(self.learn, 'own_replay'): self.rate = self._loaded_rate
         super().before_fit() # keeps the state for the end of a learning rate search
-        if self.rate is None:
-            self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers) # of all groups
         self._loaded_rate = None
+
+    def after_step(self):
+        # not in `before_fit`: a schedule, such as a warm-up, sets the rate of the first step later
+        if self.rate is None: self.rate = self._rate_now()
 
     def state_dict(self):
         state = {} if self.generator is None else dict(generator=self.generator.get_state())
-        return dict(state, rate=self.rate) if self.sigma == 'rate' else state
+        if self.sigma == 'rate' and self.rate is not None: state['rate'] = self.rate
+        return state
 
     def load_state_dict(self, state):
         self.generator = None # made again at the next batch
         self._loaded = state.get('generator')
-        if 'rate' in state: self.rate = self._loaded_rate = state['rate']
+        self.rate = self._loaded_rate = state.get('rate')
 
 # %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
 class _MicroBatch(NamedTuple):
@@ -397,6 +405,7 @@ class _TwoSteps(_SeededNoise):
         self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
 
     def after_step(self):
+        super().after_step()
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
         # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient
@@ -472,7 +481,7 @@ class SADT(_TwoSteps):
         kl_weight:float=1.,
         grad_at:Literal['aux', 'up']='aux', # Where the divergence's gradient is taken: `w_aux`, `w_up`
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
-        # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the learning rate at the start
+        # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the rate of training's first step
         sigma:Literal['fixed', 'rate']='fixed',
         # A single teacher at this distance uphill, as in SAM, instead of `perturb` or the variant's teachers
         rho:float|None=None,

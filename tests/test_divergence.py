@@ -9,13 +9,16 @@ from fastai.callback.core import TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
-from fastai.losses import (BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat,
-                           LabelSmoothingCrossEntropy, LabelSmoothingCrossEntropyFlat, MSELossFlat)
+from fastai import losses as fastai_losses
+from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss,
+                           FocalLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy,
+                           LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.optimizer import SGD
 from tasks import NETWORKS, normal, task
 from torch import nn
 from torch.nn import functional as F
 
+from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.core.losses import Divergence, as_divergence, divergence_of, kd_loss, kl_div
 from sadt_nb.measures.similarity import agreement, logit_mse
 from sadt_nb.methods.controls import RepeatStep
@@ -90,16 +93,75 @@ def test_a_constant_per_pixel_changes_nothing():
     assert divergence_of(nn.CrossEntropyLoss())(z, shifted).abs() < 1e-12
 
 
+CLASSES, PIXELS = Divergence('categorical', 1), Divergence('categorical', -1) # by the axis of the classes
+LABELS, NUMBERS = Divergence('bernoulli'), Divergence('gaussian')
+TORCH_LOSSES = { # None: the outputs are not logits or means, so none of the three divergences fits
+    'CrossEntropyLoss': CLASSES, 'NLLLoss': CLASSES, 'NLLLoss2d': CLASSES,
+    'BCEWithLogitsLoss': LABELS, 'MultiLabelSoftMarginLoss': LABELS, 'MSELoss': NUMBERS,
+    **dict.fromkeys(['AdaptiveLogSoftmaxWithLoss', 'BCELoss', 'CTCLoss', 'CosineEmbeddingLoss',
+                     'GaussianNLLLoss', 'HingeEmbeddingLoss', 'HuberLoss', 'KLDivLoss', 'L1Loss',
+                     'LinearCrossEntropyLoss', 'MarginRankingLoss', 'MultiLabelMarginLoss',
+                     'MultiMarginLoss', 'PoissonNLLLoss', 'SmoothL1Loss', 'SoftMarginLoss',
+                     'TripletMarginLoss', 'TripletMarginWithDistanceLoss']),
+}
+SIZES = {'AdaptiveLogSoftmaxWithLoss': (8, 5, [2]), 'LinearCrossEntropyLoss': (4, 3)}
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning') # NLLLoss2d is deprecated
+@pytest.mark.parametrize('name', [n for n in dir(nn) if 'Loss' in n])
+def test_the_divergence_of_every_loss_of_torch(name):
+    loss = getattr(nn, name)(*SIZES.get(name, ()))
+    assert divergence_of(loss) == TORCH_LOSSES[name]
+    assert divergence_of(partial(loss)) == TORCH_LOSSES[name]
+    if TORCH_LOSSES[name] is None:
+        with pytest.raises(ValueError, match=f'no default for the loss function {name};'):
+            as_divergence(None, loss)
+
+
+FASTAI_LOSSES = {
+    'CrossEntropyLossFlat': (CrossEntropyLossFlat(), PIXELS), 'FocalLoss': (FocalLoss(), CLASSES),
+    'FocalLossFlat': (FocalLossFlat(), PIXELS), 'BCEWithLogitsLossFlat': (BCEWithLogitsLossFlat(), LABELS),
+    'BCELossFlat': (BCELossFlat(), None), 'MSELossFlat': (MSELossFlat(), NUMBERS),
+    'L1LossFlat': (L1LossFlat(), None), 'DiceLoss': (DiceLoss(), CLASSES),
+    'LabelSmoothingCrossEntropy': (LabelSmoothingCrossEntropy(), CLASSES),
+    'LabelSmoothingCrossEntropyFlat': (LabelSmoothingCrossEntropyFlat(), PIXELS),
+    'BaseLoss': (BaseLoss(nn.HuberLoss), None), 'classes': (BaseLoss(nn.CrossEntropyLoss, axis=1), CLASSES),
+    'labels': (BaseLoss(nn.BCEWithLogitsLoss, is_2d=False), LABELS),
+    'numbers': (BaseLoss(nn.MSELoss, is_2d=False), NUMBERS),
+    'partial': (partial(CrossEntropyLossFlat(axis=1)), CLASSES),
+}
+
+
+@pytest.mark.parametrize('name', {*fastai_losses.__all__, *FASTAI_LOSSES})
+def test_the_divergence_of_every_loss_of_fastai(name):
+    loss, expected = FASTAI_LOSSES[name]
+    assert divergence_of(loss) == expected
+    if expected is None:
+        with pytest.raises(ValueError, match='no default for the loss function (Huber|BCE|L1)Loss;'):
+            as_divergence(None, loss)
+
+
+@pytest.mark.parametrize('axis', [1, -1])
+def test_the_axis_of_a_loss_that_does_not_flatten(axis):
+    "A constant that is added along the axis of the classes does not change the loss."
+    loss = CrossEntropyLossFlat(axis=axis, flatten=False)
+    z, y = normal(2, 3, 3, 3), torch.randint(0, 3, (2, 3, 3))
+    classes = divergence_of(loss).axis
+    def with_constant(along): return loss(z + normal(2, 3, 3, 3, seed=1).mean(along, keepdim=True), y)
+    assert with_constant(classes).item() == pytest.approx(loss(z, y).item(), rel=1e-12)
+    assert abs(with_constant(-classes).item() - loss(z, y).item()) > 1e-3
+
+
 def test_other_losses():
-    for loss in (FocalLossFlat(), LabelSmoothingCrossEntropy(), LabelSmoothingCrossEntropyFlat()):
-        assert divergence_of(loss).kind == 'categorical'
-    for unknown in (nn.L1Loss(), nn.HuberLoss(), nn.BCELoss(), lambda p, y: p.mean()):
+    for unknown in (F.l1_loss, F.huber_loss, F.binary_cross_entropy, lambda p, y: p.mean()):
         assert divergence_of(unknown) is None
 
 
 def test_the_argument_overrides_the_loss():
     assert as_divergence('gaussian', nn.CrossEntropyLoss()) == Divergence('gaussian')
     assert as_divergence('categorical', CrossEntropyLossFlat()) == Divergence('categorical', -1)
+    # an unknown loss of classes, inside a loss of fastai that has their axis
+    assert as_divergence('categorical', BaseLoss(nn.MultiMarginLoss, axis=-1)) == PIXELS
     own = Divergence('gaussian', scale=3.)
     assert as_divergence(own, None) is own and own(torch.ones(2), torch.zeros(2)) == 3
 
@@ -181,11 +243,12 @@ def test_distillation_is_its_formula(name):
 
 def test_an_unknown_loss_is_refused_before_training():
     net, samples, _ = task('regression')
-    for make in WITH_TERM.values():
-        with pytest.raises(ValueError, match='has no default for the loss function'):
-            learn = Learner(DataLoaders(samples, samples), net, loss_func=nn.HuberLoss(), opt_func=SGD,
-                            default_cbs=False, cbs=[TrainEvalCallback, make('regression')])
-            learn.fit(1)
+    for loss in (nn.HuberLoss(), L1LossFlat()):
+        for make in WITH_TERM.values():
+            with pytest.raises(ValueError, match='has no default for the loss function'):
+                learn = Learner(DataLoaders(samples, samples), net, loss_func=loss, opt_func=SGD,
+                                default_cbs=False, cbs=[TrainEvalCallback, make('regression')])
+                learn.fit(1)
 
 
 def test_a_plain_step_with_one_output():
@@ -199,7 +262,8 @@ def test_a_plain_step_with_one_output():
         noise, opt = torch.Generator().manual_seed(0), torch.optim.SGD(net.parameters(), lr=.1)
         sadt_step(net, closure, opt, [weight_noise(1.)], generator=noise, **kwargs)
         return flat(net)
-    with pytest.raises(ValueError, match='no classes'): step()
+    with pytest.raises(ValueError, match='set it to'): step()
+    with pytest.raises(ValueError, match='no classes'): step(divergence='categorical')
     assert not torch.allclose(step(divergence='gaussian'), step(divergence='bernoulli'))
 
 
@@ -239,3 +303,105 @@ def test_a_label_is_predicted_if_its_logit_is_positive():
 def test_the_factor_of_a_term():
     for squared, factor in ((True, .5 * 3**2), (False, .5)):
         assert SAF(lam=.5, tau=3., tau_squared=squared).factor == factor
+
+
+# In a loop without a Learner, only the outputs and the loss of a closure are known
+
+IN_LOOPS = { # outputs, loss, and the divergence in the first loop; `None`: an error
+    'classes': ((6, 3), lambda z: F.cross_entropy(z, labels(6)), CLASSES),
+    'probabilities of classes': ((6, 3), lambda z: F.cross_entropy(z, torch.full((6, 3), 1/3)), CLASSES),
+    'smoothed labels': ((6, 3), lambda z: F.cross_entropy(z, labels(6), label_smoothing=.1), CLASSES),
+    'focal loss': ((6, 3), lambda z: FocalLoss()(z, labels(6)) / 2 + z.square().mean(), CLASSES),
+    'log-probabilities': ((6, 3), lambda z: F.nll_loss(z, labels(6)), CLASSES),
+    'by hand': ((6, 3), lambda z: (z.logsumexp(1) - z[:, 0]).mean(), CLASSES),
+    'autocast': ((6, 3), lambda z: F.cross_entropy(z.float(), labels(6)), CLASSES),
+    'text': ((2, 5, 3), lambda z: F.cross_entropy(z.flatten(0, 1), labels(10)), None),
+    'segmentation': ((2, 3, 4, 5), lambda z: F.cross_entropy(z, labels(2, 4, 5)), None),
+    'multi-label': ((6, 3), lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), None),
+    'one logit': ((6, 1), lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), None),
+    'numbers': ((6, 3), lambda z: F.mse_loss(z, torch.ones_like(z)), None),
+    'number': ((6,), lambda z: z.abs().mean(), None),
+}
+
+
+def labels(*shape): return torch.arange(math.prod(shape)).remainder(3).reshape(shape)
+
+
+class Attention(nn.Module):
+    "A network with a softmax of its own, which does not show what the outputs are."
+    def __init__(self, shape):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shape, self.bias, self.dense = shape, nn.Parameter(normal(*shape)), nn.Linear(4, 4).double()
+
+    def forward(self, x):
+        x = self.dense(x)
+        return self.bias + (x.softmax(1) * x).sum() / 10
+
+
+def loop_of(case, **kwargs):
+    shape, loss, _ = IN_LOOPS[case]
+    net = Attention(shape)
+    method = SADT(1, noise_scale=1000., **kwargs)
+    opt = MethodOptimizer(method, torch.optim.SGD(net.parameters(), lr=.1), net)
+    def closure():
+        out = net(normal(2, 4))
+        return out, loss(out)
+    return net, method, opt, closure
+
+
+@pytest.mark.parametrize('case', IN_LOOPS)
+def test_a_loop_without_a_learner_uses_a_divergence_that_fits_or_asks_for_one(case):
+    expected = IN_LOOPS[case][2]
+    net, method, opt, closure = loop_of(case)
+    before = flat(net)
+    if expected is not None:
+        opt.step(closure)
+        assert method.compare == expected
+        return
+    with pytest.raises(ValueError, match="'bernoulli' or 'gaussian', or to a `Divergence`"): opt.step(closure)
+    assert torch.equal(flat(net), before) # before work started
+    with pytest.raises(ValueError, match='set it to'):
+        sadt_step(net, closure, opt.base, [weight_noise(1.)])
+    assert torch.equal(flat(net), before)
+
+
+@pytest.mark.parametrize('case', IN_LOOPS)
+def test_a_loop_without_a_learner_takes_a_given_divergence(case):
+    net, method, opt, closure = loop_of(case, divergence='gaussian')
+    before = flat(net)
+    opt.step(closure)
+    assert method.compare == NUMBERS and not torch.equal(flat(net), before)
+    net, method, opt, closure = loop_of(case, kl_weight=0.) # without a divergence, none is needed
+    opt.step(closure)
+    assert not torch.equal(flat(net), before)
+
+
+def test_an_auxiliary_softmax_does_not_show_what_the_outputs_are():
+    "The second term goes through the softmax inside the network, but not through the outputs."
+    net, _, opt, _ = loop_of('numbers')
+    def closure():
+        out = net(normal(2, 4))
+        return out, F.mse_loss(out, torch.ones_like(out)) + net.dense(normal(2, 4)).softmax(1).square().sum()
+    with pytest.raises(ValueError, match='not computed from the outputs by a softmax'): opt.step(closure)
+
+
+def test_text_in_a_loop_is_text_in_a_learner():
+    net, samples, loss = task('text')
+    dl = DataLoader(samples, bs=8, shuffle=False)
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=loss, opt_func=SGD, lr=.1, wd=0.,
+                    default_cbs=False, cbs=[TrainEvalCallback, SADT(1, noise_scale=1000.)])
+    learn.fit(1)
+    def in_loop(divergence):
+        other = task('text')[0]
+        opt = MethodOptimizer(SADT(1, noise_scale=1000., divergence=divergence),
+                              torch.optim.SGD(other.parameters(), lr=.1), other)
+        for x, y in dl:
+            def closure(x=x, y=y):
+                out = other(x)
+                return out, F.cross_entropy(out.flatten(0, 1), y.flatten())
+            opt.step(closure)
+        return flat(other)
+    # fastai's flat losses compute in single precision
+    torch.testing.assert_close(flat(net), in_loop(PIXELS), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(flat(net), in_loop('categorical'), rtol=1e-4)

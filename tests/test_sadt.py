@@ -4,9 +4,15 @@ import torch
 from conftest import batches, cnn, flat, learner, mlp
 from fastai.callback.core import Callback
 from fastai.optimizer import SGD
+from tasks import normal
+from torch import nn
+from torch.nn import functional as F
+
+from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.controls import RepeatStep
-from sadt_nb.methods.sadt import SADT, layer_noise
+from sadt_nb.methods.esam import ESAM
+from sadt_nb.methods.sadt import SADT, layer_noise, sadt_step
 
 
 def sgd_with_l2(params, lr):
@@ -133,3 +139,128 @@ def test_how_often_the_first_layer_runs_per_batch(variant, options, calls):
     net[0]._conv_forward = counted
     fit(SADT(variant, noise_scale=1e3, **options), net=net, data=batches(conv=True), epochs=1)
     assert len(seen) == 3 * calls, 'three batches'
+
+
+# Micro-batches in a plain loop: SADT runs their closures again at the step
+
+X, Y = normal(11, 5), torch.arange(11).remainder(3)
+
+
+def loop_network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+
+
+def fixed_noise(params, grads, generator): return {n: torch.full_like(p, .3) for n, p in params.items()}
+
+
+def of(net, xb, yb, share=.5):
+    out = net(xb)
+    return out, F.cross_entropy(out, yb) * share
+
+
+def in_micro_batches(bind, size=4, prepare=lambda xb: xb, **kwargs):
+    net = loop_network()
+    sadt = SADT(perturb=[fixed_noise], **kwargs)
+    opt = MethodOptimizer(sadt, torch.optim.SGD(net.parameters(), lr=.1), net)
+    for xb, yb in zip(X[:8].split(size), Y[:8].split(size)):
+        if bind: opt.backward(lambda xb=xb, yb=yb: of(net, prepare(xb), yb, len(xb) / 8))
+        else: opt.backward(lambda: of(net, prepare(xb), yb, len(xb) / 8)) # noqa: B023, what the test is about
+    opt.step()
+    assert not net._forward_pre_hooks # a hook would be in copies of the network
+    return flat(net)
+
+
+def by_definition():
+    "SADT's two steps on the batch of 8 samples, in plain PyTorch."
+    net = loop_network()
+    params = list(net.parameters())
+    logits = net(X[:8])
+    q = logits.detach().softmax(1)
+    g_up = torch.autograd.grad(F.cross_entropy(logits, Y[:8]), params)
+    with torch.no_grad():
+        for p, g in zip(params, g_up): p -= .1 * g
+        w_up = [p.clone() for p in params]
+        for p in params: p += .3
+    kl = F.kl_div(net(X[:8]).log_softmax(1), q, reduction='batchmean')
+    g_aux = torch.autograd.grad(kl, params)
+    return torch.cat([(w - .1 * (g + a)).flatten() for w, g, a in zip(w_up, g_up, g_aux)]).detach()
+
+
+def test_bound_micro_batches_equal_the_whole_batch():
+    for size in (2, 4, 8):
+        torch.testing.assert_close(in_micro_batches(True, size), by_definition(), rtol=1e-12, atol=1e-14)
+    converted = in_micro_batches(True, prepare=torch.clone) # another tensor with equal values
+    torch.testing.assert_close(converted, by_definition(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize('size', [2, 3, 4]) # with 3, the last micro-batch is smaller
+@pytest.mark.parametrize('grad_at', ['aux', 'up'])
+@pytest.mark.parametrize('prepare', [lambda xb: xb, torch.clone])
+def test_a_closure_that_reads_another_micro_batch_is_noticed(size, grad_at, prepare):
+    with pytest.raises(ValueError, match='bind them: `opt.backward'):
+        in_micro_batches(False, size, prepare, grad_at=grad_at)
+    # one micro-batch cannot read another one, and random inputs are not those of another micro-batch
+    in_micro_batches(False, 8, prepare, grad_at=grad_at)
+    in_micro_batches(True, size, lambda xb: xb + torch.rand_like(xb), grad_at=grad_at)
+
+
+def test_a_closure_with_bound_arguments_takes_no_rows():
+    net = loop_network()
+    x, y = X[:8], Y[:8]
+    opt = MethodOptimizer(ESAM(), torch.optim.SGD(net.parameters(), lr=.1), net)
+    with pytest.raises(ValueError, match='selects samples'):
+        opt.step(lambda x=x, y=y: F.cross_entropy(net(x), y, reduction='none'))
+    opt.step(lambda rows, x=x, y=y: F.cross_entropy(net(x if rows is None else x[rows]),
+                                                    y if rows is None else y[rows], reduction='none'))
+
+
+class Accelerated(torch.optim.SGD):
+    "What an optimizer prepared by accelerate shows of gradient accumulation."
+    class gradient_state: sync_gradients = False
+
+
+def test_a_function_refuses_accumulation_by_accelerate():
+    net = loop_network()
+    before, opt = flat(net), Accelerated(net.parameters(), lr=.1)
+    with pytest.raises(ValueError, match='make one `MethodOptimizer` before the loop'):
+        sadt_step(net, lambda: of(net, X[:4], Y[:4]), opt, [fixed_noise])
+    assert torch.equal(flat(net), before) and all(p.grad is None for p in net.parameters())
+
+
+# With sigma='rate', the noise is as large as the rate of the first step
+
+class RatesOfSteps(Callback):
+    "Stores the rate of the Learner's steps."
+    order = 70
+    def before_fit(self): self.of_steps = []
+    def before_step(self): self.of_steps.append(float(self.opt.hypers[-1]['lr']))
+
+
+def test_the_noise_has_the_rate_of_the_first_step_of_a_schedule():
+    seen, sadt = RatesOfSteps(), SADT(sigma='rate')
+    learn = learner(mlp(), [sadt, seen], opt_func=SGD)
+    with learn.no_logging(): learn.fit_one_cycle(2, lr_max=.1)
+    assert sadt.rate == seen.of_steps[0] == pytest.approx(.1 / 25) and seen.of_steps[1] != seen.of_steps[0]
+    learn.fit(1, lr=.02) # a new training
+    assert sadt.rate == pytest.approx(.02)
+    assert sadt.state_dict()['rate'] == sadt.rate
+    resumed = SADT(sigma='rate')
+    resumed.load_state_dict(sadt.state_dict())
+    learner(mlp(), [resumed], opt_func=SGD).fit(1, lr=.5)
+    assert resumed.rate == pytest.approx(.02)
+
+
+@pytest.mark.parametrize('by_function', [True, False])
+def test_the_noise_has_the_rate_of_the_first_step_of_a_loop(by_function):
+    "A warm-up: the rate is set before the first step, and grows after each step."
+    net, sadt = loop_network(), SADT(sigma='rate')
+    base = torch.optim.SGD(net.parameters(), lr=1.)
+    opt = base if by_function else MethodOptimizer(sadt, base, net)
+    schedule = torch.optim.lr_scheduler.LambdaLR(base, lambda i: .01 * (i + 1)) # sets `initial_lr` to 1
+    for _ in range(3):
+        if by_function: closure_step(sadt, net, lambda: of(net, X, Y), base)
+        else: opt.step(lambda: of(net, X, Y))
+        schedule.step()
+        assert sadt.rate == pytest.approx(.01)
+    assert sadt._scale() == pytest.approx(.01 / 1e-4)

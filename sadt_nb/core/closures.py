@@ -52,7 +52,9 @@ def _takes_rows(method, closure):
     if not getattr(method, 'selects_samples', False): return False
     try: parameters = inspect.signature(closure).parameters.values()
     except (TypeError, ValueError): return False
-    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL) for p in parameters)
+    positional = 'POSITIONAL_ONLY', 'POSITIONAL_OR_KEYWORD', 'VAR_POSITIONAL'
+    # a parameter with a default binds a variable of the loop, as in `lambda xb=xb: ...`
+    return any(p.kind.name in positional and p.default is p.empty for p in parameters)
 
 def _check_loss(loss):
     "Raise `ValueError` if a closure returned no loss with a graph, and no parameter has a gradient."
@@ -188,6 +190,7 @@ class _Passes(_Gradients):
         self.xb = None # the closure; a Learner has the inputs here
         self.yb = ()
         self.pred = None
+        self.loss_grad = None
         self.per_sample = False # does the closure return one loss per sample?
         self._replaying = False
         self.loss_scaler = scaler
@@ -209,7 +212,9 @@ class _Passes(_Gradients):
         self.pred = logits
         if self.method.needs_logits: _check_logits(logits, self.has_gradients())
         if loss_func is not None: loss = loss_func(logits) / self.batches # the mean over micro-batches
+        self.loss_grad = loss # as in a Learner; SADT reads in its graph what kind of loss it is
         if between: between()
+        self.loss_grad = None # a loss with a graph cannot be copied with the optimizer
         _backward(self, loss, inputs)
         settle_gradients(stepped_params(self))
         return loss.detach() if isinstance(loss, Tensor) else loss
@@ -430,7 +435,8 @@ def closure_step(
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Make one step of a method in plain PyTorch; earlier gradients are dropped.
 
-    With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual.
+    With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual;
+    SADT's closure does not call backward, and SADT's micro-batches need `MethodOptimizer`.
     Raises `ValueError` for a closure or a gradient that the method cannot use, and for an optimizer that
     evaluates the loss itself, such as LBFGS."""
     _check_method(method)

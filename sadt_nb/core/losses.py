@@ -13,7 +13,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from fastai.losses import FocalLoss, LabelSmoothingCrossEntropy
+from fastai.losses import DiceLoss, FocalLoss, LabelSmoothingCrossEntropy
 
 # %% ../../nbs/core/02_losses.ipynb #148ec5d0
 def _rows(logits, axis):
@@ -85,7 +85,7 @@ class Divergence:
 # %% ../../nbs/core/02_losses.ipynb #3fbc7518
 _LOSSES = { # known loss classes and loss functions, by the distribution of the outputs
     'categorical': (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss, FocalLoss,
-                    LabelSmoothingCrossEntropy),
+                    LabelSmoothingCrossEntropy, DiceLoss),
     'bernoulli': (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits,
                   F.multilabel_soft_margin_loss),
     'gaussian': (nn.MSELoss, F.mse_loss),
@@ -95,22 +95,33 @@ def _is_one_of(loss, known):
     "Return whether a loss is one of these functions, or an instance of one of these classes."
     return any(loss is k or (isinstance(k, type) and isinstance(loss, k)) for k in known)
 
+def _unwrapped(loss):
+    "Yield a loss, and then the losses inside it: partial functions and fastai's losses contain another loss."
+    while loss is not None:
+        yield loss
+        loss = getattr(loss, 'func', None)
+
+def _class_axis(loss_func):
+    """Return the axis of the classes for a loss function of classes; fastai's losses have it as `axis`.
+
+    fastai's other losses have an `axis`, too, but their outputs are not classes."""
+    while isinstance(loss_func, partial): loss_func = loss_func.func
+    axis = getattr(loss_func, 'axis', 1)
+    if getattr(loss_func, 'flatten', True): return axis
+    # without `flatten`, the axes `axis` and -1 change places, and the loss takes axis 1
+    return -1 if axis == 1 else 1
+
 DivergenceLike = Divergence|Callable|str|None # what methods take as `divergence`, see `as_divergence`
 
 def divergence_of(
     loss_func:Callable, # Loss function of a Learner
 ) -> Divergence|None: # `None` for a loss function that is not known here
     "Return the divergence between predictions that fits a loss function."
-    loss = loss_func
-    while isinstance(loss, partial): loss = loss.func
-    axis = getattr(loss, 'axis', None) # set in fastai's losses
-    inner = getattr(loss, 'func', None) # fastai's losses contain a loss of PyTorch
-    for kind, known in _LOSSES.items():
-        if not (_is_one_of(loss, known) or _is_one_of(inner, known)): continue
-        if kind == 'categorical': return Divergence(kind, 1 if axis is None else axis)
-        return Divergence(kind)
-    # a loss that is not listed, but has an axis of the classes, as fastai's losses have
-    return None if axis is None else Divergence('categorical', axis)
+    for loss in _unwrapped(loss_func):
+        for kind, known in _LOSSES.items():
+            if not _is_one_of(loss, known): continue
+            return Divergence(kind, _class_axis(loss_func)) if kind == 'categorical' else Divergence(kind)
+    return None
 
 def as_divergence(
     given:DivergenceLike, # Name of a kind, a function `(teacher, student, temperature)`, or `None`
@@ -119,13 +130,13 @@ def as_divergence(
     "Return the divergence that a method uses. Raises `ValueError` if neither argument determines it."
     from_loss = divergence_of(loss_func)
     if given is None and from_loss is None:
-        name = getattr(loss_func, '__name__', type(loss_func).__name__)
+        *_, loss = loss_func, *_unwrapped(loss_func)
+        name = getattr(loss, '__name__', type(loss).__name__)
         raise ValueError(f'`divergence` has no default for the loss function {name}; set it to '
                          "'categorical', 'bernoulli' or 'gaussian', or to a `Divergence`")
     if given is None: return from_loss
     if not isinstance(given, str): return given
-    if from_loss is not None and from_loss.kind == given: return from_loss # with the axis of the loss
-    return Divergence(given)
+    return Divergence(given, _class_axis(loss_func)) if given == 'categorical' else Divergence(given)
 
 # %% ../../nbs/core/02_losses.ipynb #31152c7d
 def kd_loss(

@@ -6,16 +6,17 @@
 __all__ = ['Perturbation', 'weight_noise', 'layer_noise', 'gradient_ascent', 'normalized_ascent', 'SADT', 'sadt_step']
 
 # %% ../../nbs/methods/40_sadt.ipynb #467082bd
+from itertools import count
 from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 from torch import nn, Tensor
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
-from ..core.losses import as_divergence, DivergenceLike, kl_div
+from ..core.losses import as_divergence, Divergence, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
 from ..core.passes import changed_states, step_unscaled, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
@@ -163,7 +164,7 @@ class _SeededNoise(ExtraPass):
     generator = None # made at the first batch
     _loaded = None   # loaded state of a generator that is not made yet
     fixed_generator = () # `sadt_step` sets `(generator,)`; `(None,)` means PyTorch's global generator
-    rate = None      # learning rate at the start of training, for `sigma='rate'`
+    rate = None      # learning rate of the first step of training, for `sigma='rate'`
     _loaded_rate = None # loaded learning rate of a run that has not continued yet
 
     def _generator_on(self, device):
@@ -176,23 +177,31 @@ class _SeededNoise(ExtraPass):
 
     def _scale(self):
         "Return the noise's factor; with sigma='rate', it is also multiplied by (learning rate / 0.0001)."
-        return self.noise_scale * (self.rate / 1e-4 if self.sigma == 'rate' else 1)
+        if self.sigma != 'rate': return self.noise_scale
+        rate = self._rate_now() if self.rate is None else self.rate # `None` before the first step
+        return self.noise_scale * rate / 1e-4
+
+    def _rate_now(self): return float(max(h['lr'] for h in self.learn.opt.hypers)) # of all groups
 
     def before_fit(self):
-        self.rate = self._loaded_rate # `None` unless a run is resumed
+        # a Learner's fit is a new training unless a run is resumed; `closure_step` makes a loop in every step
+        if not hasattr(self.learn, 'own_replay'): self.rate = self._loaded_rate
         super().before_fit() # keeps the state for the end of a learning rate search
-        if self.rate is None:
-            self.rate = max(h.get('initial_lr', h['lr']) for h in self.learn.opt.hypers) # of all groups
         self._loaded_rate = None
+
+    def after_step(self):
+        # not in `before_fit`: a schedule, such as a warm-up, sets the rate of the first step later
+        if self.rate is None: self.rate = self._rate_now()
 
     def state_dict(self):
         state = {} if self.generator is None else dict(generator=self.generator.get_state())
-        return dict(state, rate=self.rate) if self.sigma == 'rate' else state
+        if self.sigma == 'rate' and self.rate is not None: state['rate'] = self.rate
+        return state
 
     def load_state_dict(self, state):
         self.generator = None # made again at the next batch
         self._loaded = state.get('generator')
-        if 'rate' in state: self.rate = self._loaded_rate = state['rate']
+        self.rate = self._loaded_rate = state.get('rate')
 
 # %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
 class _MicroBatch(NamedTuple):
@@ -202,12 +211,13 @@ class _MicroBatch(NamedTuple):
     q: Tensor              # `(n, classes)` logits of the first pass, detached
     rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
     states: list|None      # Result of `hidden_states` at the start of the first pass
+    inputs: tuple = ()     # In a plain loop: lists of the network's input tensors, call by call
 
     def starts(self): return dict(rng_state=self.rng_state, states=self.states)
 
     def stored(self):
         "Return what a checkpoint keeps; the hidden states are left out, as in every checkpoint."
-        return tuple(self._replace(states=None))
+        return tuple(self._replace(states=None, inputs=()))
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the divergence's gradient at `w_aux` to `.grad`; the divergence compares `q` with the teacher."
@@ -225,6 +235,38 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
     with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
     def loss(pred, *yb): return divergence(pred, aux)
     sadt.replay(**micro.starts(), loss_func=loss)
+
+# %% ../../nbs/methods/40_sadt.ipynb #b7e4a912
+def _tensors(inputs): return [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+
+def _are_equal(some, others):
+    "Return whether two lists hold the same tensors, or equal tensors."
+    def equal(a, b): return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+    return len(some) == len(others) and all(map(equal, some, others))
+
+def _check_inputs(micro, micro_batches):
+    """Return a function of the network's input tensors, which is called before each call of the network.
+
+    The function raises `ValueError` if the inputs are not those of `micro`, but those of another micro-batch.
+    Other inputs are allowed, because a closure may augment its batch at random."""
+    others = [other for other in micro_batches if other is not micro]
+    numbers = count() # of the network's calls in this pass
+    def check(inputs):
+        i = next(numbers)
+        if i >= len(micro.inputs) or _are_equal(inputs, micro.inputs[i]): return
+        if any(i < len(other.inputs) and _are_equal(inputs, other.inputs[i]) for other in others):
+            raise ValueError("a micro-batch's closure read another micro-batch when SADT ran it again; "
+                             'a closure reads the variables of a loop when it runs, so bind them: '
+                             '`opt.backward(lambda xb=xb, yb=yb: ...)`')
+    return check
+
+def _check_accumulation(learn):
+    "Raise `ValueError` inside accelerate's accumulation, if a new loop is made for each micro-batch."
+    state = getattr(getattr(learn, 'optimizer', None), 'gradient_state', None)
+    if state is None or state.sync_gradients: return
+    raise ValueError('SADT runs all micro-batches of a step again, and `sadt_step` and `closure_step` keep '
+                     'no micro-batches; make one `MethodOptimizer` before the loop, and call its '
+                     '`backward(closure)` for each micro-batch, and then its `step()`')
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _agree_over_ranks(params, deltas):
@@ -254,10 +296,13 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
     try:
         for micro in micro_batches:
             learn.xb, learn.yb = micro.xb, micro.yb
+            sadt._watch(_check_inputs(micro, micro_batches))
             if len(deltas) > 1: _backward_shared(sadt, deltas, micro, divergence)
             elif sadt.grad_at == 'up': _backward_at_up(sadt, params, deltas[0], micro, divergence)
             else: _backward_at_aux(sadt, params, deltas[0], micro, divergence)
-    finally: learn.xb, learn.yb = batch
+    finally:
+        learn.xb, learn.yb = batch
+        sadt._unwatch()
 
 # %% ../../nbs/methods/40_sadt.ipynb #c76b505a
 def _add_first_gradients(params, g_up):
@@ -268,33 +313,101 @@ def _add_first_gradients(params, g_up):
     for n, p in params.items():
         if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may overwrite `.grad`
 
+# %% ../../nbs/methods/40_sadt.ipynb #5d0c1f7e
+def _computed_from(outputs, loss):
+    "Return the names of the autograd functions by which a loss was computed from a network's outputs."
+    users = {outputs.grad_fn: []} # the functions that take each function's result
+    to_visit = [loss.grad_fn]
+    while to_visit:
+        function = to_visit.pop()
+        if function is outputs.grad_fn: continue # the functions before it belong to the network
+        for earlier, _ in function.next_functions:
+            if earlier is None: continue
+            if earlier not in users: to_visit.append(earlier)
+            users.setdefault(earlier, []).append(function)
+    found = set()
+    to_visit = list(users[outputs.grad_fn])
+    while to_visit:
+        function = to_visit.pop()
+        if function in found: continue
+        found.add(function)
+        to_visit += users.get(function, ())
+    return {function.name() for function in found}
+
+_OF_CLASSES = ('LogSoftmaxBackward', 'SoftmaxBackward', 'LogsumexpBackward', 'NllLossBackward')
+
+def _divergence_in_loop(outputs, loss):
+    """Return the divergence for the outputs and the loss of a closure: that of classes on axis 1.
+
+    Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm."""
+    problem = f'outputs of shape {tuple(outputs.shape)}'
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        if any(name.startswith(_OF_CLASSES) for name in _computed_from(outputs, loss)): return Divergence()
+        problem = 'this loss, which was not computed from the outputs by a softmax'
+    raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
+                     f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "
+                     "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "
+                     '(n, tokens, classes) logits')
+
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
 class _TwoSteps(_SeededNoise):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
     needs_logits = True
     _micro = () # the micro-batches of a step that is not complete
     _earlier = 0 # micro-batches before the current one
+    _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
+    _watching = None # handle of the hook that reads the network's inputs
 
     def before_fit(self):
         super().before_fit()
         self.teachers() # a missing layer raises an error here, before the first batch
-        loss_func = self.learn.loss_func or F.cross_entropy # in a plain loop, only a closure is known
-        self.compare = as_divergence(self.divergence, loss_func)
+        # in a plain loop, the loss function is unknown, and the first closure may show the divergence
+        self.compare = None
+        known = self.divergence is not None or self.learn.loss_func is not None
+        if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
         self._micro = []
+        _check_accumulation(self.learn)
+        self._calls = [] if hasattr(self.learn, 'own_replay') else None
         StepGrads.install(self.learn, self)
+
+    def _watch(self, f):
+        "Call `f` with the network's input tensors before each call of the network, in a loop's first step."
+        self._unwatch()
+        if self._calls is None: return
+        def hook(module, args, kwargs): f(_tensors((args, kwargs)))
+        self._watching = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _unwatch(self):
+        "Remove the hook of `_watch`, so that a copy of the network has no hook."
+        if self._watching is not None: self._watching.remove()
+        self._watching = None
+
+    def _unhook(self):
+        self._unwatch()
+        super()._unhook()
 
     def before_batch(self):
         super().before_batch()
         self._earlier = len(self._micro)
+        if self._calls is not None:
+            self._calls = []
+            self._watch(self._calls.append)
         # without a first step, the Learner's step is cancelled; SADT makes the only step later
         self.step_grads.hold = not self.first_step and self.in_window()
 
     def before_backward(self):
         if self.replaying: return
+        self._unwatch()
+        loss = self.learn.loss_grad
+        has_graph = getattr(loss, 'grad_fn', None) is not None # without a graph, the loop raises an error
+        if self.compare is None and self.kl_weight and has_graph:
+            self.compare = _divergence_in_loop(self.pred, loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
-        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states))
+        calls = tuple(self._calls or ())
+        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
 
     def after_step(self):
+        super().after_step()
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
         # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient
@@ -305,6 +418,7 @@ class _TwoSteps(_SeededNoise):
         if not params: return # no parameter of the network has a gradient
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
+        self._calls = None # the first step has shown whether each closure keeps its micro-batch
 
         def second_step():
             _add_first_gradients(stepped, g_up)
@@ -357,7 +471,8 @@ class SADT(_TwoSteps):
 
     The method is from Fahim & Boutellier 2022, section 3.1. A callback that changes gradients in
     `before_step`, such as clipping, changes only `g_up`. Raises `ValueError` for arguments out of range. At
-    the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer."""
+    the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer, and
+    in a loop without a Learner at the first batch if `divergence` is needed and missing."""
     def __init__(self,
         # 1: noise on every layer; 2: two teachers, noise on the last convolution and on the last dense layer;
         # 3: a noisy step uphill
@@ -372,7 +487,7 @@ class SADT(_TwoSteps):
         kl_weight:float=1.,
         grad_at:Literal['aux', 'up']='aux', # Where the divergence's gradient is taken: `w_aux`, `w_up`
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
-        # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the learning rate at the start
+        # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the rate of training's first step
         sigma:Literal['fixed', 'rate']='fixed',
         # A single teacher at this distance uphill, as in SAM, instead of `perturb` or the variant's teachers
         rho:float|None=None,
@@ -381,7 +496,9 @@ class SADT(_TwoSteps):
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
         share_trunk:bool=True, # With `layer_noise`: run layers that are equal in all teachers once
-        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        # See `as_divergence`; `None`: the divergence that fits the loss, in a loop without a Learner only for
+        # the cross-entropy of `(n, classes)` logits
+        divergence:DivergenceLike=None,
         start:float=0., # Share of training, in [0, 1]; before this point, one plain step per batch
         stop:float=1.,  # Share of training, in [0, 1]; after this point, one plain step per batch
     ):
@@ -426,9 +543,11 @@ def sadt_step(
     generator:torch.Generator|None=None,   # Source of the noise; `None`: PyTorch's global generator
     bn:BatchNormPolicy='update',           # BatchNorm statistics in the teachers' passes: 'update' or 'keep'
     rng:RandomPolicy='fresh',              # Dropout masks in the teachers' passes: 'fresh' or 'replay'
-    divergence:DivergenceLike=None, # See `as_divergence`; `None`: KL divergence of classes on axis 1
+    divergence:DivergenceLike=None, # As in `SADT`; `None`: only for cross-entropy of `(n, classes)` logits
 ) -> Tensor: # The loss of the first pass, detached
-    "Train on one batch: make a step, add the teachers' gradients to the gradient, make a second step."
+    """Train on one batch: make a step, add the teachers' gradients to the gradient, make a second step.
+
+    Raises `ValueError` before the first step if `divergence` is needed and missing."""
     method = SADT(perturb=perturb, kl=kl, bn=bn, rng=rng, divergence=divergence)
     method.fixed_generator = (generator,)
     return closure_step(method, model, closure, optimizer)

@@ -11,8 +11,9 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import Callable, Iterable, Literal
 
@@ -676,6 +677,19 @@ class _Chunks(_ChosenParams):
             setattr(self.learn, name, value)
         raise CancelBackwardException()
 
+    def _run_passes(self,
+        run:Callable[[], None], # Runs the samples at the perturbed weights, and fills `.grad`
+    ):
+        "Make the passes of `extra_pass`; the weights are restored before an exception leaves this function."
+        # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
+        # passes itself and return `None`
+        pauses = self.extra_pass(*self.first_gradients())
+        if pauses is None: return
+        # The traceback of an exception keeps an unfinished generator, and so the perturbed weights; the late
+        # end of the generator would then overwrite the weights of further training. `closing` ends it here
+        with closing(pauses):
+            for _ in pauses: run()
+
     def passes_by_chunk(self):
         "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
         n = batch_size(self.learn.xb)
@@ -688,7 +702,7 @@ class _Chunks(_ChosenParams):
             self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
             if self.has_gradients():
-                for _ in self.extra_pass(*self.first_gradients()): self.replay(rows=rows, rng_state=start)
+                self._run_passes(partial(self.replay, rows=rows, rng_state=start))
             _scale_gradients(params, len(rows) / n)
             add_gradients(total)
             total = take_gradients(params)
@@ -712,11 +726,7 @@ class PerturbedPass(_Chunks):
     def after_backward(self):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
-        elif self.makes_pass() and self.has_gradients():
-            pauses = self.extra_pass(*self.first_gradients())
-            # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
-            # passes itself and return `None`
-            for _ in pauses or (): self.second_pass()
+        elif self.makes_pass() and self.has_gradients(): self._run_passes(self.second_pass)
         add_gradients(self._stash)
         self._stash = {}
 

@@ -8,7 +8,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sadt_nb.core.closures import MethodOptimizer, closure_step
-from sadt_nb.core.passes import replaying
+from sadt_nb.core.passes import from_hidden_states, hidden_states, replaying
 from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
@@ -178,3 +178,225 @@ def test_an_error_in_a_chunk_leaves_no_perturbed_weights(place):
     del last
     gc.collect()
     assert equal(net.parameters(), trained)
+
+
+# Hidden states: what modules keep in plain attributes
+
+class Tied(nn.Module):
+    "A language model whose last layer has the weight of its first layer, in an attribute."
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.mid = nn.Embedding(6, 4).double(), nn.Linear(4, 4).double()
+        self.register_buffer('shift', torch.full((6,), .5, dtype=torch.float64))
+        weight = self.emb.weight
+        self.out = dict(tuple=(weight,), list=[weight], dict={0: weight}, nested=[dict(w=(weight,))],
+                        constant=[weight.detach()], constant_tensor=weight.detach(), view=[weight[:]],
+                        alias=[weight, self.shift.view(6)])[kind]
+
+    def weight(self):
+        out = self.out
+        while not isinstance(out, torch.Tensor): out = out['w'] if 'w' in out else out[0]
+        return out
+
+    def forward(self, i): return torch.tanh(self.mid(self.emb(i))) @ self.weight().T + self.shift
+
+
+def sam_by_hand(params, loss, rho, states=lambda: None, lr=1.):
+    "Make a step of SAM in plain PyTorch; `states` is called before the second pass, and again at the end."
+    params = list(params)
+    before = copies(params)
+    g = torch.autograd.grad(loss(), params)
+    norm = torch.cat([t.flatten() for t in g]).norm() + 1e-12
+    with torch.no_grad():
+        for p, t in zip(params, g): p.add_(rho * t / norm)
+    states()
+    g = torch.autograd.grad(loss(), params)
+    with torch.no_grad():
+        for p, b, t in zip(params, before, g): p.copy_(b - lr * t)
+
+
+def sam_in_learner(net, x, y, loss_func, rho):
+    learn = Learner(DataLoaders([(x, y)], [(x, y)]), net, loss_func, lr=1., default_cbs=False,
+                    opt_func=lambda params, lr: OptimWrapper(params, torch.optim.SGD, lr=lr),
+                    cbs=[TrainEvalCallback, SAM(rho)])
+    learn.dls = DataLoaders([(x, y)], []) # without validation
+    learn.fit(1)
+
+
+def sam_in_loop(net, x, y, loss_func, rho):
+    opt = MethodOptimizer(SAM(rho), torch.optim.SGD(net.parameters(), lr=1.), net)
+    opt.zero_grad()
+    opt.step(lambda: loss_func(net(x), y))
+
+
+def sam_in_two_steps(net, x, y, loss_func, rho):
+    opt = MethodOptimizer(SAM(rho), torch.optim.SGD(net.parameters(), lr=1.), net)
+    opt.zero_grad()
+    loss_func(net(x), y).backward()
+    opt.first_step()
+    opt.zero_grad()
+    loss_func(net(x), y).backward()
+    opt.second_step()
+
+
+every_loop = pytest.mark.parametrize('sam', [sam_in_learner, sam_in_loop, sam_in_two_steps])
+
+
+def assert_same_weights(net, by_hand):
+    torch.testing.assert_close(copies(net.parameters()), copies(by_hand.parameters()), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize('kind', ['tuple', 'list', 'dict', 'nested', 'constant', 'constant_tensor', 'view',
+                                  'alias'])
+@every_loop
+def test_a_weight_in_an_attribute_is_no_hidden_state(kind, sam):
+    x, y = torch.arange(12) % 6, torch.arange(12) // 2
+    net, by_hand = Tied(kind), Tied(kind)
+    kept = net.weight()
+    sam(net, x, y, F.cross_entropy, .5)
+    sam_by_hand(by_hand.parameters(), lambda: F.cross_entropy(by_hand(x), y), .5)
+    assert_same_weights(net, by_hand)
+    assert net.weight() is kept
+
+
+class Expert(nn.Module):
+    def __init__(self, losses):
+        super().__init__()
+        self.linear, self.losses = nn.Linear(4, 4).double(), losses
+
+    def forward(self, x):
+        out = self.linear(x).tanh()
+        self.losses.append(out.square().mean())
+        return out
+
+
+class Mixture(nn.Module):
+    "Layers that add their auxiliary losses to one list; `where` says which attribute has it."
+    def __init__(self, where):
+        super().__init__()
+        torch.manual_seed(0)
+        losses = []
+        self.losses = dict(plain=losses, nested=dict(parts=[losses]), tuple=(losses, 1))[where]
+        self.shared = losses
+        self.a, self.b = Expert(losses), Expert(losses)
+
+    def forward(self, x):
+        self.shared.clear()
+        out = self.b(self.a(x))
+        assert self.a.losses is self.b.losses is self.shared
+        return out, sum(self.shared)
+
+
+def with_auxiliary(out, y): return F.mse_loss(out[0], y) + out[1]
+
+
+@pytest.mark.parametrize('where', ['plain', 'nested', 'tuple'])
+@every_loop
+def test_modules_share_a_list_in_every_pass(where, sam):
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 4).double()
+    net, by_hand = Mixture(where), Mixture(where)
+    losses, seen = net.shared, []
+    def loss_func(out, y):
+        seen.append(list(net.shared))
+        return with_auxiliary(out, y)
+    for _ in range(2):
+        sam(net, x, y, loss_func, .5)
+        assert net.shared is net.a.losses is net.b.losses is losses
+        # after a step, the list holds what the first pass has put there
+        assert all(now is then for now, then in zip(losses, seen[-2], strict=True))
+        sam_by_hand(by_hand.parameters(), lambda: with_auxiliary(by_hand(x), y), .5)
+    assert_same_weights(net, by_hand)
+
+
+class Features(nn.Module):
+    "Puts its features into a dictionary, which the loss function reads."
+    def __init__(self, features):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 6).double(), nn.Linear(6, 4).double()
+        self.features = features
+
+    def forward(self, x):
+        self.features['h'] = self.first(x).tanh()
+        return self.last(self.features['h'])
+
+
+@pytest.mark.parametrize('sam', [sam_in_learner, sam_in_loop, sam_in_two_steps])
+def test_the_loss_reads_the_features_of_the_present_pass(sam):
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 4).double()
+    features, of_hand = {}, {}
+    net, by_hand = Features(features), Features(of_hand)
+    def loss_func(out, y): return F.mse_loss(out, y) + features['h'].square().mean()
+    def loss_by_hand(): return F.mse_loss(by_hand(x), y) + of_hand['h'].square().mean()
+    for _ in range(2):
+        sam(net, x, y, loss_func, .5)
+        sam_by_hand(by_hand.parameters(), loss_by_hand, .5)
+    assert net.features is features
+    assert_same_weights(net, by_hand)
+
+
+class Cell(nn.Module):
+    def __init__(self, state):
+        super().__init__()
+        self.linear, self.state = nn.Linear(4, 4).double(), state
+
+
+class Recurrent(nn.Module):
+    "Two cells that share a state; each changes the state that the other reads."
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        state = torch.zeros(8, 4, dtype=torch.float64)
+        if kind == 'list': state = [state]
+        if kind == 'long': state = [state] + [0.] * 999 # one more, and it is no state
+        self.cells = nn.ModuleList([Cell(state), Cell(state)])
+        self.kind = kind
+        self.outer = state
+
+    def forward(self, x):
+        for cell in self.cells:
+            h = cell.state[0] if isinstance(cell.state, list) else cell.state
+            new = torch.tanh(cell.linear(x + h))
+            if self.kind == 'tensor': h.copy_(new.detach())
+            else: cell.state[0] = new.detach()
+            x = new
+        if self.kind == 'long' and len(self.outer) < 1001: self.outer.append(1.)
+        return x
+
+
+@pytest.mark.parametrize('kind', ['list', 'tensor', 'long'])
+@pytest.mark.parametrize('sam', [sam_in_learner, sam_in_loop])
+def test_modules_share_a_state_in_every_pass(kind, sam):
+    torch.manual_seed(1)
+    x, y = torch.randn(8, 4).double(), torch.randn(8, 4).double()
+    net, by_hand = Recurrent(kind), Recurrent(kind)
+    def state(n): return n.outer if kind == 'tensor' else n.outer[0]
+    steps = 1 if kind == 'long' else 3
+    for _ in range(steps):
+        shared = net.outer
+        sam(net, x, y, F.mse_loss, .5)
+        assert net.outer is shared and all(cell.state is shared for cell in net.cells)
+        start, left = state(by_hand).clone(), []
+        def put(value):
+            if kind == 'tensor': by_hand.outer.copy_(value)
+            else: by_hand.outer[0] = value
+        def second_pass(start=start, left=left):
+            left.append(state(by_hand).clone())
+            put(start.clone())
+        sam_by_hand(by_hand.parameters(), lambda: F.mse_loss(by_hand(x), y), .5, second_pass)
+        put(left[0])
+        torch.testing.assert_close(state(net), state(by_hand), rtol=1e-12, atol=1e-13)
+    assert len(net.outer) == (1001 if kind == 'long' else len(by_hand.outer))
+    assert_same_weights(net, by_hand)
+
+
+def test_a_list_that_contains_itself_is_no_endless_search():
+    net = Mixture('plain')
+    net.shared.append(net.shared)
+    states = hidden_states(net)
+    net.shared[:] = [torch.ones(1)]
+    with from_hidden_states(states): assert net.shared[0] is net.shared and len(net.shared) == 1
+    assert torch.equal(net.shared[0], torch.ones(1))

@@ -12,13 +12,15 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
-from copy import deepcopy
+from collections import defaultdict, deque, OrderedDict
+from copy import copy, deepcopy
 from functools import partial
 from itertools import chain
-from typing import Callable, Iterable, Literal
+from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 from torch import nn, Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
@@ -27,7 +29,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
-from .perturb import check_count, chosen_params, copied, local_parts, perturbed
+from .perturb import check_count, chosen_params, copied, is_sharded, local_parts, perturbed
 from .perturb import settle_gradients, trainable_params, version_of, weights_moved
 from .ranks import average_over_ranks, n_ranks, sync_gradients
 
@@ -141,12 +143,70 @@ def _states_of(module):
     names = vars(module).keys() - _OF_EVERY_MODULE
     return {n: vars(module)[n] for n in names if _is_state(vars(module)[n])}
 
-def _tensors_and_versions(states):
-    tensors = [t for t in tree_leaves(states) if isinstance(t, Tensor)]
-    # `_version` counts the in-place changes of a tensor; tensors of `torch.inference_mode` have none
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+# %% ../../nbs/core/01_passes.ipynb #8c5c53dd
+# Containers that keep their identity: their contents are put back, because other modules, or the loss, may
+# hold the same container. A tuple, and any other structure that PyTorch knows, is made anew
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 
-def _copy_state(value): return tree_map(lambda v: _detached_copy(v) if isinstance(v, Tensor) else v, value)
+def _is_container(value): return type(value) in _CONTAINERS
+def _elements(container): return list(container.values() if isinstance(container, dict) else container)
+
+def _leaves(value):
+    "Return tensors, containers and other values inside a value; the elements of containers are not included."
+    if value is None or isinstance(value, (Tensor, bool, int, float, str)): return [value]
+    return tree_leaves(value, is_leaf=_is_container)
+
+def _add_contents(values, found):
+    "Add each container in `values`, also inside others, to `found`: by identity, with a shallow copy."
+    for value in values:
+        for part in _leaves(value):
+            if not _is_container(part) or id(part) in found: continue
+            found[id(part)] = part, copy(part)
+            _add_contents(_elements(part), found)
+
+def _contents(values):
+    found = {}
+    _add_contents(values, found)
+    return list(found.values())
+
+def _fill(container, elements):
+    "Replace the contents of a container; its identity stays."
+    container.clear()
+    if isinstance(container, dict): container.update(elements)
+    else: container.extend(elements)
+
+def _tensors(attributes, contents):
+    values = list(attributes.values())
+    for _, elements in contents: values += _elements(elements)
+    return [t for value in values for t in _leaves(value) if isinstance(t, Tensor)]
+
+# %% ../../nbs/core/01_passes.ipynb #8d7a0a29
+def _storage(t): return (t.to_local() if is_sharded(t) else t).untyped_storage()._cdata
+
+def _storages(model):
+    "Return the identities of the memory of all parameters and buffers of a network."
+    ordinary = [t for t in chain(model.parameters(), model.buffers()) if not is_lazy(t)]
+    return {_storage(t) for t in ordinary if t.layout == torch.strided}
+
+def _is_weight(t, storages):
+    "Return whether a tensor is a parameter, or shares the memory of a parameter or a buffer."
+    return isinstance(t, nn.Parameter) or (t.layout == torch.strided and _storage(t) in storages)
+
+class _ModuleStates(NamedTuple):
+    "The plain attributes of a module before a pass."
+    module: nn.Module
+    # the tensors themselves are kept, because a new tensor could get the identity of a freed tensor
+    attributes: dict # Values by name
+    contents: list   # Containers in the values, each with a shallow copy
+    versions: list   # Identity of each tensor, and how often it was written
+    copies: dict     # Copies of the tensors by identity, for all modules; weights have no copies
+
+def _versions_in(module, copies):
+    attributes = _states_of(module)
+    tensors = _tensors(attributes, _contents(attributes.values()))
+    # `_version` counts the in-place changes of a tensor; tensors of `torch.inference_mode` have none
+    own = [id(t) in copies and not t.is_inference() for t in tensors]
+    return [(id(t), t._version if counts else 0) for t, counts in zip(tensors, own)]
 
 def _may_keep_state(module):
     "Return whether a module may keep a state in attributes; PyTorch's own modules keep none."
@@ -157,22 +217,23 @@ def hidden_states(
 ) -> list: # One entry per module with such tensors, for `from_hidden_states`
     "Return copies of the tensors that the network's modules keep in plain attributes."
     found = []
+    copies = {}
+    storages = None # made at the first tensor, because few networks have states
     for module in filter(_may_keep_state, model.modules()):
-        states = _states_of(module)
-        # an entry: the module, its states, identities and versions of their tensors, copies of the states;
-        # the tensors themselves are kept, because a new tensor could get the identity of a freed tensor
-        if states: found.append((module, states, _tensors_and_versions(states), _copy_state(states)))
+        attributes = _states_of(module)
+        if not attributes: continue
+        contents = _contents(attributes.values())
+        for t in _tensors(attributes, contents):
+            if storages is None: storages = _storages(model)
+            if id(t) not in copies and not _is_weight(t, storages): copies[id(t)] = _detached_copy(t)
+        found.append(_ModuleStates(module, attributes, contents, _versions_in(module, copies), copies))
     return found
 
 def changed_states(
     states:list|None, # Result of `hidden_states`; `None` stands for no states
 ) -> list: # The entries of modules whose tensors have changed since `hidden_states` ran
     "Return the states that have changed since `hidden_states` ran."
-    changed = []
-    for entry in states or ():
-        module, _, versions, _ = entry
-        if _tensors_and_versions(_states_of(module)) != versions: changed.append(entry)
-    return changed
+    return [entry for entry in states or () if _versions_in(entry.module, entry.copies) != entry.versions]
 
 # %% ../../nbs/core/01_passes.ipynb #5a0be93c
 def _rows_of_state(value, rows, n):
@@ -183,9 +244,41 @@ def _rows_of_state(value, rows, n):
         return t if axis is None else t.index_select(axis, rows)
     return tree_map_only(Tensor, part, value)
 
-def _set_states(module, states):
+def _set_attributes(module, attributes):
     for name in _states_of(module): del vars(module)[name]
-    vars(module).update(states)
+    vars(module).update(attributes)
+
+def _present_states(entries):
+    "Return the present attributes of modules, and the present contents of all containers, to put them back."
+    attributes = []
+    containers = {}
+    for entry in entries:
+        own = vars(entry.module)
+        # a list that has become too long for a state is kept, too
+        names = [n for n in entry.attributes.keys() | _states_of(entry.module).keys() if n in own]
+        attributes.append((entry.module, {n: own[n] for n in names}))
+        _add_contents([own[n] for n in names], containers)
+        for container, _ in entry.contents: containers.setdefault(id(container), (container, copy(container)))
+    return attributes, list(containers.values())
+
+def _start_from(entries, rows, n):
+    "Give modules their earlier states, with a new copy of every tensor."
+    copies = entries[0].copies if entries else {} # the same in all entries
+    new = {} # by identity of the earlier tensor, so that shared tensors stay shared
+    def new_tensor(t):
+        if not isinstance(t, Tensor) or id(t) not in copies: return t
+        if id(t) not in new:
+            earlier = _detached_copy(copies[id(t)])
+            new[id(t)] = earlier if rows is None else _rows_of_state(earlier, rows, n)
+        return new[id(t)]
+    def renewed(values): return [tree_map(new_tensor, v, is_leaf=_is_container) for v in values]
+
+    for entry in entries:
+        for container, elements in entry.contents:
+            values = renewed(_elements(elements))
+            _fill(container, zip(elements, values) if isinstance(elements, dict) else values)
+        values = renewed(entry.attributes.values())
+        _set_attributes(entry.module, dict(zip(entry.attributes, values)))
 
 @contextmanager
 def from_hidden_states(
@@ -194,16 +287,14 @@ def from_hidden_states(
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
     "Inside, a pass starts from earlier hidden states; at the end, the present states are put back."
-    present = [] # pairs of a module and its states before this pass
+    changed = changed_states(states)
+    attributes, contents = _present_states(changed)
     try:
-        for module, _, _, copies in changed_states(states):
-            present.append((module, _states_of(module)))
-            earlier = _copy_state(copies)
-            if rows is not None: earlier = _rows_of_state(earlier, rows, n)
-            _set_states(module, earlier)
+        _start_from(changed, rows, n)
         yield
     finally:
-        for module, now in present: _set_states(module, now)
+        for container, elements in contents: _fill(container, elements)
+        for module, present in attributes: _set_attributes(module, present)
 
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
 def replaying(

@@ -1,4 +1,5 @@
 "Extra passes outside the ordinary case: errors, shared states, and gradients that overflow."
+import copy
 import gc
 
 import pytest
@@ -9,6 +10,8 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.passes import from_hidden_states, hidden_states, replaying
+from sadt_nb.core.perturb import _mask_bits_, ascent
+from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
@@ -20,6 +23,7 @@ from sadt_nb.methods.sam import SAM
 from sadt_nb.methods.wsam import WSAM
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 RATE = .1
 METHODS = dict(sam=lambda: SAM(rho=.5, bn='keep'),
@@ -400,3 +404,115 @@ def test_a_list_that_contains_itself_is_no_endless_search():
     net.shared[:] = [torch.ones(1)]
     with from_hidden_states(states): assert net.shared[0] is net.shared and len(net.shared) == 1
     assert torch.equal(net.shared[0], torch.ones(1))
+
+
+# Gradients that overflow
+
+FIRST_GRADIENT = dict(sam=lambda: SAM(rho=.5), asam=lambda: ASAM(rho=.5),
+                      adaptive=lambda: SAM(rho=.5, adaptive=True), esam=lambda: ESAM(rho=.5),
+                      esam_all=lambda: ESAM(rho=.5, gamma=1.), gsam=lambda: GSAM(rho_max=.5, rho_min=.5),
+                      looksam=lambda: LookSAM(rho=.5, k=2), friendly_sam=lambda: FriendlySAM(rho=.5),
+                      wsam=lambda: WSAM(rho=.5), wsam_coupled=lambda: WSAM(rho=.5, decouple=False))
+
+
+class Overflows(torch.autograd.Function):
+    "Passes values on; the gradient is infinite or NaN if `factor` is."
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+    @staticmethod
+    def backward(ctx, g): return g * ctx.factor, None
+
+
+class OverflowingNet(nn.Module):
+    "The gradients of the first layer overflow in the passes that `factors` says; the forward is finite."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Linear(5, 6).double(), nn.BatchNorm1d(6).double()
+        self.last, self.factors = nn.Linear(6, 3).double(), iter(())
+
+    def forward(self, x):
+        out = self.first(x)
+        if torch.is_grad_enabled(): out = Overflows.apply(out, next(self.factors, 1.))
+        return self.last(self.norm(out).tanh())
+
+
+def scaled_loop(net, method):
+    "Return a step in a plain loop with a loss scale."
+    x, y = some_batch()
+    scaler = torch.amp.GradScaler('cpu', init_scale=8.)
+    base = torch.optim.SGD(net.parameters(), lr=RATE)
+    opt = MethodOptimizer(method, base, net, scaler=scaler)
+    def closure(rows=None):
+        rows = slice(None) if rows is None else rows
+        reduction = 'none' if isinstance(method, ESAM) and method.gamma < 1 else 'mean'
+        loss = F.cross_entropy(net(x[rows]), y[rows], reduction=reduction)
+        return loss
+    def step():
+        opt.step(closure)
+        scaler.update()
+    step.skipped = lambda: scaler.get_scale() < 8.
+    return step
+
+
+def scaled_learner(net, method):
+    "Return a step of a Learner with a loss scale; autocast leaves float64 alone."
+    x, y = some_batch()
+    def sgd(params, lr): return OptimWrapper(params, torch.optim.SGD, lr=lr)
+    mixed = DeviceMixedPrecision(init_scale=8.)
+    learn = Learner(DataLoaders([(x, y)], []), net, nn.CrossEntropyLoss(), lr=RATE, opt_func=sgd,
+                    default_cbs=False, cbs=[TrainEvalCallback, method, mixed])
+    def step(): learn.fit(1)
+    step.skipped = lambda: mixed.skipped
+    return step
+
+
+def state_tensors(value):
+    return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+@pytest.mark.parametrize('factors', [(torch.inf,) * 3, (torch.nan,) * 3, (torch.inf, 1.), (torch.nan, 1.)],
+                         ids=['infinite', 'nan', 'infinite once', 'nan once'])
+@pytest.mark.parametrize('loop', [scaled_loop, scaled_learner])
+@pytest.mark.parametrize('name', FIRST_GRADIENT)
+def test_a_gradient_that_overflows_changes_nothing_but_the_scale(name, loop, factors):
+    net, method = OverflowingNet().train(), FIRST_GRADIENT[name]()
+    step = loop(net, method)
+    step()
+    if name == 'looksam': step() # the next step is a SAM step again
+    assert not step.skipped()
+    before = copies(net.parameters())
+    by_hand = copy.deepcopy(net).train() # a fit ends in evaluation
+    by_hand(some_batch()[0]) # the first pass changes BatchNorm's statistics as in plain training
+    net.factors = iter(factors)
+    step()
+    assert step.skipped(), 'the scaler has not seen the overflow'
+    assert equal(net.parameters(), before)
+    torch.testing.assert_close(copies(net.buffers()), copies(by_hand.buffers()), rtol=1e-12, atol=1e-13)
+    assert all(t.isfinite().all() for t in state_tensors(method.state_dict()))
+    net.factors = iter(())
+    for _ in range(3): step()
+    assert all(t.isfinite().all() for t in [*net.parameters(), *net.buffers()])
+    assert not equal(net.parameters(), before)
+
+
+def test_bits_are_masked_without_a_change_of_other_values():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        t = torch.tensor([[1.5, -0., torch.inf], [torch.nan, -3e-5, 7.]], dtype=dtype)
+        kept, dropped, strided = t.clone(), t.clone(), t.clone().T
+        _mask_bits_([kept], torch.tensor(True))
+        _mask_bits_([dropped, strided], torch.tensor(False))
+        assert torch.equal(kept.view(torch.uint8), t.view(torch.uint8))
+        assert not dropped.any() and not strided.any()
+
+
+@pytest.mark.parametrize('adaptive', [False, True])
+def test_the_ascent_of_a_gradient_that_is_not_finite_is_zero(adaptive):
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        grads = dict(a=torch.tensor([1., bad]), b=torch.ones(3, dtype=torch.float32))
+        scales = dict(a=torch.ones(2)) if adaptive else None
+        assert not any(d.any() for d in ascent(grads, .5, scales).values())
+    complex_grad = torch.tensor([complex(torch.inf, 1.)])
+    assert not ascent(dict(w=complex_grad), .5)['w'].any()

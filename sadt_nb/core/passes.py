@@ -7,7 +7,7 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
            'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
-           'check_rows', 'check_chunk', 'PerturbedPass', 'loss_scale', 'unscale_', 'micro_batch_share', 'SummedPass',
+           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'SummedPass',
            'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
@@ -29,7 +29,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
-from .perturb import check_count, chosen_params, copied, is_sharded, local_parts, perturbed
+from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
+from .perturb import perturbed
 from .perturb import settle_gradients, trainable_params, version_of, weights_moved
 from .ranks import average_over_ranks, n_ranks, sync_gradients
 
@@ -800,6 +801,43 @@ class _Chunks(_ChosenParams):
         add_gradients(total)
         average_over_ranks(self.learn.model, [p.grad for p in params if p.grad is not None])
 
+# %% ../../nbs/core/01_passes.ipynb #fd1ce595
+def loss_scale(
+    learn:Learner, # In a training batch
+) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
+    "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
+    scaler = getattr(learn, 'loss_scaler', None) # the attribute of a plain loop
+    if scaler is None: scaler = getattr(learn, 'scaler', None)
+    if scaler is None or not scaler.is_enabled(): return None
+    return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
+
+def _finite_under_scale(learn, grads):
+    "Return whether all gradients are finite, as a tensor; `None` without a loss scale, which skips no step."
+    if not grads or loss_scale(learn) is None: return None
+    return global_norm(grads.values()).isfinite()
+
+@contextmanager
+def _buffers_kept_unless(model, finite):
+    "Inside, a pass may change the buffers; at the end, they are restored if `finite` is false."
+    copies = [] if finite is None else _buffer_copies(model)
+    yield
+    if finite is None: return
+    if finite.device.type == 'cpu':
+        if not finite: _restore_buffers(copies)
+        return
+    with torch.no_grad():
+        for module, name, _, before in copies: # `where` does not wait for a GPU
+            now = module._buffers.get(name)
+            if now is not None: now.copy_(torch.where(finite.to(now.device), now, before))
+
+@torch.no_grad()
+def _nan_unless_(params, finite):
+    "Make the gradient of one parameter NaN if `finite` is false, so that the scaler skips the step."
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    if finite is None or grad is None: return
+    part, = local_parts([grad])
+    part.mul_(torch.where(finite, 1., torch.nan)) # the factor 1 keeps every bit
+
 # %% ../../nbs/core/01_passes.ipynb #0992ec2b
 class PerturbedPass(_Chunks):
     "Replaces the gradient of every (micro-)batch by the gradient at `w + perturbation(params, grads)`."
@@ -835,14 +873,18 @@ class PerturbedPass(_Chunks):
     ):
         "Perturb the weights, and yield once; the caller then runs the pass that fills `.grad`."
         chosen = self.chosen(grads)
+        finite = _finite_under_scale(self.learn, chosen)
         deltas = dict(self.perturbation(params, chosen)) if chosen else {} # a copy: `chosen` is emptied
         grads.clear()
         chosen.clear()
         scales = self.radius_scales(params)
         if scales: deltas = {n: scales[n] * d for n, d in deltas.items()}
-        with perturbed(params, deltas, self.scratch):
+        may_change = None if self.bn == 'keep' else finite
+        with _buffers_kept_unless(self.model, may_change), perturbed(params, deltas, self.scratch):
             deltas.clear() # the weights contain the deltas now; free their memory before the pass
             yield          # `second_pass` runs here
+        # with several processes, one alone must not skip the step
+        if not self.per_rank or n_ranks() == 1: _nan_unless_(params.values(), finite)
 
     def radius_scales(self,
         params:dict[str, Tensor], # Parameters by name
@@ -859,15 +901,6 @@ class PerturbedPass(_Chunks):
     def replay(self, **kwargs): return super().replay(**{'until': self, **kwargs})
 
 # %% ../../nbs/core/01_passes.ipynb #4e83f07c
-def loss_scale(
-    learn:Learner, # In a training batch
-) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
-    "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
-    scaler = getattr(learn, 'loss_scaler', None) # the attribute of a plain loop
-    if scaler is None: scaler = getattr(learn, 'scaler', None)
-    if scaler is None or not scaler.is_enabled(): return None
-    return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
-
 def unscale_(
     learn:Learner,             # In a training batch
     tensors:Iterable[Tensor],  # Gradients of this batch; overwritten

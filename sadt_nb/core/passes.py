@@ -7,17 +7,20 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
            'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
-           'check_rows', 'check_chunk', 'PerturbedPass', 'loss_scale', 'unscale_', 'micro_batch_share', 'SummedPass',
+           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'SummedPass',
            'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import closing, contextmanager
+from collections import defaultdict, deque, OrderedDict
+from copy import copy, deepcopy
+from functools import partial
 from itertools import chain
-from typing import Callable, Iterable, Literal
+from typing import Callable, Iterable, Literal, NamedTuple
 
 import torch
 from torch import nn, Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.callback.fp16 import MixedPrecision
@@ -26,7 +29,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
-from .perturb import check_count, chosen_params, copied, local_parts, perturbed
+from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
+from .perturb import perturbed
 from .perturb import settle_gradients, trainable_params, version_of, weights_moved
 from .ranks import average_over_ranks, n_ranks, sync_gradients
 
@@ -140,12 +144,70 @@ def _states_of(module):
     names = vars(module).keys() - _OF_EVERY_MODULE
     return {n: vars(module)[n] for n in names if _is_state(vars(module)[n])}
 
-def _tensors_and_versions(states):
-    tensors = [t for t in tree_leaves(states) if isinstance(t, Tensor)]
-    # `_version` counts the in-place changes of a tensor; tensors of `torch.inference_mode` have none
-    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
+# %% ../../nbs/core/01_passes.ipynb #8c5c53dd
+# Containers that keep their identity: their contents are put back, because other modules, or the loss, may
+# hold the same container. A tuple, and any other structure that PyTorch knows, is made anew
+_CONTAINERS = (list, deque, dict, OrderedDict, defaultdict)
 
-def _copy_state(value): return tree_map(lambda v: _detached_copy(v) if isinstance(v, Tensor) else v, value)
+def _is_container(value): return type(value) in _CONTAINERS
+def _elements(container): return list(container.values() if isinstance(container, dict) else container)
+
+def _leaves(value):
+    "Return tensors, containers and other values inside a value; the elements of containers are not included."
+    if value is None or isinstance(value, (Tensor, bool, int, float, str)): return [value]
+    return tree_leaves(value, is_leaf=_is_container)
+
+def _add_contents(values, found):
+    "Add each container in `values`, also inside others, to `found`: by identity, with a shallow copy."
+    for value in values:
+        for part in _leaves(value):
+            if not _is_container(part) or id(part) in found: continue
+            found[id(part)] = part, copy(part)
+            _add_contents(_elements(part), found)
+
+def _contents(values):
+    found = {}
+    _add_contents(values, found)
+    return list(found.values())
+
+def _fill(container, elements):
+    "Replace the contents of a container; its identity stays."
+    container.clear()
+    if isinstance(container, dict): container.update(elements)
+    else: container.extend(elements)
+
+def _tensors(attributes, contents):
+    values = list(attributes.values())
+    for _, elements in contents: values += _elements(elements)
+    return [t for value in values for t in _leaves(value) if isinstance(t, Tensor)]
+
+# %% ../../nbs/core/01_passes.ipynb #8d7a0a29
+def _storage(t): return (t.to_local() if is_sharded(t) else t).untyped_storage()._cdata
+
+def _storages(model):
+    "Return the identities of the memory of all parameters and buffers of a network."
+    ordinary = [t for t in chain(model.parameters(), model.buffers()) if not is_lazy(t)]
+    return {_storage(t) for t in ordinary if t.layout == torch.strided}
+
+def _is_weight(t, storages):
+    "Return whether a tensor is a parameter, or shares the memory of a parameter or a buffer."
+    return isinstance(t, nn.Parameter) or (t.layout == torch.strided and _storage(t) in storages)
+
+class _ModuleStates(NamedTuple):
+    "The plain attributes of a module before a pass."
+    module: nn.Module
+    # the tensors themselves are kept, because a new tensor could get the identity of a freed tensor
+    attributes: dict # Values by name
+    contents: list   # Containers in the values, each with a shallow copy
+    versions: list   # Identity of each tensor, and how often it was written
+    copies: dict     # Copies of the tensors by identity, for all modules; weights have no copies
+
+def _versions_in(module, copies):
+    attributes = _states_of(module)
+    tensors = _tensors(attributes, _contents(attributes.values()))
+    # `_version` counts the in-place changes of a tensor; tensors of `torch.inference_mode` have none
+    own = [id(t) in copies and not t.is_inference() for t in tensors]
+    return [(id(t), t._version if counts else 0) for t, counts in zip(tensors, own)]
 
 def _may_keep_state(module):
     "Return whether a module may keep a state in attributes; PyTorch's own modules keep none."
@@ -156,22 +218,23 @@ def hidden_states(
 ) -> list: # One entry per module with such tensors, for `from_hidden_states`
     "Return copies of the tensors that the network's modules keep in plain attributes."
     found = []
+    copies = {}
+    storages = None # made at the first tensor, because few networks have states
     for module in filter(_may_keep_state, model.modules()):
-        states = _states_of(module)
-        # an entry: the module, its states, identities and versions of their tensors, copies of the states;
-        # the tensors themselves are kept, because a new tensor could get the identity of a freed tensor
-        if states: found.append((module, states, _tensors_and_versions(states), _copy_state(states)))
+        attributes = _states_of(module)
+        if not attributes: continue
+        contents = _contents(attributes.values())
+        for t in _tensors(attributes, contents):
+            if storages is None: storages = _storages(model)
+            if id(t) not in copies and not _is_weight(t, storages): copies[id(t)] = _detached_copy(t)
+        found.append(_ModuleStates(module, attributes, contents, _versions_in(module, copies), copies))
     return found
 
 def changed_states(
     states:list|None, # Result of `hidden_states`; `None` stands for no states
 ) -> list: # The entries of modules whose tensors have changed since `hidden_states` ran
     "Return the states that have changed since `hidden_states` ran."
-    changed = []
-    for entry in states or ():
-        module, _, versions, _ = entry
-        if _tensors_and_versions(_states_of(module)) != versions: changed.append(entry)
-    return changed
+    return [entry for entry in states or () if _versions_in(entry.module, entry.copies) != entry.versions]
 
 # %% ../../nbs/core/01_passes.ipynb #5a0be93c
 def _rows_of_state(value, rows, n):
@@ -182,9 +245,41 @@ def _rows_of_state(value, rows, n):
         return t if axis is None else t.index_select(axis, rows)
     return tree_map_only(Tensor, part, value)
 
-def _set_states(module, states):
+def _set_attributes(module, attributes):
     for name in _states_of(module): del vars(module)[name]
-    vars(module).update(states)
+    vars(module).update(attributes)
+
+def _present_states(entries):
+    "Return the present attributes of modules, and the present contents of all containers, to put them back."
+    attributes = []
+    containers = {}
+    for entry in entries:
+        own = vars(entry.module)
+        # a list that has become too long for a state is kept, too
+        names = [n for n in entry.attributes.keys() | _states_of(entry.module).keys() if n in own]
+        attributes.append((entry.module, {n: own[n] for n in names}))
+        _add_contents([own[n] for n in names], containers)
+        for container, _ in entry.contents: containers.setdefault(id(container), (container, copy(container)))
+    return attributes, list(containers.values())
+
+def _start_from(entries, rows, n):
+    "Give modules their earlier states, with a new copy of every tensor."
+    copies = entries[0].copies if entries else {} # the same in all entries
+    new = {} # by identity of the earlier tensor, so that shared tensors stay shared
+    def new_tensor(t):
+        if not isinstance(t, Tensor) or id(t) not in copies: return t
+        if id(t) not in new:
+            earlier = _detached_copy(copies[id(t)])
+            new[id(t)] = earlier if rows is None else _rows_of_state(earlier, rows, n)
+        return new[id(t)]
+    def renewed(values): return [tree_map(new_tensor, v, is_leaf=_is_container) for v in values]
+
+    for entry in entries:
+        for container, elements in entry.contents:
+            values = renewed(_elements(elements))
+            _fill(container, zip(elements, values) if isinstance(elements, dict) else values)
+        values = renewed(entry.attributes.values())
+        _set_attributes(entry.module, dict(zip(entry.attributes, values)))
 
 @contextmanager
 def from_hidden_states(
@@ -193,16 +288,14 @@ def from_hidden_states(
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
     "Inside, a pass starts from earlier hidden states; at the end, the present states are put back."
-    present = [] # pairs of a module and its states before this pass
+    changed = changed_states(states)
+    attributes, contents = _present_states(changed)
     try:
-        for module, _, _, copies in changed_states(states):
-            present.append((module, _states_of(module)))
-            earlier = _copy_state(copies)
-            if rows is not None: earlier = _rows_of_state(earlier, rows, n)
-            _set_states(module, earlier)
+        _start_from(changed, rows, n)
         yield
     finally:
-        for module, now in present: _set_states(module, now)
+        for container, elements in contents: _fill(container, elements)
+        for module, present in attributes: _set_attributes(module, present)
 
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
 def replaying(
@@ -751,6 +844,19 @@ class _Chunks(_ChosenParams):
                              '`m` to 2 or more, or use GroupNorm or LayerNorm')
         return [*chunks[:-2], torch.cat(chunks[-2:])]
 
+    def _run_passes(self,
+        run:Callable[[], None], # Runs the samples at the perturbed weights, and fills `.grad`
+    ):
+        "Make the passes of `extra_pass`; the weights are restored before an exception leaves this function."
+        # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
+        # passes itself and return `None`
+        pauses = self.extra_pass(*self.first_gradients())
+        if pauses is None: return
+        # The traceback of an exception keeps an unfinished generator, and so the perturbed weights; the late
+        # end of the generator would then overwrite the weights of further training. `closing` ends it here
+        with closing(pauses):
+            for _ in pauses: run()
+
     def passes_by_chunk(self):
         "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
         n = batch_size(self.learn.xb)
@@ -762,12 +868,49 @@ class _Chunks(_ChosenParams):
             self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
             if self.has_gradients():
-                for _ in self.extra_pass(*self.first_gradients()): self.replay(rows=rows, rng_state=start)
+                self._run_passes(partial(self.replay, rows=rows, rng_state=start))
             _scale_gradients(params, len(rows) / n)
             add_gradients(total)
             total = take_gradients(params)
         add_gradients(total)
         average_over_ranks(self.learn.model, [p.grad for p in params if p.grad is not None])
+
+# %% ../../nbs/core/01_passes.ipynb #fd1ce595
+def loss_scale(
+    learn:Learner, # In a training batch
+) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
+    "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
+    scaler = getattr(learn, 'loss_scaler', None) # the attribute of a plain loop
+    if scaler is None: scaler = getattr(learn, 'scaler', None)
+    if scaler is None or not scaler.is_enabled(): return None
+    return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
+
+def _finite_under_scale(learn, grads):
+    "Return whether all gradients are finite, as a tensor; `None` without a loss scale, which skips no step."
+    if not grads or loss_scale(learn) is None: return None
+    return global_norm(grads.values()).isfinite()
+
+@contextmanager
+def _buffers_kept_unless(model, finite):
+    "Inside, a pass may change the buffers; at the end, they are restored if `finite` is false."
+    copies = [] if finite is None else _buffer_copies(model)
+    yield
+    if finite is None: return
+    if finite.device.type == 'cpu':
+        if not finite: _restore_buffers(copies)
+        return
+    with torch.no_grad():
+        for module, name, _, before in copies: # `where` does not wait for a GPU
+            now = module._buffers.get(name)
+            if now is not None: now.copy_(torch.where(finite.to(now.device), now, before))
+
+@torch.no_grad()
+def _nan_unless_(params, finite):
+    "Make the gradient of one parameter NaN if `finite` is false, so that the scaler skips the step."
+    grad = next((p.grad for p in params if p.grad is not None), None)
+    if finite is None or grad is None: return
+    part, = local_parts([grad])
+    part.mul_(torch.where(finite, 1., torch.nan)) # the factor 1 keeps every bit
 
 # %% ../../nbs/core/01_passes.ipynb #0992ec2b
 class PerturbedPass(_Chunks):
@@ -786,11 +929,7 @@ class PerturbedPass(_Chunks):
     def after_backward(self):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
-        elif self.makes_pass() and self.has_gradients():
-            pauses = self.extra_pass(*self.first_gradients())
-            # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
-            # passes itself and return `None`
-            for _ in pauses or (): self.second_pass()
+        elif self.makes_pass() and self.has_gradients(): self._run_passes(self.second_pass)
         add_gradients(self._stash)
         self._stash = {}
 
@@ -808,14 +947,18 @@ class PerturbedPass(_Chunks):
     ):
         "Perturb the weights, and yield once; the caller then runs the pass that fills `.grad`."
         chosen = self.chosen(grads)
+        finite = _finite_under_scale(self.learn, chosen)
         deltas = dict(self.perturbation(params, chosen)) if chosen else {} # a copy: `chosen` is emptied
         grads.clear()
         chosen.clear()
         scales = self.radius_scales(params)
         if scales: deltas = {n: scales[n] * d for n, d in deltas.items()}
-        with perturbed(params, deltas, self.scratch):
+        may_change = None if self.bn == 'keep' else finite
+        with _buffers_kept_unless(self.model, may_change), perturbed(params, deltas, self.scratch):
             deltas.clear() # the weights contain the deltas now; free their memory before the pass
             yield          # `second_pass` runs here
+        # with several processes, one alone must not skip the step
+        if not self.per_rank or n_ranks() == 1: _nan_unless_(params.values(), finite)
 
     def radius_scales(self,
         params:dict[str, Tensor], # Parameters by name
@@ -832,15 +975,6 @@ class PerturbedPass(_Chunks):
     def replay(self, **kwargs): return super().replay(**{'until': self, **kwargs})
 
 # %% ../../nbs/core/01_passes.ipynb #4e83f07c
-def loss_scale(
-    learn:Learner, # In a training batch
-) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
-    "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
-    scaler = getattr(learn, 'loss_scaler', None) # the attribute of a plain loop
-    if scaler is None: scaler = getattr(learn, 'scaler', None)
-    if scaler is None or not scaler.is_enabled(): return None
-    return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
-
 def unscale_(
     learn:Learner,             # In a training batch
     tensors:Iterable[Tensor],  # Gradients of this batch; overwritten

@@ -285,6 +285,21 @@ def check_radius(
     if not 0 < rho < math.inf:
         raise ValueError(f'`rho` must be positive, got {rho}; use the plain optimizer for no perturbation')
 
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # by bytes per element
+
+def _zero_unless_(tensors, keep):
+    "Set real tensors to zero if `keep`, a tensor with one truth value, is false; infinity and NaN, too."
+    if keep.device.type == 'cpu':
+        if not keep: torch._foreach_zero_(tensors)
+    else: _mask_bits_(tensors, keep)
+
+def _mask_bits_(tensors, keep):
+    "Do the same as `_zero_unless_` without waiting for a GPU."
+    # NaN times 0 is NaN; but bits that are read as an integer stay with a factor of 1, and vanish with 0
+    for size, integer in _INTEGERS.items():
+        bits = [t.view(integer) for t in tensors if t.itemsize == size]
+        if bits: torch._foreach_mul_(bits, keep.to(integer))
+
 def ascent(
     grads:dict[str, Tensor],            # Name to gradient; overwritten
     rho:float,                          # Length of the step; with `scales`, measured in units of T
@@ -292,16 +307,20 @@ def ascent(
     scales:dict[str, Tensor]|None=None,
     eps:float=1e-12,                    # Added to the norm, so that a zero gradient gives a zero step
 ) -> dict[str, Tensor]: # `grads`, which now hold the step
-    "Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`."
+    """Return the step of length `rho` along the steepest ascent: `rho T² g / ||T g||`.
+
+    A gradient whose norm is infinite or NaN has no direction, and gives a zero step."""
     for n, g in grads.items():
         if g.is_conj(): grads[n] = g.resolve_conj() # a lazy conjugate cannot be changed in place
     names = [n for n in grads if scales and n in scales]
     scaled = real_views(grads[n] for n in names) # shares memory with `grads`, so `grads` change with it
     ts = real_views(scales[n] for n in names)
     if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T g, whose norm the next line needs
-    factor = rho / (global_norm(grads.values()) + eps)
+    norm = global_norm(grads.values())
+    factor = rho / (norm + eps)
     if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T² g
     torch._foreach_mul_(local_parts(grads.values()), factor)
+    _zero_unless_(real_views(grads.values()), norm.isfinite())
     return grads
 
 # %% ../../nbs/core/00_perturb.ipynb #0e1e1be4

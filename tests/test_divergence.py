@@ -132,7 +132,7 @@ FASTAI_LOSSES = {
 }
 
 
-@pytest.mark.parametrize('name', {*fastai_losses.__all__, *FASTAI_LOSSES})
+@pytest.mark.parametrize('name', sorted({*fastai_losses.__all__, *FASTAI_LOSSES}))
 def test_the_divergence_of_every_loss_of_fastai(name):
     loss, expected = FASTAI_LOSSES[name]
     assert divergence_of(loss) == expected

@@ -53,8 +53,9 @@ def _takes_rows(method, closure):
     try: parameters = inspect.signature(closure).parameters.values()
     except (TypeError, ValueError): return False
     positional = 'POSITIONAL_ONLY', 'POSITIONAL_OR_KEYWORD', 'VAR_POSITIONAL'
-    # a parameter with a default binds a variable of the loop, as in `lambda xb=xb: ...`
-    return any(p.kind.name in positional and p.default is p.empty for p in parameters)
+    # any other default binds a variable of the loop, as in `lambda xb=xb: ...`
+    no_value = inspect.Parameter.empty, None
+    return any(p.kind.name in positional and any(p.default is v for v in no_value) for p in parameters)
 
 def _check_loss(loss):
     "Raise `ValueError` if a closure returned no loss with a graph, and no parameter has a gradient."
@@ -299,9 +300,6 @@ class PlainLoop(_Passes):
         self.steps_done = 0
         self.add_cb(method)
         method.before_fit()
-        # removes the hook that reads the random state in a forward of the network: a closure may draw numbers
-        # earlier, and may run the network several times or only its parts
-        method._unhook()
 
     @property
     def pct_train(self) -> float:

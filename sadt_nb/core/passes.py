@@ -591,7 +591,9 @@ class ExtraPass(LoopMethod):
         elif self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
 
     def _set_hook(self):
-        needed = self.rng == 'replay' and self._hook is None
+        # a plain loop stores the state itself, before its closure draws numbers or runs parts of the network
+        in_learner = not hasattr(self.learn, 'own_replay')
+        needed = in_learner and self.rng == 'replay' and self._hook is None
         if needed: self._hook = self.model.register_forward_pre_hook(self._remember_rng)
 
     def before_fit(self):

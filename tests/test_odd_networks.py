@@ -88,8 +88,8 @@ def in_learner(net, method):
 
 def closure_for(net, method):
     x, y = some_batch()
-    def closure(rows=None):
-        rows = slice(None) if rows is None else rows
+    def closure(*positions): # of ESAM's samples; `None`: all
+        rows = slice(None) if positions in ((), (None,)) else positions[0]
         out = net(x[rows])
         if net.breaks('loss'): raise Broken('broken')
         if isinstance(method, ESAM): return F.cross_entropy(out, y[rows], reduction='none')
@@ -445,8 +445,8 @@ def scaled_loop(net, method):
     scaler = torch.amp.GradScaler('cpu', init_scale=8.)
     base = torch.optim.SGD(net.parameters(), lr=RATE)
     opt = MethodOptimizer(method, base, net, scaler=scaler)
-    def closure(rows=None):
-        rows = slice(None) if rows is None else rows
+    def closure(*positions): # of ESAM's samples; `None`: all
+        rows = slice(None) if positions in ((), (None,)) else positions[0]
         reduction = 'none' if isinstance(method, ESAM) and method.gamma < 1 else 'mean'
         loss = F.cross_entropy(net(x[rows]), y[rows], reduction=reduction)
         return loss

@@ -30,8 +30,7 @@ from fastai.learner import Learner
 
 from .arguments import ShowsArguments
 from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
-from .perturb import perturbed
-from .perturb import settle_gradients, trainable_params, version_of, weights_moved
+from .perturb import perturbed, settle_gradients, trainable_params, version_of, weights_moved
 from .ranks import average_over_ranks, n_ranks, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
@@ -846,19 +845,6 @@ class _Chunks(_ChosenParams):
                              '`m` to 2 or more, or use GroupNorm or LayerNorm')
         return [*chunks[:-2], torch.cat(chunks[-2:])]
 
-    def _run_passes(self,
-        run:Callable[[], None], # Runs the samples at the perturbed weights, and fills `.grad`
-    ):
-        "Make the passes of `extra_pass`; the weights are restored before an exception leaves this function."
-        # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
-        # passes itself and return `None`
-        pauses = self.extra_pass(*self.first_gradients())
-        if pauses is None: return
-        # The traceback of an exception keeps an unfinished generator, and so the perturbed weights; the late
-        # end of the generator would then overwrite the weights of further training. `closing` ends it here
-        with closing(pauses):
-            for _ in pauses: run()
-
     def passes_by_chunk(self):
         "Leave in `.grad` the mean of the chunks' gradients, each weighted by its number of samples."
         n = batch_size(self.learn.xb)
@@ -870,12 +856,24 @@ class _Chunks(_ChosenParams):
             self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
             if self.has_gradients():
-                self._run_passes(partial(self.replay, rows=rows, rng_state=start))
+                _run_passes(self, partial(self.replay, rows=rows, rng_state=start))
             _scale_gradients(params, len(rows) / n)
             add_gradients(total)
             total = take_gradients(params)
         add_gradients(total)
         average_over_ranks(self.learn.model, [p.grad for p in params if p.grad is not None])
+
+# %% ../../nbs/core/01_passes.ipynb #947c2af3
+def _run_passes(method, run):
+    "Make the passes of a method's `extra_pass`; `run` runs the samples at the perturbed weights."
+    # `extra_pass` is a generator that pauses where it needs a gradient; in a subclass it may make all
+    # passes itself and return `None`
+    pauses = method.extra_pass(*method.first_gradients())
+    if pauses is None: return
+    # The traceback of an exception keeps an unfinished generator, and so the perturbed weights; the late
+    # end of the generator would then overwrite the weights of further training. `closing` ends it here
+    with closing(pauses):
+        for _ in pauses: run()
 
 # %% ../../nbs/core/01_passes.ipynb #fd1ce595
 def loss_scale(
@@ -931,7 +929,7 @@ class PerturbedPass(_Chunks):
     def after_backward(self):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
-        elif self.makes_pass() and self.has_gradients(): self._run_passes(self.second_pass)
+        elif self.makes_pass() and self.has_gradients(): _run_passes(self, self.second_pass)
         add_gradients(self._stash)
         self._stash = {}
 

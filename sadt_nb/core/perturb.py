@@ -285,6 +285,7 @@ def check_radius(
     if not 0 < rho < math.inf:
         raise ValueError(f'`rho` must be positive, got {rho}; use the plain optimizer for no perturbation')
 
+# %% ../../nbs/core/00_perturb.ipynb #f2e0ba1f
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # by bytes per element
 
 def _zero_unless_(tensors, keep):

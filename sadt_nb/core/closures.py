@@ -474,6 +474,7 @@ def load_method_state(
         raise ValueError(f'the loaded state is not of {type(method).__name__}: it lacks {e.args[0]!r} and '
                          f'has {found}; make the method whose state was saved') from None
 
+# %% ../../nbs/core/13_closures.ipynb #28b091c2
 class _Wrapped(torch.optim.Optimizer):
     "An optimizer that shares groups and state with the optimizer inside it, and stores a method's state."
     def __init__(self, loop):
@@ -591,6 +592,7 @@ class _ForwardStates:
                          f'network ran {first} and {second} times; call `zero_grad` at the beginning of each '
                          "batch, or use `step(closure)`, or rng='fresh'")
 
+# %% ../../nbs/core/13_closures.ipynb #73378679
 class _MovedWeights:
     "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
     def __init__(self, loop, forwards):
@@ -616,9 +618,9 @@ class _MovedWeights:
         self.policies.close()
         self.passes.close()
 
-# %% ../../nbs/core/13_closures.ipynb #2bdd171b
-class _TwoSteps(_Wrapped):
-    "Moves the weights in one call and puts them back in another; the loop runs the batch in between."
+# %% ../../nbs/core/13_closures.ipynb #2bdd171c
+class _WatchedPasses(_Wrapped):
+    "Stores the random and hidden states before the passes that the loop makes by itself."
     def __init__(self, loop):
         super().__init__(loop)
         self._second = None # `_MovedWeights` between the two calls
@@ -636,6 +638,13 @@ class _TwoSteps(_Wrapped):
         if self._second is None and not self._loop._replaying:
             self.method.states = hidden_states(self._loop.model)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._watch_forwards() # of the copied network
+
+# %% ../../nbs/core/13_closures.ipynb #2bdd171b
+class _TwoSteps(_WatchedPasses):
+    "Moves the weights in one call and puts them back in another; the loop runs the batch in between."
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
         if not self._loop._replaying and self._second is None: # else within a batch
@@ -647,10 +656,6 @@ class _TwoSteps(_Wrapped):
     def __getstate__(self):
         self._check_weights()
         return super().__getstate__()
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self._watch_forwards() # of the copied network
 
     def load_state_dict(self, state_dict):
         self._check_weights()
@@ -710,6 +715,7 @@ def _check_scaled(loop, *optimizers):
                              'leave out `scaler.unscale_(opt)`, call `opt.step()` instead of '
                              '`scaler.step(opt)`, and clip with `MethodOptimizer(..., max_norm=...)`')
 
+# %% ../../nbs/core/13_closures.ipynb #b5f42bbd
 class MethodOptimizer(_TwoSteps):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
 

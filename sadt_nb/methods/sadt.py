@@ -349,26 +349,13 @@ def _divergence_in_loop(outputs, loss):
                      "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "
                      '(n, tokens, classes) logits')
 
-# %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
-class _TwoSteps(_SeededNoise):
-    "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
-    needs_logits = True
+# %% ../../nbs/methods/40_sadt.ipynb #2c7a4413
+class _MicroBatches(_SeededNoise):
+    "Keeps the micro-batches of a step and, in the first step of a plain loop, the network's inputs in each."
     _micro = () # the micro-batches of a step that is not complete
     _earlier = 0 # micro-batches before the current one
     _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
     _watching = None # handle of the hook that reads the network's inputs
-
-    def before_fit(self):
-        super().before_fit()
-        self.teachers() # a missing layer raises an error here, before the first batch
-        # in a plain loop, the loss function is unknown, and the first closure may show the divergence
-        self.compare = None
-        known = self.divergence is not None or self.learn.loss_func is not None
-        if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
-        self._micro = []
-        _check_accumulation(self.learn)
-        self._calls = [] if hasattr(self.learn, 'own_replay') else None
-        StepGrads.install(self.learn, self)
 
     def _watch(self, f):
         "Call `f` with the network's input tensors before each call of the network, in a loop's first step."
@@ -385,6 +372,37 @@ class _TwoSteps(_SeededNoise):
     def _unhook(self):
         self._unwatch()
         super()._unhook()
+
+    def drop_batches(self, current=False):
+        self._micro = self._micro[:self._earlier] if current else []
+
+    def state_dict(self):
+        state = super().state_dict()
+        # in a plain loop, `xb` is a closure, which a checkpoint cannot keep
+        stored = [micro.stored() for micro in self._micro if not callable(micro.xb)]
+        if stored: state['micro_batches'] = stored
+        return state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self._micro = [_MicroBatch(*stored) for stored in state.get('micro_batches', ())]
+
+# %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
+class _TwoSteps(_MicroBatches):
+    "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
+    needs_logits = True
+
+    def before_fit(self):
+        super().before_fit()
+        self.teachers() # a missing layer raises an error here, before the first batch
+        # in a plain loop, the loss function is unknown, and the first closure may show the divergence
+        self.compare = None
+        known = self.divergence is not None or self.learn.loss_func is not None
+        if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
+        self._micro = []
+        _check_accumulation(self.learn)
+        self._calls = [] if hasattr(self.learn, 'own_replay') else None
+        StepGrads.install(self.learn, self)
 
     def before_batch(self):
         super().before_batch()
@@ -426,23 +444,9 @@ class _TwoSteps(_SeededNoise):
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
 
-    def drop_batches(self, current=False):
-        self._micro = self._micro[:self._earlier] if current else []
-
     def after_fit(self):
         super().after_fit()
         self._micro = []
-
-    def state_dict(self):
-        state = super().state_dict()
-        # in a plain loop, `xb` is a closure, which a checkpoint cannot keep
-        stored = [micro.stored() for micro in self._micro if not callable(micro.xb)]
-        if stored: state['micro_batches'] = stored
-        return state
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self._micro = [_MicroBatch(*stored) for stored in state.get('micro_batches', ())]
 
 # %% ../../nbs/methods/40_sadt.ipynb #9f8403e5
 def _check_choice(name, value, choices):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.methods.esam import ESAM
@@ -378,3 +379,76 @@ def test_a_state_between_micro_batches_holds_no_closure():
         return out, F.cross_entropy(out, y)
     opt.backward(closure)
     pickle.dumps(opt.state_dict())
+
+
+# Two networks, two optimizers
+
+def test_the_gradient_of_another_loss_counts_until_zero_grad():
+    x, _ = batch()
+    z = torch.randn(16, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    def pair():
+        torch.manual_seed(2)
+        return nn.Linear(4, 5).double(), nn.Linear(5, 1).double()
+    def loss_g(g, d): return F.softplus(-d(g(z))).mean()
+    def loss_d(g, d): return F.softplus(-d(x)).mean() + F.softplus(d(g(z).detach())).mean()
+    def trained(zeroed):
+        g, d = pair()
+        opt_g, opt_d = wrapped(SAM(), g), wrapped(SAM(), d)
+        for _ in range(3):
+            opt_g.step(lambda: loss_g(g, d))
+            if zeroed: opt_d.zero_grad()
+            opt_d.step(lambda: loss_d(g, d))
+        return values(g), values(d)
+    g, d = pair()
+    for _ in range(3):
+        sam_step(g, lambda: loss_g(g, d), sgd(g))
+        sam_step(d, lambda: loss_d(g, d), sgd(d))
+    of_g, of_d = trained(zeroed=True)
+    close(of_g, values(g))
+    close(of_d, values(d))
+    _, of_d = trained(zeroed=False)
+    assert (of_d - values(d)).norm() > .01
+
+
+def test_a_method_with_two_optimizers_is_refused_by_the_first():
+    (x, y), method = batch(), SAM()
+    nets = network(), network()
+    first, second = (wrapped(method, net) for net in nets)
+    before = values(nets[0])
+    def loss(net): return F.cross_entropy(net(x), y)
+    message = 'this SAM object now belongs to another optimizer or Learner; make one SAM object for each'
+    with pytest.raises(ValueError, match=message): first.step(lambda: loss(nets[0]))
+    loss(nets[0]).backward()
+    with pytest.raises(ValueError, match=message): first.first_step()
+    assert torch.equal(values(nets[0]), before)
+    expected = values(nets[1]) - .1 * sam_gradient(nets[1], lambda: loss(nets[1]))
+    second.step(lambda: loss(nets[1]))
+    close(values(nets[1]), expected)
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('inside', ['all', 'norm'])
+def test_only_finds_the_parameters_inside_an_activation_checkpoint(inside, reentrant):
+    x, y = batch()
+    x.requires_grad_()
+    torch.manual_seed(1)
+    layers = nn.Linear(5, 8), nn.LayerNorm(8), nn.Tanh(), nn.LayerNorm(8), nn.Linear(8, 3)
+    net = nn.Sequential(*layers).double()
+    def run():
+        if inside == 'all': return checkpoint(net, x, use_reentrant=reentrant)
+        hidden = checkpoint(net[:2], x, use_reentrant=reentrant) # the second norm stays outside
+        return net[2:](hidden)
+    def loss(): return F.cross_entropy(run(), y)
+    names = [n for n, _ in net.named_parameters()]
+    chosen = [i for i, n in enumerate(names) if n[0] in '13']
+    params = list(net.parameters())
+    plain = F.cross_entropy(net(x), y)
+    grads = torch.autograd.grad(plain, params)
+    norm = torch.cat([grads[i].flatten() for i in chosen]).norm()
+    moved = copy.deepcopy(net)
+    with torch.no_grad():
+        for i in chosen: list(moved.parameters())[i].add_(.5 * grads[i] / norm)
+    second = torch.autograd.grad(F.cross_entropy(moved(x), y), list(moved.parameters()))
+    expected = values(net) - .1 * torch.cat([g.flatten() for g in second])
+    wrapped(SAM(rho=.5, only='norm'), net).step(loss)
+    close(values(net), expected)

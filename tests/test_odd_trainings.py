@@ -12,6 +12,7 @@ from sadt_nb.methods.registry import METHODS, make_method, method_options
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 KINDS = {
     **{name: partial(make_method, name) for name in METHODS},
@@ -192,3 +193,24 @@ def test_only_also_chooses_parameters_that_are_unfrozen_or_frozen_later(only, in
         opt.zero_grad()
         method.step(lambda x=x, y=y: F.cross_entropy(nets[0](x), y))
     torch.testing.assert_close(flat(nets[0], True), flat(nets[1], True), rtol=1e-12, atol=1e-12)
+
+
+# Activation checkpoints
+class Checkpointed(torch.nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        torch.manual_seed(1)
+        layers = [torch.nn.Linear(5, 8), torch.nn.LayerNorm(8), torch.nn.Tanh(), torch.nn.Linear(8, 3)]
+        self.net, self.reentrant = torch.nn.Sequential(*layers).double(), reentrant
+
+    def forward(self, x): return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize('options', [{}, dict(m=4)], ids=['whole batch', 'chunks'])
+def test_a_reentrant_checkpoint_changes_nothing_of_a_method_with_only(options):
+    trained = []
+    for reentrant in (False, True):
+        learn = learner(Checkpointed(reentrant), [SAM(.5, only='norm', **options)], batches())
+        learn.fit(2)
+        trained.append(flat(learn.model))
+    torch.testing.assert_close(*trained, rtol=1e-12, atol=1e-14)

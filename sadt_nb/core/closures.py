@@ -165,6 +165,7 @@ def _backward(loop, loss, inputs):
         _check_scale(loop)
         return
     _check_loss(loss)
+    if inputs and not loop.method.reaches_inputs(loss): inputs = None
     scaled = loss if loop.scaler is None else loop.scaler.scale(loss)
     scaled.backward(inputs=inputs)
 
@@ -364,8 +365,16 @@ def _check_closure(method, closure):
         raise ValueError(f'{type(method).__name__} selects samples, so its closure takes their positions, '
                          'or `None` for all samples, and returns one loss per sample')
 
+def _check_owner(loop):
+    "Raise `ValueError` if the method has been given to another loop or Learner since this loop was made."
+    if loop.method.learn is loop: return
+    name = type(loop.method).__name__
+    raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
+                     'object for each')
+
 def _loop_backward(loop, closure):
     "Add the method's gradient of one (micro-)batch to `.grad`; return the loss."
+    _check_owner(loop)
     method, closure = loop.method, _inside_lightning(closure)
     _check_closure(method, closure)
     loop.xb, loop.per_sample = closure, _takes_rows(method, closure)
@@ -672,6 +681,7 @@ class _TwoSteps(_WatchedPasses):
         "Move the weights after a batch's own backward; return whether the method makes a pass in this batch."
         self._abandon()
         loop, method = self._loop, self.method
+        _check_owner(loop)
         _check_gradients(loop.model)
         loop.batches = 1
         if method.makes_pass():
@@ -745,6 +755,9 @@ class MethodOptimizer(_TwoSteps):
         closure:Callable|None=None, # As for `backward`; `None`: use what `backward` has left in `.grad`
     ): # What the closure returned at the unperturbed weights, or `None`
         """Make one step of the method, with the gradients that were accumulated before, if any.
+
+        The gradient that the loss of another network has left in this network counts as accumulated, as in a
+        GAN: call `zero_grad` first.
 
         Raises `ValueError` if `.grad` holds plain gradients, because the method has made no pass, and after
         `first_step`, which needs `second_step`."""

@@ -261,6 +261,7 @@ def _present_states(entries):
         for container, _ in entry.contents: containers.setdefault(id(container), (container, copy(container)))
     return attributes, list(containers.values())
 
+# %% ../../nbs/core/01_passes.ipynb #94049183
 def _start_from(entries, rows, n):
     "Give modules their earlier states, with a new copy of every tensor."
     copies = entries[0].copies if entries else {} # the same in all entries
@@ -705,15 +706,30 @@ def _unlimit_backward(learn):
     else: learn._backward = limited.whole
 
 # %% ../../nbs/core/01_passes.ipynb #257f01ae
+def _has_reentrant_checkpoint(loss):
+    "Return whether the graph of a loss has an activation checkpoint with `use_reentrant=True`."
+    found = {loss.grad_fn}
+    to_visit = [loss.grad_fn]
+    while to_visit:
+        function = to_visit.pop()
+        if function.name() == 'CheckpointFunctionBackward': return True
+        new = {f for f, _ in function.next_functions if f is not None} - found
+        found |= new
+        to_visit += new
+    return False
+
+# %% ../../nbs/core/01_passes.ipynb #e2f33c3c
 class _ChosenParams(_OwnGradients):
     "Perturbs the parameters that `only` chooses, and computes only their gradients in the first pass."
     only = None # see `chosen_params`
+    _hidden = None # whether a reentrant checkpoint hides parameters from the graph; found in the first batch
 
     def before_fit(self):
         super().before_fit()
         _unlimit_backward(self.learn)
         self._chosen = None if self.only is None else chosen_params(self.learn.model, self.only)
         self._trainable = None # names of the trainable parameters among which `only` has chosen
+        self._hidden = None
 
     def _choose(self):
         "Apply `only` again if parameters were frozen or unfrozen since the last choice."
@@ -734,15 +750,24 @@ class _ChosenParams(_OwnGradients):
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of this batch needs."
         self._choose()
-        if self._chosen is None or n_ranks() > 1 or not self.makes_pass(): return None
+        if self._chosen is None or self._hidden or n_ranks() > 1 or not self.makes_pass(): return None
         params = trainable_params(self.learn.model).items()
         return [p for n, p in params if n in self._chosen] or None # `backward` refuses an empty list
+
+    def reaches_inputs(self,
+        loss:Tensor, # Of a first pass
+    ) -> bool: # `False`: the backward must compute all gradients
+        "Return whether a backward with `inputs` reaches the parameters; a reentrant checkpoint hides them."
+        has_graph = getattr(loss, 'grad_fn', None) is not None
+        if self._hidden is None and has_graph: self._hidden = _has_reentrant_checkpoint(loss)
+        return not self._hidden
 
     def limit_backward(self):
         "Let the next backward compute the gradients that the first pass needs."
         inputs = self.first_inputs()
         plain_loop = hasattr(self.learn, 'own_replay') # a plain loop calls `first_inputs` itself
-        if inputs and not plain_loop: _limit_backward(self, inputs)
+        limited = inputs and not plain_loop and self.reaches_inputs(self.learn.loss_grad)
+        if limited: _limit_backward(self, inputs)
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
         if not self.replaying: self.limit_backward()

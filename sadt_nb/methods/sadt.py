@@ -343,7 +343,7 @@ def _divergence_in_loop(outputs, loss):
     problem = f'outputs of shape {tuple(outputs.shape)}'
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         if any(name.startswith(_OF_CLASSES) for name in _computed_from(outputs, loss)): return Divergence()
-        problem = 'this loss, which was not computed from the outputs by a softmax'
+        problem = 'this loss, which was not computed from the returned outputs by a softmax'
     raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
                      f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "
                      "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "

@@ -417,8 +417,10 @@ class _TwoSteps(_MicroBatches):
         if self.replaying: return
         self._unwatch()
         loss = self.learn.loss_grad
-        has_graph = getattr(loss, 'grad_fn', None) is not None # without a graph, the loop raises an error
-        if self.compare is None and self.kl_weight and has_graph:
+        has_graph = getattr(loss, 'grad_fn', None) is not None
+        from_network = self.pred.grad_fn is not None or not self.pred.requires_grad # a leaf is no output
+        # without a graph from the network to the loss, the loop raises an error of its own
+        if self.compare is None and self.kl_weight and has_graph and from_network:
             self.compare = _divergence_in_loop(self.pred, loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
         calls = tuple(self._calls or ())

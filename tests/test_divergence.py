@@ -383,7 +383,8 @@ def test_an_auxiliary_softmax_does_not_show_what_the_outputs_are():
     def closure():
         out = net(normal(2, 4))
         return out, F.mse_loss(out, torch.ones_like(out)) + net.dense(normal(2, 4)).softmax(1).square().sum()
-    with pytest.raises(ValueError, match='not computed from the outputs by a softmax'): opt.step(closure)
+    message = 'not computed from the returned outputs by a softmax'
+    with pytest.raises(ValueError, match=message): opt.step(closure)
 
 
 def test_text_in_a_loop_is_text_in_a_learner():

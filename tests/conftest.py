@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache, partial
 
 warnings.filterwarnings('ignore', category=FutureWarning, message=r'.*torch\.jit\.script.*')
@@ -213,6 +214,17 @@ def learner(net, cbs=(), data=None, opt_func=None, lr=.1, **kw):
     kw.setdefault('loss_func', nn.CrossEntropyLoss())
     return Learner(DataLoaders(data, data), net, opt_func=opt_func, lr=lr, default_cbs=False,
                    cbs=[TrainEvalCallback(), *cbs], **kw)
+
+
+@contextmanager
+def evaluating_within(learn):
+    "Inside, an event of a training batch may call `learn.validate`; then the epoch goes on where it was."
+    names = 'epoch', 'n_iter', 'dl', 'iter', 'pct_train', 'train_iter'
+    held = {k: getattr(learn, k) for k in names}
+    yield
+    for k, v in held.items(): setattr(learn, k, v)
+    learn.model.train()
+    learn.training = True
 
 
 def follows_gradient(name):

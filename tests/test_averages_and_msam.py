@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batches, cnn, flat, in_two_processes, learner, mlp
+from conftest import batches, cnn, evaluating_within, flat, in_two_processes, learner, mlp
 from fastai.callback.core import (Callback, CancelBatchException, CancelFitException, CancelStepException,
                                   CancelTrainException)
 from fastai.callback.tracker import SaveModelCallback
@@ -487,12 +487,7 @@ class EvaluateInEpoch(Callback):
     order, run_valid = 2000, False
     def after_batch(self):
         if self.iter != 2: return
-        names = 'epoch', 'n_iter', 'dl', 'iter', 'pct_train', 'train_iter'
-        held = {k: getattr(self.learn, k) for k in names}
-        self.learn.validate(dl=six())
-        for k, v in held.items(): setattr(self.learn, k, v)
-        self.learn.model.train()
-        self.learn.training = True
+        with evaluating_within(self.learn): self.learn.validate(dl=six())
 
 
 def test_an_evaluation_in_mid_epoch_ends_neither_method():

@@ -371,9 +371,11 @@ def test_composes_with_mixing(name, mix):
         return
     learn = trained(mix(1.), Watch())
     assert any(batch_is_mixed)
+    trained_batches = 2 * len(single) # two epochs
     # after training, the weight average sends `before_batch` once more for each batch
     extra = len(single) if name == 'weight_average' else 0
-    assert len(inputs_are_the_batch) >= len(batch_is_mixed) - extra
+    assert len(batch_is_mixed) == trained_batches + extra
+    assert len(inputs_are_the_batch) >= trained_batches
     assert all(inputs_are_the_batch), 'every pass of a batch sees the same mixed images'
     assert not torch.equal(flat(learn.model), flat(trained().model))
 

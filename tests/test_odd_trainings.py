@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import as_loader, batches, cnn, flat, learner, mlp, needed, sgd_for
+from conftest import as_loader, batches, cnn, evaluating_within, flat, learner, mlp, needed, sgd_for
 from fastai.callback.core import Callback
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.core.passes import StepGrads
@@ -45,14 +45,9 @@ class Evaluates(Callback):
     order, run_valid = 2000, False
     def after_batch(self):
         if self.iter != 1: return
-        names = 'epoch', 'n_iter', 'dl', 'iter', 'pct_train', 'train_iter'
-        held = {k: getattr(self.learn, k) for k in names}
-        with torch.random.fork_rng(): # a loader draws a seed
+        with evaluating_within(self.learn), torch.random.fork_rng(): # a loader draws a seed
             self.learn.validate(dl=loader(16))
             self.learn.get_preds(dl=loader(16))
-        for k, v in held.items(): setattr(self.learn, k, v)
-        self.learn.model.train()
-        self.learn.training = True
 
     def after_epoch(self): # evaluations send this event, too, and cannot be nested
         if self.learn.lock.locked(): return

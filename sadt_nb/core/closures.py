@@ -75,7 +75,7 @@ def _split(out):
 
     Raises `ValueError` for another tuple, such as two losses."""
     if not isinstance(out, tuple): return None, out
-    first_is_number = isinstance(out[0], Tensor) and out[0].ndim == 0 if out else False
+    first_is_number = len(out) > 0 and isinstance(out[0], Tensor) and out[0].ndim == 0
     if len(out) == 2 and not first_is_number: return out
     found = 'two values, the first of which is a single number' if len(out) == 2 else f'a tuple of {len(out)}'
     raise ValueError(f'the closure must return the loss or (logits, loss), got {found}; return the sum of '

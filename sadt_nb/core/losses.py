@@ -130,7 +130,7 @@ def as_divergence(
     "Return the divergence that a method uses. Raises `ValueError` if neither argument determines it."
     from_loss = divergence_of(loss_func)
     if given is None and from_loss is None:
-        *_, loss = loss_func, *_unwrapped(loss_func)
+        loss = [loss_func, *_unwrapped(loss_func)][-1] # the innermost
         name = getattr(loss, '__name__', type(loss).__name__)
         raise ValueError(f'`divergence` has no default for the loss function {name}; set it to '
                          "'categorical', 'bernoulli' or 'gaussian', or to a `Divergence`")

@@ -14,6 +14,7 @@ from fastai.losses import (BaseLoss, BCELossFlat, BCEWithLogitsLossFlat, CrossEn
                            FocalLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropy,
                            LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.optimizer import SGD
+from fastai.vision.core import TensorMask
 from tasks import NETWORKS, normal, task
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from sadt_nb.core.losses import Divergence, as_divergence, divergence_of, kd_los
 from sadt_nb.measures.similarity import agreement, logit_mse
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.distillation import Distillation
+from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.sadt import SADT, sadt_step, weight_noise
 from sadt_nb.methods.saf import SAF
@@ -95,8 +97,11 @@ def test_a_constant_per_pixel_changes_nothing():
 
 CLASSES, PIXELS = Divergence('categorical', 1), Divergence('categorical', -1) # by the axis of the classes
 LABELS, NUMBERS = Divergence('bernoulli'), Divergence('gaussian')
+# the same for losses that leave out the target -100
+SOME_CLASSES = Divergence('categorical', 1, ignore_index=-100)
+SOME_PIXELS = Divergence('categorical', -1, ignore_index=-100)
 TORCH_LOSSES = { # None: the outputs are not logits or means, so none of the three divergences fits
-    'CrossEntropyLoss': CLASSES, 'NLLLoss': CLASSES, 'NLLLoss2d': CLASSES,
+    'CrossEntropyLoss': SOME_CLASSES, 'NLLLoss': SOME_CLASSES, 'NLLLoss2d': SOME_CLASSES,
     'BCEWithLogitsLoss': LABELS, 'MultiLabelSoftMarginLoss': LABELS, 'MSELoss': NUMBERS,
     **dict.fromkeys(['AdaptiveLogSoftmaxWithLoss', 'BCELoss', 'CTCLoss', 'CosineEmbeddingLoss',
                      'GaussianNLLLoss', 'HingeEmbeddingLoss', 'HuberLoss', 'KLDivLoss', 'L1Loss',
@@ -119,16 +124,18 @@ def test_the_divergence_of_every_loss_of_torch(name):
 
 
 FASTAI_LOSSES = {
-    'CrossEntropyLossFlat': (CrossEntropyLossFlat(), PIXELS), 'FocalLoss': (FocalLoss(), CLASSES),
-    'FocalLossFlat': (FocalLossFlat(), PIXELS), 'BCEWithLogitsLossFlat': (BCEWithLogitsLossFlat(), LABELS),
+    'CrossEntropyLossFlat': (CrossEntropyLossFlat(), SOME_PIXELS),
+    'FocalLoss': (FocalLoss(), SOME_CLASSES), 'FocalLossFlat': (FocalLossFlat(), SOME_PIXELS),
+    'BCEWithLogitsLossFlat': (BCEWithLogitsLossFlat(), LABELS),
     'BCELossFlat': (BCELossFlat(), None), 'MSELossFlat': (MSELossFlat(), NUMBERS),
     'L1LossFlat': (L1LossFlat(), None), 'DiceLoss': (DiceLoss(), CLASSES),
     'LabelSmoothingCrossEntropy': (LabelSmoothingCrossEntropy(), CLASSES),
     'LabelSmoothingCrossEntropyFlat': (LabelSmoothingCrossEntropyFlat(), PIXELS),
-    'BaseLoss': (BaseLoss(nn.HuberLoss), None), 'classes': (BaseLoss(nn.CrossEntropyLoss, axis=1), CLASSES),
+    'BaseLoss': (BaseLoss(nn.HuberLoss), None),
+    'classes': (BaseLoss(nn.CrossEntropyLoss, axis=1), SOME_CLASSES),
     'labels': (BaseLoss(nn.BCEWithLogitsLoss, is_2d=False), LABELS),
     'numbers': (BaseLoss(nn.MSELoss, is_2d=False), NUMBERS),
-    'partial': (partial(CrossEntropyLossFlat(axis=1)), CLASSES),
+    'partial': (partial(CrossEntropyLossFlat(axis=1)), SOME_CLASSES),
 }
 
 
@@ -159,7 +166,7 @@ def test_other_losses():
 
 def test_the_argument_overrides_the_loss():
     assert as_divergence('gaussian', nn.CrossEntropyLoss()) == Divergence('gaussian')
-    assert as_divergence('categorical', CrossEntropyLossFlat()) == Divergence('categorical', -1)
+    assert as_divergence('categorical', CrossEntropyLossFlat()) == SOME_PIXELS
     # an unknown loss of classes, inside a loss of fastai that has their axis
     assert as_divergence('categorical', BaseLoss(nn.MultiMarginLoss, axis=-1)) == PIXELS
     own = Divergence('gaussian', scale=3.)
@@ -303,6 +310,125 @@ def test_a_label_is_predicted_if_its_logit_is_positive():
 def test_the_factor_of_a_term():
     for squared, factor in ((True, .5 * 3**2), (False, .5)):
         assert SAF(lam=.5, tau=3., tau_squared=squared).factor == factor
+
+
+# Predictions that the loss leaves out by its `ignore_index`, such as padding
+
+LEAVING_OUT = { # loss functions, and the target that they leave out
+    'class': (nn.CrossEntropyLoss(ignore_index=2), 2), 'default': (nn.CrossEntropyLoss(), -100),
+    'function': (F.cross_entropy, -100), 'nll': (F.nll_loss, -100),
+    'partial': (partial(F.cross_entropy, ignore_index=0), 0),
+    'flat': (CrossEntropyLossFlat(ignore_index=1), 1),
+    'partial of a class': (partial(nn.CrossEntropyLoss(ignore_index=1)), 1),
+    'partial of a partial': (partial(partial(F.cross_entropy, ignore_index=0), label_smoothing=.1), 0),
+    'focal': (FocalLoss(), -100), 'Dice': (DiceLoss(), None),
+    'smoothing': (LabelSmoothingCrossEntropyFlat(), None), 'labels': (nn.BCEWithLogitsLoss(), None),
+}
+
+
+@pytest.mark.parametrize('name', LEAVING_OUT)
+def test_the_target_that_a_loss_leaves_out(name):
+    loss, ignored = LEAVING_OUT[name]
+    assert divergence_of(loss).ignore_index == ignored
+    if divergence_of(loss).kind != 'categorical': return
+    assert as_divergence('categorical', loss).ignore_index == ignored
+    if ignored is None: return
+    # the loss itself gives the left-out row no gradient
+    z, y = normal(4, 3).requires_grad_(), torch.tensor([0, 1, 2, ignored])
+    loss(z, y).backward()
+    assert not z.grad[3].any() and z.grad[:3].any()
+
+
+@pytest.mark.parametrize('shape, axis', [((6, 3), 1), ((2, 3, 4, 5), 1), ((2, 5, 7), -1)])
+def test_only_the_counted_predictions_are_averaged(shape, axis):
+    t, s = normal(*shape), normal(*shape, seed=1).requires_grad_()
+    y = torch.arange(t.numel() // t.shape[axis]).remainder(3).reshape(t.movedim(axis, -1).shape[:-1])
+    keep = (y != 1).flatten()
+    rows = [z.movedim(axis, -1).flatten(0, -2)[keep] for z in (t, s)]
+    expected = categorical_by_hand(*(z.detach() for z in rows), 2., -1)
+    got = Divergence('categorical', axis, ignore_index=1)(t, s, 2., y)
+    assert got.item() == pytest.approx(expected, rel=1e-12)
+    torch.testing.assert_close(*torch.autograd.grad(got, s), *torch.autograd.grad(kl_div(*rows, 2.), s),
+                               rtol=1e-12, atol=1e-15)
+    assert kl_div(t, s, 2., axis, y != 1) == got
+    # fastai's masks of segmentations have an axis of size 1, and its tensors have classes
+    assert Divergence('categorical', axis, ignore_index=1)(t, s, 2., TensorMask(y[:, None])) == got
+    nothing = Divergence('categorical', axis, ignore_index=1)(t, s, 2., torch.ones_like(y))
+    assert nothing == 0 and not torch.autograd.grad(nothing, s)[0].any()
+    for targets in (None, y.double(), y.flatten()[:-1]): # no class indices, or not one per prediction
+        everything = Divergence('categorical', axis, ignore_index=1)(t, s, 2., targets)
+        assert everything == kl_div(t, s, 2., axis)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_if_every_prediction_counts_no_bit_is_another(dtype):
+    t, s = normal(1027, 10).to(dtype), normal(1027, 10, seed=1).to(dtype).requires_grad_()
+    plain, some = kl_div(t, s, 5.), kl_div(t, s, 5., counted=torch.ones(1027, dtype=torch.bool))
+    assert plain == some
+    assert torch.equal(*torch.autograd.grad(plain, s), *torch.autograd.grad(some, s))
+
+
+def trained_on(x, y, loss, *cbs):
+    "Return the weights after four epochs with the samples in one batch."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 7)).double()
+    dl = DataLoader(list(zip(x, y)), bs=len(x), shuffle=False)
+    Learner(DataLoaders(dl, dl), net, loss_func=loss, opt_func=SGD, lr=.1, default_cbs=False,
+            cbs=[TrainEvalCallback, *cbs]).fit(4)
+    return flat(net)
+
+
+@pytest.mark.parametrize('ignored', [-100, 2])
+@pytest.mark.parametrize('method', WITH_TERM)
+def test_padding_changes_nothing(method, ignored):
+    "The network treats each token alone, so padded texts train it as their tokens without padding do."
+    x, y = normal(6, 5, 4), torch.arange(30).remainder(7).reshape(6, 5)
+    y[y == 2] = ignored
+    counted = y != ignored
+    loss = CrossEntropyLossFlat(ignore_index=ignored)
+    expected = trained_on(x[counted], y[counted], loss, WITH_TERM[method]('text'))
+    got = trained_on(x, y, loss, WITH_TERM[method]('text'))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    as_told = WITH_TERM[method]('text')
+    as_told.divergence = PIXELS # counts every token
+    assert (trained_on(x, y, loss, as_told) - expected).abs().max() > 1e-6
+
+
+def test_padding_with_extra_passes_over_some_samples():
+    "ESAM's second pass takes some of the samples, and the term must take the targets of the same samples."
+    x, y = normal(6, 5, 4), torch.arange(30).remainder(7).reshape(6, 5)
+    def trained(padding):
+        inputs = torch.where((y == 2)[..., None], padding, x)
+        targets = y.masked_fill(y == 2, -100)
+        return trained_on(inputs, targets, CrossEntropyLossFlat(), ESAM(.1, beta=1., gamma=.5),
+                          Distillation(teacher('text'), .5))
+    torch.testing.assert_close(trained(0.), trained(3.), rtol=1e-10, atol=1e-12)
+
+
+def test_kd_loss_leaves_out_the_targets_that_the_cross_entropy_leaves_out():
+    t, s, y = normal(6, 4), normal(6, 4, seed=1), torch.tensor([0, -100, 2, 3, -100, 1])
+    counted = y != -100
+    expected = kd_loss(t[counted], s[counted], y[counted], .3, 2.)
+    assert kd_loss(t, s, y, .3, 2.).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize('ignored', [-100, 1])
+def test_a_loop_in_which_the_loss_leaves_out_targets(ignored):
+    x, y = normal(6, 4), torch.tensor([0, ignored, 2, 0, ignored, 2])
+    def trained(x, y, select):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 3).double()
+        method = SADT(1, noise_scale=1000.)
+        opt = MethodOptimizer(method, torch.optim.SGD(net.parameters(), lr=.1), net)
+        def closure():
+            out = net(x)[select]
+            return out, F.cross_entropy(out, y[select], ignore_index=ignored)
+        for _ in range(3): opt.step(closure)
+        return flat(net)
+    counted = y != ignored
+    with pytest.raises(ValueError, match='let the closure return only'): trained(x, y, slice(None))
+    without = trained(x[counted], y[counted], slice(None))
+    torch.testing.assert_close(trained(x, y, counted), without, rtol=1e-10, atol=1e-12)
 
 
 # In a loop without a Learner, only the outputs and the loss of a closure are known

@@ -18,7 +18,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 
 from .arguments import ShowsArguments
-from .losses import as_divergence, DivergenceLike
+from .losses import as_divergence, divergence_between, DivergenceLike
 from .passes import ORDERS, batch_size, check_single, device_of, evaluating, replayed_rows
 from .passes import replays_other_loss
 from .perturb import check_not_negative, weights_moved
@@ -38,6 +38,18 @@ class LossTerm(ShowsArguments, Callback):
     ) -> Tensor|None: # 0-d tensor, or `None` to add nothing
         "Return the term for the current pass."
         raise NotImplementedError
+
+    def divergence_from(self,
+        teacher:Tensor,     # Outputs of the teacher for the current pass's samples
+        logits:Tensor,      # Prediction of the current pass, same shape
+        temperature:float,  # Divides both, > 0
+        rows:Tensor|None,   # As in `term`
+    ) -> Tensor: # 0-d tensor
+        "Return the divergence by `self.compare`, over the predictions that the loss counts."
+        targets = self.learn.yb[0] if len(self.learn.yb) else None
+        # the learner's batch is the whole batch, also in a pass over some of its samples
+        if rows is not None and isinstance(targets, Tensor): targets = targets[rows]
+        return divergence_between(self.compare, teacher, logits, temperature, targets)
 
     def after_loss(self):
         if replays_other_loss(self.learn): return

@@ -72,7 +72,7 @@ class Distillation(LossTerm):
 
     def term(self, logits, rows):
         target = self._target if rows is None else self._target[rows]
-        divergence = self.compare(target.to(logits.dtype), logits, self.temperature)
+        divergence = self.divergence_from(target.to(logits.dtype), logits, self.temperature, rows)
         return (1 - self.alpha) * self.temperature**2 * divergence
 
     def after_loss(self):

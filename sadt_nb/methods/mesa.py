@@ -90,7 +90,7 @@ class MESA(TrajectoryLoss):
     def term(self, logits, rows):
         if not self.active: return None
         target = self._target if rows is None else self._target[rows]
-        return self.factor * self.compare(target.to(logits.dtype), logits, self.tau)
+        return self.factor * self.divergence_from(target.to(logits.dtype), logits, self.tau, rows)
 
     def after_cancel_step(self): self._refused = True # fastai then calls `after_step`, too
     def after_step(self): self._stepped, self._refused = not self._refused, False

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
-from ..core.losses import as_divergence, Divergence, DivergenceLike, kl_div
+from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
 from ..core.passes import changed_states, step_unscaled, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
@@ -106,10 +106,10 @@ class normalized_ascent(Perturbation):
         return ascent(own, self.rho)
 
 # %% ../../nbs/methods/40_sadt.ipynb #b306fd36
-def _divergence(q, aux, kl, compare=kl_div):
+def _divergence(q, aux, kl, compare=kl_div, targets=None):
     "Return KL(q || aux) for 'clean_to_aux', KL(aux || q) for 'aux_to_clean'; `q` and `aux` are logits."
-    if kl == 'clean_to_aux': return compare(q, aux)
-    return compare(aux, q)
+    reference, compared = (q, aux) if kl == 'clean_to_aux' else (aux, q)
+    return divergence_between(compare, reference, compared, targets=targets)
 
 # %% ../../nbs/methods/40_sadt.ipynb #ce7643ed
 def _last(model, kinds, what):
@@ -221,19 +221,19 @@ class _MicroBatch(NamedTuple):
 
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the divergence's gradient at `w_aux` to `.grad`; the divergence compares `q` with the teacher."
-    def loss(aux, *yb): return divergence(micro.q, aux)
+    def loss(aux, *yb): return divergence(micro.q, aux, *yb)
     with perturbed(params, delta, sadt.scratch): sadt.replay(**micro.starts(), loss_func=loss)
 
 def _backward_shared(sadt, deltas, micro, divergence):
     "Add several teachers' gradients to `.grad` in one pass; layers that are equal in all teachers run once."
     def forward(*xb): return shared_forward(sadt.model, deltas, *xb)
-    def loss(preds, *yb): return sum(divergence(micro.q, aux) for aux in preds)
+    def loss(preds, *yb): return sum(divergence(micro.q, aux, *yb) for aux in preds)
     sadt.replay(**micro.starts(), forward=forward, loss_func=loss)
 
 def _backward_at_up(sadt, params, delta, micro, divergence):
     "Add the divergence's gradient at `w_up` to `.grad`; the teacher's prediction is a constant."
     with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
-    def loss(pred, *yb): return divergence(pred, aux)
+    def loss(pred, *yb): return divergence(pred, aux, *yb)
     sadt.replay(**micro.starts(), loss_func=loss)
 
 # %% ../../nbs/methods/40_sadt.ipynb #b7e4a912
@@ -292,7 +292,8 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "For all micro-batches, add the gradients of one teacher, or of several teachers in one pass."
     learn = sadt.learn
     batch = learn.xb, learn.yb
-    def divergence(clean, aux): return sadt.kl_weight * _divergence(clean, aux, kl, sadt.compare)
+    def divergence(clean, aux, targets=None, *others):
+        return sadt.kl_weight * _divergence(clean, aux, kl, sadt.compare, targets)
     try:
         for micro in micro_batches:
             learn.xb, learn.yb = micro.xb, micro.yb
@@ -315,7 +316,7 @@ def _add_first_gradients(params, g_up):
 
 # %% ../../nbs/methods/40_sadt.ipynb #5d0c1f7e
 def _computed_from(outputs, loss):
-    "Return the names of the autograd functions by which a loss was computed from a network's outputs."
+    "Return the set of autograd functions by which a loss was computed from a network's outputs."
     users = {outputs.grad_fn: []} # the functions that take each function's result
     to_visit = [loss.grad_fn]
     while to_visit:
@@ -332,17 +333,31 @@ def _computed_from(outputs, loss):
         if function in found: continue
         found.add(function)
         to_visit += users.get(function, ())
-    return {function.name() for function in found}
+    return found
+
+def _leaves_out_targets(function):
+    "Return whether a node of the graph is a cross-entropy that leaves out some of its targets."
+    if not function.name().startswith('NllLoss'): return False
+    ignored = function._saved_ignore_index
+    if ignored >= 2**63: ignored -= 2**64 # autograd shows a negative number as an unsigned one
+    return bool((function._saved_target == ignored).any())
 
 _OF_CLASSES = ('LogSoftmaxBackward', 'SoftmaxBackward', 'LogsumexpBackward', 'NllLossBackward')
 
 def _divergence_in_loop(outputs, loss):
     """Return the divergence for the outputs and the loss of a closure: that of classes on axis 1.
 
-    Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm."""
+    Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm,
+    from all outputs."""
     problem = f'outputs of shape {tuple(outputs.shape)}'
     if outputs.ndim == 2 and outputs.shape[1] > 1:
-        if any(name.startswith(_OF_CLASSES) for name in _computed_from(outputs, loss)): return Divergence()
+        functions = _computed_from(outputs, loss)
+        if any(map(_leaves_out_targets, functions)):
+            raise ValueError('the loss leaves out targets that are its `ignore_index`, and in a loop without '
+                             "a Learner, SADT's divergence cannot leave them out; let the closure return "
+                             'only the outputs that count, such as `outputs[y != -100]`, and compute the '
+                             'loss from these outputs and from `y[y != -100]`')
+        if any(function.name().startswith(_OF_CLASSES) for function in functions): return Divergence()
         problem = 'this loss, which was not computed from the returned outputs by a softmax'
     raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
                      f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "

@@ -166,7 +166,7 @@ class SAF(TrajectoryLoss):
         if not replaying(self.learn): self._past = self._exchange(logits.detach())
         if not self.active: return None
         past = self._past if rows is None else self._past[rows]
-        return self.factor * self.compare(past, logits, self.tau)
+        return self.factor * self.divergence_from(past, logits, self.tau, rows)
 
     def after_train(self):
         if self.run and self.records is not None: self.records.merge(self.done)

@@ -332,6 +332,10 @@ def _legend(fig, used):
     handles.append(plt.Line2D([], [], label='against the control', **thin))
     fig.legend(handles=handles, loc='outside lower center', ncols=3, fontsize=8, frameon=False)
 
+# the text of a claim without runs, which covers the line at 0
+_IN_WORDS = dict(va='center', ha='center', fontsize=7, color='gray',
+                 bbox=dict(facecolor='white', edgecolor='none', pad=.5))
+
 def plot_claims(
     claims:dict, # Name of a paper: list of `Claim`
 ) -> plt.Figure: # A panel of differences and a panel of ratios
@@ -348,7 +352,7 @@ def plot_claims(
             y += 1
             labels[y] = c.short
             e, control, color = c.shown, c.shown_control, OUTCOMES[c.outcome]
-            if e is None: points.text(0, y, c.outcome, va='center', ha='center', fontsize=7, color='gray')
+            if e is None: points.text(0, y, c.outcome, **_IN_WORDS)
             else: _draw(ratios if e.side.factor else points, y, e, color)
             if control: _draw(ratios if control.side.factor else points, y + .35, control, color, True)
         y += 1

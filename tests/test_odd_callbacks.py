@@ -23,7 +23,7 @@ from sadt_nb.methods.wsam import WSAM
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM, sam_step
 from sadt_nb.methods.asam import ASAM, asam_step
-from sadt_nb.methods.gsam import gsam_step
+from sadt_nb.methods.gsam import GSAM, gsam_step
 from sadt_nb.methods.weight_average import WeightAverage
 
 
@@ -247,19 +247,33 @@ def test_chunks_of_a_sum_are_refused(method):
 def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
 
 
+@pytest.mark.parametrize('named', [True, False])
 @pytest.mark.parametrize('saved, loaded, lacks', [
     (SADT(1), SAM(), 'steps'), (SAM(), ESAM(), 'generator'), (SAM(), WSAM(), 'total'),
-    (SAM(), FriendlySAM(), 'total'), (WSAM(), LookSAM(), 'steps')])
-def test_a_state_of_another_method_is_refused(saved, loaded, lacks):
+    (SAM(), FriendlySAM(), 'total'), (WSAM(), LookSAM(), 'steps'), (SAM(), SADT(1), ''), (SAM(), GSAM(), ''),
+    (LookSAM(), SAM(), ''), (FriendlySAM(), WSAM(), ''), (ASAM(), SADT(1), '')])
+def test_a_state_of_another_method_is_refused(saved, loaded, lacks, named):
+    if not named and not lacks: pytest.skip('a state without a name that has all entries')
     net = mlp()
     state = MethodOptimizer(saved, sgd(net), net).state_dict()
     state['param_groups'][0]['lr'] = 7.
+    if not named: state['method'].pop('method_name') # as this library has written it before
     opt = MethodOptimizer(loaded, sgd(net), net)
     name = type(loaded).__name__
-    with pytest.raises(ValueError, match=f"is not of {name}: it lacks '{lacks}' and has"):
-        opt.load_state_dict(state)
+    words = f"not of {name}: it lacks '{lacks}' and"
+    if named: words = f'is of {type(saved).__name__}, not of {name};'
+    with pytest.raises(ValueError, match=words): opt.load_state_dict(state)
     assert opt.param_groups[0]['lr'] == .1, 'the base is as before'
     opt.load_state_dict(MethodOptimizer(loaded, sgd(net), net).state_dict())
+
+
+def test_lightning_refuses_the_state_of_another_method():
+    pytest.importorskip('lightning')
+    from sadt_nb.core.lightning import MethodCallback
+    state = MethodCallback(SAM()).state_dict()
+    other = MethodCallback(GSAM())
+    with pytest.raises(ValueError, match='is of SAM, not of GSAM'): other.load_state_dict(state)
+    MethodCallback(SAM()).load_state_dict(state)
 
 
 @pytest.mark.parametrize('step', [sam_step, asam_step, gsam_step])

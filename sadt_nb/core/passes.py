@@ -1063,6 +1063,9 @@ class SummedPass(PerturbedPass):
         self.total, self.weight, self._refused = {}, 0., False
         if total and not refused: self.after_sum(total, weight)
 
+    def drop_batches(self, current=False):
+        if not current: self.total, self.weight = {}, 0.
+
     def state_dict(self): return dict(total=deepcopy(self.total), weight=self.weight)
     def load_state_dict(self, state): self.total, self.weight = dict(state['total']), state['weight']
 

@@ -19,10 +19,11 @@ from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
 from .passes import BatchNormPolicy, LoopMethod, PerturbedPass, RandomPolicy, add_gradients
+from .passes import are_dropped, is_unchanged, note_gradients
 from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
 from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepped_params
 from .passes import take_gradients
-from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params, version_of
+from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params
 from .perturb import weights_moved
 from .ranks import sync_gradients
 
@@ -111,29 +112,12 @@ class _CallbackHandler:
             if f: f(cb)
 
 # %% ../../nbs/core/13_closures.ipynb #53af4d8e
-def _noted(params):
-    "Return a weak reference to each parameter's gradient, and how often the gradient was written."
-    # not the gradient's `id`, which a new gradient can get after this one is freed
-    return {p: (weakref.ref(p.grad), version_of(p.grad)) for p in params if p.grad is not None}
-
-def _is_unchanged(grad, noted):
-    "Return whether a gradient is the one that `_noted` has noted, without a write since then."
-    if noted is None: return False
-    reference, version = noted
-    return reference() is grad and version == version_of(grad)
-
-def _is_dropped(grad, noted):
-    "Return whether a noted gradient is gone, or was set to zero."
-    if grad is None: return True
-    # without a write, zeros are the gradient of the micro-batch; only a changed gradient is read
-    return not _is_unchanged(grad, noted) and not grad.is_sparse and not grad.any()
-
 class _Gradients(_CallbackHandler):
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
-        self._used = {} # what `_noted` returns of the gradients that the last step has used
-        self._left = {} # what `_noted` returns of the gradients that the last micro-batch has left
+        self._used = {} # what `note_gradients` returned for the gradients that the last step has used
+        self._left = {} # the same for the gradients that the last micro-batch has left
         self.kept = {}  # gradients of earlier micro-batches while a batch runs
 
     def __getstate__(self): return vars(self) | dict(_used={}, _left={}) # copied parameters have no gradients
@@ -143,19 +127,15 @@ class _Gradients(_CallbackHandler):
         used = self._used
         self._used = {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if not _is_unchanged(g, used.get(p))}
+        return {p: g for p, g in taken.items() if not is_unchanged(g, used.get(p))}
 
     def remember_used(self):
         "Store which gradients a step has used."
-        self._used, self._left = _noted(stepped_params(self)), {}
+        self._used, self._left = note_gradients(stepped_params(self)), {}
 
     def remember_left(self):
         "Store which gradients a micro-batch has left for the step."
-        self._left = _noted(stepped_params(self))
-
-    def has_dropped(self) -> bool: # `False` before the first micro-batch
-        "Return whether the user's loop has dropped the gradients of all earlier micro-batches."
-        return bool(self._left) and all(_is_dropped(p.grad, noted) for p, noted in self._left.items())
+        self._left = note_gradients(stepped_params(self))
 
     def has_gradients(self):
         "Return whether a backward has run."
@@ -223,7 +203,7 @@ class _Passes(_Gradients):
 
     def forget_if_dropped(self):
         "Forget the micro-batches if their gradients are gone, as after the network's own `zero_grad`."
-        if self.has_dropped(): self.forget()
+        if are_dropped(self._left): self.forget()
 
     def run(self,
         rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch

@@ -6,13 +6,14 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
-           'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
-           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'SummedPass',
-           'StepGrads', 'step_unscaled']
+           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_window',
+           'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass',
+           'unscale_', 'micro_batch_share', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
 from collections import defaultdict, deque, OrderedDict
+import weakref
 from copy import copy, deepcopy
 from functools import partial
 from itertools import chain
@@ -380,6 +381,33 @@ def add_gradients(
     for p, g in taken.items():
         if p.grad is None: p.grad = g
 
+def note_gradients(
+    params:Iterable[Tensor], # Parameters
+) -> dict: # From parameter to a weak reference and a number; only parameters with a gradient
+    "Return which tensor each gradient is, and how often this tensor was written."
+    # not the gradient's `id`, which a new gradient can get after this one is freed
+    return {p: (weakref.ref(p.grad), version_of(p.grad)) for p in params if p.grad is not None}
+
+def is_unchanged(
+    grad:Tensor|None, # Gradient of a parameter
+    noted:tuple|None, # Entry of this parameter in the result of `note_gradients`
+) -> bool: # `False` if one of the two is missing
+    "Return whether a gradient is the one that was noted, without a write since then."
+    if grad is None or noted is None: return False
+    reference, version = noted
+    return reference() is grad and version == version_of(grad)
+
+def _is_dropped(grad, noted):
+    if grad is None: return True
+    # zeros without a write are the gradient of a micro-batch; only a gradient that has changed is read
+    return not is_unchanged(grad, noted) and not grad.is_sparse and not grad.any()
+
+def are_dropped(
+    noted:dict, # Result of `note_gradients`
+) -> bool: # `False` if there was no gradient to note
+    "Return whether all these gradients are gone, or were set to zero."
+    return bool(noted) and all(_is_dropped(p.grad, entry) for p, entry in noted.items())
+
 # %% ../../nbs/core/01_passes.ipynb #3d92687d
 def batch_size(
     xb:object, # Inputs of a batch: tensors, also inside dicts, lists and tuples
@@ -554,6 +582,10 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         for k, g in vars(self).items():
             if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
 
+    def __getstate__(self):
+        without = '_left', '_uncounted' # weak references to gradients, which cannot be pickled
+        return {k: v for k, v in super().__getstate__().items() if k not in without}
+
     def drop_batches(self,
         current:bool=False, # `True`: only the micro-batch that has failed; `False`: all since the last step
     ):
@@ -642,6 +674,7 @@ def _versions(params):
 class _OwnGradients(ExtraPass):
     "Sets aside what `.grad` holds before the batch's backward, except what fastai has zeroed."
     per_rank = True # under distributed training, perturb along the gradient of this process's samples
+    _stash = {} # gradients that are set aside; replaced, never changed
 
     def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass, if it lies between `start` and `stop`."
@@ -655,12 +688,19 @@ class _OwnGradients(ExtraPass):
         super().before_fit()
         self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
 
+    def _end_stash(self):
+        "Add the gradients that are still set aside to `.grad`; a callback has skipped the batch."
+        stash, self._stash = self._stash, {}
+        add_gradients(stash)
+
     def before_batch(self):
         super().before_batch()
+        self._end_stash() # the batch before ended the epoch or the training
         sync_gradients(self.learn.model, not (self.per_rank and self.makes_pass()))
 
     def after_batch(self):
         super().after_batch()
+        self._end_stash()
         sync_gradients(self.learn.model, True)
         if self._stepped: self._zeros = _versions(stepped_params(self.learn)) # fastai has zeroed them
         self._stepped = False
@@ -675,6 +715,10 @@ class _OwnGradients(ExtraPass):
             if not untouched: self._stash[p] = g
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
+
+    def after_fit(self):
+        super().after_fit()
+        self._end_stash() # a callback has ended the fit in a batch
 
 # %% ../../nbs/core/01_passes.ipynb #4e57be0d
 class _LossOf:
@@ -771,6 +815,10 @@ class _ChosenParams(_OwnGradients):
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
         if not self.replaying: self.limit_backward()
+
+    def before_batch(self):
+        super().before_batch()
+        _unlimit_backward(self.learn) # the batch before ended the epoch or the training
 
     def after_batch(self):
         super().after_batch()
@@ -1023,6 +1071,7 @@ class SummedPass(PerturbedPass):
 
     A skipped step drops the sum. The sum of an incomplete step is part of the state."""
     needs_loss_scale = True
+    _left = {} # what `note_gradients` returned after the last micro-batch; replaced, never changed
 
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -1055,16 +1104,27 @@ class SummedPass(PerturbedPass):
         "Use the sum; called after every step that was not skipped."
         raise NotImplementedError
 
+    def before_backward(self):
+        # a callback that skips a batch may also drop the gradients of the earlier micro-batches; a plain loop
+        # has set them aside, and calls `drop_batches` itself
+        in_learner = not hasattr(self.learn, 'own_replay')
+        if in_learner and not self.replaying and are_dropped(self._left): self.drop_batches()
+        super().before_backward()
+
+    def after_backward(self):
+        super().after_backward()
+        if not self.replaying: self._left = note_gradients(stepped_params(self.learn))
+
     def after_cancel_step(self): self._refused = True
 
     def after_step(self):
         super().after_step()
         total, weight, refused = self.total, self.weight, self._refused
-        self.total, self.weight, self._refused = {}, 0., False
+        self.total, self.weight, self._refused, self._left = {}, 0., False, {}
         if total and not refused: self.after_sum(total, weight)
 
     def drop_batches(self, current=False):
-        if not current: self.total, self.weight = {}, 0.
+        if not current: self.total, self.weight, self._left = {}, 0., {}
 
     def state_dict(self): return dict(total=deepcopy(self.total), weight=self.weight)
     def load_state_dict(self, state): self.total, self.weight = dict(state['total']), state['weight']

@@ -6,9 +6,9 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
-           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_window',
-           'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass',
-           'unscale_', 'micro_batch_share', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
+           'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale',
+           'PerturbedPass', 'unscale_', 'micro_batch_share', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -520,6 +520,17 @@ def check_single(
     if others:
         names = f'{type(cb).__name__} and {type(others[0]).__name__}'
         raise ValueError(f'a Learner can have only one method that {why}, got {names}; remove one of the two')
+
+def check_outputs(
+    outputs:object,      # What a network has returned
+    owner:object,        # The method or module that uses the outputs
+    of:str='network',    # Which network it is, for the message
+):
+    "Raise `ValueError` unless the outputs of a network are one tensor."
+    if isinstance(outputs, Tensor): return
+    raise ValueError(f'{type(owner).__name__} needs one tensor of logits from the {of}, got '
+                     f'{type(outputs).__name__}; return the logits alone, for example from a module '
+                     'around the network')
 
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
 _ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch

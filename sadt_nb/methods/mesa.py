@@ -13,7 +13,7 @@ import torch
 
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
-from ..core.passes import replaying
+from ..core.passes import check_outputs, replaying
 from ..core.perturb import check_whole, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
@@ -84,10 +84,12 @@ class MESA(TrajectoryLoss):
         self._loaded = None
 
     def after_pred(self):
-        if self.active and not replaying(self.learn):
-            with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
+        if not self.active or replaying(self.learn): return
+        with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
+        check_outputs(self._target, self, 'network')
 
     def term(self, logits, rows):
+        check_outputs(logits, self)
         if not self.active: return None
         target = self._target if rows is None else self._target[rows]
         return self.factor * self.compare(target.to(logits.dtype), logits, self.tau)

@@ -18,7 +18,7 @@ from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, Divergence, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads, are_dropped
-from ..core.passes import changed_states, is_unchanged, note_gradients, step_unscaled
+from ..core.passes import changed_states, check_outputs, is_unchanged, note_gradients, step_unscaled
 from ..core.passes import stepped_params, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
@@ -449,6 +449,7 @@ class _TwoSteps(_MicroBatches):
     def before_backward(self):
         if self.replaying: return
         self._unwatch()
+        check_outputs(self.pred, self)
         loss = self.learn.loss_grad
         has_graph = getattr(loss, 'grad_fn', None) is not None
         from_network = self.pred.grad_fn is not None or not self.pred.requires_grad # a leaf is no output

@@ -7,8 +7,9 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
            'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
-           'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale',
-           'PerturbedPass', 'unscale_', 'micro_batch_share', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training', 'LoopMethod',
+           'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share',
+           'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -24,6 +25,7 @@ from torch import nn, Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
@@ -31,7 +33,8 @@ from fastai.learner import Learner
 
 from .arguments import ShowsArguments
 from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
-from .perturb import perturbed, settle_gradients, trainable_params, version_of, weights_moved
+from .perturb import perturbed, settle_gradients, trainable_params, unwrapped, version_of
+from .perturb import weights_moved
 from .ranks import average_over_ranks, n_ranks, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
@@ -532,6 +535,47 @@ def check_outputs(
                      f'{type(outputs).__name__}; return the logits alone, for example from a module '
                      'around the network')
 
+# %% ../../nbs/core/01_passes.ipynb #5b1e40d2
+_TRAINED = weakref.WeakKeyDictionary() # from a method to references to the Learner and the network it trained
+
+def _has_state(cb): return any(isinstance(v, Tensor) or bool(v) for v in tree_leaves(cb.state_dict()))
+
+def _carries_state(cb):
+    own = getattr(type(cb), 'carries_state', _has_state) # not of `cb`, which also finds what its Learner has
+    return own(cb)
+
+def note_network(
+    cb:Callback, # A method with a state, in training
+):
+    "Note which network a method trains, but not in a learning rate search, after which the state comes back."
+    if hasattr(cb.learn, 'lr_finder'): return
+    _TRAINED[cb] = weakref.ref(cb.learn), weakref.ref(unwrapped(cb.learn.model))
+
+def check_network(
+    cb:Callback, # A method with a state, before training
+):
+    "Raise `ValueError` if a method has kept something of the training of another network."
+    if cb not in _TRAINED or evaluating(cb.learn): return
+    learn, model = (reference() for reference in _TRAINED[cb])
+    is_same = learn is cb.learn or model is unwrapped(cb.learn.model)
+    if is_same or not _carries_state(cb): return
+    name = type(cb).__name__
+    raise ValueError(f'this {name} object has trained another network, and what it has kept of that training '
+                     f'would change this one; make one {name} object for each Learner or optimizer')
+
+def check_learner(
+    cb:Callback, # A callback, in `before_train`
+):
+    "Raise `ValueError` if the Learner that trains is not the callback's own."
+    learn = cb.learn # the Learner that has got the callback last
+    in_loop = hasattr(learn, 'own_replay') # a plain loop sends no `before_train`
+    # this callback of fastai has set `training` before, if the Learner is the one that trains
+    sets_training = learn is not None and any(isinstance(other, TrainEvalCallback) for other in learn.cbs)
+    if learn is not None and not in_loop and (learn.training or not sets_training): return
+    name = type(cb).__name__
+    raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
+                     'object for each')
+
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
 _ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch
 
@@ -574,7 +618,16 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         event_name:str, # Name of a fastai event, such as 'before_fit'
     ):
         "Handle an event of a fit; `validate` and `get_preds` inside a fit change nothing of the method."
-        if not evaluating(self.learn): return super().__call__(event_name)
+        if evaluating(self.learn): return
+        # then the method's Learner is not the one that trains, and `before_train` raises an error
+        if event_name == 'before_fit' and (self.learn is None or self.learn.opt is None): return
+        return super().__call__(event_name)
+
+    def before_train(self): check_learner(self)
+
+    def carries_state(self) -> bool: # `False`: a training of another network can use this object as it is
+        "Return whether the method keeps something of its training that would change another training."
+        return _has_state(self)
 
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of a batch needs."
@@ -641,6 +694,7 @@ class ExtraPass(LoopMethod):
 
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
+        check_network(self)
         trainable_params(self.learn.model) # raises its errors here, before the first batch
         self._unhook() # a hook remains if the last fit ended in an exception
         self._set_hook()
@@ -648,6 +702,7 @@ class ExtraPass(LoopMethod):
 
     def before_batch(self):
         self._set_hook() # it is gone if the callback was removed and added again during the fit
+        note_network(self)
         self.states = hidden_states(self.model)
 
     def after_batch(self): weights_moved(self.learn.model) # the user's loop may run inside `autocast`

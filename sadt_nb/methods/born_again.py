@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import check_outputs
+from ..core.passes import check_learner, check_outputs
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -59,6 +59,8 @@ class KeepBest(ShowsArguments, Callback):
             raise ValueError(f"`select` = {self.select!r} needs data in `learn.dls[{index}]`, which is "
                              "missing or empty; leave out `KeepBest`, or call `born_again` with "
                              "select='last', to keep the last epoch")
+
+    def before_train(self): check_learner(self)
 
     @torch.no_grad()
     def after_epoch(self):

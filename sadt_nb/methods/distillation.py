@@ -14,7 +14,8 @@ from torch import nn
 
 from ..core.loss_terms import LossTerm
 from ..core.losses import as_divergence, DivergenceLike
-from ..core.passes import ORDERS, check_outputs, check_single, replaying, replays_other_loss
+from ..core.passes import ORDERS, check_learner, check_outputs, check_single, replaying
+from ..core.passes import replays_other_loss
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac
@@ -53,6 +54,7 @@ class Distillation(LossTerm):
     def _init_state(self): self.teacher = None
 
     def before_train(self):
+        check_learner(self)
         if not isinstance(self.teacher, nn.Module):
             raise ValueError(f'distillation needs a network as teacher, got {type(self.teacher).__name__}; '
                              'set `learn.distillation.teacher` (a pickled Learner has no teacher)')

@@ -13,7 +13,7 @@ from torch import distributed, Tensor
 
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
 from ..core.losses import DivergenceLike
-from ..core.passes import check_outputs, replaying
+from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
 from ..core.perturb import check_count
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
@@ -138,12 +138,17 @@ class SAF(TrajectoryLoss):
 
     def before_fit(self):
         super().before_fit()
+        check_network(self)
         if not self.run: return
         if mixed := mixing(self.learn):
             raise ValueError("SAF compares each sample's output with its output in earlier epochs; "
                              f'{mixed} mixes samples, so leave one of the two out')
         SampleIds.install(self.learn)
         if self.records is not None: _check_records(self.records, self.lag, n_samples(self.learn.dls.train))
+
+    def before_train(self):
+        check_learner(self)
+        note_network(self)
 
     @torch.no_grad()
     def _exchange(self, now):

@@ -1,8 +1,12 @@
 """WeightAverage and SampleIds beside callbacks that change inputs, skip batches, or evaluate within a fit."""
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import batches, learner, mlp
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException
+from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
+                                  CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
@@ -15,6 +19,7 @@ from torch.nn import functional as F
 
 from sadt_nb.core.loss_terms import SampleIds
 from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.passes import replaying
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
@@ -23,7 +28,7 @@ from sadt_nb.methods.wsam import WSAM
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM, sam_step
 from sadt_nb.methods.asam import ASAM, asam_step
-from sadt_nb.methods.gsam import gsam_step
+from sadt_nb.methods.gsam import GSAM, gsam_step
 from sadt_nb.methods.weight_average import WeightAverage
 
 
@@ -247,19 +252,33 @@ def test_chunks_of_a_sum_are_refused(method):
 def sgd(net): return torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
 
 
+@pytest.mark.parametrize('named', [True, False])
 @pytest.mark.parametrize('saved, loaded, lacks', [
     (SADT(1), SAM(), 'steps'), (SAM(), ESAM(), 'generator'), (SAM(), WSAM(), 'total'),
-    (SAM(), FriendlySAM(), 'total'), (WSAM(), LookSAM(), 'steps')])
-def test_a_state_of_another_method_is_refused(saved, loaded, lacks):
+    (SAM(), FriendlySAM(), 'total'), (WSAM(), LookSAM(), 'steps'), (SAM(), SADT(1), ''), (SAM(), GSAM(), ''),
+    (LookSAM(), SAM(), ''), (FriendlySAM(), WSAM(), ''), (ASAM(), SADT(1), '')])
+def test_a_state_of_another_method_is_refused(saved, loaded, lacks, named):
+    if not named and not lacks: pytest.skip('a state without a name that has all entries')
     net = mlp()
     state = MethodOptimizer(saved, sgd(net), net).state_dict()
     state['param_groups'][0]['lr'] = 7.
+    if not named: state['method'].pop('method_name') # as this library has written it before
     opt = MethodOptimizer(loaded, sgd(net), net)
     name = type(loaded).__name__
-    with pytest.raises(ValueError, match=f"is not of {name}: it lacks '{lacks}' and has"):
-        opt.load_state_dict(state)
+    words = f"not of {name}: it lacks '{lacks}' and"
+    if named: words = f'is of {type(saved).__name__}, not of {name};'
+    with pytest.raises(ValueError, match=words): opt.load_state_dict(state)
     assert opt.param_groups[0]['lr'] == .1, 'the base is as before'
     opt.load_state_dict(MethodOptimizer(loaded, sgd(net), net).state_dict())
+
+
+def test_lightning_refuses_the_state_of_another_method():
+    pytest.importorskip('lightning')
+    from sadt_nb.core.lightning import MethodCallback
+    state = MethodCallback(SAM()).state_dict()
+    other = MethodCallback(GSAM())
+    with pytest.raises(ValueError, match='is of SAM, not of GSAM'): other.load_state_dict(state)
+    MethodCallback(SAM()).load_state_dict(state)
 
 
 @pytest.mark.parametrize('step', [sam_step, asam_step, gsam_step])
@@ -338,3 +357,124 @@ def test_the_second_pass_of_lightning_gives_the_same_arguments(kind):
     for x, y in batches(): sam_by_hand(expected, [(x, y)], .2)
     for p, q in zip(module.net.parameters(), expected.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+# Batches that a callback skips while gradients are accumulated
+
+class Skip(Callback):
+    "Ends batch `at` by an exception in an event; `first` runs before the exception."
+    run_valid = False
+    def __init__(self, event, at, error, order=50, first=lambda learn: None):
+        self.event, self.at, self.error, self.order, self.first = event, at, error, order, first
+        self.seen = 0 # batches of all epochs
+    def before_batch(self): self.seen += 1
+    def _skip(self, event):
+        if event != self.event or self.seen - 1 != self.at or replaying(self.learn): return
+        self.first(self.learn)
+        raise self.error()
+    def after_loss(self): self._skip('after_loss')
+    def before_backward(self): self._skip('before_backward')
+    def after_backward(self): self._skip('after_backward')
+
+
+RECORDING = {'sadt': lambda: SADT(1, noise_scale=1000.), 'sadt without a first step':
+             lambda: SADT(1, noise_scale=1000., first_step=False), 'sam': SAM, 'looksam': LookSAM,
+             'friendly_sam': FriendlySAM, 'wsam': WSAM, 'only': lambda: SAM(only=lambda n, p: n[0] == '0')}
+
+def weights_after(cbs, data, epochs=1):
+    learn = learner(mlp(), cbs, data=data)
+    learn.fit(epochs)
+    return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+def micro_batches(n=6):
+    gen = torch.Generator().manual_seed(5)
+    xs = torch.randn(n, 4, 5, generator=gen, dtype=torch.float64)
+    return list(zip(xs, torch.randint(0, 3, (n, 4), generator=gen)))
+
+
+@pytest.mark.parametrize('event', ['after_loss', 'before_backward'])
+@pytest.mark.parametrize('name', RECORDING)
+def test_a_skipped_micro_batch_leaves_no_trace(name, event):
+    "Steps of 8 samples from micro-batches of 4; the batch with number 1 would have completed the first step."
+    data = micro_batches(5)
+    skip = Skip(event, 1, CancelBatchException)
+    skipped = weights_after([RECORDING[name](), GradientAccumulation(8), skip], data)
+    without = weights_after([RECORDING[name](), GradientAccumulation(8)], data[:1] + data[2:])
+    torch.testing.assert_close(skipped, without, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('error', [CancelTrainException, CancelEpochException])
+@pytest.mark.parametrize('name', RECORDING)
+def test_an_epoch_that_ends_in_a_micro_batch_leaves_no_trace_of_it(name, error):
+    "The gradient of the micro-batch before it stays, as in plain training, and counts in the next epoch."
+    data = micro_batches(4)
+    skip = Skip('before_backward', 1, error)
+    ended = weights_after([RECORDING[name](), GradientAccumulation(8), skip], data, 2)
+    without = weights_after([RECORDING[name](), GradientAccumulation(8)], data[:1] + data)
+    torch.testing.assert_close(ended, without, rtol=0, atol=0)
+
+
+def zero(learn): learn.opt.zero_grad()
+def to_none(learn): learn.model.zero_grad()
+
+
+@pytest.mark.parametrize('drop', [zero, to_none])
+@pytest.mark.parametrize('name', RECORDING)
+def test_a_callback_that_drops_gradients_drops_the_micro_batches(name, drop):
+    data = micro_batches(6)
+    accumulate = GradientAccumulation(8)
+    def begin_anew(learn):
+        drop(learn)
+        accumulate.count = 0
+    skip = Skip('after_backward', 1, CancelBatchException, first=begin_anew)
+    dropped = weights_after([RECORDING[name](), accumulate, skip], data)
+    without = weights_after([RECORDING[name](), GradientAccumulation(8)], data[2:])
+    torch.testing.assert_close(dropped, without, rtol=1e-12, atol=1e-14)
+
+
+def test_a_skipped_backward_gives_sadt_no_micro_batch():
+    data = micro_batches(6)
+    skip = Skip('before_backward', 1, CancelBackwardException)
+    skipped = weights_after([RECORDING['sadt'](), GradientAccumulation(12), skip], data[:3])
+    # by hand; the batch counts among the 12 samples, and gives neither a gradient nor a divergence
+    net = mlp()
+    params = list(net.parameters())
+    kept = data[:3:2]
+    loss = sum(F.cross_entropy(net(x), y) for x, y in kept) / 3
+    g_up = torch.autograd.grad(loss, params)
+    q = [net(x).detach().log_softmax(1) for x, _ in kept]
+    generator = torch.Generator().manual_seed(0)
+    noise = [.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in params]
+    def move(changes, factor):
+        with torch.no_grad():
+            for p, change in zip(params, changes): p += factor * change
+    move(g_up, -.1)
+    move(noise, 1)
+    pairs = [(net(x).log_softmax(1), target) for (x, _), target in zip(kept, q)]
+    divergence = sum(F.kl_div(aux, target, log_target=True, reduction='batchmean') for aux, target in pairs)
+    g_aux = torch.autograd.grad(divergence / 3, params)
+    move(noise, -1)
+    move([a + b for a, b in zip(g_up, g_aux)], -.1)
+    expected = torch.cat([p.detach().flatten() for p in params])
+    torch.testing.assert_close(skipped, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize('error', [CancelBatchException, CancelTrainException, CancelEpochException])
+def test_only_beside_a_callback_that_skips_the_backward(error):
+    "The limited backward of the skipped batch must not be left for the next batch."
+    data = micro_batches(3)
+    for event in ('after_loss', 'before_backward'):
+        got = weights_after([RECORDING['only'](), Skip(event, 1, error)], data, 2)
+        rest = data[2:] if error is CancelBatchException else []
+        expected = weights_after([RECORDING['only']()], data[:1] + rest + data)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_skipped_learner_can_be_pickled_and_copied():
+    for name, make in RECORDING.items():
+        if name == 'only': continue # a lambda
+        learn = learner(mlp(), [make(), GradientAccumulation(8)], data=micro_batches(3))
+        learn.fit(1)
+        pickle.dumps(learn.cbs)
+        copy.deepcopy(learn)

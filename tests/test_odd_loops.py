@@ -13,6 +13,7 @@ from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.gsam import GSAM
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM, sam_step
+from sadt_nb.methods.wsam import WSAM
 
 
 def batch(seed=0, n=16):
@@ -285,6 +286,135 @@ def test_sadt_forgets_a_dropped_micro_batch(way):
         opt.step(last)
         return values(net)
     assert torch.equal(train(True), train(False))
+
+
+def to_none(opt, net): net.zero_grad()
+def to_zeros(opt, net): net.zero_grad(set_to_none=False)
+def base_to_zeros(opt, net): opt.base.zero_grad(set_to_none=False)
+def one_by_one(opt, net):
+    for p in net.parameters(): p.grad = None
+
+
+def sadt_closure(net, x, y, share=1., before=lambda: None):
+    def closure():
+        before()
+        out = net(x)
+        return out, share * F.cross_entropy(out, y)
+    return closure
+
+
+@pytest.mark.parametrize('inside', [False, True])
+@pytest.mark.parametrize('drop', [to_none, to_zeros, base_to_zeros, one_by_one])
+def test_sadt_forgets_micro_batches_whose_gradients_are_gone(drop, inside):
+    "`zero_grad` of the network or the base optimizer counts as `zero_grad` of `MethodOptimizer`."
+    if inside and drop is one_by_one: pytest.skip('a closure that does not call `zero_grad`')
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    def train(dropped):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        if dropped: opt.backward(sadt_closure(net, 3 * bad_x, bad_y))
+        if dropped and not inside: drop(opt, net)
+        calls = []
+        def first_only():
+            if inside and not calls: drop(opt, net)
+            calls.append(1)
+        opt.backward(sadt_closure(net, x, y, before=first_only))
+        opt.step()
+        return values(net)
+    assert torch.equal(train(True), train(False))
+
+
+def test_a_failed_closure_that_zeroes_the_network_drops_sadts_micro_batches():
+    (x, y), (bad_x, bad_y) = batch(), batch(1)
+    def train(failed):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        def bad():
+            net.zero_grad()
+            raise RuntimeError('out of memory')
+        if failed:
+            opt.backward(sadt_closure(net, 3 * bad_x, bad_y))
+            with pytest.raises(RuntimeError, match='out of memory'): opt.backward(bad)
+        opt.step(sadt_closure(net, x, y))
+        return values(net)
+    assert torch.equal(train(True), train(False))
+
+
+def test_a_micro_batch_with_a_gradient_of_zero_counts():
+    "The divergence of a micro-batch has a gradient also if the loss of this micro-batch has none."
+    (x, y), (other_x, other_y) = batch(), batch(1)
+    def train(*shares):
+        net = network()
+        opt = wrapped(SADT(1, noise_scale=1000.), net)
+        for (a, b), share in zip(((other_x, other_y), (x, y)), shares):
+            if share is not None: opt.backward(sadt_closure(net, a, b, share))
+        opt.step()
+        return values(net)
+    with_zero = train(0., .5)
+    assert (with_zero - train(None, .5)).norm() > 1e-6, 'the micro-batch counts'
+    close(with_zero, train(1e-13, .5))
+
+
+@pytest.mark.parametrize('drop', [to_none, lambda opt, net: opt.zero_grad()])
+def test_wsam_makes_no_step_after_its_gradients_were_dropped(drop):
+    x, y = batch()
+    net = network()
+    opt = wrapped(WSAM(), net)
+    before = values(net)
+    opt.backward(lambda: F.cross_entropy(net(x), y))
+    drop(opt, net)
+    opt.step()
+    assert torch.equal(values(net), before)
+
+
+def test_a_step_with_gradients_that_were_set_to_zero_is_refused():
+    x, y = batch()
+    net = network()
+    opt = wrapped(WSAM(), net)
+    opt.backward(lambda: F.cross_entropy(net(x), y))
+    net.zero_grad(set_to_none=False)
+    with pytest.raises(ValueError, match='no pass since the last step'): opt.step()
+
+
+@pytest.mark.parametrize('method', [SAM, GSAM, WSAM, lambda: SAM(interval=2)])
+def test_second_step_needs_a_first_step(method):
+    x, y = batch()
+    net = network()
+    opt = wrapped(method(), net)
+    def refused():
+        before = values(net)
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        with pytest.raises(ValueError, match='`second_step` needs a call of `first_step`'): opt.second_step()
+        assert torch.equal(values(net), before)
+    for _ in range(3): # with `interval`, the second batch does not move the weights
+        refused()
+        if opt.first_step():
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+        opt.second_step()
+    refused()
+    opt.first_step()
+    opt.cancel_first_step()
+    refused()
+
+
+def test_second_step_after_a_first_step_that_moved_nothing():
+    "A loop that ignores the result of `first_step` runs the batch twice; both gradients are plain and equal."
+    x, y = batch()
+    net, plain = network(), network()
+    opt, base = wrapped(SAM(interval=2), net), sgd(plain)
+    opt.step(lambda: F.cross_entropy(net(x), y))
+    plain.load_state_dict(net.state_dict())
+    F.cross_entropy(plain(x), y).backward()
+    base.step()
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.second_step()
+    close(values(net), values(plain))
 
 
 def test_sadt_keeps_earlier_micro_batches_after_an_error():

@@ -1,11 +1,15 @@
 "Extra passes outside the ordinary case: errors, shared states, and gradients that overflow."
 import copy
 import gc
+from collections import OrderedDict
+from dataclasses import dataclass
 
 import pytest
 import torch
-from fastai.callback.core import TrainEvalCallback
+from conftest import batches, learner, mlp
+from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sadt_nb.core.closures import MethodOptimizer, closure_step
@@ -13,12 +17,16 @@ from sadt_nb.core.passes import from_hidden_states, hidden_states, replaying
 from sadt_nb.core.perturb import _mask_bits_, ascent
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.asam import ASAM
+from sadt_nb.methods.born_again import KeepBest
+from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.gsam import GSAM
 from sadt_nb.methods.looksam import LookSAM
+from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.msam import MSAM
 from sadt_nb.methods.sadt import SADT
+from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
 from sadt_nb.methods.wsam import WSAM
 from torch import nn
@@ -516,3 +524,119 @@ def test_the_ascent_of_a_gradient_that_is_not_finite_is_zero(adaptive):
         assert not any(d.any() for d in ascent(grads, .5, scales).values())
     complex_grad = torch.tensor([complex(torch.inf, 1.)])
     assert not ascent(dict(w=complex_grad), .5)['w'].any()
+
+
+# Networks that return a dictionary, a tuple or an object
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class ModelOutput(OrderedDict):
+    "Like the outputs of Hugging Face's models: a dictionary with attributes."
+    @property
+    def logits(self): return self['logits']
+
+
+OUTPUTS = dict(dict=lambda z: {'logits': z}, tuple=lambda z: (z, z), list=lambda z: [z], Output=Output,
+               ModelOutput=lambda z: ModelOutput(logits=z))
+
+def logits_of(out):
+    if isinstance(out, (tuple, list)): return out[0]
+    return out['logits'] if isinstance(out, dict) else out.logits
+
+
+class Packed(nn.Module):
+    "A network whose outputs stand in a container."
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.kind = mlp(), kind
+    def forward(self, x): return OUTPUTS[self.kind](self.net(x))
+
+
+class Unpacked(nn.Module):
+    "What the error's message advises."
+    def __init__(self, packed):
+        super().__init__()
+        self.packed = packed
+    def forward(self, x): return logits_of(self.packed(x))
+
+
+class TakesLogits(Callback):
+    "As fastai's `RNNCallback`: the first of several outputs is the prediction."
+    order = -1
+    def after_pred(self): self.learn.pred = logits_of(self.pred)
+
+
+COMPARING = dict(SADT=lambda **kw: SADT(1, noise_scale=1000., **kw),
+                 MESA=lambda **kw: MESA(start_epoch=0, **kw),
+                 SAF=lambda **kw: SAF(start_epoch=1, lag=1, **kw),
+                 Distillation=lambda **kw: Distillation(mlp(), **kw))
+LATE = dict(COMPARING, MESA=lambda **kw: MESA(**kw), SAF=lambda **kw: SAF(**kw))
+
+def packed_loss(out, y): return F.cross_entropy(logits_of(out), y)
+def samples(): return [(x, y) for b in batches() for x, y in zip(*b)]
+def loader(): return DataLoader(samples(), bs=8)
+
+
+@pytest.mark.parametrize('divergence', ['categorical', lambda teacher, student, temperature: student.mean()])
+@pytest.mark.parametrize('kind', OUTPUTS)
+@pytest.mark.parametrize('name', COMPARING)
+def test_a_network_without_a_tensor_of_logits_is_refused(name, kind, divergence):
+    "Also where the term begins only in a later epoch."
+    learn = learner(Packed(kind), [LATE[name](divergence=divergence)], loader(), loss_func=packed_loss)
+    before = [p.clone() for p in learn.model.parameters()]
+    words = f'{name} needs one tensor of logits from the network, got {kind}; return the logits alone'
+    with pytest.raises(ValueError, match=words): learn.fit(1)
+    for p, w in zip(learn.model.parameters(), before): assert torch.equal(p, w)
+
+
+@pytest.mark.parametrize('name', COMPARING)
+def test_the_advised_module_trains_as_the_network_of_tensors(name):
+    def train(net):
+        learn = learner(net, [COMPARING[name](divergence='categorical')], loader())
+        learn.fit(2)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    assert torch.equal(train(Unpacked(Packed('dict'))), train(mlp()))
+
+
+@pytest.mark.parametrize('name', ['SADT', 'SAF', 'Distillation'])
+def test_a_callback_may_take_the_logits(name):
+    def train(net, *cbs):
+        learn = learner(net, [COMPARING[name](divergence='categorical'), *cbs], loader())
+        learn.fit(2)
+        return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+    assert torch.equal(train(Packed('dict'), TakesLogits()), train(mlp()))
+
+
+def test_a_teacher_without_a_tensor_of_logits_is_refused():
+    for teacher in (Packed('dict'), [Packed('dict')], [mlp(), Packed('dict')]):
+        learn = learner(mlp(), [Distillation(teacher)])
+        before = learn.model[0].weight.clone()
+        words = 'needs one tensor of logits from the (teacher|member), got dict'
+        with pytest.raises(ValueError, match=words): learn.fit(1)
+        assert torch.equal(learn.model[0].weight, before)
+    learn = learner(Packed('tuple'), [MESA(start_epoch=0), TakesLogits()])
+    with pytest.raises(ValueError, match='MESA needs one tensor of logits from the network, got tuple'):
+        learn.fit(1)
+
+
+def test_keep_best_refuses_a_network_without_a_tensor_of_logits():
+    learn = learner(Packed('tuple'), [KeepBest()], loss_func=packed_loss)
+    with pytest.raises(ValueError, match='KeepBest needs one tensor of logits'): learn.fit(1)
+
+
+@pytest.mark.parametrize('kind', OUTPUTS)
+def test_a_closure_without_a_tensor_of_logits_is_refused(kind):
+    net, (x, y) = Packed(kind), batches()[0]
+    before = net.net[0].weight.clone()
+    opt = MethodOptimizer(SADT(1, divergence='categorical'), torch.optim.SGD(net.parameters(), lr=.1), net)
+    def closure(f):
+        out = net(x)
+        return f(out), packed_loss(out, y)
+    with pytest.raises(ValueError, match=f'SADT needs one tensor of logits .*, got {kind}'):
+        opt.step(lambda: closure(lambda out: out))
+    assert torch.equal(net.net[0].weight, before)
+    opt.step(lambda: closure(logits_of))
+    assert not torch.equal(net.net[0].weight, before)

@@ -1,4 +1,6 @@
-"Methods in trainings that are evaluated, interrupted or unfrozen."
+"Methods in trainings that are evaluated, interrupted or unfrozen, and in several Learners."
+import gc
+import weakref
 from copy import deepcopy
 from functools import partial
 
@@ -6,8 +8,9 @@ import pytest
 import torch
 from conftest import as_loader, batches, cnn, evaluating_within, flat, learner, mlp, needed, sgd_for
 from fastai.callback.core import Callback
-from sadt_nb.core.closures import MethodOptimizer
-from sadt_nb.core.passes import StepGrads
+from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.passes import LoopMethod, StepGrads
+from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
@@ -209,3 +212,150 @@ def test_a_reentrant_checkpoint_changes_nothing_of_a_method_with_only(options):
         learn.fit(2)
         trained.append(flat(learn.model))
     torch.testing.assert_close(*trained, rtol=1e-12, atol=1e-14)
+
+
+# One object in several Learners
+
+STATELESS = ['gc', 'agc', 'sam', 'asam', 'gsam', 'wsam', 'msam', 'distillation', 'weight_average',
+             'repeat_step']
+CARRYING = ['esam', 'looksam', 'friendly_sam', 'saf', 'mesa', 'sadt1', 'sadt2', 'sadt3', 'sam interval']
+MAKE = {name: partial(make, name) for name in METHODS} | {'sam interval': lambda: [SAM(.5, interval=3)]}
+HELD = [name for name in METHODS if name != 'baseline']
+
+def new_learner(cbs, net=None):
+    torch.manual_seed(3)
+    return learner(cnn() if net is None else net, cbs, loader(), sgd_for(cbs))
+
+
+def test_every_method_is_expected_to_carry_a_state_or_not():
+    assert sorted(STATELESS + CARRYING) == sorted([*HELD, 'sam interval'])
+
+
+@pytest.mark.parametrize('kind', STATELESS)
+def test_a_method_without_a_state_trains_one_learner_after_another(kind):
+    cbs = MAKE[kind]()
+    for _ in range(2):
+        expected = new_learner(MAKE[kind]())
+        expected.fit(2)
+        got = new_learner(cbs)
+        got.fit(2)
+        assert torch.equal(flat(got.model), flat(expected.model))
+
+
+@pytest.mark.parametrize('kind', CARRYING)
+def test_a_method_with_a_state_refuses_a_second_learner(kind):
+    cbs = MAKE[kind]()
+    new_learner(cbs).fit(2)
+    second = new_learner(cbs)
+    before = flat(second.model).clone()
+    words = f'this {type(cbs[0]).__name__} object has trained another network, and .*; make one'
+    with pytest.raises(ValueError, match=words): second.fit(2)
+    assert torch.equal(flat(second.model), before)
+    second.remove_cbs(cbs)
+    second.add_cbs(MAKE[kind]())
+    second.fit(2)
+    expected = new_learner(MAKE[kind]())
+    expected.fit(2)
+    assert torch.equal(flat(second.model), flat(expected.model))
+
+
+@pytest.mark.parametrize('kind', CARRYING)
+def test_the_same_network_in_a_new_learner_continues(kind):
+    "As a second fit of one Learner; the optimizer of `sgd_for` begins anew in both."
+    cbs, others = MAKE[kind](), MAKE[kind]()
+    first = new_learner(cbs)
+    first.fit(2)
+    second = new_learner(cbs, first.model)
+    second.fit(1)
+    same = new_learner(others)
+    same.fit(2)
+    torch.manual_seed(3)
+    same.create_opt()
+    same.fit(1)
+    assert torch.equal(flat(second.model), flat(same.model))
+
+
+@pytest.mark.parametrize('fitted', ['none', 'second', 'second, evaluated'])
+@pytest.mark.parametrize('kind', HELD)
+def test_two_learners_with_one_object(kind, fitted):
+    "The callback knows the Learner that was made last; the first one must not train without its method."
+    cbs = MAKE[kind]()
+    first, second = new_learner(cbs), new_learner(cbs)
+    if fitted != 'none': second.fit(1)
+    if 'evaluated' in fitted: second.validate()
+    before = flat(first.model).clone(), flat(second.model).clone()
+    name = type(cbs[0]).__name__
+    first.validate()
+    words = f'this {name} object now belongs to another optimizer or Learner; make one {name} object for each'
+    with pytest.raises(ValueError, match=words): first.fit(1)
+    assert torch.equal(flat(first.model), before[0]) and torch.equal(flat(second.model), before[1])
+    second.fit(1)
+
+
+@pytest.mark.parametrize('kind', ['sam', 'looksam', 'sadt1', 'msam', 'saf', 'gc'])
+def test_a_learner_whose_object_was_removed_by_another(kind):
+    cbs = MAKE[kind]()
+    first = new_learner(cbs)
+    other = new_learner(MAKE[kind]())
+    other.remove_cbs(list(other.cbs)[1:])
+    other.fit(1, cbs=cbs) # fastai adds and removes it
+    if isinstance(cbs[0], LoopMethod) or kind == 'gc':
+        with pytest.raises(ValueError, match='now belongs to another optimizer or Learner'): first.fit(1)
+
+
+@pytest.mark.parametrize('kind', ['sam', 'esam', 'sadt1'])
+def test_a_learner_whose_object_was_given_to_a_loop(kind):
+    cbs = MAKE[kind]()
+    first, net = new_learner(cbs), cnn()
+    MethodOptimizer(cbs[0], torch.optim.SGD(net.parameters(), lr=.1), net)
+    with pytest.raises(ValueError, match='now belongs to another optimizer or Learner'): first.fit(1)
+
+
+def test_a_state_is_refused_by_the_loop_of_another_network():
+    (x, y), method, net, other = batches()[0], LookSAM(), mlp(), mlp()
+    def optimizer(net): return torch.optim.SGD(net.parameters(), lr=.1)
+    def loss(): return F.cross_entropy(net(x), y)
+    for _ in range(2): # another optimizer of the same network goes on
+        MethodOptimizer(method, optimizer(net), net).step(loss)
+        closure_step(method, net, loss, optimizer(net))
+    words = 'this LookSAM object has trained another network'
+    with pytest.raises(ValueError, match=words): MethodOptimizer(method, optimizer(other), other)
+    with pytest.raises(ValueError, match=words):
+        closure_step(method, other, lambda: F.cross_entropy(other(x), y), optimizer(other))
+
+
+@pytest.mark.parametrize('kind', CARRYING)
+def test_a_search_an_evaluation_and_copies_do_not_count_as_training(kind):
+    cbs = MAKE[kind]()
+    searched = new_learner(cbs)
+    searched.lr_finder = object() # as during fastai's `lr_find`
+    searched.fit(1)
+    del searched.lr_finder
+    searched.validate()
+    got = new_learner(cbs)
+    got.fit(2)
+    expected = new_learner(MAKE[kind]())
+    expected.fit(2)
+    assert torch.equal(flat(got.model), flat(expected.model))
+    twin = deepcopy(got)
+    twin.fit(1)
+    got.fit(1)
+    assert torch.equal(flat(twin.model), flat(got.model))
+    new_learner(cbs).validate() # an evaluation of another network is no training
+    new_learner(cbs).get_preds(dl=loader())
+
+
+def test_no_learner_is_kept_alive():
+    method = SAM()
+    first = new_learner([method])
+    first.fit(1)
+    freed = weakref.ref(first), weakref.ref(first.model)
+    second = new_learner([method])
+    second.fit(1)
+    del first
+    gc.collect()
+    assert [reference() for reference in freed] == [None, None]
+    left = weakref.ref(method)
+    del method, second
+    gc.collect()
+    assert left() is None

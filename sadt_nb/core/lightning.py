@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from .closures import MethodOptimizer, PlainLoop, check_one_pass, load_method_state
+from .closures import method_state
 from .passes import PerturbedPass, device_of, is_whole_training, rng_states
 from .ranks import sync_gradients
 
@@ -145,8 +146,8 @@ class MethodCallback(Callback):
         if loop is not None: loop.close()
 
     def state_dict(self) -> dict:
-        "Return the method's state for Lightning's checkpoint."
-        return self.method.state_dict()
+        "Return the method's state and name for Lightning's checkpoint."
+        return method_state(self.method)
 
     def load_state_dict(self, state_dict):
         "Restore the method's state from Lightning's checkpoint."

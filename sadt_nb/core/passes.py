@@ -6,13 +6,15 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
            'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
-           'batch_size', 'replay', 'check_single', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
-           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'SummedPass',
-           'StepGrads', 'step_unscaled']
+           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
+           'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training', 'LoopMethod',
+           'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share',
+           'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
 from collections import defaultdict, deque, OrderedDict
+import weakref
 from copy import copy, deepcopy
 from functools import partial
 from itertools import chain
@@ -23,6 +25,7 @@ from torch import nn, Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
+from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
@@ -30,7 +33,8 @@ from fastai.learner import Learner
 
 from .arguments import ShowsArguments
 from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
-from .perturb import perturbed, settle_gradients, trainable_params, version_of, weights_moved
+from .perturb import perturbed, settle_gradients, trainable_params, unwrapped, version_of
+from .perturb import weights_moved
 from .ranks import average_over_ranks, n_ranks, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
@@ -380,6 +384,33 @@ def add_gradients(
     for p, g in taken.items():
         if p.grad is None: p.grad = g
 
+def note_gradients(
+    params:Iterable[Tensor], # Parameters
+) -> dict: # From parameter to a weak reference and a number; only parameters with a gradient
+    "Return which tensor each gradient is, and how often this tensor was written."
+    # not the gradient's `id`, which a new gradient can get after this one is freed
+    return {p: (weakref.ref(p.grad), version_of(p.grad)) for p in params if p.grad is not None}
+
+def is_unchanged(
+    grad:Tensor|None, # Gradient of a parameter
+    noted:tuple|None, # Entry of this parameter in the result of `note_gradients`
+) -> bool: # `False` if one of the two is missing
+    "Return whether a gradient is the one that was noted, without a write since then."
+    if grad is None or noted is None: return False
+    reference, version = noted
+    return reference() is grad and version == version_of(grad)
+
+def _is_dropped(grad, noted):
+    if grad is None: return True
+    # zeros without a write are the gradient of a micro-batch; only a gradient that has changed is read
+    return not is_unchanged(grad, noted) and not grad.is_sparse and not grad.any()
+
+def are_dropped(
+    noted:dict, # Result of `note_gradients`
+) -> bool: # `False` if there was no gradient to note
+    "Return whether all these gradients are gone, or were set to zero."
+    return bool(noted) and all(_is_dropped(p.grad, entry) for p, entry in noted.items())
+
 # %% ../../nbs/core/01_passes.ipynb #3d92687d
 def batch_size(
     xb:object, # Inputs of a batch: tensors, also inside dicts, lists and tuples
@@ -493,6 +524,58 @@ def check_single(
         names = f'{type(cb).__name__} and {type(others[0]).__name__}'
         raise ValueError(f'a Learner can have only one method that {why}, got {names}; remove one of the two')
 
+def check_outputs(
+    outputs:object,      # What a network has returned
+    owner:object,        # The method or module that uses the outputs
+    of:str='network',    # Which network it is, for the message
+):
+    "Raise `ValueError` unless the outputs of a network are one tensor."
+    if isinstance(outputs, Tensor): return
+    raise ValueError(f'{type(owner).__name__} needs one tensor of logits from the {of}, got '
+                     f'{type(outputs).__name__}; return the logits alone, for example from a module '
+                     'around the network')
+
+# %% ../../nbs/core/01_passes.ipynb #5b1e40d2
+_TRAINED = weakref.WeakKeyDictionary() # from a method to references to the Learner and the network it trained
+
+def _has_state(cb): return any(isinstance(v, Tensor) or bool(v) for v in tree_leaves(cb.state_dict()))
+
+def _carries_state(cb):
+    own = getattr(type(cb), 'carries_state', _has_state) # not of `cb`, which also finds what its Learner has
+    return own(cb)
+
+def note_network(
+    cb:Callback, # A method with a state, in training
+):
+    "Note which network a method trains, but not in a learning rate search, after which the state comes back."
+    if hasattr(cb.learn, 'lr_finder'): return
+    _TRAINED[cb] = weakref.ref(cb.learn), weakref.ref(unwrapped(cb.learn.model))
+
+def check_network(
+    cb:Callback, # A method with a state, before training
+):
+    "Raise `ValueError` if a method has kept something of the training of another network."
+    if cb not in _TRAINED or evaluating(cb.learn): return
+    learn, model = (reference() for reference in _TRAINED[cb])
+    is_same = learn is cb.learn or model is unwrapped(cb.learn.model)
+    if is_same or not _carries_state(cb): return
+    name = type(cb).__name__
+    raise ValueError(f'this {name} object has trained another network, and what it has kept of that training '
+                     f'would change this one; make one {name} object for each Learner or optimizer')
+
+def check_learner(
+    cb:Callback, # A callback, in `before_train`
+):
+    "Raise `ValueError` if the Learner that trains is not the callback's own."
+    learn = cb.learn # the Learner that has got the callback last
+    in_loop = hasattr(learn, 'own_replay') # a plain loop sends no `before_train`
+    # this callback of fastai has set `training` before, if the Learner is the one that trains
+    sets_training = learn is not None and any(isinstance(other, TrainEvalCallback) for other in learn.cbs)
+    if learn is not None and not in_loop and (learn.training or not sets_training): return
+    name = type(cb).__name__
+    raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
+                     'object for each')
+
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
 _ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch
 
@@ -535,7 +618,16 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         event_name:str, # Name of a fastai event, such as 'before_fit'
     ):
         "Handle an event of a fit; `validate` and `get_preds` inside a fit change nothing of the method."
-        if not evaluating(self.learn): return super().__call__(event_name)
+        if evaluating(self.learn): return
+        # then the method's Learner is not the one that trains, and `before_train` raises an error
+        if event_name == 'before_fit' and (self.learn is None or self.learn.opt is None): return
+        return super().__call__(event_name)
+
+    def before_train(self): check_learner(self)
+
+    def carries_state(self) -> bool: # `False`: a training of another network can use this object as it is
+        "Return whether the method keeps something of its training that would change another training."
+        return _has_state(self)
 
     def first_inputs(self) -> list|None: # `None`: all parameters
         "Return the parameters whose gradients the first pass of a batch needs."
@@ -553,6 +645,10 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         "Restore the state that `state_dict` returned."
         for k, g in vars(self).items():
             if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
+
+    def __getstate__(self):
+        without = '_left', '_uncounted' # weak references to gradients, which cannot be pickled
+        return {k: v for k, v in super().__getstate__().items() if k not in without}
 
     def drop_batches(self,
         current:bool=False, # `True`: only the micro-batch that has failed; `False`: all since the last step
@@ -598,6 +694,7 @@ class ExtraPass(LoopMethod):
 
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
+        check_network(self)
         trainable_params(self.learn.model) # raises its errors here, before the first batch
         self._unhook() # a hook remains if the last fit ended in an exception
         self._set_hook()
@@ -605,6 +702,7 @@ class ExtraPass(LoopMethod):
 
     def before_batch(self):
         self._set_hook() # it is gone if the callback was removed and added again during the fit
+        note_network(self)
         self.states = hidden_states(self.model)
 
     def after_batch(self): weights_moved(self.learn.model) # the user's loop may run inside `autocast`
@@ -642,6 +740,7 @@ def _versions(params):
 class _OwnGradients(ExtraPass):
     "Sets aside what `.grad` holds before the batch's backward, except what fastai has zeroed."
     per_rank = True # under distributed training, perturb along the gradient of this process's samples
+    _stash = {} # gradients that are set aside; replaced, never changed
 
     def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass, if it lies between `start` and `stop`."
@@ -655,12 +754,19 @@ class _OwnGradients(ExtraPass):
         super().before_fit()
         self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
 
+    def _end_stash(self):
+        "Add the gradients that are still set aside to `.grad`; a callback has skipped the batch."
+        stash, self._stash = self._stash, {}
+        add_gradients(stash)
+
     def before_batch(self):
         super().before_batch()
+        self._end_stash() # the batch before ended the epoch or the training
         sync_gradients(self.learn.model, not (self.per_rank and self.makes_pass()))
 
     def after_batch(self):
         super().after_batch()
+        self._end_stash()
         sync_gradients(self.learn.model, True)
         if self._stepped: self._zeros = _versions(stepped_params(self.learn)) # fastai has zeroed them
         self._stepped = False
@@ -675,6 +781,10 @@ class _OwnGradients(ExtraPass):
             if not untouched: self._stash[p] = g
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
+
+    def after_fit(self):
+        super().after_fit()
+        self._end_stash() # a callback has ended the fit in a batch
 
 # %% ../../nbs/core/01_passes.ipynb #4e57be0d
 class _LossOf:
@@ -771,6 +881,10 @@ class _ChosenParams(_OwnGradients):
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
         if not self.replaying: self.limit_backward()
+
+    def before_batch(self):
+        super().before_batch()
+        _unlimit_backward(self.learn) # the batch before ended the epoch or the training
 
     def after_batch(self):
         super().after_batch()
@@ -1023,6 +1137,7 @@ class SummedPass(PerturbedPass):
 
     A skipped step drops the sum. The sum of an incomplete step is part of the state."""
     needs_loss_scale = True
+    _left = {} # what `note_gradients` returned after the last micro-batch; replaced, never changed
 
     def __init__(self,
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -1055,13 +1170,27 @@ class SummedPass(PerturbedPass):
         "Use the sum; called after every step that was not skipped."
         raise NotImplementedError
 
+    def before_backward(self):
+        # a callback that skips a batch may also drop the gradients of the earlier micro-batches; a plain loop
+        # has set them aside, and calls `drop_batches` itself
+        in_learner = not hasattr(self.learn, 'own_replay')
+        if in_learner and not self.replaying and are_dropped(self._left): self.drop_batches()
+        super().before_backward()
+
+    def after_backward(self):
+        super().after_backward()
+        if not self.replaying: self._left = note_gradients(stepped_params(self.learn))
+
     def after_cancel_step(self): self._refused = True
 
     def after_step(self):
         super().after_step()
         total, weight, refused = self.total, self.weight, self._refused
-        self.total, self.weight, self._refused = {}, 0., False
+        self.total, self.weight, self._refused, self._left = {}, 0., False, {}
         if total and not refused: self.after_sum(total, weight)
+
+    def drop_batches(self, current=False):
+        if not current: self.total, self.weight, self._left = {}, 0., {}
 
     def state_dict(self): return dict(total=deepcopy(self.total), weight=self.weight)
     def load_state_dict(self, state): self.total, self.weight = dict(state['total']), state['weight']

@@ -10,11 +10,13 @@ from typing import Iterable
 
 from torch import nn, Tensor
 
+from .passes import check_outputs
+
 # %% ../../nbs/core/05_teachers.ipynb #36a08580
 class Ensemble(nn.Module):
     """A network that returns the mean of several networks' logits.
 
-    Raises `ValueError` if there are no members, and if the members' outputs differ in shape."""
+    Raises `ValueError` if there are no members, and for outputs that are no tensors or differ in shape."""
     def __init__(self,
         models:Iterable[nn.Module], # The members, at least one
     ):
@@ -27,8 +29,10 @@ class Ensemble(nn.Module):
     ) -> Tensor: # `(n, classes)` logits
         "Return the mean logits. To save memory, each member's logits are added before the next runs."
         total = self.models[0](*xb)
+        check_outputs(total, self, 'member')
         for m in self.models[1:]:
             z = m(*xb)
+            check_outputs(z, self, 'member')
             if z.shape != total.shape:
                 shapes = f'{tuple(total.shape)} and {tuple(z.shape)}'
                 raise ValueError(f'all members must return outputs of the same shape, got {shapes}')

@@ -14,6 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
+from ..core.passes import check_learner, check_outputs
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -23,11 +24,13 @@ from ..core.teachers import Ensemble
 # epoch is kept. With 'last', the last epoch is kept, and no data are needed
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
-def _n_right(model, batches):
+def _n_right(keeper, model, batches):
     "Return the number of samples that `model` classifies correctly, and the number of all samples."
     right = n = 0
     for x, y in batches:
-        right = right + (model(x).argmax(1) == y).sum()
+        outputs = model(x)
+        check_outputs(outputs, keeper)
+        right = right + (outputs.argmax(1) == y).sum()
         n += len(y)
     return right, n
 
@@ -57,12 +60,14 @@ class KeepBest(ShowsArguments, Callback):
                              "missing or empty; leave out `KeepBest`, or call `born_again` with "
                              "select='last', to keep the last epoch")
 
+    def before_train(self): check_learner(self)
+
     @torch.no_grad()
     def after_epoch(self):
         model = unwrapped(self.learn.model.eval()) # the next epoch sets training mode
         # `bare_loader` yields all samples in every process
         loader = bare_loader(self.learn.dls.loaders[SELECT[self.select]])
-        right, n = _n_right(model, loader)
+        right, n = _n_right(self, model, loader)
         # BatchNorm's running averages can differ between processes, and then `right` differs, too. All
         # processes use the number of the first process, so they choose the same epoch
         right_in_first_process = over_ranks(right, 'first')

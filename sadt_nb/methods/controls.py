@@ -9,7 +9,7 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, StepGrads, check_single
+from ..core.passes import ORDERS, StepGrads, check_learner, check_single
 from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
@@ -27,6 +27,8 @@ class RepeatStep(ShowsArguments, Callback):
     def before_fit(self):
         check_single(self, RepeatStep, 'repeats steps')
         StepGrads.install(self.learn, self).hold = False # `False`: the Learner makes the first step itself
+
+    def before_train(self): check_learner(self)
 
     def after_step(self):
         grads = self.step_grads.grads

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..core.loss_terms import LossTerm
 from ..core.losses import as_divergence, DivergenceLike
-from ..core.passes import ORDERS, check_single, replaying, replays_other_loss
+from ..core.passes import ORDERS, check_learner, check_outputs, check_single, replaying
+from ..core.passes import replays_other_loss
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac
@@ -26,7 +27,7 @@ class Distillation(LossTerm):
 
     Raises `ValueError` for values out of range. Before training starts, also raises `ValueError` if
     there is no teacher, or if teacher and student share weights. At the first batch, raises `ValueError` if
-    the outputs of teacher and student differ in shape."""
+    the outputs of teacher and student are no tensors or differ in shape."""
     # before SAF's and MESA's terms are added, so that `alpha` multiplies the labels' loss only
     order = ORDERS['loss_term'] - 1
     _stateattrs = ('teacher',) # not in pickled Learners
@@ -53,6 +54,7 @@ class Distillation(LossTerm):
     def _init_state(self): self.teacher = None
 
     def before_train(self):
+        check_learner(self)
         if not isinstance(self.teacher, nn.Module):
             raise ValueError(f'distillation needs a network as teacher, got {type(self.teacher).__name__}; '
                              'set `learn.distillation.teacher` (a pickled Learner has no teacher)')
@@ -64,7 +66,9 @@ class Distillation(LossTerm):
 
     def after_pred(self):
         if replaying(self.learn): return
+        check_outputs(self.learn.pred, self)
         with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
+        check_outputs(self._target, self, 'teacher')
         teacher, student = tuple(self._target.shape), tuple(self.learn.pred.shape)
         if teacher != student:
             raise ValueError('teacher and student must have outputs of one shape, '

@@ -13,7 +13,7 @@ import torch
 
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
-from ..core.passes import replaying
+from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
 from ..core.perturb import check_whole, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
@@ -67,8 +67,14 @@ class MESA(TrajectoryLoss):
 
     def _init_state(self): self.teacher = None # the averaged network, in evaluation mode
 
+    def before_fit(self):
+        super().before_fit()
+        check_network(self)
+
     def before_train(self):
+        check_learner(self)
         if not self.run: return
+        note_network(self)
         self._stepped = self._refused = False
         model = unwrapped(self.learn.model)
         check_whole(model, 'MESA keeps a copy of the network')
@@ -84,10 +90,12 @@ class MESA(TrajectoryLoss):
         self._loaded = None
 
     def after_pred(self):
-        if self.active and not replaying(self.learn):
-            with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
+        if not self.active or replaying(self.learn): return
+        with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
+        check_outputs(self._target, self, 'network')
 
     def term(self, logits, rows):
+        check_outputs(logits, self)
         if not self.active: return None
         target = self._target if rows is None else self._target[rows]
         return self.factor * self.divergence_from(target.to(logits.dtype), logits, self.tau, rows)

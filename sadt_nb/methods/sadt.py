@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
-from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads
-from ..core.passes import changed_states, step_unscaled, take_gradients
+from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads, are_dropped
+from ..core.passes import changed_states, check_outputs, is_unchanged, note_gradients, step_unscaled
+from ..core.passes import stepped_params, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks
@@ -369,6 +370,8 @@ class _MicroBatches(_SeededNoise):
     "Keeps the micro-batches of a step and, in the first step of a plain loop, the network's inputs in each."
     _micro = () # the micro-batches of a step that is not complete
     _earlier = 0 # micro-batches before the current one
+    _left = {} # the gradients after the last micro-batch, for `are_dropped`; replaced, never changed
+    _uncounted = None # the gradients before this micro-batch's backward, until it is known to have run
     _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
     _watching = None # handle of the hook that reads the network's inputs
 
@@ -387,6 +390,35 @@ class _MicroBatches(_SeededNoise):
     def _unhook(self):
         self._unwatch()
         super()._unhook()
+
+    def _keep(self, micro):
+        "Keep a micro-batch, and forget earlier ones if a callback has dropped their gradients."
+        in_learner = not hasattr(self.learn, 'own_replay') # a plain loop calls `drop_batches`
+        if in_learner and self._micro and are_dropped(self._left): self._micro = []
+        self._micro.append(micro)
+        self._uncounted = note_gradients(stepped_params(self.learn)) if in_learner else None
+        self._cancelled = False
+
+    def after_cancel_backward(self): self._cancelled = True
+
+    def after_backward(self):
+        if self.replaying: return
+        if not self._cancelled: self._uncounted = None
+        self._left = note_gradients(stepped_params(self.learn))
+
+    def _drop_uncounted(self):
+        "Forget a micro-batch whose backward a callback has skipped, so that `.grad` has not changed."
+        before, self._uncounted = self._uncounted, None
+        if before is None or not self._micro: return
+        now = {p: p.grad for p in stepped_params(self.learn) if p.grad is not None}
+        same = now.keys() == before.keys() and all(is_unchanged(g, before[p]) for p, g in now.items())
+        if same: self._micro.pop()
+
+    def before_step(self): self._drop_uncounted()
+
+    def after_batch(self):
+        super().after_batch()
+        self._drop_uncounted()
 
     def drop_batches(self, current=False):
         self._micro = self._micro[:self._earlier] if current else []
@@ -421,6 +453,7 @@ class _TwoSteps(_MicroBatches):
 
     def before_batch(self):
         super().before_batch()
+        self._drop_uncounted() # the batch before ended the epoch or the training
         self._earlier = len(self._micro)
         if self._calls is not None:
             self._calls = []
@@ -431,6 +464,7 @@ class _TwoSteps(_MicroBatches):
     def before_backward(self):
         if self.replaying: return
         self._unwatch()
+        check_outputs(self.pred, self)
         loss = self.learn.loss_grad
         has_graph = getattr(loss, 'grad_fn', None) is not None
         from_network = self.pred.grad_fn is not None or not self.pred.requires_grad # a leaf is no output
@@ -439,14 +473,15 @@ class _TwoSteps(_MicroBatches):
             self.compare = _divergence_in_loop(self.pred, loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
         calls = tuple(self._calls or ())
-        self._micro.append(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
+        self._keep(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
 
     def after_step(self):
         super().after_step()
         micro_batches, self._micro = self._micro, []
         g_up = self.step_grads.grads
-        # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient
-        if not g_up or not self.in_window(): return
+        # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient;
+        # `micro_batches` is empty if a callback has skipped every backward
+        if not g_up or not micro_batches or not self.in_window(): return
         # `stepped`: the optimizer's parameters with a gradient; `params`: those of the network, to perturb
         stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}

@@ -13,7 +13,7 @@ from torch import distributed, Tensor
 
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
 from ..core.losses import DivergenceLike
-from ..core.passes import replaying
+from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
 from ..core.perturb import check_count
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2
@@ -94,11 +94,8 @@ def _check_records(records, lag, samples):
     raise ValueError(f'the loaded records are for {records.logits.shape[1]} samples and lag {records.lag}, '
                      f'but the data set has {samples} samples and `lag` is {lag}')
 
-def _check_outputs(outputs, records):
-    "Raise `ValueError` unless a sample's output is one tensor in the shape of its record."
-    if not isinstance(outputs, Tensor):
-        name = type(outputs).__name__
-        raise ValueError(f'the network must return one tensor, so that SAF can record it; got {name}')
+def _check_shape(outputs, records):
+    "Raise `ValueError` unless a sample's output has the shape of its record."
     if records is None or outputs.shape[1:] == records.logits.shape[2:]: return
     raise ValueError(f'the network returns outputs of shape {tuple(outputs.shape[1:])} per sample, '
                      f'but the records have the shape {tuple(records.logits.shape[2:])}')
@@ -141,6 +138,7 @@ class SAF(TrajectoryLoss):
 
     def before_fit(self):
         super().before_fit()
+        check_network(self)
         if not self.run: return
         if mixed := mixing(self.learn):
             raise ValueError("SAF compares each sample's output with its output in earlier epochs; "
@@ -148,10 +146,14 @@ class SAF(TrajectoryLoss):
         SampleIds.install(self.learn)
         if self.records is not None: _check_records(self.records, self.lag, n_samples(self.learn.dls.train))
 
+    def before_train(self):
+        check_learner(self)
+        note_network(self)
+
     @torch.no_grad()
     def _exchange(self, now):
         "Return the recorded past logits of this batch's samples, and record the current logits instead."
-        _check_outputs(now, self.records)
+        _check_shape(now, self.records)
         compares_classes = getattr(self.compare, 'kind', '') == 'categorical' # other functions have no `kind`
         # checked once per epoch, because the check waits for the device
         if compares_classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
@@ -163,6 +165,7 @@ class SAF(TrajectoryLoss):
         return self.records.exchange(self.sample_ids.ids, now, self.done) # `done`: finished epochs
 
     def term(self, logits, rows):
+        check_outputs(logits, self)
         if not replaying(self.learn): self._past = self._exchange(logits.detach())
         if not self.active: return None
         past = self._past if rows is None else self._past[rows]

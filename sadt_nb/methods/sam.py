@@ -54,6 +54,9 @@ class SAM(PerturbedPass):
         super().after_step()
         if self.in_window(): self.steps += 1
 
+    # with interval=1, the number of steps has no effect
+    def carries_state(self): return self.interval > 1 and super().carries_state()
+
     def state_dict(self): return dict(steps=self.steps)
     def load_state_dict(self, state): self.steps = state['steps']
 

@@ -22,7 +22,7 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
-from ..core.passes import batch_size, check_single, evaluating
+from ..core.passes import batch_size, check_learner, check_single, evaluating
 from ..core.perturb import check_count, check_whole, unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
 
@@ -148,6 +148,8 @@ class _StepWatch(ShowsArguments, Callback):
     "Base class of a callback that must know with which batches the optimizer has made a step."
     _stepped = False # `True` if the optimizer has made a step with this batch
     _refused = False # `True` if the step was skipped, for example after an overflow
+
+    def before_train(self): check_learner(self)
 
     def after_cancel_step(self):
         # SADT also cancels the Learner's step, but makes the step later: `StepGrads` then has gradients

@@ -462,11 +462,21 @@ def _gradient_callbacks(learn, until):
         if cb is until: return
         cb('after_backward')
 
+_SCALING = (MixedPrecision, GradientAccumulation) # leave autocast, or multiply the loss, in `after_loss`
+
+def _send_after_loss(learn, own_loss):
+    """Send `after_loss`; in a pass with a loss of its own, only to callbacks that do not add to the loss.
+
+    A term such as that of `RNNRegularizer` belongs to the Learner's loss, and counts once per batch."""
+    for cb in learn.cbs.sorted('order'):
+        scales = isinstance(cb, _SCALING) or getattr(type(cb), 'scales_loss', False)
+        if scales or not own_loss: cb('after_loss')
+
 def _backward_pass(learn, loss_func, yb, params, until):
-    "Compute the loss of `learn.pred` and its gradients, and send the events."
-    learn.loss_grad = loss_func(learn.pred, *yb)
+    "Compute the loss of `learn.pred` and its gradients, and send the events; `None`: the Learner's loss."
+    learn.loss_grad = (loss_func or learn.loss_func)(learn.pred, *yb)
     learn.loss = learn.loss_grad.clone()
-    learn('after_loss') # MixedPrecision leaves autocast here
+    _send_after_loss(learn, own_loss=loss_func is not None)
     learn('before_backward')
     take_gradients(params) # drops gradients of callbacks' own backward passes
     learn._backward()
@@ -509,7 +519,7 @@ def replay(
         learn('after_pred')
         pred = learn.pred
         if not backward: return pred
-        _backward_pass(learn, loss_func or learn.loss_func, yb, params, until)
+        _backward_pass(learn, loss_func, yb, params, until)
         return tree_map_only(Tensor, Tensor.detach, pred)
 
 # %% ../../nbs/core/01_passes.ipynb #2ebb6f19
@@ -741,6 +751,7 @@ class _OwnGradients(ExtraPass):
     "Sets aside what `.grad` holds before the batch's backward, except what fastai has zeroed."
     per_rank = True # under distributed training, perturb along the gradient of this process's samples
     _stash = {} # gradients that are set aside; replaced, never changed
+    _zeroed = {} # from parameter to the zeros of fastai, or to `None` if they were dropped; replaced, too
 
     def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass, if it lies between `start` and `stop`."
@@ -755,9 +766,12 @@ class _OwnGradients(ExtraPass):
         self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
 
     def _end_stash(self):
-        "Add the gradients that are still set aside to `.grad`; a callback has skipped the batch."
+        "Add the gradients that are set aside to `.grad`; parameters without a gradient get their zeros back."
         stash, self._stash = self._stash, {}
         add_gradients(stash)
+        zeroed, self._zeroed = self._zeroed, {}
+        for p, zeros in zeroed.items():
+            if p.grad is None: p.grad = torch.zeros_like(p) if zeros is None else zeros
 
     def before_batch(self):
         super().before_batch()
@@ -775,10 +789,12 @@ class _OwnGradients(ExtraPass):
         if self.replaying: return
         params = stepped_params(self.learn)
         zeros, self._zeros = self._zeros, {}
-        self._stash = {}
+        self._stash, self._zeroed = {}, {}
         for p, g in take_gradients(params).items():
             untouched = zeros.get(id(p)) == (id(g), version_of(g)) # still the zeros that fastai has written
             if not untouched: self._stash[p] = g
+            # the zeros are freed where a backward may write a gradient, as it needs the memory
+            else: self._zeroed[p] = None if p.requires_grad else g
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
@@ -1069,8 +1085,7 @@ class PerturbedPass(_Chunks):
         if self.replaying: return
         if self.cuts: self.passes_by_chunk()
         elif self.makes_pass() and self.has_gradients(): _run_passes(self, self.second_pass)
-        add_gradients(self._stash)
-        self._stash = {}
+        self._end_stash()
 
     def first_gradients(self) -> tuple: # Parameters and gradients, each by name
         "Return the gradients of the first pass, and set `.grad` to `None` for the extra pass."

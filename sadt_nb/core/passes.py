@@ -764,6 +764,7 @@ class _OwnGradients(ExtraPass):
     def before_fit(self):
         super().before_fit()
         self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
+        self._stash, self._zeroed = {}, {} # an exception in an extra pass of that fit leaves gradients here
 
     def _end_stash(self):
         "Add the gradients that are set aside to `.grad`; parameters without a gradient get their zeros back."

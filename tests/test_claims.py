@@ -11,12 +11,13 @@ from scipy import stats
 
 from sadt_nb.core.display import Card
 from sadt_nb.experiments.cost import run_cost
+from sadt_nb.experiments.runner import unpacked
 from sadt_nb.papers import claims as claims_page
 from sadt_nb.papers import verdict_rows, verdicts
 from sadt_nb.papers.claims import (
-    LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Side, discoveries,
-    finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image, paired_by_seed, power,
-    seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
+    BY_IMAGE, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Setting, Side,
+    discoveries, finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image,
+    paired_by_seed, power, seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
 from sadt_nb.papers.grids import paper_grid
 from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
 from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
@@ -319,6 +320,26 @@ def test_a_teacher_is_compared_in_both_readings():
     e = Comparisons(table).gap('p', '', 'a')
     assert e.mean == pytest.approx(2.5) and e.re_estimated[0] == pytest.approx(3.5)
 
+def test_a_student_and_its_teacher_are_paired_by_image():
+    "By hand: the bits of each student against those of the teacher with the next seed."
+    table = networks(np.random.default_rng(0), dict(student=.3, teacher=0.))
+    student, teacher = (np.stack(list(table[table.kind == k].right)) for k in ('student', 'teacher'))
+    teacher = np.roll(teacher, -1, 0)
+    of_students = table[table.kind == 'student'].assign(
+        teacher_accuracy=100 * teacher.mean(1), teacher_right=list(teacher))
+    e = Comparisons(of_students).gap('p', '', 'student')
+    assert (e.mean, e.low, e.high) == pytest.approx(paired_by_image(student, teacher)[:3])
+    assert e.pairing == BY_IMAGE
+    without = Comparisons(of_students.drop(columns='teacher_right')).gap('p', '', 'student')
+    assert without.mean == pytest.approx(e.mean) and 'widest' in without.pairing
+
+def test_wrong_labels_are_outside_unless_the_paper_has_them():
+    table = networks(np.random.default_rng(0), dict(a=.3, b=0.)).assign(place='p, 40% wrong labels')
+    def found(**facts):
+        return Comparisons(table).gap('p, 40% wrong labels', '', 'a', 'b', of_paper=(1000, 20), **facts)
+    assert found().outside == ('the paper trains on right labels',)
+    assert found(wrong_labels=True).outside == ()
+
 
 def test_two_leads_on_the_same_test_images_may_move_in_opposite_directions():
     "At 50% each lead can have a standard deviation of 1 point over sets of 10,000 images, so theirs is 2."
@@ -330,6 +351,78 @@ def test_two_leads_on_the_same_test_images_may_move_in_opposite_directions():
                          accuracy_bn=50.))
     e, = verdicts._larger_lead(Comparisons(pd.DataFrame(rows)))
     assert e.high - e.low == pytest.approx(2 * 1.959964 * 2, rel=1e-5)
+
+
+# The runs with a strong recipe: half the channels or all of them, eight epochs of all images
+
+
+def stored_bits(place, kind):
+    "Right test images of each seed, read from the file without the table of networks."
+    preset, folder = dict(right=('fast/narrow', 'fast_narrow'), wrong=('fast/narrow_noise40', 'fast_narrow'),
+                          tuned=('fast/narrow_rates', 'fast_narrow'))[place]
+    rows = finished_runs(folder)
+    runs = {c.label: c.run for c in paper_grid(preset)}
+    return np.stack([unpacked(rows[runs[f'{kind} · seed {s}']]['right'], 10_000) for s in range(3)])
+
+def strong(claims, paper, short, label, place=verdicts._STRONG):
+    "One comparison of a claim, of our runs or of its control."
+    c = next(c for c in claims[paper] if c.short == short)
+    found, = [e for e in (*c.ours, *c.control) if (e.place, e.label) == (place, label)]
+    return found
+
+SAF, SADT, DISTILL = 'SAF and MESA', 'SADT', 'Self-distillation'
+OF_RECIPE = [ # paper, claim, comparison, the two kinds
+    (SAF, 'SAM above plain training', 'SAM', 'sam', 'baseline'),
+    (SAF, 'SAF above plain training', 'SAF, with tau squared', 'saf, scaled', 'baseline'),
+    (SAF, 'MESA above plain training', 'MESA, with tau squared', 'mesa, scaled', 'baseline'),
+    (SAF, 'SAF as good as SAM', 'SAF, with tau squared', 'saf, scaled', 'sam'),
+    (SAF, 'MESA as good as SAM', 'MESA, with tau squared', 'mesa, scaled', 'sam'),
+    (SADT, 'SADT above plain training', 'SADT-1', 'sadt1', 'baseline'),
+    (SADT, 'SADT above plain training', 'SADT-1 against two steps per batch', 'sadt1', 'repeat_step'),
+    (SADT, 'SADT above plain training', 'SADT-1 against a weight average', 'sadt1', 'weight_average'),
+    (SADT, 'SADT above plain, equal time', 'SADT-1 against plain training of as many passes', 'sadt1',
+     'baseline, twice the passes'),
+    (SADT, 'SADT above plain, equal time', 'SADT-1 against a weight average of as many passes', 'sadt1',
+     'weight_average, twice the passes'),
+    (SADT, 'SADT above GC, AGC and SAM', 'SADT-1 against SAM', 'sadt1', 'sam'),
+    (DISTILL, 'SAM above the student', 'alpha 0.5', 'sam', 'distillation')]
+
+@pytest.mark.parametrize('paper, short, label, a, b', OF_RECIPE)
+def test_the_strong_recipe_is_compared_by_image_and_not_judged(claims, paper, short, label, a, b):
+    e = strong(claims, paper, short, label)
+    by_hand = paired_by_image(stored_bits('right', a), stored_bits('right', b))
+    assert (e.mean, e.low, e.high) == pytest.approx(by_hand[:3]) and e.pairing == BY_IMAGE
+    length = {SAF: 200, SADT: 200, DISTILL: 600}[paper]
+    if 'equal time' in short: length = 370 / 2 # the longer of the two trainings has 16 epochs
+    assert e.share == pytest.approx(8 / length, rel=.02) and e.outcome == 'outside its regime'
+
+@pytest.mark.parametrize('label, a, b', [('SAM against SGD', 'sam', 'baseline, twice the passes')])
+def test_at_equal_passes_the_strong_recipe_has_a_sixth_of_the_study_and_is_judged(claims, label, a, b):
+    "16 epochs of 50,000 images against 100 epochs of 49,500: inside the regime, so the rule decides."
+    e = strong(claims, 'SAM and ASAM study', 'SAM above SGD, equal passes', label)
+    by_hand = paired_by_image(stored_bits('right', a), stored_bits('right', b))
+    assert (e.mean, e.low, e.high) == pytest.approx(by_hand[:3])
+    assert e.share == pytest.approx(16 * 50 / (100 * 49.5)) and e.outside == ()
+    assert e.outcome == outcome(e.mean, e.low, e.high, e.smallest, e.claimed)
+
+def test_rows_with_tau_squared_are_trained_with_it_and_the_others_without():
+    found = verdicts.all_networks()
+    factor = found.run.map(lambda r: dict(r.method_args).get('tau_squared', False) if r == r else None)
+    of_term = found.run.map(lambda r: getattr(r, 'method', '') in ('saf', 'mesa'))
+    named = found.kind.str.endswith(', scaled')
+    assert named.sum() == 12 and (factor[of_term] == named[of_term]).all()
+    assert found.term[named].between(.05, .3).all(), 'every such run stores its largest gradient ratio'
+
+def test_sam_with_wrong_labels_beside_its_own_table():
+    "Table 4, typed a second time, and our difference from the stored bits."
+    gains = {noise: sam - sgd for noise, (sgd, sam) in verdicts.SAM_TABLE4.items()}
+    assert gains == pytest.approx({20: 10.3, 40: 24.6, 60: 42.3, 80: 51.7})
+    found = verdicts.sam_with_wrong_labels(Comparisons(verdicts.all_networks()))
+    for at, plain in (('equal epochs', 'baseline'), ('equal passes', 'baseline, twice the passes')):
+        by_hand = paired_by_image(stored_bits('wrong', 'sam'), stored_bits('wrong', plain))
+        assert (found[at].mean, found[at].low, found[at].high) == pytest.approx(by_hand[:3])
+        assert len(found[at].outside) == 1 and "of the size of the paper's training" in found[at].outside[0]
+    assert found['equal epochs'].published.effect == pytest.approx(24.6)
 
 
 # Stored runs that come later, prices, and rows
@@ -372,15 +465,52 @@ def test_a_price_grows_with_the_seeds():
     assert unknown.seeds == 3 and np.isnan(unknown.effect) and np.isnan(unknown.spread)
 
 def test_the_open_comparison_sets_the_price():
-    "The control without power, not the comparison as stated; outside the regime, the longest training."
+    "The control without power, not the comparison as stated."
     speed = {('', False): 1e11, ('', True): 1e13}
     good = evidence(10, 9, 11, spread=1., published=Published(10.))
     control = evidence(.1, -9, 9, spread=1.)
     tables = (('sadt/notebook20', ''),)
     assert price(claim(good, control=[control], tables=tables), speed).seeds == seeds_for_power(1., .2)
-    short = evidence(1, 0, 2, spread=3., share=.01, outside=('short',), published=Published(2.))
-    long = short._replace(spread=1., share=.09)
-    assert price(claim(short, long, tables=tables), speed).seeds == seeds_for_power(1., 1.)
+
+def short_run(place, spread, accuracy, data='cifar10', **facts):
+    "Evidence outside the regime, from networks with a known accuracy."
+    setting = Setting('a network', 10_000, 15, accuracy, 50_000, 200, data=data)
+    stated = Published(2.)
+    facts = dict(outside=('short',), published=stated, spread=spread, setting=setting) | facts
+    return Evidence(place, '', 1, 0, 2, 3, **facts)
+
+def test_the_most_accurate_networks_set_the_price_outside_the_regime():
+    """A weak network of a longer training does not count, and no network of another data set.
+
+    Every part has its own most accurate networks, and the part that needs most seeds gives the price."""
+    speed = {('', False): 1e11, ('', True): 1e13}
+    weak = short_run('weak', 3.7, 29., share=.09)
+    strong = short_run('strong', .8, 87., share=.04)
+    digits = short_run('digits', .1, 99., 'digits', share=.001)
+    wrong = short_run('wrong labels', .1, 88., 'noisy_cifar10', share=.04)
+    def priced(*ours, **facts): return price(claim(*ours, tables=(('sadt/notebook20', ''),), **facts), speed)
+    found = priced(weak, digits, strong, wrong)
+    assert (found.spread, found.seeds) == (.8, seeds_for_power(.8, 1.))
+    assert found.source == 'strong (87%)'
+    second = short_run('other', 2.5, 69., part='second')
+    assert priced(weak, strong, second, short_run('weak', 9., 29., part='second')).spread == 2.5
+    assert priced(weak, strong, control=[short_run('strong', 1.5, 85.)]).spread == 1.5
+    assert priced(digits).spread == .1, 'without runs on the data of the table, other data count'
+    shown = short_run('strong', 9., 90., part=None)
+    assert priced(strong, shown).spread == .8, 'what is no part of the claim has no price'
+    decided = evidence(1, .8, 1.2, spread=4., published=Published(2.))
+    assert priced(strong, decided._replace(part='second')).spread == .8, 'a decided part is not open'
+
+def test_a_row_says_where_the_spread_was_seen_and_how_many_seeds_its_command_trains():
+    c = claim(short_run('strong', .8, 87.), tables=(('sadt/table1', 'baseline cifar10 simple_cnn'),
+                                                    ('sadt/notebook20', '')))
+    found = price(c, {('', False): 1e11, ('', True): 1e13})
+    text = claim_row(c, 'SADT', {}, {c.says: found})
+    assert f'about {found.seeds:,} seeds, by the spread of 0.80 in strong (87%):' in text
+    assert '`sadt_grid sadt/table1 --only "baseline cifar10 simple_cnn"` (1 seed), ' in text
+    assert '`sadt_grid sadt/notebook20` (3 seeds). A decision' in text
+    table = verdict_rows.price_table(dict(SADT=[c]), {c.says: found})
+    assert dict(zip(*table.rows))['seen in'] == 'strong (87%)'
 
 def test_a_ratio_of_spreads_has_a_price():
     "Its seeds come from the F-test: it has no spread of differences."

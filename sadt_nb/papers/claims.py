@@ -268,6 +268,7 @@ class Setting(NamedTuple):
     epochs_of_paper: float # Epochs of the paper
     accuracy_of_paper: float = None # Published accuracy of the second kind, in percent; `None`: unknown
     term: str = ''   # Size of the gradient of a loss term; empty: no such term
+    data: str = ''   # Name of our data set; empty: unknown
 
 _EFFECTS = ('seen', 'smaller than claimed', 'opposite') # outcomes that can be due to chance
 
@@ -492,12 +493,13 @@ def _setting(networks, longest, of_paper, published):
     "Return the `Setting` of a comparison."
     runs = [r for r in networks.get('run', []) if isinstance(r, Run)]
     model = runs[0].model if runs else ''
+    data = next(iter(networks['data'].dropna()), '') if 'data' in networks else ''
     theirs = published.accuracy if published else None
     terms = networks['term'] if 'term' in networks else pd.Series(dtype=float)
     if terms.notna().any(): term = f"gradient of the term at most {terms.max():.2g} of the loss's"
     else: term = 'gradient of the term not recorded' if any(r.method in _WITH_TERM for r in runs) else ''
     ours = model, longest.images, longest.epochs, networks.accuracy.mean()
-    return Setting(*ours, *of_paper, theirs, term)
+    return Setting(*ours, *of_paper, theirs, term, data)
 
 # %% ../../nbs/papers/109_claims.ipynb #6c99843d
 class Kinds:
@@ -521,8 +523,10 @@ class Kinds:
         for kind in kinds: total = total + self.of_kind(place, kind).get(key, pd.Series(dtype=float))
         return total / len(kinds)
 
-    def regime(self, place, kinds, of_paper, published=None):
-        "Return the fields `share`, `outside` and `setting`; `of_paper` has the paper's images and epochs."
+    def regime(self, place, kinds, of_paper, published=None, wrong_labels=False):
+        """Return the fields `share`, `outside` and `setting`; `of_paper` has the paper's images and epochs.
+
+        With `wrong_labels`, the paper trains on wrong labels, too."""
         if of_paper is None or 'images' not in self.networks: return {}
         names = []
         for kind in kinds: names += [kind] if isinstance(kind, str) else list(kind)
@@ -535,15 +539,15 @@ class Kinds:
         classes = 10 if np.isnan(classes) else int(classes)
         term = None if np.isnan(term) else term
         found = outside_regime(longest.images, longest.epochs, of_paper, here.accuracy.mean(), classes, term)
-        if 'wrong' in place: # a place with wrong labels says so in its name
+        if 'wrong' in place and not wrong_labels: # a place with wrong labels says so in its name
             found.append('the paper trains on right labels')
         share = longest.images * longest.epochs / (of_paper[0] * of_paper[1])
         return dict(outside=tuple(found), share=share, setting=_setting(here, longest, of_paper, published))
 
-    def _bits(self, place, kind, key, seeds):
-        "Return which test images are classified correctly, one row per seed; `None` if a seed has none."
+    def _bits(self, place, kind, bits, seeds):
+        "Return column `bits`: the right test images, one row per seed; `None` if a seed has none."
         if not isinstance(kind, str): return None
-        column = self.of_kind(place, kind).get(_BITS[key])
+        column = self.of_kind(place, kind).get(bits)
         if column is None or column[seeds].isna().any(): return None
         return np.stack(list(column[seeds]))
 
@@ -554,7 +558,8 @@ class Kinds:
         second = self.value(place, a, f'teacher_{key}') if b is None else self.value(place, b, key)
         d = (first - second).dropna()
         if len(d) < 3: return judged(place, label, d, side, **facts)
-        bits = [self._bits(place, kind, key, d.index) for kind in (a, b)]
+        other = (a, f'teacher_{_BITS[key]}') if b is None else (b, _BITS[key])
+        bits = [self._bits(place, *column, d.index) for column in ((a, _BITS[key]), other)]
         if all(v is not None for v in bits):
             return as_evidence(place, label, paired_by_image(*bits), d, side, pairing=BY_IMAGE, **facts)
         images = self.networks[self.networks.place == place].test_images.min()
@@ -576,10 +581,12 @@ class Comparisons(Kinds):
         of_paper=None,   # Training images and epochs of the paper; `None`: the regime is not checked
         part='',         # Necessary part of the claim
         aside='',        # Reason why the comparison is shown and not judged
+        wrong_labels=False, # `True`: the paper trains on wrong labels, too
     ) -> Evidence:
         "Return the evidence from `a` minus `b`, or from the ratio of `a` to `b`, paired by seed."
         kinds = (a,) if b is None else (a, b)
-        facts = dict(published=published, part=part, **self.regime(place, kinds, of_paper, published))
+        regime = self.regime(place, kinds, of_paper, published, wrong_labels)
+        facts = dict(published=published, part=part, **regime)
         if aside: facts |= dict(part=None, outside=(*facts.get('outside', ()), aside))
         if key not in _BITS:
             first, second = self.value(place, a, key), self.value(place, b, key)
@@ -669,7 +676,8 @@ def network_numbers(
 ) -> dict: # Name of a number: its value; accuracies in percent
     "Return the numbers of one network that the claims compare."
     run, history = r['run'], pd.DataFrame(r['history'])
-    known = dict(images=training_images(run), epochs=run.epochs, **accuracy_numbers(r, result))
+    known = dict(data=run.data, images=training_images(run), epochs=run.epochs)
+    known |= accuracy_numbers(r, result)
     if isinstance(r.get('teacher'), dict): known['logits'] = r['teacher']['logit_mse_train']
     known['pace'] = 100 * history.train_accuracy.mean()   # how fast the training accuracy rises
     known['fit'] = 100 * history.train_accuracy.iloc[-1]  # how well the training images are fitted
@@ -714,14 +722,16 @@ def stored_networks(
             if c.run not in runs: continue
             numbers = network_numbers(runs[c.run], place.study, c.result)
             if len(c.run.teachers) == 1 and c.run.teachers[0] in runs:
-                numbers['teacher_accuracy_bn'] = 100 * runs[c.run.teachers[0]]['accuracy_bn']
+                of_teacher = accuracy_numbers(runs[c.run.teachers[0]])
+                for key in ('accuracy_bn', *_BITS.values()):
+                    if key in of_teacher: numbers[f'teacher_{key}'] = of_teacher[key]
             rows.append(dict(study=place.study, run=c.run, **place_kind_seed(c.label, place.name), **numbers))
         if place.preset not in _AVERAGED: continue
         for e in paper_ensembles(place.preset):
             found = run_ensemble(e.members, published(place.folder))
             first = e.members[0]
             rows.append(dict(**place_kind_seed(e.label, place.name), accuracy=100 * found['accuracy'],
-                             diversity=found['diversity'], images=training_images(first),
+                             diversity=found['diversity'], data=first.data, images=training_images(first),
                              epochs=first.epochs, test_images=_TEST_IMAGES[first.data]))
     return pd.DataFrame(rows).drop_duplicates(['place', 'kind', 'seed'])
 

@@ -49,29 +49,52 @@ class Price(NamedTuple):
     seeds: int     # Seeds for a power of 80%; 3, as in the papers, if spread or effect is unknown
     hours: float   # Hours on two CPU cores, one run on each; NaN if the network's package is missing
     minutes: float # Minutes on one GPU
+    source: str = '' # Where the spread was seen; empty if it is unknown
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #34ff42b8
+def _seeds_of(cells):
+    "Return how many seeds the rows of a table have."
+    seeds = {part for c in cells for part in c.label.split(' · ') if part.startswith('seed ')}
+    return max(1, len(seeds)) # without this word in its labels, a table has one seed
+
+def _most_accurate(evidence, data):
+    "Return the comparisons of the place with the most accurate networks, on one of the data sets `data`."
+    def rank(e):
+        on_data = e.setting is not None and e.setting.data in data
+        accuracy = e.setting.accuracy if e.setting else 0
+        return on_data, accuracy, np.nan_to_num(e.share)
+    best = max(evidence, key=rank)
+    return [e for e in evidence if e.place == best.place]
+
 def _open_comparison(claim):
     """Return the comparison with the outcome 'no power' that needs most seeds.
 
-    If no comparison has this outcome, choose only among the comparisons with our longest training."""
-    every = (*claim.own, *claim.ours, *claim.control)
-    # necessary parts for which a number of seeds can be computed (`groups`: a ratio of standard deviations)
-    known = [e for e in every if e.part is not None and (e.spread > 0 or e.groups)]
-    judged = [e for e in known if e.outcome == 'no power']
-    longest = max((np.nan_to_num(e.share) for e in known), default=0)
-    pool = judged or [e for e in known if np.nan_to_num(e.share) == longest]
+    If no comparison has this outcome, choose for each part among those of its most accurate networks."""
+    data = {c.run.data for name, only in claim.tables for c in paper_grid(name, only=only)}
+    judged, parts = [], {}
+    for group, evidence in dict(own=claim.own, ours=claim.ours, control=claim.control).items():
+        for e in evidence:
+            # only necessary parts with a number of seeds (`groups`: a ratio of standard deviations)
+            if e.part is None or not (e.spread > 0 or e.groups): continue
+            if e.outcome == 'no power': judged.append(e)
+            elif e.outside: parts.setdefault((group, e.part), []).append(e)
+    pool = judged or [e for part in parts.values() for e in _most_accurate(part, data)]
     return max(pool, key=lambda e: e.seeds, default=None)
+
+def _source(claim, e):
+    "Return where the spread of a comparison was seen, with the accuracy of the networks."
+    if e in claim.own: return f"the authors' numbers: {e.place}"
+    accuracy = f' ({e.setting.accuracy:.0f}%)' if e.setting else ''
+    return e.place + accuracy
 
 def _seconds_per_seed(tables, speed, on_gpu):
     "Return the seconds that all runs of some tables take, for one seed."
     total = 0
     for name, only in tables: # a preset, and the words of `sadt_grid --only`
         cells = paper_grid(name, only=only)
-        seeds = {part for c in cells for part in c.label.split(' · ') if part.startswith('seed ')}
         runs = {run for c in cells for run in (c.run, *c.run.teachers)}
         of_all = sum(run_cost(run).flops / speed.get((run.model, on_gpu), speed['', on_gpu]) for run in runs)
-        total += of_all / max(1, len(seeds))
+        total += of_all / _seeds_of(cells)
     return total
 
 def price(
@@ -83,6 +106,7 @@ def price(
     published = [x.published.spread for x in (*claim.ours, *claim.own) if x.published and x.published.spread]
     # our spread, otherwise the published spread, otherwise unknown
     spread = e.spread if e else published[0] if published else np.nan
+    source = _source(claim, e) if e else 'the paper'
     # without such a comparison, the first comparison of the claim gives the smallest effect
     evidence = e or next(iter([*claim.ours, *claim.own]), None)
     smallest = evidence.smallest if evidence else np.nan
@@ -93,7 +117,8 @@ def price(
     except ImportError: cpu = gpu = np.nan # the network needs a package that is missing
     factor = bool(evidence) and evidence.side.factor
     effect = np.exp(smallest) if factor else smallest
-    return Price(effect, factor, spread, n, n * cpu / 2 / 3600, n * gpu / 60)
+    return Price(effect, factor, spread, n, n * cpu / 2 / 3600, n * gpu / 60,
+                 '' if np.isnan(spread) else source)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #363b58c6
 _OPEN = ('no power', 'outside its regime', 'not run')
@@ -114,8 +139,13 @@ def _rounded(x):
     return '?' if np.isnan(x) else f'{x:.1f}' if x < 10 else f'{round(x, 1 - int(np.log10(x))):,.0f}'
 
 def _commands(tables):
-    "Return the command that trains the runs of each table."
-    return [f'sadt_grid {name}' + (f' --only "{only}"' if only else '') for name, only in tables]
+    "Return the command that trains the runs of each table, with its number of seeds."
+    found = []
+    for name, only in tables:
+        command = f'sadt_grid {name}' + (f' --only "{only}"' if only else '')
+        n = _seeds_of(paper_grid(name, only=only))
+        found.append(f'`{command}` ({n} {"seeds" if n > 1 else "seed"})')
+    return ', '.join(found)
 
 def _ordered(claims, known):
     "Return claims with their prices and the number of claims a core decides in an hour, highest first."
@@ -137,15 +167,15 @@ def price_table(
     known:dict,  # From `prices`
 ) -> Card: # One row per claim, ordered by `claims per core-hour`, highest first
     "Return effect, spread, seeds and time for every claim that is not decided."
-    rows = [['claim', 'smallest effect', 'spread seen', 'seeds', 'hours, two cores', 'minutes, one GPU',
-             'claims per core-hour']]
+    rows = [['claim', 'smallest effect', 'spread seen', 'seen in', 'seeds', 'hours, two cores',
+             'minutes, one GPU', 'claims per core-hour']]
     for rate, paper, c, p in _ordered(claims, known):
         effect = '?' if np.isnan(p.effect) else f'× {p.effect:.2f}' if p.factor else f'{p.effect:.2f}'
         spread = '?' if np.isnan(p.spread) else f'{p.spread:.2f}'
         seeds = f'≥ {p.seeds}' if np.isnan(p.spread) and p.seeds == 3 else f'{p.seeds:,}'
         per_hour = '?' if np.isnan(rate) else f'{rate:.2g}'
-        rows.append([f'{paper}: {c.short}', effect, spread, seeds, _rounded(p.hours), _rounded(p.minutes),
-                     per_hour])
+        rows.append([f'{paper}: {c.short}', effect, spread, p.source, seeds, _rounded(p.hours),
+                     _rounded(p.minutes), per_hour])
     return Card(rows)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #cd5b2b62
@@ -221,12 +251,13 @@ def _place_lines(evidence, studies, start=''):
 def _cost_line(claim, known):
     "Return the commands that train the runs, and their price."
     if not claim.tables: return ''
-    commands = ', '.join(f'`{t}`' for t in _commands(claim.tables))
+    commands = _commands(claim.tables)
     p = known.get(claim.says)
     if p is None: return f'Command: {commands}.'
     time = f'{_rounded(p.hours)} hours on two cores or {_rounded(p.minutes)} minutes on one GPU'
     least = 'at least' if np.isnan(p.spread) else 'about'
-    return f'Command: {commands}. A decision takes {least} {p.seeds:,} seeds: {time}.' 
+    by = f', by the spread of {p.spread:.2f} in {p.source}' if p.source else ''
+    return f'Command: {commands}. A decision takes {least} {p.seeds:,} seeds{by}: {time}.' 
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #6fc35896
 def claim_row(

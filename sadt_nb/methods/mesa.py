@@ -13,7 +13,8 @@ import torch
 
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
-from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
+from ..core.passes import StepWatch, check_learner, check_network, check_outputs
+from ..core.passes import note_network, replaying
 from ..core.perturb import check_whole, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
@@ -39,7 +40,7 @@ def _check_same_shapes(teacher, model):
                          'another network; create a new MESA for this model')
 
 # %% ../../nbs/methods/26_mesa.ipynb #f6491f7c
-class MESA(TrajectoryLoss):
+class MESA(StepWatch, TrajectoryLoss):
     """Adds `lam` KL(teacher's prediction || prediction), softened by `tau` (Du et al. 2022, eqs. 10, 13).
 
     The teacher has the moving average of the weights since the first step. Raises `ValueError` for values
@@ -100,9 +101,8 @@ class MESA(TrajectoryLoss):
         target = self._target if rows is None else self._target[rows]
         return self.factor * self.divergence_from(target.to(logits.dtype), logits, self.tau, rows)
 
-    def after_cancel_step(self): self._refused = True # fastai then calls `after_step`, too
-    def after_step(self): self._stepped, self._refused = not self._refused, False
-    def after_batch(self): # not in `after_step`: SADT makes a second step later
+    def step_ended(self, made): self._stepped = made
+    def after_batch(self): # not in `step_ended`: SADT makes a second step later
         super().after_batch()
         if self._stepped: _average_(self.teacher, unwrapped(self.learn.model), self.beta)
         self._stepped = False

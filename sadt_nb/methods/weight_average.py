@@ -22,7 +22,7 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
-from ..core.passes import batch_size, check_learner, check_single, evaluating
+from ..core.passes import StepWatch, batch_size, check_learner, check_single, evaluating
 from ..core.perturb import check_count, check_whole, unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
 
@@ -144,22 +144,12 @@ def _has_begun(kind, start, done):
     return done >= start - rounding
 
 # %% ../../nbs/methods/91_weight_average.ipynb #ce6ea606
-class _StepWatch(ShowsArguments, Callback):
+class _Steps(StepWatch, ShowsArguments, Callback):
     "Base class of a callback that must know with which batches the optimizer has made a step."
     _stepped = False # `True` if the optimizer has made a step with this batch
-    _refused = False # `True` if the step was skipped, for example after an overflow
 
     def before_train(self): check_learner(self)
-
-    def after_cancel_step(self):
-        # SADT also cancels the Learner's step, but makes the step later: `StepGrads` then has gradients
-        held = getattr(self.learn, 'step_grads', None)
-        comes_later = held is not None and held.hold and held.grads is not None
-        self._refused = not comes_later
-
-    def after_step(self):
-        self._stepped = not self._refused
-        self._refused = False
+    def step_ended(self, made): self._stepped = made
 
     def _take_step(self):
         "Return whether the optimizer has made a step since the last call."
@@ -171,7 +161,7 @@ def _trained_norms(model):
     "Return the names of the BatchNorm layers whose statistics change in training."
     return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
 
-class _Average(_StepWatch):
+class _Average(_Steps):
     "Keeps the average of the weights and the counters, and stores them for a resumed run."
     _stateattrs = ('averaged',) # fastai leaves these attributes out of pickled Learners
 
@@ -302,7 +292,7 @@ class WeightAverage(_ValidatedAverage):
         check_whole(model, 'WeightAverage keeps a copy of the weights')
         self._has_norms = any(isinstance(m, _BatchNorm) for m in model.modules())
 
-    def after_batch(self): # not in `after_step`: SADT makes a second step later
+    def after_batch(self): # not in `step_ended`: SADT makes a second step later
         weights_moved() # the user's autocast may hold copies of old weights
         stepped = self._take_step()
         if self._has_norms: self._recent.append(self.learn.xb)

@@ -23,7 +23,8 @@ from fastai.callback.schedule import ParamScheduler
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
 from ..core.passes import StepWatch, batch_size, check_learner, check_single, evaluating
-from ..core.perturb import check_count, check_whole, unwrapped, weights_moved
+from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
+from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
 
 # %% ../../nbs/methods/91_weight_average.ipynb #b536e9e2
@@ -51,7 +52,7 @@ def _new_average(model, move, state=None):
 # %% ../../nbs/methods/91_weight_average.ipynb #862e0e57
 def _move_averages_(averages, values, kind, decay, count):
     "Move averages, all of one dtype, towards the values; the averages contain `count` values so far."
-    if not (averages[0].is_floating_point() or averages[0].is_complex()):
+    if not has_average(averages[0]):
         torch._foreach_copy_(averages, values) # integers, such as BatchNorm's count of batches
     elif kind == 'ema': get_ema_multi_avg_fn(decay)(averages, values, count)
     # `count` is a Python number, because a tensor would give a factor in single precision
@@ -185,6 +186,8 @@ class _Average(_Steps):
         if self.averaged is None: self.averaged = _new_average(model, self._average_)
         if not self.norms: self.norms = _trained_norms(model)
         self.averaged.update_parameters(model)
+        # such as a mask with infinite values
+        copy_not_finite_(self.averaged.module.buffers(), model.buffers())
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
         "Return the counters and what `averaged` has: the average, or, if `swapped`, the trained weights."

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
-           'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
-           'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
-           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
-           'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training', 'LoopMethod',
-           'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share',
-           'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'copied_network', 'replaying',
+           'replayed_rows', 'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients',
+           'add_gradients', 'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single',
+           'check_outputs', 'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training',
+           'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_',
+           'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -300,6 +300,19 @@ def from_hidden_states(
     finally:
         for container, elements in contents: _fill(container, elements)
         for module, present in attributes: _set_attributes(module, present)
+
+# %% ../../nbs/core/01_passes.ipynb #3e9b51d1
+def copied_network(
+    model:nn.Module, # A network, perhaps after a pass
+) -> nn.Module: # A network that shares no memory with `model`
+    "Return a copy of a network; tensors that a pass has computed are copied without their graph."
+    tensors = list(model.buffers())
+    for module in model.modules():
+        attributes = _states_of(module)
+        tensors += _tensors(attributes, _contents(attributes.values()))
+    # `deepcopy` takes what this dictionary has as the copy of the object with this identity
+    copies = {id(t): _detached_copy(t) for t in tensors if not t.is_leaf}
+    return deepcopy(model, copies)
 
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
 def replaying(

@@ -6,7 +6,6 @@
 __all__ = ['MESA']
 
 # %% ../../nbs/methods/26_mesa.ipynb #1181683c
-from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -14,8 +13,8 @@ import torch
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
 from ..core.passes import StepWatch, check_learner, check_network, check_outputs
-from ..core.passes import note_network, replaying
-from ..core.perturb import check_whole, unwrapped
+from ..core.passes import copied_network, note_network, replaying
+from ..core.perturb import check_whole, copy_not_finite_, has_average, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
 @torch.no_grad()
@@ -25,11 +24,12 @@ def _average_(teacher, model, beta):
     olds = [*teacher.parameters(), *teacher.buffers()]
     news = [*model.parameters(), *model.buffers()]
     for v, w in zip(olds, news):
-        if v.is_floating_point():
+        if has_average(v):
             averages.append(v)
             targets.append(w.to(v.dtype))
         else: v.copy_(w) # BatchNorm's count of batches
     torch._foreach_lerp_(averages, targets, 1 - beta)
+    copy_not_finite_(teacher.buffers(), model.buffers()) # such as a mask with infinite values
 
 def _check_same_shapes(teacher, model):
     "Raise `ValueError` unless both networks have parameters with equal names and shapes."
@@ -79,10 +79,11 @@ class MESA(StepWatch, TrajectoryLoss):
         self._stepped = self._refused = False
         model = unwrapped(self.learn.model)
         check_whole(model, 'MESA keeps a copy of the network')
-        if self.teacher is None: self.teacher = deepcopy(model).requires_grad_(False).eval()
+        if self.teacher is None: self.teacher = copied_network(model).requires_grad_(False).eval()
         if self._loaded is not None: self._load_teacher()
         _check_same_shapes(self.teacher, model)
         self.teacher.to(next(model.parameters()).device)
+        self.reset_teacher(self.teacher)
 
     def _load_teacher(self):
         try: self.teacher.load_state_dict(self._loaded)
@@ -92,8 +93,7 @@ class MESA(StepWatch, TrajectoryLoss):
 
     def after_pred(self):
         if not self.active or replaying(self.learn): return
-        with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
-        check_outputs(self._target, self, 'network')
+        self._target = self.teacher_outputs(self.teacher, 'network')
 
     def term(self, logits, rows):
         check_outputs(logits, self)

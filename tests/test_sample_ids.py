@@ -1,14 +1,22 @@
 """Which samples a batch holds: with fastai's and PyTorch's loaders, workers, skipped samples, and in SAF."""
+import math
 from types import SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import as_loader, batches, learner, mlp
 from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
+from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
+from fastai.data.block import RegressionBlock
+from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.optimizer import SGD
+from fastai.tabular.core import TabDataLoader, TabularPandas, TabWeightedDL
+from fastai.text.data import LMDataLoader, SortedDL
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, IterableDataset, RandomSampler
@@ -37,7 +45,7 @@ class Check(Callback):
         SampleIds.install(self.learn)
         self.seen = []
     def after_pred(self):
-        expected = self.learn.xb[0][:, 0].long()
+        expected = self.learn.xb[-1][:, 0].long() # the last input, for tables
         assert torch.equal(self.sample_ids.ids, expected), (self.sample_ids.ids, expected)
         self.seen += expected.tolist()
 
@@ -107,6 +115,70 @@ class Stream(IterableDataset):
     lambda: TorchLoader(Items(), batch_size=None)])
 def test_loaders_without_an_order_are_refused(make):
     with pytest.raises(ValueError, match='sample ids need'): fit(make(), Check())
+
+
+# Other loaders of fastai
+
+class Table(nn.Module):
+    "A network for the two inputs of a table: categories and numbers."
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 2)
+    def forward(self, categories, numbers): return self.linear(numbers)
+
+
+def table(cls, **options):
+    "Return a loader over a table whose row i has the number i; its target is 0."
+    frame = pd.DataFrame(dict(number=np.arange(N, dtype='float32'), target=np.zeros(N, dtype='float32')))
+    rows = TabularPandas(frame, cont_names=['number'], y_names='target', y_block=RegressionBlock())
+    return cls(rows, bs=4, **options)
+
+
+def weights(): return np.arange(1., N + 1)
+def in_part(dl, rank=1):
+    "Return the loader of one of two processes, without messages between processes."
+    part = DistributedDL(dl, rank, 2)
+    part._broadcast = lambda idxs, rank: list(map(int, idxs))
+    return part
+
+
+FASTAI_LOADERS = dict(
+    sorted=lambda **kw: SortedDL(Items(), res=[(7 * i) % 5 for i in range(N)], bs=4, num_workers=0, **kw),
+    weighted=lambda **kw: WeightedDL(Items(), bs=4, wgts=weights(), num_workers=0, **kw),
+    partial=lambda **kw: PartialDL(Items(), bs=4, partial_n=11, num_workers=0, **kw),
+    table=lambda **kw: table(TabDataLoader, **kw),
+    weighted_table=lambda **kw: table(TabWeightedDL, wgts=weights(), **kw))
+
+
+@pytest.mark.parametrize('distributed', [False, True], ids=['alone', 'part'])
+@pytest.mark.parametrize('shuffle', [False, True], ids=['in order', 'shuffled'])
+@pytest.mark.parametrize('name', FASTAI_LOADERS)
+def test_loaders_of_fastai_with_an_order_of_their_own(name, shuffle, distributed):
+    dl = FASTAI_LOADERS[name](shuffle=shuffle)
+    if distributed: dl = in_part(dl)
+    check = Check()
+    net = Table() if 'table' in name else nn.Linear(5, 2)
+    learn = Learner(DataLoaders(dl, dl), net, loss_func=lambda p, y: p.square().mean(), opt_func=SGD, lr=1e-9,
+                    default_cbs=False, cbs=[TrainEvalCallback, check])
+    learn.fit(2)
+    if name in ('sorted', 'table') and not distributed: assert sorted(check.seen) == sorted([*range(N)] * 2)
+    whole = 11 if name == 'partial' else N
+    assert len(check.seen) == 2 * (math.ceil(whole / 2) if distributed else whole)
+
+
+def test_a_loader_of_a_language_model_is_refused():
+    "It cuts the texts, one after another, into pieces, and shuffling changes every piece."
+    texts = [(torch.arange(30 * i, 30 * i + 30),) for i in range(10)]
+    for options in (dict(shuffle=True), dict(shuffle=False)):
+        dl = LMDataLoader(texts, bs=4, seq_len=7, **options)
+        for loader in (dl, in_part(dl)):
+            learn = Learner(DataLoaders(loader, loader), nn.Linear(7, 2), loss_func=nn.CrossEntropyLoss(),
+                            opt_func=SGD, default_cbs=False, cbs=[TrainEvalCallback, SAF(start_epoch=0)])
+            with pytest.raises(ValueError, match='LMDataLoader joins all texts'): learn.fit(1)
+
+
+def test_a_stream_with_a_number_of_samples_is_refused():
+    with pytest.raises(ValueError, match='sample ids need'): fit(DataLoader(Stream(), bs=4, n=8), Check())
 
 
 def test_a_collate_function_that_drops_samples_is_refused():

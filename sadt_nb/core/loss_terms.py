@@ -11,20 +11,25 @@ from functools import partial
 from typing import Iterable
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.learner import Learner
+from fastai.text.data import LMDataLoader
 
 from .arguments import ShowsArguments
 from .losses import as_divergence, divergence_between, DivergenceLike
-from .passes import ORDERS, batch_size, check_single, device_of, evaluating, replayed_rows
-from .passes import replays_other_loss
+from .passes import ORDERS, batch_size, check_outputs, check_single, device_of, evaluating
+from .passes import replayed_rows, replays_other_loss
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
+def _is_list(value): return isinstance(value, (tuple, list))
+def _has(learn, kind): return any(isinstance(cb, kind) for cb in learn.cbs)
+
 class LossTerm(ShowsArguments, Callback):
     """Base class of callbacks that add a term to `learn.loss_grad`, the loss that is differentiated.
 
@@ -50,6 +55,25 @@ class LossTerm(ShowsArguments, Callback):
         # the learner's batch is the whole batch, also in a pass over some of its samples
         if rows is not None and isinstance(targets, Tensor): targets = targets[rows]
         return divergence_between(self.compare, teacher, logits, temperature, targets)
+
+    def teacher_outputs(self,
+        teacher:nn.Module, # A network, in evaluation mode
+        of:str,            # Which network it is, for the message of an error
+    ) -> Tensor: # Its outputs for the current batch, without a graph
+        """Return the outputs of a teacher, unpacked as fastai's `RNNCallback` unpacks those of the network.
+
+        Raises `ValueError` if the outputs are not one tensor."""
+        with torch.no_grad(): outputs = teacher(*self.learn.xb)
+        if _is_list(outputs) and _has(self.learn, RNNCallback):
+            outputs = outputs[0][-1] if _is_list(outputs[0]) else outputs[0]
+        check_outputs(outputs, self, of)
+        return outputs
+
+    def reset_teacher(self,
+        teacher:nn.Module, # A network
+    ):
+        "Reset the hidden states of a teacher if fastai's `ModelResetter` resets those of the network."
+        if _has(self.learn, ModelResetter) and hasattr(teacher, 'reset'): teacher.reset()
 
     def after_loss(self):
         if replays_other_loss(self.learn): return
@@ -209,6 +233,7 @@ def n_samples(
     dl:Iterable, # A loader
 ) -> int|None: # `None` if the number is unknown
     "Return the number of samples in a loader's data set."
+    dl = bare_loader(dl) # fastai's wrapper for distributed training has no number before the first epoch
     if isinstance(dl, TorchLoader): return len(dl.dataset)
     return getattr(dl, 'n', None)
 
@@ -217,10 +242,15 @@ def _has_order(dl):
     if isinstance(dl, TorchLoader):
         if not getattr(dl, 'in_order', True): return False # batches come in the order workers finish them
         return dl.batch_sampler is not None and not isinstance(dl.dataset, IterableDataset)
+    if not getattr(bare_loader(dl), 'indexed', True): return False # a stream
     return hasattr(dl, 'get_idxs') and getattr(dl, 'bs', None) is not None and n_samples(dl) is not None
 
 def _check_order(dl):
     "Raise `ValueError` for a loader whose order of samples cannot be read."
+    if isinstance(bare_loader(dl), LMDataLoader):
+        raise ValueError('LMDataLoader joins all texts and cuts them into pieces, and into other pieces '
+                         'after it has shuffled, so its samples have no positions in the data set; SAF '
+                         'needs a loader whose samples stay the same, such as `SortedDL`')
     if _has_order(dl): return
     name = f'{type(dl).__module__}.{type(dl).__qualname__}'.replace('builtins.', '')
     raise ValueError('sample ids need a DataLoader of fastai or PyTorch, or `TensorDL`, over data '

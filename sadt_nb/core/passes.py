@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
-           'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'replaying', 'replayed_rows',
-           'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
-           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
-           'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training', 'LoopMethod',
-           'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share',
-           'SummedPass', 'StepGrads', 'step_unscaled']
+           'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'copied_network', 'replaying',
+           'replayed_rows', 'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients',
+           'add_gradients', 'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single',
+           'check_outputs', 'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training',
+           'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_',
+           'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -300,6 +300,19 @@ def from_hidden_states(
     finally:
         for container, elements in contents: _fill(container, elements)
         for module, present in attributes: _set_attributes(module, present)
+
+# %% ../../nbs/core/01_passes.ipynb #3e9b51d1
+def copied_network(
+    model:nn.Module, # A network, perhaps after a pass
+) -> nn.Module: # A network that shares no memory with `model`
+    "Return a copy of a network; tensors that a pass has computed are copied without their graph."
+    tensors = list(model.buffers())
+    for module in model.modules():
+        attributes = _states_of(module)
+        tensors += _tensors(attributes, _contents(attributes.values()))
+    # `deepcopy` takes what this dictionary has as the copy of the object with this identity
+    copies = {id(t): _detached_copy(t) for t in tensors if not t.is_leaf}
+    return deepcopy(model, copies)
 
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
 def replaying(
@@ -1148,7 +1161,27 @@ def micro_batch_share(
     return 1.
 
 # %% ../../nbs/core/01_passes.ipynb #fc24777c
-class SummedPass(PerturbedPass):
+class StepWatch:
+    """A mixin for callbacks that act on the optimizer's steps: it calls `step_ended` once for every step.
+
+    SADT without a first step cancels the Learner's step and makes it later; `step_ended` waits for it."""
+    _refused = False # `True`: the Learner's step was cancelled
+
+    def step_ended(self,
+        made:bool, # `False`: the step was skipped, for example after an overflow
+    ):
+        "Act on the end of a step."
+        raise NotImplementedError
+
+    def after_cancel_step(self): self._refused = True # fastai then calls `after_step`, too
+
+    def after_step(self):
+        made, self._refused = not self._refused, False
+        held = getattr(self.learn, 'step_grads', None)
+        if held is not None and held.is_held: held.waiting.append(self)
+        else: self.step_ended(made)
+
+class SummedPass(PerturbedPass, StepWatch):
     """Adds up tensors over the micro-batches of a step, and calls `after_sum` with the sum after the step.
 
     A skipped step drops the sum. The sum of an incomplete step is part of the state."""
@@ -1163,7 +1196,6 @@ class SummedPass(PerturbedPass):
     ):
         super().__init__(bn, rng, start, stop)
         self.total, self.weight = {}, 0.
-        self._refused = False # `True`: the step was skipped
         self._stash = {} # gradients of earlier micro-batches; empty in a loop's `first_step`
 
     def keep(self,
@@ -1197,13 +1229,14 @@ class SummedPass(PerturbedPass):
         super().after_backward()
         if not self.replaying: self._left = note_gradients(stepped_params(self.learn))
 
-    def after_cancel_step(self): self._refused = True
-
     def after_step(self):
         super().after_step()
-        total, weight, refused = self.total, self.weight, self._refused
-        self.total, self.weight, self._refused, self._left = {}, 0., False, {}
-        if total and not refused: self.after_sum(total, weight)
+        StepWatch.after_step(self)
+
+    def step_ended(self, made):
+        total, weight = self.total, self.weight
+        self.total, self.weight, self._left = {}, 0., {}
+        if total and made: self.after_sum(total, weight)
 
     def drop_batches(self, current=False):
         if not current: self.total, self.weight, self._left = {}, 0., {}
@@ -1217,17 +1250,25 @@ class StepGrads(Callback):
     order, run_valid = ORDERS['step_grads'], False
     grads = None # from name to gradient; `None` if this batch made no step
     hold = False # `True`: cancel the Learner's step, because the method itself steps later
+    made = False # `True`: the method has made the step that was held
 
     def __init__(self):
         self._copies = {}
         self._owners = [] # methods that use the gradients
+        self.waiting = [] # callbacks that act when the held step has ended, see `StepWatch`
+
+    @property
+    def is_held(self) -> bool: # `False` if another callback has cancelled the step
+        "Return whether the Learner's step of this batch was cancelled because a method makes it later."
+        return self.hold and self.grads is not None
 
     def params(self) -> dict: # From name to parameter
         "Return all parameters that the optimizer steps: the network's by name, all others by number."
         return trainable_params(self.model) | params_outside(self.learn)
 
     def before_batch(self):
-        self.grads = None # the batch before may have ended in an exception
+        self.grads, self.made = None, False # the batch before may have ended in an exception
+        self.waiting = []
         if self._owners and not any(_is_used_by(self.learn, cb) for cb in self._owners): self._remove()
 
     def _remove(self):
@@ -1241,6 +1282,11 @@ class StepGrads(Callback):
 
     def after_cancel_step(self):
         if not self.hold: self.grads = None # another callback cancelled the step, e.g. after an overflow
+
+    def after_step(self): # after the `after_step` of the method, which has made the held step
+        waiting, self.waiting = self.waiting, []
+        for cb in waiting: cb.step_ended(self.made)
+
     def after_batch(self): self.grads = None
 
     def after_fit(self):

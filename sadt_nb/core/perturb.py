@@ -6,8 +6,8 @@
 __all__ = ['Only', 'is_sharded', 'check_whole', 'local_parts', 'placed_like', 'settle_gradients', 'version_of', 'unwrapped',
            'drop_gathered', 'trainable_params', 'is_norm_layer', 'check_only', 'chosen_params', 'real_views',
            'global_norm', 'global_dot', 'clip_gradients_', 'check_finite', 'check_not_negative', 'check_count',
-           'check_radius', 'ascent', 'scratch_like', 'copied', 'weights_moved', 'fitted', 'perturbed', 'weight_sizes',
-           'sam_ascent']
+           'check_radius', 'ascent', 'scratch_like', 'copied', 'weights_moved', 'fitted', 'has_average',
+           'copy_not_finite_', 'perturbed', 'weight_sizes', 'sam_ascent']
 
 # %% ../../nbs/core/00_perturb.ipynb #49bcc589
 import math, re
@@ -391,6 +391,23 @@ def fitted(
                              f'but the parameter has {tuple(params[n].shape)}')
         found[n] = placed_like(t.to(params[n].device), params[n])
     return found
+
+# %% ../../nbs/core/00_perturb.ipynb #7d31a0c5
+def has_average(
+    t:Tensor, # A parameter or a buffer
+) -> bool: # `False` for integers, such as BatchNorm's count of batches
+    "Return whether the values of a tensor can be averaged: whether they are real or complex numbers."
+    return t.is_floating_point() or t.is_complex()
+
+@torch.no_grad()
+def copy_not_finite_(
+    averages:Iterable[Tensor], # Averages of buffers, already moved towards `values`; overwritten
+    values:Iterable[Tensor],   # The present buffers, in the same order
+):
+    "Replace each element of the averages that is infinite or NaN by the present value."
+    for average, value in zip(averages, values):
+        # `where` does not wait for a GPU, and keeps the bits of all other elements
+        if has_average(average): average.copy_(torch.where(average.isfinite(), average, value))
 
 # %% ../../nbs/core/00_perturb.ipynb #42e17ac0
 @contextmanager

@@ -18,7 +18,8 @@ from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
 from .passes import ORDERS
-from .perturb import is_norm_layer, local_parts, trainable_params, unwrapped, weights_moved
+from .perturb import copy_not_finite_, has_average, is_norm_layer, local_parts
+from .perturb import trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
 
 # %% ../../nbs/core/09_recipe.ipynb #6c39f61c
@@ -121,17 +122,20 @@ class RateSchedule(ShowsArguments, ParamScheduler):
         return [base * self.factor(done) for base in bases]
 
 # %% ../../nbs/core/09_recipe.ipynb #0421208e
-def _float_tensors(model):
+def _averaged_tensors(model):
     "Return weights and buffers by name, without integers such as BatchNorm's count of batches."
-    state = unwrapped(model).state_dict()
-    return {name: t for name, t in state.items() if t.is_floating_point()}
+    state = unwrapped(model).state_dict(keep_vars=True) # `keep_vars`: parameters stay parameters
+    return {name: t for name, t in state.items() if isinstance(t, Tensor) and has_average(t)}
 
 @torch.no_grad()
 def _pull_(slow, fast, kept):
     "Set slow and fast tensors to the sum of `kept` times the slow and `1 - kept` times the fast tensors."
+    buffers = [name for name, t in fast.items() if not isinstance(t, nn.Parameter)]
     slow_tensors = local_parts(slow[name] for name in fast)
     fast_tensors = local_parts(fast.values())
     torch._foreach_lerp_(slow_tensors, fast_tensors, 1 - kept)
+    # such as a mask with infinite values
+    copy_not_finite_([slow[name] for name in buffers], [fast[name] for name in buffers])
     torch._foreach_copy_(fast_tensors, slow_tensors)
     weights_moved()
 
@@ -163,18 +167,18 @@ class Lookahead(ShowsArguments, Callback):
                              f'{batches} and would end with its starting weights; lower `every`')
 
     def before_fit(self):
-        self.slow = {name: t.clone() for name, t in _float_tensors(self.model).items()}
+        self.slow = {name: t.detach().clone() for name, t in _averaged_tensors(self.model).items()}
         self.batches = 0
 
     def after_batch(self):
         self.batches += 1
         if self.batches % self.every == 0:
             kept = self.decay**self.every * self.pct_train**3 # d
-            _pull_(self.slow, _float_tensors(self.model), kept)
+            _pull_(self.slow, _averaged_tensors(self.model), kept)
 
     def after_train(self):
         if self.epoch == self.n_epoch - 1:
-            _pull_(self.slow, _float_tensors(self.model), 1.) # d = 1: training ends with the slow weights
+            _pull_(self.slow, _averaged_tensors(self.model), 1.) # d = 1: training ends with the slow weights
 
     def state_dict(self) -> dict:
         "Return the slow weights, and the number of batches so far."

@@ -72,10 +72,10 @@ def orthogonal_directions(
 
 # %% ../../nbs/measures/52_landscape.ipynb #fe997f3c
 def _movable(model):
-    "Return parameters and floating-point buffers by name."
+    "Return parameters and buffers by name, without integers."
     out = dict(model.named_parameters())
     for n, b in model.named_buffers():
-        if b.is_floating_point(): out[n] = b
+        if b.is_floating_point() or b.is_complex(): out[n] = b
     return out
 
 @torch.no_grad()

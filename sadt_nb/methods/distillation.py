@@ -63,12 +63,12 @@ class Distillation(LossTerm):
             if id(p) in student:
                 raise ValueError('teacher and student share weights; use a copy as the teacher')
         self.teacher.to(next(self.learn.model.parameters()).device).eval()
+        self.reset_teacher(self.teacher)
 
     def after_pred(self):
         if replaying(self.learn): return
         check_outputs(self.learn.pred, self)
-        with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
-        check_outputs(self._target, self, 'teacher')
+        self._target = self.teacher_outputs(self.teacher, 'teacher')
         teacher, student = tuple(self._target.shape), tuple(self.learn.pred.shape)
         if teacher != student:
             raise ValueError('teacher and student must have outputs of one shape, '

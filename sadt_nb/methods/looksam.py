@@ -95,14 +95,14 @@ class LookSAM(SummedPass):
     def after_sum(self, total, weight): self.direction = _unit_(total)
 
     def after_backward(self):
-        if self.in_window() and not self.active():
+        # the passes of another method, such as SADT's, have another loss
+        if not self.replaying and self.in_window() and not self.active():
             _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
         super().after_backward()
 
-    def after_step(self):
-        counts = self.in_window() and not self._refused # read before `super` resets `_refused`
-        super().after_step()
-        if counts: self.steps += 1
+    def step_ended(self, made):
+        super().step_ended(made)
+        if made and self.in_window(): self.steps += 1
 
     def state_dict(self):
         return super().state_dict() | dict(steps=self.steps, direction=deepcopy(self.direction))

@@ -6,15 +6,15 @@
 __all__ = ['MESA']
 
 # %% ../../nbs/methods/26_mesa.ipynb #1181683c
-from copy import deepcopy
 from typing import Literal
 
 import torch
 
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
-from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
-from ..core.perturb import check_whole, unwrapped
+from ..core.passes import StepWatch, check_learner, check_network, check_outputs
+from ..core.passes import copied_network, note_network, replaying
+from ..core.perturb import check_whole, copy_not_finite_, has_average, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
 @torch.no_grad()
@@ -24,11 +24,12 @@ def _average_(teacher, model, beta):
     olds = [*teacher.parameters(), *teacher.buffers()]
     news = [*model.parameters(), *model.buffers()]
     for v, w in zip(olds, news):
-        if v.is_floating_point():
+        if has_average(v):
             averages.append(v)
             targets.append(w.to(v.dtype))
         else: v.copy_(w) # BatchNorm's count of batches
     torch._foreach_lerp_(averages, targets, 1 - beta)
+    copy_not_finite_(teacher.buffers(), model.buffers()) # such as a mask with infinite values
 
 def _check_same_shapes(teacher, model):
     "Raise `ValueError` unless both networks have parameters with equal names and shapes."
@@ -39,7 +40,7 @@ def _check_same_shapes(teacher, model):
                          'another network; create a new MESA for this model')
 
 # %% ../../nbs/methods/26_mesa.ipynb #f6491f7c
-class MESA(TrajectoryLoss):
+class MESA(StepWatch, TrajectoryLoss):
     """Adds `lam` KL(teacher's prediction || prediction), softened by `tau` (Du et al. 2022, eqs. 10, 13).
 
     The teacher has the moving average of the weights since the first step. Raises `ValueError` for values
@@ -78,10 +79,11 @@ class MESA(TrajectoryLoss):
         self._stepped = self._refused = False
         model = unwrapped(self.learn.model)
         check_whole(model, 'MESA keeps a copy of the network')
-        if self.teacher is None: self.teacher = deepcopy(model).requires_grad_(False).eval()
+        if self.teacher is None: self.teacher = copied_network(model).requires_grad_(False).eval()
         if self._loaded is not None: self._load_teacher()
         _check_same_shapes(self.teacher, model)
         self.teacher.to(next(model.parameters()).device)
+        self.reset_teacher(self.teacher)
 
     def _load_teacher(self):
         try: self.teacher.load_state_dict(self._loaded)
@@ -91,8 +93,7 @@ class MESA(TrajectoryLoss):
 
     def after_pred(self):
         if not self.active or replaying(self.learn): return
-        with torch.no_grad(): self._target = self.teacher(*self.learn.xb)
-        check_outputs(self._target, self, 'network')
+        self._target = self.teacher_outputs(self.teacher, 'network')
 
     def term(self, logits, rows):
         check_outputs(logits, self)
@@ -100,9 +101,8 @@ class MESA(TrajectoryLoss):
         target = self._target if rows is None else self._target[rows]
         return self.factor * self.divergence_from(target.to(logits.dtype), logits, self.tau, rows)
 
-    def after_cancel_step(self): self._refused = True # fastai then calls `after_step`, too
-    def after_step(self): self._stepped, self._refused = not self._refused, False
-    def after_batch(self): # not in `after_step`: SADT makes a second step later
+    def step_ended(self, made): self._stepped = made
+    def after_batch(self): # not in `step_ended`: SADT makes a second step later
         super().after_batch()
         if self._stepped: _average_(self.teacher, unwrapped(self.learn.model), self.beta)
         self._stepped = False

@@ -493,6 +493,7 @@ class _TwoSteps(_MicroBatches):
         def second_step():
             _add_first_gradients(stepped, g_up)
             self.learn._step()
+            self.step_grads.made = True
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
 

@@ -158,9 +158,7 @@ class SAF(TrajectoryLoss):
         # checked once per epoch, because the check waits for the device
         if compares_classes and self.learn.iter == 0: _check_labels(self.learn.yb[0], now)
         if self.records is None:
-            # fastai's distributed loader has in `dl` the loader of the whole data set
-            whole = getattr(self.learn.dl, 'dl', self.learn.dl)
-            self.records = Records.empty(self.lag, n_samples(whole), now.shape[1:], now.device)
+            self.records = Records.empty(self.lag, n_samples(self.learn.dl), now.shape[1:], now.device)
         self.records.to(now.device)
         return self.records.exchange(self.sample_ids.ids, now, self.done) # `done`: finished epochs
 

@@ -22,8 +22,9 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
-from ..core.passes import batch_size, check_learner, check_single, evaluating
-from ..core.perturb import check_count, check_whole, unwrapped, weights_moved
+from ..core.passes import StepWatch, batch_size, check_learner, check_single, evaluating
+from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
+from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
 
 # %% ../../nbs/methods/91_weight_average.ipynb #b536e9e2
@@ -51,7 +52,7 @@ def _new_average(model, move, state=None):
 # %% ../../nbs/methods/91_weight_average.ipynb #862e0e57
 def _move_averages_(averages, values, kind, decay, count):
     "Move averages, all of one dtype, towards the values; the averages contain `count` values so far."
-    if not (averages[0].is_floating_point() or averages[0].is_complex()):
+    if not has_average(averages[0]):
         torch._foreach_copy_(averages, values) # integers, such as BatchNorm's count of batches
     elif kind == 'ema': get_ema_multi_avg_fn(decay)(averages, values, count)
     # `count` is a Python number, because a tensor would give a factor in single precision
@@ -144,22 +145,12 @@ def _has_begun(kind, start, done):
     return done >= start - rounding
 
 # %% ../../nbs/methods/91_weight_average.ipynb #ce6ea606
-class _StepWatch(ShowsArguments, Callback):
+class _Steps(StepWatch, ShowsArguments, Callback):
     "Base class of a callback that must know with which batches the optimizer has made a step."
     _stepped = False # `True` if the optimizer has made a step with this batch
-    _refused = False # `True` if the step was skipped, for example after an overflow
 
     def before_train(self): check_learner(self)
-
-    def after_cancel_step(self):
-        # SADT also cancels the Learner's step, but makes the step later: `StepGrads` then has gradients
-        held = getattr(self.learn, 'step_grads', None)
-        comes_later = held is not None and held.hold and held.grads is not None
-        self._refused = not comes_later
-
-    def after_step(self):
-        self._stepped = not self._refused
-        self._refused = False
+    def step_ended(self, made): self._stepped = made
 
     def _take_step(self):
         "Return whether the optimizer has made a step since the last call."
@@ -171,7 +162,7 @@ def _trained_norms(model):
     "Return the names of the BatchNorm layers whose statistics change in training."
     return [name for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.training]
 
-class _Average(_StepWatch):
+class _Average(_Steps):
     "Keeps the average of the weights and the counters, and stores them for a resumed run."
     _stateattrs = ('averaged',) # fastai leaves these attributes out of pickled Learners
 
@@ -195,6 +186,8 @@ class _Average(_StepWatch):
         if self.averaged is None: self.averaged = _new_average(model, self._average_)
         if not self.norms: self.norms = _trained_norms(model)
         self.averaged.update_parameters(model)
+        # such as a mask with infinite values
+        copy_not_finite_(self.averaged.module.buffers(), model.buffers())
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
         "Return the counters and what `averaged` has: the average, or, if `swapped`, the trained weights."
@@ -302,7 +295,7 @@ class WeightAverage(_ValidatedAverage):
         check_whole(model, 'WeightAverage keeps a copy of the weights')
         self._has_norms = any(isinstance(m, _BatchNorm) for m in model.modules())
 
-    def after_batch(self): # not in `after_step`: SADT makes a second step later
+    def after_batch(self): # not in `step_ended`: SADT makes a second step later
         weights_moved() # the user's autocast may hold copies of old weights
         stepped = self._take_step()
         if self._has_norms: self._recent.append(self.learn.xb)

@@ -46,11 +46,31 @@ def test_images_of_another_size_are_named_before_training(tmp_path, capsys):
 def test_a_batch_of_one_image_is_named_before_training(tmp_path, options):
     data = folder(tmp_path / 'photos', 32)
     cfg = Run(data=str(data), **{**SMALL, 'valid': 0., **options})
-    with pytest.raises(ValueError, match=f'bs={cfg.bs} leave a batch of one image.*set drop_last'):
+    with pytest.raises(ValueError, match=f'bs={cfg.bs} leave a batch of one image.*choose another bs$'):
         make_learner(cfg, 'cpu')
     if cfg.bs > 1:
         for fine in (cfg.but(drop_last=True), cfg.but(bs=5), cfg.but(model='resnet20')):
             make_learner(fine, 'cpu').fit(1)
+
+
+def test_compare_advises_an_option_that_it_has(tmp_path, capsys):
+    data = folder(tmp_path / 'photos', 32)
+    said = error(capsys, cli.sadt_compare, data=str(data), n_train=9, bs=8, epochs=4, minutes=.1,
+                 root=tmp_path / 'runs')
+    assert 'leave a batch of one image' in said
+    assert 'drop_last' not in said
+
+
+def test_the_first_error_of_a_grid_is_one_line_without_tabs(tmp_path, capsys, monkeypatch):
+    "fastai puts a line with the name of the callback before the message, and a tab into it."
+    cfg = Run(data='digits', n_train=32, bs=16, valid=0., epochs=1, lookahead=100)
+    with pytest.raises(ValueError) as raised: make_learner(cfg, 'cpu').fit(1)
+    assert '\n' in str(raised.value)
+    def all_failed(runs, *args, **kwargs): return [raised.value] * len(runs)
+    monkeypatch.setattr(cli.grid, 'run_grid', all_failed)
+    said = error(capsys, cli.sadt_grid, name='sadt/figure2', root=tmp_path)
+    assert 'the first error is: `every`' in said
+    assert '\t' not in said
 
 
 def test_the_checks_change_no_bit(tmp_path, monkeypatch):

@@ -110,6 +110,11 @@ def _end_without_reader():
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT) # Python flushes standard output once more at exit
     sys.exit(141)
 
+def _reason(error):
+    "Return an error's reason as one line: its last, because fastai puts the name of a callback before it."
+    message = str(error).strip() or type(error).__name__
+    return message.splitlines()[-1].strip()
+
 @contextmanager
 def _one_line_errors(command):
     "Turn errors into one line on standard error: exit status 2 for a user's mistake, 130 for Ctrl-C."
@@ -123,8 +128,7 @@ def _one_line_errors(command):
         if isinstance(e, BrokenPipeError) and _nobody_reads(): _end_without_reader()
         # a `RuntimeError` from PyTorch is not a user's mistake; `runner` is imported only for this comparison
         if isinstance(e, RuntimeError) and not isinstance(e, runner.RunError): raise
-        message = str(e).strip() or type(e).__name__
-        _fail(command, message.splitlines()[-1].strip())
+        _fail(command, _reason(e))
 
 # %% ../../nbs/commands/110_cli.ipynb #4d304a31
 def _keys(node, values):
@@ -579,8 +583,7 @@ def sadt_grid(
                             measures=measures, samples=samples, ray=ray or None)
     failed = [r for r in results if isinstance(r, Exception)]
     if len(failed) == len(measures):
-        reason = str(failed[0]).splitlines()[-1]
-        raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {reason}')
+        raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
     ensembles = {}
     for e in grids.paper_ensembles(name, scale, amp):
         if not all(runner.is_trained(m, root) for m in e.members): continue
@@ -706,8 +709,7 @@ def sadt_compare(
     results = grid.run_grid(by_seed, root, workers, progress=not json)
     failed = [r for r in results if isinstance(r, Exception)]
     if len(failed) == len(results):
-        reason = str(failed[0]).splitlines()[-1]
-        raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {reason}')
+        raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
     found = any_data.compare(runs, root, to)
     if json: return _print_json(sentence=found.sentence, rows=found.table.reset_index(), files=found.files)
     print(visible(f'\n{any_data.as_text(found.table).to_string()}\n\n{found.sentence}'))

@@ -7,24 +7,62 @@ __all__ = ['collect_batches', 'differentiable', 'MissingDerivative', 'missing_de
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4bb27ca6
 import math
+import operator
 import random
 import re
 from contextlib import contextmanager, ExitStack
+from copy import copy
+from itertools import islice
 from typing import Iterable
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import checkpoint as checkpointing
+from torch.utils.data import BatchSampler, DataLoader as TorchLoader, IterableDataset
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 
-from .passes import from_hidden_states, hidden_states
+from .passes import device_of, from_hidden_states, hidden_states, kept_random_states
 from .perturb import check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174
+def _sampler_and_size(dl):
+    "Return a PyTorch loader's sampler and batch size; `None` for a loader that has no copy."
+    batches = getattr(dl.batch_sampler, 'recorded', dl.batch_sampler) # `SampleIds` wraps the batch sampler
+    if isinstance(dl.dataset, IterableDataset) or type(dl).__iter__ is not TorchLoader.__iter__: return None
+    if batches is None: sampler, size = dl.sampler, None # each item of the data set is a batch
+    elif type(batches) is BatchSampler: sampler, size = batches.sampler, batches.batch_size
+    else: return None
+    return (sampler, size) if hasattr(sampler, '__len__') else None
+
+def _positions(sampler):
+    "Return the positions that a sampler gives in one epoch, in the order of the data set."
+    if hasattr(sampler, 'generator'):
+        sampler = copy(sampler)
+        sampler.generator = torch.Generator().manual_seed(0)
+    found = list(islice(sampler, len(sampler)))
+    try: return sorted(found, key=operator.index)
+    except TypeError: return found # keys that are not numbers
+
+def _repeatable_torch(dl, shuffle):
+    "Return a copy of a PyTorch loader whose order never changes; return a loader that has no copy as it is."
+    found = _sampler_and_size(dl)
+    if found is None: return dl
+    sampler, size = found
+    positions = _positions(sampler)
+    if shuffle: random.Random(0).shuffle(positions)
+    names = ['num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn']
+    if dl.num_workers: names += ['multiprocessing_context', 'prefetch_factor']
+    options = {name: getattr(dl, name) for name in names}
+    g = torch.Generator().manual_seed(0) # for the seeds of the workers
+    return TorchLoader(dl.dataset, batch_size=size, sampler=positions, generator=g, **options)
+
 def _repeatable(dl, shuffle):
-    "Return a copy of a fastai loader whose order never changes; return other iterables unchanged."
+    "Return a copy of a fastai or PyTorch loader whose order never changes; return other iterables unchanged."
+    if isinstance(dl, TorchLoader): return _repeatable_torch(dl, shuffle)
     if not hasattr(dl, 'new'): return dl
     dl = dl.new(shuffle=shuffle, drop_last=False)
     if hasattr(dl, 'rng'): dl.rng = random.Random(0)
@@ -44,35 +82,79 @@ def _inputs_and_target(batch, n_inp, device):
     *xb, y = [_plain(to_device(t, device)) for t in batch]
     return tuple(xb), y
 
-# %% ../../nbs/core/07_fixed_loss.ipynb #2b02c7b9
-def collect_batches(
-    learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
-    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, the training loader with its augmentation is read
-    # Largest number of samples to read. A loader gives random samples, a list its first samples. With `None`,
-    # all samples are read
-    samples:int|None=None,
-) -> list: # One pair per batch: a tuple of inputs, and a target
-    """Read the batches of a loader once and return them on the model's device.
+# %% ../../nbs/core/07_fixed_loss.ipynb #d5619415
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
-    Raises `ValueError` if there is no batch, and for batches without labels."""
-    if dl is None: dl = _repeatable(learn.dls.train, shuffle=samples is not None)
-    elif samples is not None: dl = _repeatable(dl, shuffle=True) # `dl` keeps its order if it is read whole
-    n_inp = getattr(learn.dls, 'n_inp', 1)
-    device = next(unwrapped(learn.model).parameters()).device
-    left = math.inf if samples is None else samples # samples that are still to be read
-    batches = []
+def _generator_state(g):
+    if isinstance(g, np.random.Generator): return g.bit_generator.state
+    if isinstance(g, random.Random): return g.getstate()
+    return g.get_state()
+
+def _set_generator_state(g, state):
+    if isinstance(g, np.random.Generator): g.bit_generator.state = state
+    elif isinstance(g, random.Random): g.setstate(state)
+    else: g.set_state(state)
+
+@contextmanager
+def _kept_generators(dl):
+    "At the end, the random generators of a loader and of its samplers are the same, in their earlier states."
+    batches = getattr(dl, 'batch_sampler', None)
+    owners = [dl, getattr(dl, 'sampler', None), batches, getattr(batches, 'sampler', None)]
+    kept = []
+    for owner in owners:
+        if type(owner).__module__ == 'builtins': continue # a list or `None`
+        for name, g in getattr(owner, '__dict__', {}).items():
+            if isinstance(g, _GENERATORS): kept.append((owner, name, g, _generator_state(g)))
+    try: yield
+    finally:
+        for owner, name, g, state in kept:
+            vars(owner)[name] = g # a loader of fastai replaces its generator
+            _set_generator_state(g, state)
+
+def _up_to(samples, dl, n_inp, device):
+    "Yield batches of inputs and target until `samples` samples are read; `None`: all samples."
+    left = math.inf if samples is None else samples
     for batch in dl:
-        if left <= 0: break
         xb, y = _inputs_and_target(batch, n_inp, device)
         if len(y) > left:
             xb = tuple(x[:int(left)] for x in xb)
             y = y[:int(left)]
-        batches.append((xb, y))
+        yield xb, y
         left -= len(y)
+        if left <= 0: return
+
+# %% ../../nbs/core/07_fixed_loss.ipynb #2b02c7b9
+def collect_batches(
+    learn:Learner,         # A Learner with `model`, and with `dls.train` if `dl` is `None`
+    dl:Iterable|None=None, # Batches `(x, y)`; with `None`, the training loader with its augmentation is read
+    # Largest number of samples to read. A loader of fastai or PyTorch gives random samples, the same at every
+    # call; a list gives its first samples. With `None`, all samples are read
+    samples:int|None=None,
+) -> list: # One pair per batch: a tuple of inputs, and a target
+    """Read the batches of a loader once and return them on the model's device.
+
+    A PyTorch loader of an `IterableDataset`, or with a `batch_sampler` of another class than `BatchSampler`,
+    is read in its own order, and gives its first samples. Global random generators and those of the loader
+    keep their states.
+
+    Raises `ValueError` if there is no batch, and for batches without labels."""
+    device = device_of(unwrapped(learn.model))
+    with kept_random_states(device), _kept_generators(learn.dls.train if dl is None else dl):
+        if dl is None: dl = _repeatable(learn.dls.train, shuffle=samples is not None)
+        elif samples is not None: dl = _repeatable(dl, shuffle=True) # read whole, `dl` keeps its order
+        batches = list(_up_to(samples, dl, getattr(learn.dls, 'n_inp', 1), device))
     if not batches: raise ValueError('the loader has no batches')
     return batches
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #2fdf69a8
+def _learned(model):
+    "Return parameters and running statistics by name; another buffer, such as a mask, may hold infinity."
+    found = dict(model.named_parameters())
+    for name, m in model.named_modules():
+        if not isinstance(m, _NormBase): continue
+        for buffer, t in m.named_buffers(prefix=name, recurse=False): found[buffer] = t
+    return found
+
 def _check_measurable(model, loss_func):
     "Raise `ValueError` for a network or a loss that `FixedLoss` cannot evaluate."
     for name, m in model.named_modules():
@@ -85,7 +167,7 @@ def _check_measurable(model, loss_func):
         raise ValueError(f"the loss must be a mean over the batch, got reduction '{reduction}'")
     check_whole(model, 'a measure needs all weights in one process')
     if not trainable_params(model): raise ValueError('the network has no trainable parameters')
-    for name, t in (*model.named_parameters(), *model.named_buffers()):
+    for name, t in _learned(model).items():
         if t.is_floating_point() and not torch.isfinite(t).all():
             raise ValueError(f'{name!r} holds values that are not finite, so the network has no loss')
 

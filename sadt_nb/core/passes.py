@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
-           'device_of', 'hidden_states', 'changed_states', 'from_hidden_states', 'copied_network', 'replaying',
-           'replayed_rows', 'replays_other_loss', 'evaluating', 'stepped_params', 'params_outside', 'take_gradients',
-           'add_gradients', 'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single',
-           'check_outputs', 'note_network', 'check_network', 'check_learner', 'check_window', 'is_whole_training',
-           'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_',
-           'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'device_of', 'kept_random_states', 'in_eval_mode', 'hidden_states', 'changed_states', 'from_hidden_states',
+           'copied_network', 'replaying', 'replayed_rows', 'replays_other_loss', 'evaluating', 'stepped_params',
+           'params_outside', 'take_gradients', 'add_gradients', 'note_gradients', 'is_unchanged', 'are_dropped',
+           'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network', 'check_network', 'check_learner',
+           'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale',
+           'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
 from collections import defaultdict, deque, OrderedDict
+import random
 import weakref
 from copy import copy, deepcopy
 from functools import partial
 from itertools import chain
 from typing import Callable, Iterable, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 from torch.nn.parameter import is_lazy
@@ -130,6 +132,31 @@ def device_of(
     "Return the device of a network's first parameter or, without parameters, of its first buffer."
     for t in chain(model.parameters(), model.buffers()): return t.device
     return torch.device('cpu')
+
+# %% ../../nbs/core/01_passes.ipynb #615f49b4
+@contextmanager
+def kept_random_states(
+    device:torch.device, # Device of the network
+):
+    "Inside, random numbers may be drawn; at the end, PyTorch, NumPy and Python have their earlier states."
+    states, numpys, pythons = rng_states(device), np.random.get_state(), random.getstate()
+    try: yield
+    finally:
+        set_rng_states(states, device)
+        np.random.set_state(numpys)
+        random.setstate(pythons)
+
+@contextmanager
+def in_eval_mode(
+    *models:nn.Module, # The networks
+):
+    "Inside, the networks are in evaluation mode; at the end, each of their modules has its earlier mode."
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    try:
+        for model in models: model.eval()
+        yield
+    finally:
+        for m, mode in modes: m.training = mode
 
 # %% ../../nbs/core/01_passes.ipynb #0a0bd536
 def _detached_copy(t): return t.detach().clone()

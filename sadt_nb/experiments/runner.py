@@ -39,7 +39,7 @@ from ..core.checkpoint import Checkpoint, CheckpointError, CheckpointFile, remov
 from ..core.checkpoint import saved, write_whole
 from ..core.optim import keras_adam
 from ..core.loss_terms import LossTerm
-from ..core.passes import replaying
+from ..core.passes import in_eval_mode, replaying
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
 from ..core.ranks import bare_loader, distributed_context, join_ranks, n_ranks, on_rank_zero
@@ -644,9 +644,7 @@ def _check_images(cfg, model, dl):
     if not hasattr(dl, 'batch'): return
     n = len(dl.dataset)
     x = _in_order(dl).batch(torch.arange(min(2, n)))[0]
-    modes = [(m, m.training) for m in model.modules()]
-    refuses = _refuses(model.eval(), x)
-    for m, training in modes: m.training = training
+    with in_eval_mode(model): refuses = _refuses(model, x)
     if refuses:
         size = f'{x.shape[-1]}x{x.shape[-2]}'
         raise ValueError(f'model {cfg.model} cannot process images of {size} pixels; resize them with '
@@ -655,7 +653,7 @@ def _check_images(cfg, model, dl):
     single = cfg.bs == 1 or (left == 1 and not cfg.drop_last)
     if single and _refuses(deepcopy(model).train(), x[:1]): # a copy, as a pass changes BatchNorm
         raise ValueError(f'{n} training images in batches of bs={cfg.bs} leave a batch of one image, but '
-                         f'BatchNorm in {cfg.model} needs two or more; choose another bs, or set drop_last')
+                         f'BatchNorm in {cfg.model} needs two or more; choose another bs')
 
 # %% ../../nbs/experiments/81_runner.ipynb #5ec812e0
 def _network(cfg, dls):

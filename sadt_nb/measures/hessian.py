@@ -179,7 +179,8 @@ class Eigenvalues(NamedTuple):
     values: Tensor   # `(k,)` float64, the algebraically largest first
     error: Tensor    # `(k,)` an eigenvalue of the Hessian is at most this far from each value
     n: int           # Number of Hessian-vector products
-    converged: bool  # Are all errors within the tolerance?
+    # Are all errors within the tolerance, and has a last process found no further large eigenvalue?
+    converged: bool
 
 class _Basis:
     "Orthonormal vectors, stored in blocks of 32 rows, so that memory grows with the number of vectors."
@@ -195,40 +196,52 @@ class _Basis:
         "Yield the filled part of each block."
         for i, block in enumerate(self.blocks): yield block[:self.n - 32 * i]
 
-    def without(self, v):
-        "Return the part of `v` that is orthogonal to the basis, projected twice because of rounding."
-        for _ in range(2):
-            for b in self.filled(): v = v - b.T @ (b @ v)
-        return v
-
     def combined(self, s):
         "Return the sum of the basis vectors with the coefficients `s`."
         return sum(b.T @ s[32 * i:32 * i + len(b)] for i, b in enumerate(self.filled()))
 
+    def along(self, v):
+        "Return the scalar products of `v` with all vectors of the basis."
+        return torch.cat([v.new_empty(0), *(b @ v for b in self.filled())])
+
+def _without(v, *bases):
+    "Return the part of `v` that is orthogonal to all bases, projected twice because of rounding."
+    for _ in range(2):
+        for basis in bases:
+            for b in basis.filled(): v = v - b.T @ (b @ v)
+    return v
+
 # %% ../../nbs/measures/50_hessian.ipynb #5bca8349
 class _Krylov:
     "The Lanczos process: an orthonormal basis, and the tridiagonal matrix of `h` in this basis."
-    def __init__(self, h, start):
-        self.h, self.basis, self.next = h, _Basis(), start / start.norm()
+    def __init__(self, h, start, known=None):
+        self.h, self.basis = h, _Basis()
+        self.known = known or _Basis() # every vector of the process is orthogonal to these, too
+        start = _without(start, self.known)
+        self.next = start / start.norm()
         self.alphas, self.betas = [], [] # diagonal; off-diagonal, then the norm of the last residual
+        self.leaks = [] # for each step, the parts of the product along the known vectors
 
     def step(self, g):
         q = self.next
         w = self.h(q)
         self.basis.append(q)
         self.alphas.append(float(q @ w))
+        self.leaks.append(self.known.along(w).to('cpu', torch.float64))
         size = max(float(w.norm()), max(map(abs, self.alphas)))
-        w = self.basis.without(w)
+        w = self._outside(w)
         beta = float(w.norm())
         if beta <= 10 * torch.finfo(w.dtype).eps * size: # an invariant subspace
             beta, w = 0., self._fresh(w, g)
         self.betas.append(beta)
         self.next = w / w.norm()
 
+    def _outside(self, w): return _without(w, self.known, self.basis)
+
     def _fresh(self, w, g):
         "Return a random vector orthogonal to the basis; if the basis is complete, an unused vector of ones."
-        if len(self.alphas) >= len(w): return torch.ones_like(w)
-        return self.basis.without(torch.randn(len(w), generator=g, dtype=w.dtype, device=w.device))
+        if len(self.alphas) + self.known.n >= len(w): return torch.ones_like(w)
+        return self._outside(torch.randn(len(w), generator=g, dtype=w.dtype, device=w.device))
 
     def ritz(self):
         "Return the eigenvalues of the tridiagonal matrix, ascending, and its eigenvectors as columns."
@@ -240,34 +253,120 @@ class _Krylov:
         "Return the vector of length `h.size` whose coefficients in the basis are `s`."
         return self.basis.combined(s.to(self.next))
 
+# %% ../../nbs/measures/50_hessian.ipynb #b629ea5b
+class _Pair(NamedTuple):
+    "An eigenvalue, its error, and its eigenvector of length one."
+    value: float
+    error: float
+    vector: Tensor
+
+class _Process:
+    "A Lanczos process outside the known eigenvectors, and its eigenvalues after the last step."
+    def __init__(self, h, known, g):
+        start = torch.randn(h.size, generator=g, dtype=h.dtype, device=h.device)
+        self.krylov = _Krylov(h, start, known)
+        self.free = h.size - known.n # dimensions outside the known eigenvectors
+        self.theta = None
+
+    @property
+    def steps(self): return self.krylov.basis.n
+
+    def step(self, g):
+        self.krylov.step(g)
+        theta, S = self.krylov.ritz()
+        self.theta, self.S = theta.flip(0), S.flip(1) # the largest first
+        self.residual = self.krylov.betas[-1] * self.S[-1].abs() # its part outside the known eigenvectors
+
+    def excludes(self, t):
+        "Return whether an eigenvalue of at least `t` would have been seen, except with probability 1/1000."
+        if t <= self.theta[0]: return False
+        betas = torch.tensor(self.krylov.betas, dtype=torch.float64)
+        log_delta = betas.log().sum() - (t - self.theta).log().sum()
+        return float(log_delta) + .5 * math.log(2 * self.free / math.pi) < math.log(1e-3)
+
+    def pairs(self, n, floor):
+        "Return the `n` largest eigenvalues with their eigenvectors; no error is below `floor`."
+        found = []
+        leaks = torch.stack(self.krylov.leaks, 1) @ self.S[:, :n] # known eigenvectors are not exact
+        errors = torch.hypot(self.residual[:n], leaks.norm(dim=0))
+        for value, error, s in zip(self.theta[:n].tolist(), errors.tolist(), self.S.T):
+            u = self.krylov.lifted(s)
+            found.append(_Pair(value, max(error, floor), u / u.norm()))
+        return found
+
+# %% ../../nbs/measures/50_hessian.ipynb #169e1049
+class _Largest:
+    "The search for the `k` largest eigenvalues, by one Lanczos process after another."
+    def __init__(self, h, k, tol, seed):
+        self.h, self.k, self.tol = h, k, tol
+        self.g = _generator(h, seed)
+        self.scale = 0. # largest absolute eigenvalue so far, for the size of rounding errors
+        self.pairs = [] # all eigenvalues found so far, the largest first
+        self.known = _Basis() # their eigenvectors
+
+    @property
+    def floor(self): return 10 * torch.finfo(self.h.dtype).eps * self.scale
+
+    def allowed(self, theta): return (self.tol * theta.abs()).clamp(min=self.floor)
+
+    def _limit(self):
+        "Return the value that a further eigenvalue must exceed: the `k`-th so far, plus the tolerance."
+        if len(self.pairs) < self.k: return -math.inf
+        last = torch.tensor(self.pairs[self.k - 1].value, dtype=torch.float64)
+        return float(last + self.allowed(last))
+
+    def _used(self, p):
+        "Return how many eigenvalues of a process belong to the `k` largest."
+        limit, n = self._limit(), 0
+        for t in p.theta.tolist():
+            larger = n + sum(pair.value > t for pair in self.pairs)
+            if t <= limit or larger >= self.k: break
+            n += 1
+        return n
+
+    def _is_done(self, p):
+        "Return whether a process has found its share of the `k` largest eigenvalues, which may be none."
+        n = self._used(p)
+        if p.steps == p.free: return True
+        if len(self.pairs) + n < self.k: return False
+        n_checked = max(n, 1) # without a share, the largest eigenvalue shows whether there may be one
+        small = bool((p.residual <= self.allowed(p.theta))[:n_checked].all())
+        return (small and p.steps > n_checked) or (n == 0 and p.excludes(self._limit()))
+
+    def run(self, most):
+        "Run one process; return whether all `k` eigenvalues are known afterwards."
+        p, done = _Process(self.h, self.known, self.g), False
+        try:
+            while self.h.n < most and not done:
+                p.step(self.g)
+                self.scale = max(self.scale, float(p.theta.abs().max()))
+                done = self._is_done(p)
+        finally: # after Ctrl-C, too
+            n = self._used(p) if p.theta is not None else 0
+            for pair in p.pairs(n, self.floor) if n else ():
+                self.known.append(pair.vector)
+                self.pairs.append(pair)
+            self.pairs.sort(key=lambda pair: -pair.value)
+        return done and (n == 0 or p.steps == p.free)
+
 # %% ../../nbs/measures/50_hessian.ipynb #66cb3c9d
 def _top(h, k, tol, max_products, seed):
-    "Return the `k` largest eigenvalues, the Lanczos process, and the eigenvectors in its basis, as columns."
+    "Return the `k` largest eigenvalues, and a list of their eigenvectors."
     if not 1 <= k <= h.size:
         raise ValueError(f'`k` must be from 1 to the number of trainable weights, {h.size}, got {k}')
     if max_products is not None and max_products < k:
         raise ValueError(f'`max_products` must be at least `k`, {k}, got {max_products}')
-    g = _generator(h, seed)
-    eps = torch.finfo(h.dtype).eps
-    krylov = _Krylov(h, torch.randn(h.size, generator=g, dtype=h.dtype, device=h.device))
-    most = min(h.size, max_products or 200 + 5 * k)
-    theta, converged = None, False
+    most = max_products or 200 + 5 * k
+    search, converged = _Largest(h, k, tol, seed), False
     try:
-        while krylov.basis.n < most and not converged:
-            krylov.step(g)
-            steps = krylov.basis.n
-            if steps < k: continue
-            theta, S = krylov.ritz()
-            floor = 10 * eps * theta.abs().max()
-            error = (krylov.betas[-1] * S[-1].abs()).clamp(min=floor) # the residual of each eigenvector
-            theta = theta.flip(0)[:k] # the largest first
-            error = error.flip(0)[:k]
-            S = S.flip(1)[:, :k]
-            small = bool((error <= torch.maximum(tol * theta.abs(), floor)).all())
-            converged = (small and steps > k) or steps == h.size
+        while h.n < most and not converged: converged = search.run(most)
     except KeyboardInterrupt:
-        if theta is None: raise
-    return Eigenvalues(theta, error, h.n, converged), krylov, S
+        if len(search.pairs) < k: raise
+    pairs = search.pairs[:k]
+    values = torch.tensor([p.value for p in pairs], dtype=torch.float64)
+    errors = torch.tensor([p.error for p in pairs], dtype=torch.float64)
+    converged = converged and bool((errors <= search.allowed(values)).all())
+    return Eigenvalues(values, errors, h.n, converged), [p.vector for p in pairs]
 
 # %% ../../nbs/measures/50_hessian.ipynb #e7106f1d
 def top_eigenvalues(
@@ -276,17 +375,20 @@ def top_eigenvalues(
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
     samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is rounding error
-    max_products:int|None=None, # Largest number of products and of vectors in memory; `None`: 200 + 5 k
-    seed:int=0,            # Seed of the first vector
+    max_products:int|None=None, # Largest number of products, which bounds the memory; `None`: 200 + 5 k
+    seed:int=0,            # Seed of the random vectors
     progress:bool=True,    # Show a bar after three seconds
 ) -> Eigenvalues: # Values, errors, number of products, and whether `tol` was reached
     """Return the algebraically largest eigenvalues of the Hessian of the mean loss.
 
+    A repeated eigenvalue appears as often as it is repeated. If `max_products` is reached before a last
+    process has found no further eigenvalue, the result has `converged=False`. At most `max_products + k`
+    vectors of the network's size are in memory.
+
     Ctrl-C returns the estimates so far. Raises `ValueError` if `k` is out of range or `max_products` is
     less than `k`, and for the same reasons as `FixedLoss`."""
     with _Products(learn, dl, samples, progress, 'eigenvalues', max_products or 200 + 5 * k) as h:
-        found, _, _ = _top(h, k, tol, max_products, seed)
-        return found
+        return _top(h, k, tol, max_products, seed)[0]
 
 def top_eigenvectors(
     learn:Learner,         # A Learner whose network is in evaluation mode
@@ -295,17 +397,13 @@ def top_eigenvectors(
     samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     tol:float=1e-5,        # As for `top_eigenvalues`
     max_products:int|None=None, # As for `top_eigenvalues`
-    seed:int=0,            # Seed of the first vector
+    seed:int=0,            # Seed of the random vectors
     progress:bool=True,    # Show a bar after three seconds
 ) -> tuple: # `Eigenvalues`, and `k` directions of length 1, each a dictionary from parameter name to tensor
     "Return the largest eigenvalues and their directions in weight space."
     with _Products(learn, dl, samples, progress, 'eigenvectors', max_products or 200 + 5 * k) as h:
-        found, krylov, S = _top(h, k, tol, max_products, seed)
-        directions = []
-        for s in S.T:
-            u = krylov.lifted(s)
-            directions.append(h.named(u / u.norm()))
-        return found, directions
+        found, vectors = _top(h, k, tol, max_products, seed)
+        return found, [h.named(u) for u in vectors]
 
 # %% ../../nbs/measures/50_hessian.ipynb #58dbaf05
 class SpectralDensity(NamedTuple):

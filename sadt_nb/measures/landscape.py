@@ -82,13 +82,21 @@ def _movable(model):
 def direction_between(
     start:nn.Module, # The network where the line begins
     end:nn.Module,   # The network where the line ends, of the same architecture
-) -> dict: # From name to difference, for parameters and for BatchNorm's running statistics
-    "Return the weights of `end` minus the weights of `start`. Raises `ValueError` if architectures differ."
+) -> dict: # From name to difference, for parameters and for buffers that move, such as BatchNorm's statistics
+    """Return the weights of `end` minus the weights of `start`. Raises `ValueError` if architectures differ.
+
+    A buffer that is equal in both networks, or not finite in one, such as a causal mask, does not move."""
     a, b = _movable(unwrapped(start)), _movable(unwrapped(end))
     if a.keys() != b.keys() or any(a[n].shape != b[n].shape for n in a):
         raise ValueError('the two networks differ in architecture, '
                          'so no straight line leads from one to the other')
-    return {n: b[n].to(a[n]) - a[n] for n in a}
+    buffers = dict(unwrapped(start).named_buffers())
+    moved = {}
+    for n, t in a.items():
+        d = b[n].to(t) - t
+        if n in buffers and (not d.isfinite().all() or not d.any()): continue
+        moved[n] = d
+    return moved
 
 # %% ../../nbs/measures/52_landscape.ipynb #3246afe5
 class Line(NamedTuple):

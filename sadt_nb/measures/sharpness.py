@@ -20,6 +20,7 @@ from fastai.learner import Learner
 from ..core.arguments import ShowsArguments
 from ..core.display import bar
 from ..core.fixed_loss import FixedLoss, collect_batches
+from ..core.passes import device_of, in_eval_mode, kept_random_states
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
@@ -118,7 +119,9 @@ class FlatnessRecorder(ShowsArguments, Callback):
 
     Each measure returns a number, or a result whose field `value` is the number. `rows` has one dictionary
     per measurement, and `table()` returns all rows as a table. Under mixed precision, the measures use the
-    precision of the weights. Raises `ValueError` if `every` is below 1."""
+    precision of the weights. The training is the same as without the recorder, bit by bit.
+
+    Raises `ValueError` if `every` is below 1."""
     order = 80 # runs after all other callbacks of the epoch
     def __init__(self,
         # From name to function `f(learn, dl=...)`; with `None`, only `sam_sharpness` is measured
@@ -145,11 +148,8 @@ class FlatnessRecorder(ShowsArguments, Callback):
         last = self.epoch + 1 == self.n_epoch
         due = last or (self.epoch + 1) % self.every == 0
         if self._skips or not due: return
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try: self.rows.append(self._measured())
-        finally:
-            for m, mode in modes: m.training = mode
+        with in_eval_mode(self.model), kept_random_states(device_of(self.model)):
+            self.rows.append(self._measured())
 
     def _measured(self):
         "Return one row of the table."

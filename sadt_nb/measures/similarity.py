@@ -11,10 +11,12 @@ from typing import Iterable
 import torch
 from torch import nn, Tensor
 
+from ..core.passes import in_eval_mode
+
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
 @torch.inference_mode()
 def collect_logits(
-    models:Iterable[nn.Module], # The networks. They run in evaluation mode, and get their earlier modes back
+    models:Iterable[nn.Module], # The networks. They run in evaluation mode; each module gets its mode back
     dl:Iterable,                # Batches `(x, ...)`, read once
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
     """Return the logits of several networks on the same samples.
@@ -23,16 +25,12 @@ def collect_logits(
     models = list(models)
     out = []
     if not models: raise ValueError('at least one network is needed, got none')
-    modes = [m.training for m in models]
-    try:
-        for m in models: m.eval()
+    with in_eval_mode(*models):
         for x, *_ in dl:
             logits = [m(x) for m in models]
             shapes = {tuple(z.shape) for z in logits}
             if len(shapes) > 1: raise ValueError(f'outputs must have the same shape, got {sorted(shapes)}')
             out.append(torch.stack(logits).cpu())
-    finally:
-        for m, mode in zip(models, modes): m.train(mode)
     if not out: raise ValueError('the loader has no batches')
     z = torch.cat(out, 1)
     return z if z.dtype == torch.float64 else z.float()

@@ -23,6 +23,7 @@ from fastai.callback.schedule import ParamScheduler
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
 from ..core.passes import StepWatch, batch_size, check_learner, check_single, evaluating
+from ..core.passes import in_eval_mode
 from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
 from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
@@ -75,23 +76,21 @@ def reestimate_(
     Batches of one sample are left out. Without any batch, nothing changes."""
     norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
     if not norms: return
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [m.momentum for m in norms]
     passed = False # `True` after the first batch
-    model.eval()
     try:
         for m in norms: m.momentum = None # `None`: the mean over all batches
-        for xb in batches:
-            if batch_size(xb) < 2: continue
-            for m in norms:
-                if not passed: m.reset_running_stats()
-                m.train()
-            passed = True
-            model(*xb)
+        with in_eval_mode(model):
+            for xb in batches:
+                if batch_size(xb) < 2: continue
+                for m in norms:
+                    if not passed: m.reset_running_stats()
+                    m.train()
+                passed = True
+                model(*xb)
         _average_over_ranks_(norms)
     finally:
         for m, momentum in zip(norms, momenta): m.momentum = momentum
-        for m, mode in modes: m.training = mode
 
 # %% ../../nbs/methods/91_weight_average.ipynb #6bc25044
 # their `before_batch` leaves the inputs as they are, and changes something else, such as the learning rate

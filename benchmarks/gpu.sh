@@ -13,28 +13,39 @@
 #   fast           9 E      25     2.8      grid fast/94, 78 runs (26 rows, 3 seeds), 8 at a time
 #   noise          9 E      25     2.8      grid fast/94_noise40, 78 runs, 8 at a time
 #   small          9 E      25     2.8      grid fast/small, 78 runs, 14 at a time
+#   rounds         3 E       6     2.0      grid fast/94_rounds, 20 runs: 5 chains side by side, then 30 ensembles
 #   fastbench      5 E       7     1.4      benchmarks.fast: Learner and bare loop, steps, whole runs
 #   full           5.5 M     6     1.1      SADT's Table 1, Simple CNN in batches of 2,048, 7 at a time
 #   overhead       3 E       2     0.7      milliseconds of a step, of its kernels, and with CUDA graphs
+#   controls      27 E      18     0.7      the controls of that table on CIFAR-10 in bfloat16, 18 runs, 14 at a time
+#   seeds         29 E      18     0.6      Simple CNN of that table and its controls, three seeds, 60 runs, 14 at a time
 #   table1_rest   80 M      30     0.4      all 42 CIFAR-10 runs of that table in bfloat16, 14 at a time
 #   fast96        79 E      25     0.3      grid fast/96, 78 runs, 6 at a time
 #   table1         4.5 M     1     0.2      how long those 42 runs take, projected from 4.5% of their epochs
 #   sam_study     26 E       3     0.1      grids sam_study/a_code and c_code, 6 and 11 runs
 #   saf_table3   260 E       3     0.01     'cifar10 resnet18' of saf/table3_code, 12 runs; with AMP=bf16 160 E
+#   saf_paper    260 E       3     0.01     the same rows of saf/table3, 12 runs; with AMP=bf16 160 E
+#   distill     1460 E       6     0.004    'resnet18 0.5' of distill/table2, 24 runs; with AMP=bf16 900 E
+#
+# full, controls, seeds and table1_rest share one folder, so a run of several of them is trained once. The
+# baselines with which controls and seeds are compared are in it, too: those of full, seeds and table1_rest.
+# rounds compares three students with their teacher, and three ensembles of rounds with independent ones. An
+# ensemble needs the weights of its networks; if RUNS was lost between two calls, some are left out.
 #
 # MINUTES  No job begins after so many minutes, and what is under way is interrupted then. Runs continue from
 #          their last checkpoint, half a minute or an epoch old. Leave a minute for the packing.
 # RUNS     Folder of the runs with weights and checkpoints; OUT if it is not set. OUT gets one small file of
 #          finished runs from each grid, such as fast_94.tar.gz (benchmarks.pack_runs), and a later call reads it.
 # BEFORE   OUT of an earlier call, on another machine perhaps: what is finished there is not done again.
-# AMP      Mixed precision of sam_study and saf_table3, bf16 or fp16. Without it, these two jobs train in the
-#          precision of the authors' programs, which their presets `_code` follow.
+# AMP      Mixed precision of sam_study, saf_table3, saf_paper and distill, bf16 or fp16. Without it, these
+#          jobs train in the precision of their presets; the presets `_code` have that of the authors' programs.
 #
 # A grid of which some runs failed counts as done. Name the job to try them again, or to train the rows that a
 # preset has got since the job was done.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2; }
-queue='tests fast noise small fastbench full overhead table1_rest fast96 table1 sam_study saf_table3'
+queue='tests fast noise small rounds fastbench full overhead controls seeds table1_rest fast96 table1'
+queue+=' sam_study saf_table3 saf_paper distill'
 mkdir -p "$1"
 out=$(realpath "$1"); shift
 runs=$(realpath -m "${RUNS:-$out}")
@@ -125,16 +136,21 @@ run_job() {
         fast) grid fast/94 fast_94 8 ;;
         noise) grid fast/94_noise40 fast_94_noise40 8 ;;
         small) grid fast/small fast_small 14 ;;
+        rounds) grid fast/94_rounds fast_94_rounds 5 ;;
         fastbench) fastbench ;;
         full) grid sadt/table1 table1_bf16 7 --only 'cifar10 simple_cnn 2048' --amp bf16 ;;
         overhead) limited python -m benchmarks.throughput --part overhead --repeats 3 --device cuda \
             --out "$out/throughput.json" ;;
+        controls) grid sadt/table1_controls table1_bf16 14 --only cifar10 --amp bf16 ;;
+        seeds) grid sadt/table1_seeds table1_bf16 14 --amp bf16 ;;
         table1_rest) grid sadt/table1 table1_bf16 14 --only cifar10 --amp bf16 ;;
         fast96) grid fast/96 fast_96 6 ;;
         table1) side_by_side limited python -m benchmarks.table1 --workers 14 --scale .045 --amp bf16 \
             --out "$out/table1.json" ;;
         sam_study) sam_study $amp ;;
         saf_table3) grid saf/table3_code saf_table3_code 12 --only 'cifar10 resnet18' $amp ;;
+        saf_paper) grid saf/table3 saf_table3_paper 12 --only 'cifar10 resnet18' $amp ;;
+        distill) grid distill/table2 distill_table2 6 --only 'resnet18 0.5' $amp ;;
     esac
 }
 

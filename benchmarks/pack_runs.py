@@ -3,19 +3,22 @@
     python -m benchmarks.pack_runs pack ROOT FILE
     python -m benchmarks.pack_runs unpack FILE ROOT
 
-`pack` takes configuration, result, history and measures of finished runs, without weights; FILE is a .tar.gz.
-`unpack` puts them back; files of runs that are finished in ROOT are kept. If FILE holds anything but such
-files of runs, or a path that leads out of ROOT, `unpack` writes nothing and ends with an error."""
+`pack` takes configuration, result, history and measures of finished runs, without weights, and the results
+of ensembles; FILE is a .tar.gz. `unpack` puts them back; files of runs that are finished in ROOT are kept, and
+so are ensembles that ROOT has. If FILE holds anything but such files, or a path that leads out of ROOT,
+`unpack` writes nothing and ends with an error."""
 import argparse
 import gzip
 import io
 import json
 import os
+import re
 import sys
 import tarfile
 from pathlib import Path
 
 NAMES = ('config.json', 'history.json', 'measures.json', 'result.json') # only a finished run has the last one
+ENSEMBLES = 'ensembles' # the folder in which `run_ensemble` stores results, one file per ensemble
 LARGEST = 64 * 2**20 # bytes, of one file
 
 
@@ -26,6 +29,13 @@ def is_finished(folder):
         return False
 
 
+def is_result(folder, name):
+    "Return whether this is the name of a packed file: one of a run, or the result of an ensemble."
+    if folder == ENSEMBLES:
+        return re.fullmatch(r'[0-9a-f]{12}\.json', name) is not None
+    return name in NAMES
+
+
 def write_whole(file, data):
     "Write a file completely or not at all."
     partial = file.with_name(f'.{file.name}.{os.getpid()}')
@@ -34,33 +44,33 @@ def write_whole(file, data):
 
 
 def pack(root, file):
-    "Write FILE and return the number of its runs. The same runs give the same bytes."
+    "Write FILE and return the number of its runs. The same runs and ensembles give the same bytes."
     root = Path(root)
     folders = sorted(root.iterdir()) if root.is_dir() else []
     runs = [f for f in folders if f.is_dir() and is_finished(f)]
+    files = [run / name for run in runs for name in NAMES]
+    files += [f for f in sorted(root.glob(f'{ENSEMBLES}/*.json')) if is_result(ENSEMBLES, f.name)]
     buffer = io.BytesIO()
     with gzip.GzipFile(fileobj=buffer, mode='wb', mtime=0) as z, tarfile.open(fileobj=z, mode='w') as tar:
-        for run in runs:
-            for name in NAMES:
-                f = run / name
-                if not f.is_file():
-                    continue
-                member = tarfile.TarInfo(f'{run.name}/{f.name}')
-                data = f.read_bytes()
-                member.size = len(data)
-                member.mtime = int(f.stat().st_mtime) # the time when the run ended
-                tar.addfile(member, io.BytesIO(data))
+        for f in files:
+            if not f.is_file():
+                continue
+            member = tarfile.TarInfo(f'{f.parent.name}/{f.name}')
+            data = f.read_bytes()
+            member.size = len(data)
+            member.mtime = int(f.stat().st_mtime) # the time when the run ended
+            tar.addfile(member, io.BytesIO(data))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(file), buffer.getvalue())
     return len(runs)
 
 
 def checked(member, root):
-    "Return folder and name of a member. Raises `ValueError` if it is not a file of a run right below `root`."
+    "Return folder and name of a member. Raises `ValueError` if it is no packed file right below `root`."
     folder, slash, name = member.name.partition('/')
     outside = not slash or folder in ('', '.', '..') or '\\' in folder or '\0' in folder
-    if outside or name not in NAMES or not member.isreg():
-        raise ValueError(f'{member.name!r} is no file of a run; nothing was unpacked')
+    if outside or not is_result(folder, name) or not member.isreg():
+        raise ValueError(f'{member.name!r} is no file of a run or an ensemble; nothing was unpacked')
     if member.size > LARGEST:
         size = f'{member.size:,} bytes, allowed are {LARGEST:,}'
         raise ValueError(f'{member.name!r} has {size}; nothing was unpacked')
@@ -80,13 +90,12 @@ def unpack(file, root):
     new = 0
     for folder, files in found.items():
         (root / folder).mkdir(parents=True, exist_ok=True)
-        known = is_finished(root / folder)
+        known = folder == ENSEMBLES or is_finished(root / folder)
         new += not known
-        for name in NAMES:
+        for name, (data, mtime) in sorted(files.items()): # the result last: only a finished run has one
             to = root / folder / name
-            if name not in files or known and to.exists():
+            if known and to.exists():
                 continue
-            data, mtime = files[name]
             write_whole(to, data)
             os.utime(to, (mtime, mtime))
     return new

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import sadt_nb
-from sadt_nb.papers.grids import paper_grid
+from sadt_nb.papers.grids import paper_ensembles, paper_grid
 
 ROOT = Path(sadt_nb.__file__).parents[1]
 SCRIPT = ROOT / 'benchmarks' / 'gpu.sh'
@@ -42,7 +42,7 @@ STUBS = {
     'pytest': 'import stub\nif __name__ == "__main__": stub.end(stub.called("tests"))\n',
     'sadt_nb.data.datasets': 'import stub\ndef load_data(name): stub.called("decode", name)\n',
     'sadt_nb.commands.cli': '''
-import argparse, pathlib, stub
+import argparse, json, os, pathlib, stub
 
 def sadt_grid():
     p = argparse.ArgumentParser()
@@ -50,12 +50,18 @@ def sadt_grid():
     for option in ('root', 'workers', 'minutes', 'only', 'amp'): p.add_argument('--' + option)
     a = p.parse_args()
     call = ' '.join(filter(None, ['grid', a.name, a.only, a.amp]))
+    with open(os.environ['CALLS'] + '.grids', 'a') as f:
+        f.write(json.dumps([a.name, a.only or '', a.amp or '', int(a.workers)]) + '\\n')
     finished = pathlib.Path(a.root, 'run', 'result.json')
     stub.called(call, '' if not finished.exists() else '(one run is finished)')
     if not finished.exists():
         finished.parent.mkdir(parents=True)
         (finished.parent / 'config.json').write_text('{}')
         finished.write_text('{"status": "finished", "table": "%s"}' % a.name)
+    ensemble = pathlib.Path(a.root, 'ensembles', '0123456789ab.json')
+    if a.name.endswith('_rounds') and not ensemble.exists():
+        ensemble.parent.mkdir()
+        ensemble.write_text('{"accuracy": 0.5}')
     stub.end(call)
 ''',
     'benchmarks.fast': '''
@@ -74,7 +80,10 @@ pathlib.Path(file).write_text(json.dumps({**old, part: {}}, indent=1))
 
 @pytest.fixture
 def queue(tmp_path):
-    "Return a function that runs the queue. It returns status, calls in their order, and what was printed."
+    """Return a function that runs the queue.
+
+    It returns status, calls in their order, preset, words, precision and workers of each grid, and what was
+    printed."""
     modules, programs = tmp_path / 'modules', tmp_path / 'programs'
     for name, text in STUBS.items():
         file = modules.joinpath(*name.split('.')).with_suffix('.py')
@@ -93,6 +102,8 @@ def queue(tmp_path):
         "Run the queue with `args` behind OUT; `done` is written to its done.txt first."
         calls = tmp_path / 'calls.txt'
         calls.write_text('')
+        grids = tmp_path / 'calls.txt.grids'
+        grids.write_text('')
         plain = {k: v for k, v in os.environ.items() if k not in SETTINGS}
         own = dict(PATH=f'{programs}:{os.environ["PATH"]}', SADT_DATA=str(tmp_path / 'images'),
                    CALLS=str(calls), PYTHONDONTWRITEBYTECODE='1')
@@ -104,7 +115,9 @@ def queue(tmp_path):
         ended = subprocess.run(['bash', str(SCRIPT), *args], env=env, capture_output=True, text=True,
                                timeout=300)
         found = [line.strip() for line in calls.read_text().splitlines()]
-        return SimpleNamespace(status=ended.returncode, calls=found, said=ended.stdout + ended.stderr)
+        trained = [json.loads(line) for line in grids.read_text().splitlines()]
+        return SimpleNamespace(status=ended.returncode, calls=found, grids=trained,
+                               said=ended.stdout + ended.stderr)
     run_queue.folder = tmp_path
     return run_queue
 
@@ -124,16 +137,23 @@ JOBS = {
     'fast': ['grid fast/94'],
     'noise': ['grid fast/94_noise40'],
     'small': ['grid fast/small'],
+    'rounds': ['grid fast/94_rounds'],
     'fastbench': [f'fastbench {part}' for part in ('overhead', 'loader', 'methods', 'seconds')],
     'full': ['grid sadt/table1 cifar10 simple_cnn 2048 bf16'],
     'overhead': ['overhead'],
-    'table1_rest': ['grid sadt/table1 cifar10 bf16 (one run is finished)'], # in the folder of `full`
+    'controls': ['grid sadt/table1_controls cifar10 bf16 (one run is finished)'], # in the folder of `full`
+    'seeds': ['grid sadt/table1_seeds bf16 (one run is finished)'],
+    'table1_rest': ['grid sadt/table1 cifar10 bf16 (one run is finished)'],
     'fast96': ['grid fast/96'],
     'table1': ['table1'],
     'sam_study': ['grid sam_study/a_code fp16', 'grid sam_study/c_code fp16'],
     'saf_table3': ['grid saf/table3_code cifar10 resnet18 fp16'],
+    'saf_paper': ['grid saf/table3 cifar10 resnet18 fp16'],
+    'distill': ['grid distill/table2 resnet18 0.5 fp16'],
 }
 PACKS = {'fast_94': 'fast/94', 'fast_94_noise40': 'fast/94_noise40', 'fast_small': 'fast/small',
+         'fast_94_rounds': 'fast/94_rounds', 'saf_table3_paper': 'saf/table3',
+         'distill_table2': 'distill/table2',
          'table1_bf16': 'sadt/table1', 'fast_96': 'fast/96', 'sam_study_a_code': 'sam_study/a_code',
          'sam_study_c_code': 'sam_study/c_code', 'saf_table3_code': 'saf/table3_code'}
 
@@ -150,9 +170,20 @@ def test_all_jobs_run_once_and_in_order(queue):
     packs = sorted(f.name.removesuffix('.tar.gz') for f in out.glob('*.tar.gz'))
     assert packs == sorted(PACKS) == sorted(f.name for f in (queue.folder / 'runs').iterdir())
     assert tables_in(out / 'fast_94_noise40.tar.gz', queue.folder / 'one') == ['fast/94_noise40']
+    tables_in(out / 'fast_94_rounds.tar.gz', queue.folder / 'chains')
+    assert (queue.folder / 'chains' / 'ensembles' / '0123456789ab.json').is_file(), 'the pack has ensembles'
     assert queue(AMP='fp16').calls == ['decode cifar10'] # everything is done
     assert queue('overhead').calls[1:] == ['overhead'] # a job that is named is done again
     assert done_in(out) == [*JOBS], 'a job is written down once'
+
+
+def test_every_grid_of_the_queue_has_rows(queue):
+    "`paper_grid` refuses an unknown preset, and words that no row has."
+    grids = queue(AMP='bf16').grids
+    assert len(grids) == sum(call.startswith('grid') for calls in JOBS.values() for call in calls)
+    for name, only, amp, workers in grids:
+        rows = paper_grid(name, amp=amp, only=only)
+        assert 1 < workers <= len({c.run for c in rows}), (name, only)
 
 
 def test_done_jobs_are_left_out(queue):
@@ -261,5 +292,17 @@ def test_without_arguments_the_queue_prints_its_table(queue):
         assert claims == len(labels - {'baseline'})
     a, c = (len(paper_grid(f'sam_study/{part}_code')) for part in 'ac')
     assert f'{a} and {c} runs' in about['sam_study'][1]
-    saf = paper_grid('saf/table3_code', only='cifar10 resnet18')
-    assert f'{len(saf)} runs' in about['saf_table3'][1]
+    selected = dict(rounds='fast/94_rounds', controls='sadt/table1_controls', seeds='sadt/table1_seeds',
+                    saf_table3='saf/table3_code', saf_paper='saf/table3', distill='distill/table2')
+    words = dict(controls='cifar10', saf_table3='cifar10 resnet18', saf_paper='cifar10 resnet18',
+                 distill='resnet18 0.5')
+    for name, table in selected.items():
+        cells = paper_grid(table, only=words.get(name, ''))
+        claims, what = about[name]
+        runs = {c.run for c in cells} | {t for c in cells for t in c.run.teachers}
+        assert f'{len(runs)} runs' in what, name
+        kinds = {c.label.partition(' · seed')[0] for c in cells}
+        ensembles = {e.label.partition(' · seed')[0] for e in paper_ensembles(table)}
+        compared = kinds | {e for e in ensembles if 'rounds' in e}
+        plain = [kind for kind in compared if kind.startswith(('baseline', 'teacher'))]
+        assert claims == len(compared) - len(plain), name

@@ -36,7 +36,24 @@ def test_a_finished_result_is_kept_and_an_unfinished_one_replaced(tmp_path):
         assert json.loads((tmp_path / folder / 'one' / 'result.json').read_text())['accuracy'] == kept
 
 
-NOT_RESULTS = ['../result.json', '/etc/result.json', 'one/../../result.json', 'one/weights.pt', 'result.json']
+def test_ensembles_come_back_and_those_of_the_folder_are_kept(tmp_path):
+    write_run(tmp_path / 'a', 'one')
+    stored = tmp_path / 'a' / 'ensembles'
+    stored.mkdir()
+    for name in ('0123456789ab.json', 'ffffffffffff.json', '.ffffffffffff.json.77', 'notes.json'):
+        (stored / name).write_text('{"accuracy": 0.5}')
+    assert pack_runs.pack(tmp_path / 'a', tmp_path / 'a.tar.gz') == 1, 'an ensemble is no run'
+    there = tmp_path / 'b' / 'ensembles'
+    there.mkdir(parents=True)
+    (there / 'ffffffffffff.json').write_text('{"accuracy": 0.9}')
+    assert pack_runs.unpack(tmp_path / 'a.tar.gz', tmp_path / 'b') == 1
+    found = {f.name: json.loads(f.read_text())['accuracy'] for f in there.iterdir()}
+    assert found == {'0123456789ab.json': .5, 'ffffffffffff.json': .9}
+
+
+NOT_RESULTS = ['../result.json', '/etc/result.json', 'one/../../result.json', 'one/weights.pt', 'result.json',
+               'ensembles/result.json', 'ensembles/notes.json', 'ensembles/0123456789ab/result.json',
+               'one/0123456789ab.json']
 
 
 @pytest.mark.parametrize('name', NOT_RESULTS)

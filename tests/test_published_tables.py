@@ -11,7 +11,7 @@ from sadt_nb.papers.grids import PAPER_GRIDS
 
 STRENGTH = dict(no='crop and mirror', yes='AutoAugment, Cutout')
 CHECKED = ['sadt/notebook20', 'sadt/notebook20_factors', 'sadt/table1', 'sadt/table1_code',
-           'saf/table1', 'saf/table1_code', 'saf/table2', 'saf/table3',
+           'sadt/table1_seeds', 'saf/table1', 'saf/table1_code', 'saf/table2', 'saf/table3',
            'saf/table3_code', 'distill/table1', 'distill/table2', 'distill/table3', 'distill/table4',
            'distill/table5', 'sam_study/a', 'sam_study/b', 'sam_study/c', 'sam_study/a_code',
            'sam_study/b_code', 'sam_study/c_code']
@@ -53,6 +53,27 @@ def test_table_1_of_sadt():
         method, data, net, bs = c.label.split(' · ')
         assert (c.run.method, c.run.data, c.run.model, c.run.bs) == (method, data, net, int(bs))
         assert (c.run.epochs, c.run.lr, c.run.cutmix) == ({512: 200, 2048: 370}[c.run.bs], 1e-4, .25), c.label
+
+
+def test_the_seeds_of_table_1_of_sadt():
+    "Methods have the published accuracies of Simple CNN on CIFAR-10, whatever the seed; controls have none."
+    expected = {}
+    runs = {c.label: c.run for name in ('sadt/table1', 'sadt/table1_controls') for c in cells_of(name)}
+    for method, small, large, *_ in SADT_TABLE1['cifar10']:
+        for bs, accuracy in ((512, small), (2048, large)):
+            for seed in range(3):
+                label = f'{method} · cifar10 · simple_cnn · {bs} · seed {seed}'
+                expected[label] = (float(accuracy), None)
+    assert len(expected) == 42
+    assert in_preset('sadt/table1_seeds') == expected
+    kinds = set()
+    for c in cells_of('sadt/table1_seeds'):
+        row, _, seed = c.label.rpartition(' · seed ')
+        assert c.run.seed == int(seed)
+        assert c.run.but(seed=0) == runs[row], 'seed 0 is a run of the other preset'
+        kinds.add(row.split(' · ')[0])
+    controls = {'two steps per batch', 'twice the rate', 'twice the epochs'}
+    assert kinds == controls | {method for method, *_ in SADT_TABLE1['cifar10']}
 
 
 def test_tables_1_and_2_of_saf():

@@ -23,7 +23,7 @@ from sadt_nb.models.registry import make_model
 from sadt_nb.models.weights import weights_checksum
 from sadt_nb.papers.base import PaperRun, distilled
 from sadt_nb.papers.claims import BY_IMAGE, paired_by_image
-from sadt_nb.papers.grids import PAPER_GRIDS, paper_grid, scaled
+from sadt_nb.papers.grids import PAPER_GRIDS, paper_ensembles, paper_grid, scaled
 from sadt_nb.papers.pages import comparison, interval
 from sadt_nb.papers import sizes
 from sadt_nb.papers.saf import extra_memory
@@ -578,6 +578,42 @@ def test_the_fast_presets_with_wrong_labels_differ_in_the_data_only(name):
         assert dict(d.run.data_args) == dict(noise=.4)
         if not c.run.teachers:
             assert d.run == c.run.but(data='noisy_cifar10', data_args=dict(noise=.4))
+
+
+@pytest.mark.parametrize('name', ['94', 'narrow'])
+def test_the_rounds_of_the_fast_presets(name):
+    "Each round learns from the round before; all networks of a preset start from other weights."
+    runs = {c.label: c.run for c in paper_grid(f'fast/{name}_rounds')}
+    baseline = next(c.run for c in paper_grid(f'fast/{name}') if c.label == 'baseline · seed 0')
+    assert len(runs) == len({r.seed for r in runs.values()}) == 20
+    for seed in range(0, 50, 10):
+        teacher = runs[f'teacher · seed {seed}']
+        assert teacher == baseline.but(seed=seed)
+        for r in (1, 2, 3):
+            student = runs[f'alpha 0.5, round {r} · seed {seed}']
+            assert student.teachers == (teacher,)
+            assert (student.method, dict(student.method_args)) == ('distillation', dict(alpha=.5))
+            alone = student.but(method='baseline', method_args={}, teachers=())
+            assert alone == baseline.but(seed=student.seed)
+            teacher = student
+
+
+@pytest.mark.parametrize('name', ['fast/94_rounds', 'fast/narrow_rounds'])
+def test_the_ensembles_of_rounds_meet_independent_ensembles_of_the_same_size(name):
+    runs = {c.label: c.run for c in paper_grid(name)}
+    found = {e.label: e.members for e in paper_ensembles(name)}
+    assert len(found) == 5 * 3 * 2
+    used = []
+    for seed in range(0, 50, 10):
+        teacher = runs[f'teacher · seed {seed}']
+        for k in (1, 2, 3):
+            chain = [teacher, *(runs[f'alpha 0.5, round {r} · seed {seed}'] for r in range(1, k + 1))]
+            assert [*found[f'alpha 0.5, rounds 0 to {k} · seed {seed}']] == chain
+            independent = found[f'independent, {k + 1} members · seed {seed}']
+            assert independent[0] == teacher
+            assert len(set(independent)) == k + 1 and not any(m.teachers for m in independent)
+            used += independent
+    assert {used.count(m) for m in used} == {2 + 3 + 4}, 'every teacher is in as many ensembles'
 
 
 def changed_fields(a, b): return {f for f in a.to_dict() if getattr(a, f) != getattr(b, f)}

@@ -18,7 +18,7 @@ PAPER_GRIDS = {} # name of each preset: function that returns its rows
 for _page in (sadt, sam_study, saf, distill, compare, fast):
     PAPER_GRIDS |= _page.GRIDS
 
-PAPER_ENSEMBLES = dict(distill.ENSEMBLES) # name of a preset: function that returns its ensembles
+PAPER_ENSEMBLES = distill.ENSEMBLES | fast.ENSEMBLES # name of a preset: function that returns its ensembles
 
 # %% ../../nbs/papers/107_grids.ipynb #ad12cfca
 def scaled(

@@ -114,6 +114,13 @@ def _table1_controls():
             yield PaperRun(f'twice the rate · {where}', plain.but(lr=2e-4), note='control')
             yield PaperRun(f'twice the epochs · {where}', plain.but(epochs=2 * plain.epochs), note='control')
 
+def _table1_seeds():
+    "Yield Simple CNN on CIFAR-10, three seeds per row: the methods of Table 1, then the controls."
+    for c in (*_table1(), *_table1_controls()):
+        if (c.run.data, c.run.model) != ('cifar10', 'simple_cnn'): continue
+        for seed in range(3):
+            yield replace(c, label=f'{c.label} · seed {seed}', run=c.run.but(seed=seed))
+
 # %% ../../nbs/papers/101_sadt.ipynb #80e75ec4
 GRIDS = {
     'sadt/notebook20': _notebook20,
@@ -121,5 +128,6 @@ GRIDS = {
     'sadt/table1': _table1,
     'sadt/table1_code': _table1_code,
     'sadt/table1_controls': _table1_controls,
+    'sadt/table1_seeds': _table1_seeds,
     'sadt/figure2': partial(figure_rows, _table1, 'cifar10 · simple_cnn · 2048'),
 }

@@ -12,6 +12,7 @@ _SADT = {
     'sadt/table1': 'seven methods on three networks, two data sets, two batch sizes',
     'sadt/table1_code': 'Table 1, with the training and the choice of the epoch as in the released code',
     'sadt/table1_controls': 'for each column of Table 1, three controls without a teacher',
+    'sadt/table1_seeds': 'Simple CNN on CIFAR-10 in Table 1, and its controls, with three seeds',
     'sadt/figure2': 'the runs of Table 1 whose training curves are published',
 }
 
@@ -100,6 +101,8 @@ _OWN = {
     'fast/narrow_noise40': 'fast/narrow with 40% wrong labels',
     'fast/narrow_rates': 'four methods at several learning rates, for twice the passes of fast/narrow',
     'fast/narrow_rates_noise40': 'fast/narrow_rates with 40% wrong labels',
+    'fast/94_rounds': 'three generations of students on the 94% recipe, and ensembles',
+    'fast/narrow_rounds': 'three generations of students on the recipe of fast/narrow, and ensembles',
     'fast/search': 'plain training at several widths, epochs and batch sizes',
     'fast/steps': 'the 94% recipe, built up part by part',
 }

@@ -3,10 +3,10 @@
     python -m benchmarks.pack_runs pack ROOT FILE
     python -m benchmarks.pack_runs unpack FILE ROOT
 
-`pack` takes configuration, result, history and measures of finished runs, without weights, and the results
-of ensembles; FILE is a .tar.gz. `unpack` puts them back; files of runs that are finished in ROOT are kept, and
-so are ensembles that ROOT has. If FILE holds anything but such files, or a path that leads out of ROOT,
-`unpack` writes nothing and ends with an error."""
+`pack` takes configuration, result, history and measures of finished runs, without weights, and the results of
+ensembles; FILE is a .tar.gz. `unpack` puts them back; it keeps files of runs that are finished in ROOT, and
+the ensembles that ROOT has. If FILE holds anything but such files, or a path that leads out of ROOT, `unpack`
+writes nothing and ends with an error."""
 import argparse
 import gzip
 import io

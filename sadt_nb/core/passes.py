@@ -443,7 +443,9 @@ def is_unchanged(
 def _is_dropped(grad, noted):
     if grad is None: return True
     # zeros without a write are the gradient of a micro-batch; only a gradient that has changed is read
-    return not is_unchanged(grad, noted) and not grad.is_sparse and not grad.any()
+    if is_unchanged(grad, noted) or grad.is_sparse: return False
+    if is_sharded(grad): return False # a read waits for the other processes, which may not read theirs
+    return not grad.any()
 
 def are_dropped(
     noted:dict, # Result of `note_gradients`

@@ -515,7 +515,9 @@ def _send_after_loss(learn, own_loss):
         if scales or not own_loss: cb('after_loss')
 
 def _backward_pass(learn, loss_func, yb, params, until):
-    "Compute the loss of `learn.pred` and its gradients, and send the events; `None`: the Learner's loss."
+    """Compute the loss of `learn.pred` and its gradients, and send the events.
+
+    With `None` as `loss_func`, the loss is that of the Learner."""
     learn.loss_grad = (loss_func or learn.loss_func)(learn.pred, *yb)
     learn.loss = learn.loss_grad.clone()
     _send_after_loss(learn, own_loss=loss_func is not None)

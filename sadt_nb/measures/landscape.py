@@ -18,7 +18,7 @@ from fastai.learner import Learner
 
 from ..core.display import bar
 from ..core.fixed_loss import FixedLoss
-from ..core.perturb import check_whole, trainable_params, unwrapped, weights_moved
+from ..core.perturb import check_whole, has_average, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/measures/52_landscape.ipynb #510e1ca3
 def _norm_over(p, axes): return torch.linalg.vector_norm(p, dim=axes, keepdim=True)
@@ -75,7 +75,7 @@ def _movable(model):
     "Return parameters and buffers by name, without integers."
     out = dict(model.named_parameters())
     for n, b in model.named_buffers():
-        if b.is_floating_point() or b.is_complex(): out[n] = b
+        if has_average(b): out[n] = b
     return out
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.data.block import RegressionBlock
-from fastai.distributed import DistributedDL
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.tabular.core import TabDataLoader, TabularPandas, TabWeightedDL
@@ -137,6 +136,8 @@ def table(cls, **options):
 def weights(): return np.arange(1., N + 1)
 def in_part(dl, rank=1):
     "Return the loader of one of two processes, without messages between processes."
+    pytest.importorskip('accelerate', reason='fastai distributes through accelerate')
+    from fastai.distributed import DistributedDL
     part = DistributedDL(dl, rank, 2)
     part._broadcast = lambda idxs, rank: list(map(int, idxs))
     return part
@@ -166,15 +167,16 @@ def test_loaders_of_fastai_with_an_order_of_their_own(name, shuffle, distributed
     assert len(check.seen) == 2 * (math.ceil(whole / 2) if distributed else whole)
 
 
-def test_a_loader_of_a_language_model_is_refused():
+@pytest.mark.parametrize('distributed', [False, True], ids=['alone', 'part'])
+@pytest.mark.parametrize('shuffle', [False, True], ids=['in order', 'shuffled'])
+def test_a_loader_of_a_language_model_is_refused(shuffle, distributed):
     "It cuts the texts, one after another, into pieces, and shuffling changes every piece."
     texts = [(torch.arange(30 * i, 30 * i + 30),) for i in range(10)]
-    for options in (dict(shuffle=True), dict(shuffle=False)):
-        dl = LMDataLoader(texts, bs=4, seq_len=7, **options)
-        for loader in (dl, in_part(dl)):
-            learn = Learner(DataLoaders(loader, loader), nn.Linear(7, 2), loss_func=nn.CrossEntropyLoss(),
-                            opt_func=SGD, default_cbs=False, cbs=[TrainEvalCallback, SAF(start_epoch=0)])
-            with pytest.raises(ValueError, match='LMDataLoader joins all texts'): learn.fit(1)
+    dl = LMDataLoader(texts, bs=4, seq_len=7, shuffle=shuffle)
+    if distributed: dl = in_part(dl)
+    learn = Learner(DataLoaders(dl, dl), nn.Linear(7, 2), loss_func=nn.CrossEntropyLoss(), opt_func=SGD,
+                    default_cbs=False, cbs=[TrainEvalCallback, SAF(start_epoch=0)])
+    with pytest.raises(ValueError, match='LMDataLoader joins all texts'): learn.fit(1)
 
 
 def test_a_stream_with_a_number_of_samples_is_refused():

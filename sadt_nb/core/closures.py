@@ -206,10 +206,10 @@ class _Passes(_Gradients):
         if are_dropped(self._left): self.forget()
 
     def run(self,
-        rows:Tensor|None=None,          # `(k,)` positions of samples; `None`: the whole batch
+        rows:Tensor|None=None,          # `(k,)` positions of samples; with `None`, the whole batch
         loss_func:Callable|None=None,   # Function of the logits instead of the closure's own loss
         between:Callable|None=None,     # Called between forward and backward
-        inputs:list|None=None,          # Parameters whose gradients are computed; `None`: all
+        inputs:list|None=None,          # Parameters whose gradients are computed; with `None`, all
     ) -> Tensor: # The loss, detached
         "Run the closure, call backward if the closure has not called it, and return the loss."
         out = self.xb(rows) if self.per_sample else self.xb()
@@ -237,8 +237,8 @@ class _Passes(_Gradients):
         rng:RandomPolicy,        # 'fresh' or 'replay'
         rng_state:tuple|None,    # Random state at the start of the first pass
         loss_func:Callable|None, # Function of the logits instead of the closure's own loss
-        backward:bool,           # `False`: run only the forward, without a graph
-        rows:Tensor|None,        # `(k,)` positions of samples; `None`: the whole batch
+        backward:bool,           # With `False`, run only the forward, without a graph
+        rows:Tensor|None,        # `(k,)` positions of samples; with `None`, the whole batch
         states:list|None,        # Hidden states at the start of the first pass
     ) -> Tensor|None: # Logits, or losses, of a pass without backward
         "Run the closure again, as `replay` runs a Learner's batch again."
@@ -296,7 +296,7 @@ class PlainLoop(_Passes):
         model:nn.Module,                 # The network
         optimizer:torch.optim.Optimizer, # Steps the network's parameters
         scaler:torch.amp.GradScaler|None=None, # Unscales the gradients before the step
-        max_norm:float|None=None,        # Clips the final gradient to this norm; `None`: no clipping
+        max_norm:float|None=None,        # Clips the final gradient to this norm; with `None`, no clipping
         total_steps:int|None=None,       # Steps of the whole training, for `start` and `stop`
     ):
         _check_window(method, total_steps)
@@ -320,7 +320,7 @@ class PlainLoop(_Passes):
             if zeroed: self.forget() # before `before_backward`, which adds this batch
             if method.needs_logits: self('before_backward')
         if getattr(method, 'rng', None) == 'replay': method.rng_state = rng_states(device_of(self.model))
-        inputs = method.first_inputs() # parameters that need a gradient in the first pass; `None`: all
+        inputs = method.first_inputs() # parameters that need a gradient in the first pass; with `None`, all
         with _noticed_zeroing(self.optimizer, self.model) as zeroed:
             try: loss = self.run(between=between, inputs=inputs)
             except BaseException:
@@ -594,7 +594,8 @@ class _ForwardStates:
         self.repeated = None # forwards since `first_step`; `None` before it
 
     def zero_grad(self):
-        "Note that what follows may be a new batch; a loop may also call `zero_grad` before its backward."
+        "Mark the states so far as those of an earlier batch; the next forward drops them."
+        # not yet, because a loop may call `zero_grad` between a forward and its backward
         if self.repeated is None: self.zeroed = len(self.states)
 
     def __call__(self, module, inputs):
@@ -619,11 +620,11 @@ class _ForwardStates:
         self.repeated = 0
 
     def check(self):
-        "Raise `ValueError` if the two passes have run the network differently often."
+        "Raise `ValueError` if one of the two passes has run the network more often than the other."
         first, second = len(self.states), self.repeated
         if second in (None, first): return
-        raise ValueError(f"with rng='replay' the batch must run alike before and after `first_step`, and the "
-                         f'network ran {first} and {second} times; call `zero_grad` at the beginning of each '
+        raise ValueError("with rng='replay' the network must run as often before `first_step` as after it; "
+                         f'it ran {first} and {second} times; call `zero_grad` at the beginning of each '
                          "batch, or use `step(closure)`, or rng='fresh'")
 
 # %% ../../nbs/core/13_closures.ipynb #73378679
@@ -770,7 +771,7 @@ class MethodOptimizer(_TwoSteps):
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
         scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call only `scaler.update()`
-        max_norm:float|None=None, # Clip the final gradient to this norm; `None`: do not clip
+        max_norm:float|None=None, # Clip the final gradient to this norm; with `None`, do not clip
         total_steps:int|None=None, # Steps of the whole training; needed for a method's `start` and `stop`
     ):
         _check_method(method)
@@ -785,7 +786,7 @@ class MethodOptimizer(_TwoSteps):
         return _loop_backward(self._loop, closure)
 
     def step(self,
-        closure:Callable|None=None, # As for `backward`; `None`: use what `backward` has left in `.grad`
+        closure:Callable|None=None, # As for `backward`; with `None`, use what `backward` has left in `.grad`
     ): # What the closure returned at the unperturbed weights, or `None`
         """Make one step of the method, with the gradients that were accumulated before, if any.
 

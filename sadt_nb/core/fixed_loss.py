@@ -112,7 +112,7 @@ def _kept_generators(dl):
             _set_generator_state(g, state)
 
 def _up_to(samples, dl, n_inp, device):
-    "Yield batches of inputs and target until `samples` samples are read; `None`: all samples."
+    "Yield batches of inputs and target until `samples` samples are read; with `None`, read all samples."
     left = math.inf if samples is None else samples
     for batch in dl:
         xb, y = _inputs_and_target(batch, n_inp, device)

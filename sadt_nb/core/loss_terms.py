@@ -39,7 +39,7 @@ class LossTerm(ShowsArguments, Callback):
 
     def term(self,
         logits:Tensor,    # Prediction of the current pass, with its graph
-        rows:Tensor|None, # Positions of this pass's samples in the batch; `None`: all samples
+        rows:Tensor|None, # Positions of this pass's samples in the batch; with `None`, all samples
     ) -> Tensor|None: # 0-d tensor, or `None` to add nothing
         "Return the term for the current pass."
         raise NotImplementedError
@@ -96,7 +96,7 @@ class TrajectoryLoss(LossTerm):
         lam:float,                      # Factor of the term, >= 0
         tau:float,                      # Temperature that softens both predictions, > 0
         start_epoch:int,                # Number of epochs without the term at the start of training, >= 0
-        divergence:DivergenceLike=None, # A choice of `as_divergence`; `None`: what fits the loss function
+        divergence:DivergenceLike=None, # See `as_divergence`; with `None`, it fits the loss function
         tau_squared:bool=False,         # Multiply the term by `tau**2` as well?
     ):
         check_not_negative(lam=lam)

@@ -36,7 +36,7 @@ def kl_div(
     student_logits:Tensor, # Logits of the distribution that is compared with the reference, same shape
     temperature:float=1.,  # Divides both logits, > 0; there is no factor `temperature**2`
     axis:int=-1,           # Axis of the classes; 1 for segmentation logits `(n, classes, height, width)`
-    counted:Tensor|None=None, # Booleans in the shape of the logits without `axis`; `None`: all predictions
+    counted:Tensor|None=None, # Booleans in the shape of the logits without `axis`; `None` counts all
 ) -> Tensor: # 0-d tensor, nats, >= 0
     """Return the mean KL(teacher || student) of softened class probabilities over the counted predictions.
 
@@ -68,7 +68,7 @@ class Divergence:
     kind: str = 'categorical' # 'categorical', 'bernoulli' or 'gaussian'
     axis: int = 1             # Axis of the classes; only for 'categorical'
     scale: float = 1.         # Factor of the squared difference, > 0; only for 'gaussian'
-    # Target of the predictions that are left out; only for 'categorical'; `None`: no prediction is left out
+    # Target of the predictions that are left out, only for 'categorical'; `None` leaves out no prediction
     ignore_index: int|None = None
 
     def __post_init__(self):
@@ -186,7 +186,7 @@ def divergence_between(
 def kd_loss(
     teacher_logits:Tensor, # `(n, classes)` logits of the teacher; no gradient flows into them
     student_logits:Tensor, # `(n, classes)` logits of the student
-    y:Tensor,              # `(n,)` class indices, or `(n, classes)` probabilities; -100: not counted
+    y:Tensor,              # `(n,)` class indices, or `(n, classes)` probabilities; -100 is not counted
     alpha:float,           # Factor of the labels' term, in [0, 1]; with 0, the labels are not used
     temperature:float,     # Temperature that softens both predictions in the second term, > 0
     axis:int=-1,           # Axis of the classes, for logits with more than two axes

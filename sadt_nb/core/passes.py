@@ -315,7 +315,7 @@ def _start_from(entries, rows, n):
 @contextmanager
 def from_hidden_states(
     states:list|None, # Result of `hidden_states` before the first pass; with `None`, nothing happens
-    rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; `None`: all samples
+    rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; with `None`, all samples
     n:int=0,               # Samples in the batch, if `rows` is given
 ):
     "Inside, a pass starts from earlier hidden states; at the end, the present states are put back."
@@ -535,8 +535,8 @@ def replay(
     rng_state:tuple|None=None,    # Random state at the start of the first pass, for `rng='replay'`
     forward:Callable|None=None,   # Function of the inputs to call instead of `learn.model`
     loss_func:Callable|None=None, # Function of prediction and targets to call instead of `learn.loss_func`
-    backward:bool=True,           # `False`: run only the forward, without a graph
-    rows:Tensor|None=None,        # `(k,)` positions of the samples to run again; `None`: all samples
+    backward:bool=True,           # With `False`, run only the forward, without a graph
+    rows:Tensor|None=None,        # `(k,)` positions of the samples to run again; with `None`, all samples
     until:Callback|None=None, # Callback that calls `replay`; callbacks after it get no `after_backward`
     states:list|None=None,       # Hidden states at the start of the first pass, see `hidden_states`
 ) -> Tensor: # The prediction of the extra pass, detached
@@ -647,7 +647,7 @@ def check_window(
 
 def is_whole_training(
     method:Callback, # A method with an extra pass
-) -> bool: # `False`: the length of training must be known
+) -> bool: # `False` if the length of training must be known
     "Return whether a method runs from the start of training to its end."
     return method.start == 0 and method.stop == 1
 
@@ -655,7 +655,7 @@ class _Window:
     "The part of training in which a method runs."
     start, stop = 0., 1. # shares of training
 
-    def in_window(self) -> bool: # `False`: the batch gets plain training
+    def in_window(self) -> bool: # `False` if the batch gets plain training
         "Return whether the current batch lies between `start` and `stop`."
         if is_whole_training(self) or hasattr(self.learn, 'lr_finder'): return True
         done = self.learn.pct_train + _ROUNDING # the share before this batch
@@ -665,8 +665,8 @@ class _Window:
 class LoopMethod(_Window, ShowsArguments, Callback):
     "Base class of the methods that work in any training loop; a loop gives them a closure for each batch."
     run_valid = False
-    needs_logits = False # `True`: the method needs the predictions, not only the loss
-    needs_loss_scale = False # `True`: the method uses the size of the gradients, not only their direction
+    needs_logits = False # `True` if the method needs the predictions, not only the loss
+    needs_loss_scale = False # `True` if the method uses the size of the gradients, not only their direction
 
     def __call__(self,
         event_name:str, # Name of a fastai event, such as 'before_fit'
@@ -679,11 +679,11 @@ class LoopMethod(_Window, ShowsArguments, Callback):
 
     def before_train(self): check_learner(self)
 
-    def carries_state(self) -> bool: # `False`: a training of another network can use this object as it is
+    def carries_state(self) -> bool: # `False` if a training of another network can use this object as it is
         "Return whether the method keeps something of its training that would change another training."
         return _has_state(self)
 
-    def first_inputs(self) -> list|None: # `None`: all parameters
+    def first_inputs(self) -> list|None: # `None` stands for all parameters
         "Return the parameters whose gradients the first pass of a batch needs."
 
     def state_dict(self) -> dict: # Tensors, numbers and strings only
@@ -705,7 +705,7 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         return {k: v for k, v in super().__getstate__().items() if k not in without}
 
     def drop_batches(self,
-        current:bool=False, # `True`: only the micro-batch that has failed; `False`: all since the last step
+        current:bool=False, # `True` for only the micro-batch that failed, `False` for all since the last step
     ):
         "Forget micro-batches that the loop has dropped, by `zero_grad` or after an error."
 
@@ -797,11 +797,11 @@ class _OwnGradients(ExtraPass):
     _stash = {} # gradients that are set aside; replaced, never changed
     _zeroed = {} # from parameter to the zeros of fastai, or to `None` if they were dropped; replaced, too
 
-    def active(self) -> bool: # `False`: the micro-batch keeps its plain gradient
+    def active(self) -> bool: # `False` if the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass, if it lies between `start` and `stop`."
         return True
 
-    def makes_pass(self) -> bool: # `False`: the micro-batch keeps its plain gradient
+    def makes_pass(self) -> bool: # `False` if the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass."
         return self.in_window() and self.active()
 
@@ -918,7 +918,7 @@ class _ChosenParams(_OwnGradients):
         self._choose()
         return {n: g for n, g in grads.items() if self._chosen is None or n in self._chosen}
 
-    def first_inputs(self) -> list|None: # `None`: all parameters
+    def first_inputs(self) -> list|None: # `None` stands for all parameters
         "Return the parameters whose gradients the first pass of this batch needs."
         self._choose()
         if self._chosen is None or self._hidden or n_ranks() > 1 or not self.makes_pass(): return None
@@ -927,7 +927,7 @@ class _ChosenParams(_OwnGradients):
 
     def reaches_inputs(self,
         loss:Tensor, # Of a first pass
-    ) -> bool: # `False`: the backward must compute all gradients
+    ) -> bool: # `False` if the backward must compute all gradients
         "Return whether a backward with `inputs` reaches the parameters; a reentrant checkpoint hides them."
         has_graph = getattr(loss, 'grad_fn', None) is not None
         if self._hidden is None and has_graph: self._hidden = _has_reentrant_checkpoint(loss)
@@ -951,7 +951,7 @@ class _ChosenParams(_OwnGradients):
         super().after_batch()
         _unlimit_backward(self.learn)
 
-    def has_gradients(self) -> bool: # `False`: the loss does not depend on the network, so there is no ascent
+    def has_gradients(self) -> bool: # `False` if the loss does not depend on the network
         "Return whether a trainable parameter of the network has, or may have, a gradient from this batch."
         if self.first_inputs(): return True # the other gradients were not computed
         return any(p.grad is not None for p in trainable_params(self.model).values())
@@ -999,7 +999,7 @@ def _scale_gradients(params, factor):
 # %% ../../nbs/core/01_passes.ipynb #6d070faf
 class _Chunks(_ChosenParams):
     "Cuts the batch into chunks of `m` samples, whose passes are made one after another."
-    m = None     # number of samples per chunk; `None`: the whole batch
+    m = None     # number of samples per chunk; with `None`, the whole batch
     cuts = False # whether the current batch is cut
 
     def before_fit(self):
@@ -1196,10 +1196,10 @@ class StepWatch:
     """A mixin for callbacks that act on the optimizer's steps: it calls `step_ended` once for every step.
 
     SADT without a first step cancels the Learner's step and makes it later; `step_ended` waits for it."""
-    _refused = False # `True`: the Learner's step was cancelled
+    _refused = False # `True` if the Learner's step was cancelled
 
     def step_ended(self,
-        made:bool, # `False`: the step was skipped, for example after an overflow
+        made:bool, # `False` if the step was skipped, for example after an overflow
     ):
         "Act on the end of a step."
         raise NotImplementedError
@@ -1280,8 +1280,8 @@ class StepGrads(Callback):
     "Stores a copy of the gradients that the optimizer uses in its step, until the batch ends."
     order, run_valid = ORDERS['step_grads'], False
     grads = None # from name to gradient; `None` if this batch made no step
-    hold = False # `True`: cancel the Learner's step, because the method itself steps later
-    made = False # `True`: the method has made the step that was held
+    hold = False # with `True`, the Learner's step is cancelled, because the method itself steps later
+    made = False # `True` if the method has made the step that was held
 
     def __init__(self):
         self._copies = {}

@@ -289,7 +289,7 @@ def check_radius(
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64} # by bytes per element
 
 def _zero_unless_(tensors, keep):
-    "Set real tensors to zero if `keep`, a tensor with one truth value, is false; infinity and NaN, too."
+    "Set real tensors to zero, also where they are NaN, if `keep`, a tensor with one truth value, is false."
     if keep.device.type == 'cpu':
         if not keep: torch._foreach_zero_(tensors)
     else: _mask_bits_(tensors, keep)

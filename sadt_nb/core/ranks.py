@@ -50,7 +50,7 @@ def end_with_launcher(
     threading.Thread(target=_end_when_orphaned, args=(os.getppid(), seconds), daemon=True).start()
 
 def join_ranks(
-    device:str|torch.device|None=None, # Device of this process; `None`: fastai's default device
+    device:str|torch.device|None=None, # Device of this process; with `None`, fastai's default device
 ):
     """Join the other processes, if `accelerate launch` or torchrun has started several processes.
 

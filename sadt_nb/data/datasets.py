@@ -261,15 +261,15 @@ def _cifar(name, path=None, size=None):
     return train, test
 
 def cifar10(
-    path=None, # Folder or archive; `None`: `SADT_DATA`, or fastai's download if nothing is found there
-    size=None, # Side to which image files are resized, in pixels; `None`: not resized
+    path=None, # Folder or archive; with `None`, `SADT_DATA`, or fastai's download
+    size=None, # Side to which image files are resized, in pixels; with `None`, not resized
 ) -> tuple[ImageData, ImageData]: # 50,000 training and 10,000 test images
     "Return CIFAR-10. The official batches always have images of 32 x 32 pixels."
     return _cifar('cifar10', path, size)
 
 def cifar100(
-    path=None, # Folder or archive; `None`: `SADT_DATA`, or fastai's download if nothing is found there
-    size=None, # Side to which image files are resized, in pixels; `None`: not resized
+    path=None, # Folder or archive; with `None`, `SADT_DATA`, or fastai's download
+    size=None, # Side to which image files are resized, in pixels; with `None`, not resized
 ) -> tuple[ImageData, ImageData]: # 50,000 training and 10,000 test images
     "Return CIFAR-100 with its 100 fine classes, from the same places as `cifar10`."
     return _cifar('cifar100', path, size)
@@ -308,7 +308,7 @@ def _read_svhn(folder):
     return tuple(data)
 
 def svhn(
-    path=None, # Folder; `None`: `SADT_DATA`
+    path=None, # Folder; with `None`, the folder in `SADT_DATA`
 ) -> tuple[ImageData, ImageData]: # 73,257 training and 26,032 test images
     "Return the cropped Street View House Numbers, after a check of the MD5 sums of their two files."
     def has_files(p): return (p / 'train_32x32.mat').exists()
@@ -324,7 +324,7 @@ def _tiny_files(root):
         yield 'test', label, name, root / 'val' / 'images' / name
 
 def tiny_imagenet(
-    path=None, # Folder; `None`: `SADT_DATA`
+    path=None, # Folder; with `None`, the folder in `SADT_DATA`
     size=None, # Side to which the images are resized, in pixels; with `None`, they keep their 64 pixels
 ) -> tuple[ImageData, ImageData]: # 100,000 training and 10,000 test images, 200 classes
     "Return Tiny ImageNet, from its distributed form or from `train/<class>/*` and `test/<class>/*`."
@@ -335,7 +335,7 @@ def tiny_imagenet(
     return _cached(folder, size, lambda: _from_files(list_files(folder), folder, size))
 
 def imagenet(
-    path=None,    # Folder; `None`: `SADT_DATA`
+    path=None,    # Folder; with `None`, the folder in `SADT_DATA`
     size:int=224, # Side of the images, in pixels
 ) -> tuple[MappedImages, MappedImages]: # 1,281,167 training and 50,000 validation images, 1000 classes
     """Return ImageNet, resized and cropped to the centre; its validation images are the test set.
@@ -491,7 +491,7 @@ def get_dls(
     name_or_path:str|Path, # A name in `DATASETS`, or the path of an image folder or of its archive
     bs:int=128,            # Images per training batch, at least 1, at most the number of training images
     valid:float=.1,        # Share of the training images used for validation, in [0, 1); stratified, seeded
-    n_train:int|None=None, # Number of training images, after the validation split, stratified; `None`: all
+    n_train:int|None=None, # Number of training images after the validation split, stratified; `None` for all
     crop:int=0,            # Border in pixels for random crops; 0 for none
     pad_mode:Literal['zeros', 'reflect']='zeros', # Border of `crop`: black, or the image mirrored at its edge
     flip:bool|Literal['alternate']=False, # Mirror at random; 'alternate': mirror in every second epoch
@@ -507,10 +507,10 @@ def get_dls(
     mean:float|Sequence[float]|Literal['data']=0., # Mean of values in [0, 1]; 'data': mean of the images
     std:float|Sequence[float]|Literal['data']=1., # Deviation of values in [0, 1]; 'data': of the images
     seed:int=0,            # Seed of the split, the order and the augmentation
-    split:int|None=None,   # Seed of the split alone; `None`: the value of `seed`
+    split:int|None=None,   # Seed of the split alone; with `None`, the value of `seed`
     drop_last:bool=False,  # Leave out a last training batch that is smaller than `bs`?
     channels_last:bool=False, # Give the batches the `channels_last` memory format?
-    device:str|torch.device|None=None, # Device of data and batches; `None`: fastai's default device
+    device:str|torch.device|None=None, # Device of data and batches; with `None`, fastai's default device
     **kwargs:object,       # Options for `load_data`
 ) -> DataLoaders: # `train`, `valid` (the test set if `valid` is 0) and, as `dls[2]`, the test set
     """Return loaders for training, validation and test. Raises `ValueError` for values out of range.

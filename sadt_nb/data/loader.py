@@ -182,10 +182,10 @@ class TensorDL(_BatchLoader):
         tfms:Iterable[Callable]=(),        # Batch transforms `(x, y, rng) -> (x, y)` on `(n, h, w, 3)` bytes
         mean:float|Sequence[float]=0.,     # Subtracted from values in [0, 1]; a number or one per channel
         std:float|Sequence[float]=1.,      # Divides the difference from the mean; a number or one per channel
-        seed:int|None=None,                # Seed of order and augmentation; `None`: a random seed
+        seed:int|None=None,                # Seed of order and augmentation; with `None`, a random seed
         channels_last:bool=False,          # Give the batches the `channels_last` memory format?
         dtype:torch.dtype=torch.float32,   # Type of the images that the model gets
-        device:str|torch.device|None=None, # Device of data and batches; `None`: fastai's default device
+        device:str|torch.device|None=None, # Device of data and batches; with `None`, fastai's default device
         num_workers:int=0,                 # Ignored: batches are made in this process
         **kwargs:object,                   # Further arguments of fastai's `DataLoader`
     ):
@@ -217,9 +217,9 @@ class TensorDL(_BatchLoader):
         return (x * std + mean).clamp(0, 1), y
 
     def show_batch(self,
-        b:tuple|None=None,                     # A batch; `None`: a new batch
+        b:tuple|None=None,                     # A batch; with `None`, a new batch
         max_n:int=9,                           # Largest number of images
-        nrows:int|None=None,                   # Rows of the grid; `None`: a nearly square grid
+        nrows:int|None=None,                   # Rows of the grid; with `None`, a nearly square grid
         figsize:tuple[float, float]|None=None, # Width and height in inches
         **kwargs:object,                       # For fastai's `show_images`
     ):

@@ -379,7 +379,7 @@ class Run(_Configuration):
     # airbench94; 'triangle_to_zero': as in airbench96
     sched: str = 'cosine'
     valid: float = .1            # Share of the training images held out for validation, in [0, 1); 0: none
-    n_train: int | None = None   # Number of training images; `None`: all
+    n_train: int | None = None   # Number of training images; with `None`, all
     cutmix: float = 0.           # Alpha of CutMix, 0 for none
     crop: int = 0                # Border in pixels for random crops, 0 for none
     # Mirror training images. True: a random half; 'alternate': a fixed half, and the other half in the next
@@ -391,7 +391,7 @@ class Run(_Configuration):
     # on test images, as in some papers; 'release': by the loss of a part of the test images, as in the SADT
     # authors' notebook (see `KeepReleased`)
     select: str = 'last'
-    split: int | None = None     # Seed of the split into training and validation images; `None`: `seed`
+    split: int | None = None     # Seed of the split into training and validation images; with `None`, `seed`
     rotate: float = 0.           # Largest angle in degrees by which training images are turned
     autoaugment: str = ''        # Policy of AutoAugment: 'cifar10', 'svhn' or 'imagenet'; '' for none
     cutout: int = 0              # Side in pixels of the square that Cutout hides, 0 for none

@@ -108,7 +108,7 @@ def _seconds_per_pass(net, bs, device, repeats):
     return sorted(times)[len(times) // 2]
 
 def probe_machine(
-    device=None, # `None`: fastai's default device
+    device=None, # With `None`, fastai's default device
 ) -> Machine:
     "Measure this machine with ResNet-20 on batches of 2 and of 128 images, in a few seconds."
     keep_pages() # as in training: freed memory is kept for the next pass

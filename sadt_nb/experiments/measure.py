@@ -143,7 +143,7 @@ def _is_of_other_files(name, known):
 def missing_measures(
     cfg:Run,       # Any run
     root='runs',   # Folder of all results
-    measures=None, # Names in `MEASURES`; `None`: all but `shifted_accuracy` and those in `SLOW`
+    measures=None, # Names in `MEASURES`; with `None`, all but `shifted_accuracy` and those in `SLOW`
     samples=1000,  # Number of images; a measure with another number of images counts as missing
 ) -> list[str]:
     """Return the names of the measures that are not stored yet.
@@ -162,11 +162,11 @@ def missing_measures(
 def measure_run(
     cfg:Run,                           # A run that `is_trained`
     root:str|Path='runs',              # Folder of all results
-    # Names in `MEASURES`; `None`: all but `shifted_accuracy` and those in `SLOW`
+    # Names in `MEASURES`; with `None`, all but `shifted_accuracy` and those in `SLOW`
     measures:Iterable[str]|None=None,
     samples:int=1000, # Number of images, drawn at random but the same in every call; without augmentation
     force:bool=False,                  # Repeat measures that are stored already
-    device:str|torch.device|None=None, # `None`: fastai's default device
+    device:str|torch.device|None=None, # With `None`, fastai's default device
 ) -> dict: # Content of `measures.json`: each measure by name, versions, hardware
     """Measure a stored run and write the numbers into the folder of the run.
 

@@ -255,7 +255,7 @@ def _table_row(g, measured, with_term):
 
 def results_table(
     results:pd.DataFrame,       # Table of runs from `load_results`; only finished runs are used
-    by:Sequence[str]|None=None, # Labels, one per row of `results`; `None`: `labels(results)`
+    by:Sequence[str]|None=None, # Labels, one per row of `results`; with `None`, `labels(results)`
 ) -> pd.DataFrame: # One row per label, in order of appearance
     """Return a table of accuracies (mean and standard deviation over seeds), costs, and all stored measures.
 
@@ -373,9 +373,9 @@ def _plot_seeds(ax, histories, x, key, label, **style):
 
 def plot_runs(
     results:pd.DataFrame,             # Table of runs from `load_results`
-    by:Sequence[str]|None=None,       # Labels, one per row of `results`; `None`: `labels(results)`
+    by:Sequence[str]|None=None,       # Labels, one per row of `results`; with `None`, `labels(results)`
     x:Literal['epoch', 'steps', 'forwards']='epoch', # Horizontal axis: epochs, steps or forward passes
-    axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; `None`: a new figure
+    axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; with `None`, a new figure
 ) -> np.ndarray: # The axes: training loss and accuracy, validation loss and accuracy
     "Draw training curves of stored runs."
     df = results.assign(label=labels(results) if by is None else list(by))

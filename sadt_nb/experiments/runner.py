@@ -583,7 +583,7 @@ def _method(cfg, root, dls):
 # %% ../../nbs/experiments/81_runner.ipynb #0228efc1
 def run_loaders(
     cfg:Run,     # The configuration
-    device=None, # `None`: fastai's default device
+    device=None, # With `None`, fastai's default device
 ): # fastai's `DataLoaders`: training, validation and test
     "Return the data loaders of a run. Raises `ValueError` for options that the data set does not take."
     if cfg.normalize in ('', 'data'):
@@ -739,7 +739,7 @@ def _features(cfg, dls):
 # %% ../../nbs/experiments/81_runner.ipynb #4a7a84c1
 def make_learner(
     cfg:Run,     # The run to train
-    device=None, # `None`: fastai's default device
+    device=None, # With `None`, fastai's default device
     cbs=(),      # Further callbacks
     root='runs', # Folder of all results, where the teachers' weights are
 ) -> Learner: # Ready for `fit(ceil(cfg.epochs))`; `learn.dls[2]` is the test set
@@ -765,7 +765,7 @@ def make_learner(
 def stored_learner(
     cfg:Run,                           # A run that `is_trained`
     root:str|Path='runs',              # Folder of all results
-    device:str|torch.device|None=None, # `None`: fastai's default device
+    device:str|torch.device|None=None, # With `None`, fastai's default device
 ) -> Learner: # In evaluation mode; `dls.train` is neither shuffled nor augmented, `dls[2]` is the test set
     """Return a Learner to measure a finished run.
 
@@ -1105,7 +1105,7 @@ def run(
     root='runs',     # Folder of all results
     force=False,     # Train again even if a result is stored; remove a checkpoint that does not fit
     progress=True,   # Show a progress bar in a terminal or a notebook, elsewhere a line per epoch
-    device=None,     # `None`: fastai's default device
+    device=None,     # With `None`, fastai's default device
     minutes=1.,      # Least time between two checkpoints, stored after epochs; with 0, after every epoch
     weights=False,   # Train a finished run again if its weights are missing; a teacher needs weights
 ) -> dict: # The stored result: accuracies, counts, seconds, status, versions, hardware

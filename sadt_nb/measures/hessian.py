@@ -375,7 +375,7 @@ def top_eigenvalues(
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
     samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     tol:float=1e-5,        # Stop when every error is below this share of its eigenvalue, or is rounding error
-    max_products:int|None=None, # Largest number of products, which bounds the memory; `None`: 200 + 5 k
+    max_products:int|None=None, # Largest number of products, which bounds the memory; by default 200 + 5 k
     seed:int=0,            # Seed of the random vectors
     progress:bool=True,    # Show a bar after three seconds
 ) -> Eigenvalues: # Values, errors, number of products, and whether `tol` was reached

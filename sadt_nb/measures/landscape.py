@@ -181,7 +181,7 @@ def _filled(f, grid, shape, name, progress):
 # %% ../../nbs/measures/52_landscape.ipynb #96e60ca3
 def loss_line(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    direction:dict[str, Tensor]|None=None, # Name to tensor; `None`: a random direction, filter-normalised
+    direction:dict[str, Tensor]|None=None, # Name to tensor; with `None`, it is random, filter-normalised
     span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
     points:int=51, # Number of points, >= 2; with an odd number and a scalar `span`, zero is one of the points
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
@@ -206,7 +206,7 @@ def loss_line(
 
 def loss_surface(
     learn:Learner,         # A Learner whose network is in evaluation mode
-    directions:Sequence[dict[str, Tensor]]|None=None, # Two, name to tensor; `None`: random, filter-normalised
+    directions:Sequence[dict[str, Tensor]]|None=None, # Two dicts; by default random, filter-normalised
     span:float|tuple[float, float]=1., # Multiples go from `-span` to `span`; or a pair (low, high)
     points:int=51,         # Number of points along each direction, >= 2; see `loss_line`
     dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
@@ -279,7 +279,7 @@ def plot_surface(
     surface:Surface,                  # The surface to draw
     kind:Literal['contour', 'heat', '3d']='contour', # 'contour', 'heat' or '3d'
     ax:plt.Axes|None=None,            # Axes to draw on (three-dimensional for '3d'); new ones if `None`
-    levels:Sequence[float]|None=None, # Losses of the contours, or range of the colours; `None`: 14 levels
+    levels:Sequence[float]|None=None, # Losses of the contours, or range of the colours; by default 14 levels
 ): # The axes
     """Draw a landscape on a logarithmic scale, with its directions and samples as text.
 
@@ -301,7 +301,7 @@ def plot_evolution(
     series:dict[str, Sequence], # Label to one entry per round, a number or a result with `value` and `error`
     ax:plt.Axes|None=None,      # Axes to draw on; new ones if `None`
     ylabel:str='',              # Name and unit of the numbers
-    rounds:Sequence|None=None,  # Names of the rounds; `None`: 0, 1, 2 ...
+    rounds:Sequence|None=None,  # Names of the rounds; with `None`, 0, 1, 2 ...
     colors:dict[str, str]|None=None, # Dictionary from label to colour
 ): # The axes
     "Draw a measure against the round, with error bars, on a log scale (Pham et al. 2022, Figure 4)."

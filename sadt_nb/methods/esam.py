@@ -181,7 +181,7 @@ def esam_step(
     generator:torch.Generator|None=None,    # Source of the draws, on the CPU
     bn:BatchNormPolicy='update',            # BatchNorm statistics in the second pass: 'update' or 'keep'
     rng:RandomPolicy='fresh',               # Dropout masks in the second pass: 'fresh' or 'replay'
-    whole_norm:bool=True, # `False`: divide by the norm of the perturbed tensors' gradients only
+    whole_norm:bool=True, # With `False`, divide by the norm of the perturbed tensors' gradients only
 ) -> Tensor: # The mean loss at the unperturbed weights, detached
     "Make one ESAM step in plain PyTorch (Du et al. 2022)."
     method = ESAM(rho, beta, gamma, bn, rng, whole_norm=whole_norm)

@@ -78,7 +78,7 @@ class GSAM(PerturbedPass):
         rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
         alpha:float=.4,         # Factor of the perpendicular part g_perp, >= 0; 0 gives SAM
         adaptive:bool=False,    # Radius relative to each weight's size; then set `rho_max` to about 2
-        lr_max:float|None=None, # Learning rate for the radius `rho_max`; `None`: the peak of the schedule
+        lr_max:float|None=None, # Learning rate for the radius `rho_max`; by default the schedule's peak
         lr_min:float=0.,        # Learning rate for the radius `rho_min`, >= 0
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'

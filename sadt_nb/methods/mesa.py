@@ -55,7 +55,7 @@ class MESA(StepWatch, TrajectoryLoss):
         beta:float=.9995,  # Share of the old average in the new average, in (0, 1); read at every batch
         # Number of epochs without the term at the start of training, >= 0; by default 5, with spec='code' 6
         start_epoch:int|None=None,
-        divergence:DivergenceLike=None, # See `as_divergence`; `None`: the divergence that fits the loss
+        divergence:DivergenceLike=None, # See `as_divergence`; with `None`, the divergence that fits the loss
         tau_squared:bool|None=None, # Multiply the term by `tau**2`? By default only with spec='code'
         spec:Literal['paper', 'code']='paper', # Options that are `None` follow the paper or the authors' code
     ):

@@ -104,7 +104,7 @@ class Methods(UserDict):
     "A dictionary from name to `Method` that loads the methods of other packages at the first access."
     def __init__(self,
         own:dict[str, Method],     # The library's methods by name
-        points:Iterable[EntryPoint]|None=None, # `None`: all entry points of installed packages
+        points:Iterable[EntryPoint]|None=None, # With `None`, all entry points of installed packages
     ):
         self.own, self.points = own, points
         self.loaded = False

@@ -44,7 +44,7 @@ class Perturbation(ShowsArguments):
     def __call__(self,
         params:dict[str, Tensor], # Parameters by name
         grads:dict[str, Tensor],  # Gradients of the first step by name; must not be changed
-        generator:torch.Generator|None, # Source of random numbers; `None`: PyTorch's global generator
+        generator:torch.Generator|None, # Source of random numbers; with `None`, PyTorch's global generator
     ) -> dict[str, Tensor]: # From name to additive change; a parameter without an entry does not change
         "Return the teacher's weights minus the network's weights."
         raise NotImplementedError
@@ -66,7 +66,7 @@ class layer_noise(Perturbation):
     def __init__(self,
         layer:str,           # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
         std:float,           # Standard deviation of the noise, >= 0
-        multiply:bool=False, # Multiply parameters by the noise, as in the released code; `False`: add it
+        multiply:bool=False, # Multiply parameters by the noise, as in the released code, or add it?
     ):
         check_not_negative(std=std)
         self.layer, self.std, self.multiply = layer, std, multiply
@@ -535,7 +535,7 @@ class SADT(_TwoSteps):
         # 3: a noisy step uphill
         variant:Literal[1, 2, 3]=1,
         spec:Literal['paper', 'code']='paper', # Preset of the variant: the paper's, or the released code's
-        # One function `(params, grads, generator) -> deltas` per teacher; `None`: the variant's functions
+        # One function `(params, grads, generator) -> deltas` per teacher; by default those of the variant
         perturb:Iterable[Callable]|None=None,
         # KL(q || teacher), or KL(teacher || q); by default the variant's direction, or 'clean_to_aux' if the
         # teachers come from `perturb` or `rho`
@@ -553,7 +553,7 @@ class SADT(_TwoSteps):
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
         share_trunk:bool=True, # With `layer_noise`: run layers that are equal in all teachers once
-        # See `as_divergence`; `None`: the divergence that fits the loss, in a loop without a Learner only for
+        # See `as_divergence`; `None` chooses what fits the loss, in a loop without a Learner only for
         # the cross-entropy of `(n, classes)` logits
         divergence:DivergenceLike=None,
         start:float=0., # Share of training, in [0, 1]; before this point, one plain step per batch
@@ -597,10 +597,10 @@ def sadt_step(
     optimizer:torch.optim.Optimizer,       # Steps twice
     perturb:Iterable[Callable]=_VARIANT_1, # One function `(params, grads, generator) -> deltas` per teacher
     kl:Literal['clean_to_aux', 'aux_to_clean']='clean_to_aux', # KL(q || teacher), KL(teacher || q)
-    generator:torch.Generator|None=None,   # Source of the noise; `None`: PyTorch's global generator
+    generator:torch.Generator|None=None,   # Source of the noise; with `None`, PyTorch's global generator
     bn:BatchNormPolicy='update',           # BatchNorm statistics in the teachers' passes: 'update' or 'keep'
     rng:RandomPolicy='fresh',              # Dropout masks in the teachers' passes: 'fresh' or 'replay'
-    divergence:DivergenceLike=None, # As in `SADT`; `None`: only for cross-entropy of `(n, classes)` logits
+    divergence:DivergenceLike=None, # As in `SADT`; `None` only for cross-entropy of `(n, classes)` logits
 ) -> Tensor: # The loss of the first pass, detached
     """Train on one batch: make a step, add the teachers' gradients to the gradient, make a second step.
 

@@ -30,9 +30,9 @@ class SAM(PerturbedPass):
         interval:int=1, # The optimizer steps 0, `interval`, 2 * `interval` ... have the extra pass
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh',    # Dropout masks in the extra pass: 'fresh' or 'replay'
-        # Which parameters to perturb: 'norm', 'not norm' or a function (name, parameter) -> bool; `None`: all
+        # Parameters to perturb: 'norm', 'not norm', a function (name, parameter) -> bool, or `None` for all
         only:Only=None,
-        m:int|None=None, # Number of samples that share a perturbation; `None`: the whole batch
+        m:int|None=None, # Number of samples that share a perturbation; with `None`, the whole batch
         start:float=0., # Share of training at which SAM starts, in [0, 1]; plain training before
         stop:float=1.,  # Share of training at which SAM ends, in [0, 1]; plain training after
     ):

@@ -269,7 +269,7 @@ class WeightAverage(_ValidatedAverage):
 
     def __init__(self,
         kind:Literal['swa', 'ema']='swa', # Mean over steps, or an exponential moving average
-        start:float|None=None, # Share of training at which averaging begins; `None`: SWA 0.75, EMA 0
+        start:float|None=None, # Share of training before averaging, in [0, 1]; by default .75 (SWA), 0 (EMA)
         decay:float=.999,      # For an EMA: share of the old average in the new average, in [0, 1)
         every:int=1,           # Add the weights to the average in every `every`-th step, >= 1
     ):

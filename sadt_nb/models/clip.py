@@ -69,7 +69,7 @@ def clip_resnet(
     classes:int=1000, # Number of outputs
     depth:int=50,     # 50 or 101
     img_size:int=224, # Height and width to which images are enlarged, in pixels, a multiple of 32
-    zero_shot=None,   # File of a teacher; `True`: clip_resnet<depth>.pth in the folder $SADT_WEIGHTS
+    zero_shot=None,   # File of a teacher; with `True`, clip_resnet<depth>.pth in the folder $SADT_WEIGHTS
 ) -> nn.Sequential: # Takes `(n, 3, height, width)` of any size, values in [0, 1]; gives `(n, classes)` logits
     """Return CLIP's ResNet of open_clip, as a zero-shot teacher or as a network with random weights.
 

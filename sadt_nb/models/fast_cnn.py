@@ -95,7 +95,7 @@ class FastCNN(nn.Module):
         super().__init__()
         a, b, c = widths
         self.whiten = nn.Conv2d(3, 24, 2)
-        self.whitens = whiten # `False`: `init_from_images` sets no filters
+        self.whitens = whiten # with `False`, `init_from_images` sets no filters
         self.frozen_after = {} # name of a parameter: epochs after which the callback `FreezeAfter` fixes it
         if whiten:
             self.frozen_after['whiten.bias'] = whiten_bias_epochs
@@ -157,8 +157,8 @@ def fast_cnn(
     depth:int=2,              # Number of convolutions per group: 2, or 3 with a shortcut
     bn_momentum:float=.4,     # Weight of a new batch in BatchNorm's running averages; airbench96 has 0.1
     scale:float=1/9,          # Factor by which the logits are multiplied
-    whiten:bool=True,         # Fix the first layer to whitening filters? `False`: random start, then trained
-    identity:bool=True,       # Do 3x3 convolutions start as the identity? `False`: PyTorch's starting weights
+    whiten:bool=True,         # Fix the first layer to whitening filters, or train it from random weights?
+    identity:bool=True,       # Start 3x3 convolutions as the identity, or with PyTorch's random weights?
     whiten_bias_epochs:int=3, # Epochs after which the whitening layer's bias is fixed; see `FreezeAfter`
 ) -> FastCNN: # Takes `(n, 3, height, width)`, at least 9x9 pixels, gives `(n, classes)` logits
     """Return the network of airbench; 1,971,352 trainable parameters with 10 classes.

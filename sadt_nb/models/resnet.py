@@ -49,8 +49,8 @@ def kaiming_init_(
 # %% ../../nbs/models/63_resnet.ipynb #07343b7e
 def resnet20(
     classes:int=10, # Number of outputs
-    skip=True,      # With shortcuts around the blocks? `False`: the paper's plain network of the same size
-    norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
+    skip=True,      # With shortcuts around the blocks? `False` gives the paper's plain network
+    norm=True,      # With BatchNorm after each convolution? `False` puts no layer in its place
 ) -> nn.Sequential: # Takes `(n, 3, height, width)`, gives `(n, classes)` logits; made for 32 x 32
     "Return ResNet-20 of He et al. (2015), section 4.2, with shortcuts of option A; 269,722 parameters."
     block = BasicBlock if skip else PlainBlock
@@ -80,7 +80,7 @@ def _resnet(block, blocks, outputs, norm, stem):
 def resnet18(
     classes:int=10, # Number of outputs
     skip=True,      # With shortcuts? `False` also removes the shortcuts' three 1x1 convolutions
-    norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
+    norm=True,      # With BatchNorm after each convolution? `False` puts no layer in its place
     stem:str='cifar',      # 'imagenet': as in torchvision, a 7x7 convolution of stride 2 and a max pool
     outputs:int|None=None, # Overrides `classes`; 1000 gives torchvision's number of outputs
 ) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, outputs)` logits; made for 32 x 32
@@ -93,7 +93,7 @@ def resnet18(
 def resnet101(
     classes:int=10, # Number of outputs
     skip=True,      # With shortcuts? `False` also removes the shortcuts' four 1x1 convolutions
-    norm=True,      # With BatchNorm after each convolution? `False`: no layer in its place
+    norm=True,      # With BatchNorm after each convolution? `False` puts no layer in its place
     stem:str='cifar',      # 'imagenet': as in torchvision, a 7x7 convolution of stride 2 and a max pool
     outputs:int|None=None, # Overrides `classes`; 1000 gives torchvision's number of outputs
 ) -> ResNet: # Takes `(n, 3, height, width)`, gives `(n, outputs)` logits; made for 32 x 32

@@ -52,7 +52,7 @@ def distilled(
     teachers,    # One `Run`, or a tuple of `Run`s
     seed:int,    # Seed of the student
     alpha=.5,    # Share of the labels in the loss, in [0, 1]
-    temperature=None, # Temperature of both predictions, > 0; `None`: the default of `Distillation`
+    temperature=None, # Temperature of both predictions, > 0; with `None`, the default of `Distillation`
 ) -> Run:
     "Return the run of a student: a copy of the first teacher's run with another seed and all teachers."
     first = teachers if isinstance(teachers, Run) else teachers[0]
@@ -66,7 +66,7 @@ def rounds(
     teacher:Run, # The run of round 0
     alpha,       # Share of the labels in the loss, in [0, 1]
     n:int=3,     # Number of rounds after the teacher
-    temperature=None, # Temperature of all rounds, > 0; `None`: the default of `Distillation`
+    temperature=None, # Temperature of all rounds, > 0; with `None`, the default of `Distillation`
 ) -> list[Run]: # The runs of rounds 1 to `n`, each with another seed
     "Return the runs of self-distillation: in each round, a student of the network of the round before."
     chain = [teacher]
@@ -119,7 +119,7 @@ def figure_rows(
     table,       # A function that returns the rows of a table
     *parts,      # Texts that the label of a selected row must all contain
     measures=(), # Measures to compute on each network: names in `MEASURES`
-    seed=None,   # Seed of the selected repetition; `None`: all repetitions
+    seed=None,   # Seed of the selected repetition; with `None`, all repetitions
 ) -> list[PaperRun]:
     "Return the rows of a table that a figure shows, with 'published as a figure' added to each note."
     out = []

@@ -41,7 +41,7 @@ _WEAKEST_FIRST = ('opposite', 'absent', 'claimed size excluded', 'not run', 'out
                   'no power', 'smaller than claimed', 'seen')
 
 def smallest_effect(
-    published:float=None, # Published effect in points, or ratio; `None`: only its sign is claimed
+    published:float=None, # Published effect in points, or ratio; with `None`, only its sign is claimed
     factor=False,         # `True` for a ratio
 ) -> float: # In points, or as a logarithm of a ratio; above zero
     "Return half the published effect, at least .2 points; if none is published, .2 points or log(1.05)."
@@ -53,7 +53,7 @@ def outcome(
     low:float,       # Lower and upper end of the 95% interval
     high:float,
     smallest:float,  # Smallest effect of interest, above zero
-    published:float=None, # Published effect, above zero; `None`: only its sign is claimed
+    published:float=None, # Published effect, above zero; with `None`, only its sign is claimed
 ) -> str: # A key of `OUTCOMES`
     "Return the outcome of one comparison inside its regime; for ratios, all numbers are logarithms."
     if not low <= mean <= high:
@@ -215,9 +215,9 @@ def discoveries(
 def outside_regime(
     images:int, epochs:float,   # Training images and epochs of our run
     of_paper:tuple,             # Training images and epochs of the paper
-    accuracy:float=None,        # Our accuracy in percent; `None`: unknown
+    accuracy:float=None,        # Our accuracy in percent; `None` if unknown
     classes=10,                 # Number of classes
-    term:float=None,            # Gradient norm of a loss term, divided by that of the loss; `None`: no term
+    term:float=None,            # Gradient norm of a loss term divided by the loss's; `None` without a term
 ) -> list: # Reasons why the run says nothing about the claim; empty inside the regime
     "Return why a run lies outside the regime of a claim."
     share = images * epochs / (of_paper[0] * of_paper[1])
@@ -232,7 +232,7 @@ def outside_regime(
 class Side(NamedTuple):
     "The side of a border on which a paper claims a number to lie."
     border: float        # A difference, or a ratio
-    above: bool = True   # `False`: the paper claims a number below the border
+    above: bool = True   # `False` if the paper claims a number below the border
     factor: bool = False # `True` for a ratio
     within: float = 0.   # If above zero, the paper claims that the ratio is within this share of the border
 
@@ -253,7 +253,7 @@ ALIKE = Side(1, factor=True, within=.05)       # a ratio within 5% of one
 class Published(NamedTuple):
     "What a paper states about a comparison."
     effect: float        # Difference in points, or ratio
-    spread: float = None # Standard deviation of the difference over seeds, in points; `None`: not stated
+    spread: float = None # Standard deviation of the difference over seeds, in points; `None` if not stated
     n: int = 1           # Number of seeds
     accuracy: float = None # Published accuracy of the second kind of network, in percent
 
@@ -266,7 +266,7 @@ class Setting(NamedTuple):
     accuracy: float  # Our mean test accuracy over both kinds, in percent
     of_paper: int    # Training images of the paper
     epochs_of_paper: float # Epochs of the paper
-    accuracy_of_paper: float = None # Published accuracy of the second kind, in percent; `None`: unknown
+    accuracy_of_paper: float = None # Published accuracy of the second kind, in percent; `None` if unknown
     term: str = ''   # Size of the gradient of a loss term; empty: no such term
     data: str = ''   # Name of our data set; empty: unknown
 
@@ -286,15 +286,15 @@ class Evidence(NamedTuple):
     error: float = np.nan  # Standard error of the effect
     df: float = np.nan     # Degrees of freedom of the standard error
     spread: float = np.nan # Standard deviation of the effect over seeds
-    published: Published = None # `None`: the paper states only the side
+    published: Published = None # `None` if the paper states only the side
     outside: tuple = () # Reasons why the evidence is shown and not judged
     share: float = np.nan # Images times epochs of our longest training, divided by those of the paper
     exact: bool = False # `True` for a formula, or for a number that the authors print: nothing is sampled
-    part: str = ''      # Necessary part of the claim; `None`: the evidence is shown but decides nothing
+    part: str = ''      # Necessary part of the claim; `None` if the evidence decides nothing
     pairing: str = ''   # What the interval covers: new seeds, or new seeds and test images
     re_estimated: tuple = () # Mean and interval with re-estimated BatchNorm statistics
-    by_chance: bool = False  # `True`: the effect does not pass `discoveries`, so it may be due to chance
-    setting: Setting = None # Training of our networks and of the paper's; `None`: unknown
+    by_chance: bool = False  # `True` if the effect does not pass `discoveries`, so it may be due to chance
+    setting: Setting = None # Training of our networks and of the paper's; `None` if unknown
     groups: int = 0     # For a ratio of two standard deviations: number of pairs that are pooled
 
     @property
@@ -574,14 +574,14 @@ class Comparisons(Kinds):
         place:str,       # Data, network and labels of the networks
         label:str,       # What is compared with what
         a,               # A kind, or several kinds whose mean is compared
-        b=None,          # The other kind; `None`: the teacher of each network of kind `a`
+        b=None,          # The other kind; with `None`, the teacher of each network of kind `a`
         key='accuracy',  # Column that is compared
         side=MORE,       # Claimed side of the difference or of the ratio
         published=None,  # The published difference or ratio
-        of_paper=None,   # Training images and epochs of the paper; `None`: the regime is not checked
+        of_paper=None,   # Training images and epochs of the paper; with `None`, the regime is not checked
         part='',         # Necessary part of the claim
         aside='',        # Reason why the comparison is shown and not judged
-        wrong_labels=False, # `True`: the paper trains on wrong labels, too
+        wrong_labels=False, # `True` if the paper trains on wrong labels, too
     ) -> Evidence:
         "Return the evidence from `a` minus `b`, or from the ratio of `a` to `b`, paired by seed."
         kinds = (a,) if b is None else (a, b)
@@ -601,7 +601,7 @@ class Comparisons(Kinds):
         label:str,      # What is compared with what
         pairs,          # Pairs of a first and a second kind; variances are pooled over pairs
         key='accuracy', # Column that is compared
-        of_paper=None,  # Training images and epochs of the paper; `None`: the regime is not checked
+        of_paper=None,  # Training images and epochs of the paper; with `None`, the regime is not checked
     ) -> Evidence:
         """Return the standard deviation over seeds of the first kinds, divided by that of the second kinds.
 

@@ -166,7 +166,7 @@ def _log_columns(log, ours):
 
 def beside_logs(
     name:str,                  # A name in `PAPER_GRIDS`
-    results:pd.DataFrame=None, # One row per run, from `load_results`; `None`: show the logs only
+    results:pd.DataFrame=None, # One row per run, from `load_results`; with `None`, show the logs only
     scale=1.,                  # Share of the published epochs that the runs were trained for
     amp='',                    # Mixed precision of the runs; empty: as in the preset
 ) -> pd.DataFrame: # One row per network that has a log; empty for a table without logs

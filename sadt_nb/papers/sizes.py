@@ -92,7 +92,7 @@ def size_of(
     return Size(runs, passes, flops, tuple(map(tuple, measures)), tuple(needs))
 
 def store(
-    names=None, # Names in `PAPER_GRIDS`; `None`: all
+    names=None, # Names in `PAPER_GRIDS`; with `None`, all
 ):
     "Count the work of tables and write it to the file of the library."
     # with `names`, the other tables keep their stored sizes

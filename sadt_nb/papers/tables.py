@@ -46,10 +46,10 @@ _SAF = {
 # %% ../../nbs/papers/111_tables.ipynb #2e4e57c8
 _DISTILL = {
     'distill/table1': 'a teacher, its student and SAM, in ten settings',
-    'distill/table2': 'three generations of students, four networks on CIFAR-10',
-    'distill/table3': 'three generations of students, ResNet-20 with and without shortcuts',
-    'distill/table4': 'three generations of students on SVHN',
-    'distill/table5': 'three generations of students, and SAM, on Tiny ImageNet',
+    'distill/table2': 'three rounds of students, four networks on CIFAR-10',
+    'distill/table3': 'three rounds of students, ResNet-20 with and without shortcuts',
+    'distill/table4': 'three rounds of students on SVHN',
+    'distill/table5': 'three rounds of students, and SAM, on Tiny ImageNet',
     'distill/ensembles': 'students of two to nine teachers',
     'distill/ban': 'ensembles of a teacher and its students, and of independent networks',
     'distill/robust_teacher': 'students of zero-shot CLIP on ImageNet',
@@ -101,8 +101,8 @@ _OWN = {
     'fast/narrow_noise40': 'fast/narrow with 40% wrong labels',
     'fast/narrow_rates': 'four methods at several learning rates, for twice the passes of fast/narrow',
     'fast/narrow_rates_noise40': 'fast/narrow_rates with 40% wrong labels',
-    'fast/94_rounds': 'three generations of students on the 94% recipe, and ensembles',
-    'fast/narrow_rounds': 'three generations of students on the recipe of fast/narrow, and ensembles',
+    'fast/94_rounds': 'three rounds of students with the recipe for 94%, and ensembles',
+    'fast/narrow_rounds': 'three rounds of students with the recipe of fast/narrow, and ensembles',
     'fast/search': 'plain training at several widths, epochs and batch sizes',
     'fast/steps': 'the 94% recipe, built up part by part',
 }

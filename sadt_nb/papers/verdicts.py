@@ -937,7 +937,7 @@ def sam_with_wrong_labels(
 
 # %% ../../nbs/papers/110_verdicts.ipynb #10f2bab0
 def judged_claims(
-    networks:pd.DataFrame=None, # Table of networks; `None`: `all_networks()`
+    networks:pd.DataFrame=None, # Table of networks; with `None`, `all_networks()`
 ) -> dict: # Name of a paper: list of `Claim`
     "Return all claims of the four papers, each with our evidence or with what is missing."
     ours = all_networks() if networks is None else networks

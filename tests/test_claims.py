@@ -1,4 +1,5 @@
 """The rule of the verdicts: its cases, its error rates and its power, on numbers whose truth is known."""
+import base64
 import itertools
 import re
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from sadt_nb.papers.claims import (
     BY_IMAGE, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Setting, Side,
     discoveries, finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image,
     paired_by_seed, power, seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
-from sadt_nb.papers.grids import paper_grid
+from sadt_nb.papers.grids import paper_ensembles, paper_grid
 from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
 from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
 
@@ -332,6 +333,27 @@ def test_a_student_and_its_teacher_are_paired_by_image():
     assert e.pairing == BY_IMAGE
     without = Comparisons(of_students.drop(columns='teacher_right')).gap('p', '', 'student')
     assert without.mean == pytest.approx(e.mean) and 'widest' in without.pairing
+
+def test_ensembles_that_store_their_right_images_are_paired_by_image(monkeypatch):
+    "The bits of two kinds of ensembles, from a generator; those of a third kind are of an earlier version."
+    stored, rng, right = claims_page.run_ensemble, np.random.default_rng(0), {}
+    labels = {e.members: e.label for e in paper_ensembles('distill/cifar_small')}
+    def found(members, root):
+        result, label = stored(members, root), labels[members]
+        if '2 members' not in label and 'rounds 0 to 1' not in label: return result
+        right[label] = hits = rng.random(10_000) < .7
+        packed = base64.b64encode(np.packbits(hits).tobytes()).decode()
+        return result | dict(accuracy=hits.mean(), right=packed, data_facts=dict(test=10_000, classes=10))
+    monkeypatch.setattr(claims_page, 'run_ensemble', found)
+    place, = [p for p in PLACES if p.preset == 'distill/cifar_small']
+    nets = Comparisons(stored_networks([place]))
+    kinds = 'independent, 2 members', 'alpha 0.5, rounds 0 to 1'
+    e = nets.gap(place.name, '', *kinds)
+    earlier = nets.gap(place.name, '', 'independent, 3 members', 'alpha 0.5, rounds 0 to 2')
+    bits = [np.stack([right[f'{kind} · seed {s}'] for s in (0, 10, 20)]) for kind in kinds]
+    by_hand = paired_by_image(*bits)
+    assert (e.mean, e.low, e.high) == pytest.approx(by_hand[:3])
+    assert e.pairing == BY_IMAGE and 'widest' in earlier.pairing
 
 def test_wrong_labels_are_outside_unless_the_paper_has_them():
     table = networks(np.random.default_rng(0), dict(a=.3, b=0.)).assign(place='p, 40% wrong labels')

@@ -1,4 +1,5 @@
 "Distillation beside other methods, and teachers that are runs."
+import base64
 import json
 
 import pandas as pd
@@ -294,16 +295,22 @@ def test_an_ensemble_of_runs_is_the_mean_of_their_logits(tmp_path):
     run_grid(runs, tmp_path, **quiet)
     test = runner.get_dls('digits', bs=50, channels_last=True)[2]
     models = [runner.load_model(c, tmp_path, 10) for c in runs]
-    right = 0
-    n = 0
+    right = []
     for x, y in test:
         with torch.no_grad(): logits = sum(m(x) for m in models)
-        right += (logits.argmax(1) == y).sum().item()
-        n += len(y)
+        right += (logits.argmax(1) == y).tolist()
     found = run_ensemble(runs, tmp_path)
-    assert abs(found['accuracy'] - right / n) < 1e-9
+    assert abs(found['accuracy'] - sum(right) / len(right)) < 1e-9
+    assert found['data_facts'] == dict(test=len(right), classes=10)
+    assert 0 < sum(right) < len(right)
+    eights = [right[i:i + 8] + [False] * (i + 8 - len(right)) for i in range(0, len(right), 8)]
+    by_hand = bytes(sum(128 >> i for i, hit in enumerate(eight) if hit) for eight in eights)
+    assert base64.b64decode(found['right']) == by_hand, 'eight images to a byte, as in the result of a run'
     assert run_ensemble(runs[::-1], tmp_path) == found
-    assert len(list((tmp_path / 'ensembles').iterdir())) == 1
+    file, = (tmp_path / 'ensembles').iterdir()
+    earlier = {k: v for k, v in found.items() if k not in ('right', 'data_facts')}
+    file.write_text(json.dumps(earlier))
+    assert run_ensemble(runs, tmp_path) == earlier, 'a result of an earlier version is read as it is'
 
 
 def test_reports_name_rounds_and_numbers_of_teachers(tmp_path):

@@ -471,6 +471,9 @@ def run_ensemble(
 ) -> dict: # Test `accuracy`, accuracies of its `members`, and the mean `diversity` of their logits
     """Evaluate the ensemble of stored runs, or read the stored result of the ensemble.
 
+    As in the result of a run, `right` says which test images are right, and `data_facts` has their number.
+    A stored result of an earlier version has neither of the two.
+
     Raises `ValueError` if `members` is empty, `RunError` if weights are missing."""
     members = sorted(set(members), key=lambda m: m.key)
     if not members: raise ValueError('an ensemble needs at least one run, got none')
@@ -482,8 +485,10 @@ def run_ensemble(
     test = run_loaders(members[0], device)[2] # the test loader, normalised as in training
     models = [load_model(m, root, len(test.vocab), test.device) for m in members]
     accuracies = {m.name: evaluate(model, test)['accuracy'] for m, model in zip(members, models)}
-    result = dict(accuracy=evaluate(Ensemble(models), test)['accuracy'], members=accuracies,
-                  diversity=diversity(models, test).mean().item())
+    found = evaluate(Ensemble(models), test, right=True)
+    result = dict(accuracy=found['accuracy'], right=found['right'], members=accuracies,
+                  diversity=diversity(models, test).mean().item(),
+                  data_facts=dict(test=len(test.dataset), classes=len(test.vocab)))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     return result

@@ -653,21 +653,25 @@ def training_images(
     "Return the number of training images of a run."
     return run.n_train or int((1 - run.valid) * _IMAGES[run.data])
 
+def _test_images(r, data, bits=True):
+    "Return the numbers of images and classes of a test set and, if stored, which images are right."
+    facts = r.get('data_facts')
+    facts = facts if isinstance(facts, dict) else {}
+    images = facts.get('test', _TEST_IMAGES.get(data, np.nan))
+    known = dict(test_images=images, classes=facts.get('classes', np.nan))
+    for name in _BITS.values() if bits else ():
+        if isinstance(r.get(name), str): known[name] = unpacked(r[name], images)
+    return known
+
 def accuracy_numbers(
     r,                 # A row of `load_results`
     result='accuracy', # Name of the accuracy that is compared
 ) -> dict: # Name of a number: its value
     "Return the accuracies of a network in percent and, if stored, which images it classifies correctly."
-    run, facts = r['run'], r.get('data_facts')
-    facts = facts if isinstance(facts, dict) else {}
-    images = facts.get('test', _TEST_IMAGES.get(run.data, np.nan))
-    known = dict(accuracy=100 * r[result], accuracy_bn=100 * r['accuracy_bn'], test_images=images,
-                 classes=facts.get('classes', np.nan))
+    known = dict(accuracy=100 * r[result], accuracy_bn=100 * r['accuracy_bn'])
     if isinstance(r.get('teacher'), dict): known['teacher_accuracy'] = 100 * r['teacher']['accuracy']
-    if result != 'accuracy': return known # the stored bits belong to `accuracy`, not to another result
-    for bits in _BITS.values():
-        if isinstance(r.get(bits), str): known[bits] = unpacked(r[bits], images)
-    return known
+    # the stored bits belong to `accuracy`, not to another result
+    return known | _test_images(r, r['run'].data, bits=result == 'accuracy')
 
 def network_numbers(
     r,                 # A row of `load_results`
@@ -732,7 +736,7 @@ def stored_networks(
             first = e.members[0]
             rows.append(dict(**place_kind_seed(e.label, place.name), accuracy=100 * found['accuracy'],
                              diversity=found['diversity'], data=first.data, images=training_images(first),
-                             epochs=first.epochs, test_images=_TEST_IMAGES[first.data]))
+                             epochs=first.epochs, **_test_images(found, first.data)))
     return pd.DataFrame(rows).drop_duplicates(['place', 'kind', 'seed'])
 
 # %% ../../nbs/papers/109_claims.ipynb #644ece89

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,17 +327,54 @@ def test_ctrl_c_marks_the_run_and_the_next_call_finishes_it(tmp_path, one_thread
 
 
 def test_a_grid_evaluates_its_ensembles(tmp_path, monkeypatch, capsys):
-    "One member of the second ensemble is not a run of this table, so only the first is reported."
+    "One member of the second ensemble is not a run of this table, so it has no accuracy; a line says so."
     runs = [Run(epochs=1, n_train=200, bs=50, seed=s) for s in (0, 1)]
     cells = [PaperRun(f'seed {r.seed}', r) for r in runs]
     both = PaperEnsemble('both', tuple(runs))
     another = PaperEnsemble('another', (runs[0], runs[0].but(seed=2)))
     monkeypatch.setitem(grids.PAPER_GRIDS, 'tiny', lambda: cells)
     monkeypatch.setitem(grids.PAPER_ENSEMBLES, 'tiny', lambda: [both, another])
-    cli.sadt_grid('tiny', root=tmp_path)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('ensemble')]
+    def printed(**options):
+        capsys.readouterr()
+        cli.sadt_grid('tiny', root=tmp_path, **options)
+        return capsys.readouterr()
+    def ensemble_lines(text): return [line for line in text.splitlines() if 'ensemble' in line]
+    found = printed()
     accuracy = run_ensemble(runs, tmp_path)['accuracy']
-    assert lines == [f'ensemble of both: accuracy {accuracy:.3f}']
+    of_both = f'ensemble of both: accuracy {accuracy:.3f}'
+    untrained = ('ensemble of another left out: members that are not trained: 1 of 2; the first is '
+                 f'{runs[0].but(seed=2).name}; train them first (sadt_grid without --only)')
+    count = '1 of 2 ensembles left out, see above'
+    assert ensemble_lines(found.out) == [of_both] and ensemble_lines(found.err) == [untrained, count]
+
+    for r in runs: (tmp_path / r.name / 'weights.pt').unlink()
+    found = printed()
+    assert ensemble_lines(found.out) == [of_both], 'a stored accuracy needs no weights'
+    shutil.rmtree(tmp_path / 'ensembles')
+    found = printed()
+    assert not ensemble_lines(found.out)
+    of_both_left, *others = ensemble_lines(found.err)
+    first = min(runs, key=lambda r: r.key).name
+    assert of_both_left.startswith('ensemble of both left out: members without stored weights: 2 of 2; the '
+                                   f'first is {first}; copy weights.pt')
+    assert of_both_left.endswith('train them again with force=True (--force)')
+    assert others == [untrained, '2 of 2 ensembles left out, see above']
+    as_json = json.loads(printed(json=True).out)
+    reasons = dict(line.split(' left out: ') for line in (of_both_left, untrained))
+    assert as_json['ensembles'] == {}
+    assert {f'ensemble of {k}': v for k, v in as_json['ensembles_left_out'].items()} == reasons
+    assert ensemble_lines(printed(force=True).out) == [of_both], 'as the line says'
+
+
+def test_of_many_ensembles_left_out_ten_are_named(tmp_path, monkeypatch, capsys):
+    many = [PaperEnsemble(f'pair {i}', (Run(seed=i), Run(seed=i + 1))) for i in range(11)]
+    monkeypatch.setitem(grids.PAPER_ENSEMBLES, 'tiny', lambda: many)
+    monkeypatch.setitem(grids.PAPER_GRIDS, 'tiny', lambda: [PaperRun('row', Run())])
+    monkeypatch.setattr('sadt_nb.experiments.grid.run_grid', lambda *args, **kwargs: [{}])
+    cli.sadt_grid('tiny', root=tmp_path)
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'ensemble' in line]
+    assert [line.split(' left out')[0] for line in lines[:10]] == [f'ensemble of pair {i}' for i in range(10)]
+    assert lines[10:] == ['11 of 11 ensembles left out, the first 10 are named above']
 
 
 def test_measure_a_stored_run(tmp_path, capsys, narrow):

@@ -548,6 +548,23 @@ def _published_table(name, root, scale, amp, only=''):
                      'forward passes': r.get('forwards', '-'), **saf.memory_columns(c, r), 'note': c.note})
     return pd.DataFrame(rows).set_index('run')
 
+# %% ../../nbs/commands/110_cli.ipynb #5c1e7a41
+def _ensemble_accuracies(name, root, scale, amp):
+    "Return the accuracy of each ensemble of a table, and the reason for each one that has none; by label."
+    accuracies, left_out = {}, {}
+    for e in grids.paper_ensembles(name, scale, amp):
+        try: accuracies[e.label] = grid.run_ensemble(e.members, root)['accuracy']
+        except runner.RunError as error: left_out[e.label] = _reason(error)
+    return accuracies, left_out
+
+def _print_left_out(reasons, others, most=10):
+    "Print on standard error why ensembles have no accuracy: the first reasons, and the number of ensembles."
+    if not reasons: return
+    for label, reason in [*reasons.items()][:most]:
+        print(f'ensemble of {label} left out: {visible(reason)}', file=sys.stderr)
+    where = 'see above' if len(reasons) <= most else f'the first {most} are named above'
+    print(f'{len(reasons)} of {len(reasons) + others} ensembles left out, {where}', file=sys.stderr)
+
 # %% ../../nbs/commands/110_cli.ipynb #d1f1da06
 @command('sadt_grid sadt/notebook20 --scale 0.1 --workers 2')
 def sadt_grid(
@@ -584,16 +601,14 @@ def sadt_grid(
     failed = [r for r in results if isinstance(r, Exception)]
     if len(failed) == len(measures):
         raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
-    ensembles = {}
-    for e in grids.paper_ensembles(name, scale, amp):
-        if not all(runner.is_trained(m, root) for m in e.members): continue
-        ensembles[e.label] = grid.run_ensemble(e.members, root)['accuracy']
+    ensembles, left_out = _ensemble_accuracies(name, root, scale, amp)
     if json:
         _print_json(table=name, rows=_rows_and_results(name, root, scale, amp, only), ensembles=ensembles,
-                    failed=[str(e) for e in failed])
+                    ensembles_left_out=left_out, failed=[str(e) for e in failed])
     else:
         print(_published_table(name, root, scale, amp, only).to_string())
         for label, accuracy in ensembles.items(): print(f'ensemble of {label}: accuracy {accuracy:.3f}')
+    _print_left_out(left_out, len(ensembles))
     if failed: print(f'{len(failed)} of {len(measures)} runs failed, see above', file=sys.stderr)
 
 # %% ../../nbs/commands/110_cli.ipynb #cef45fd9

@@ -464,6 +464,18 @@ def _stored_ensemble(file, root):
     if file.exists(): return json.loads(file.read_text())
     return read_archive(root).get(f'ensembles/{file.stem}', {}).get('result')
 
+def _check_members(members, root):
+    "Raise `RunError` before any work if a member of an ensemble is not trained, or has no stored weights."
+    def some(found, what): return f'{what}: {len(found)} of {len(members)}; the first is {found[0].name}'
+    untrained = [m for m in members if read_result(m, root) is None]
+    if untrained:
+        raise RunError(f'{some(untrained, "members that are not trained")}; train them first '
+                       '(sadt_grid without --only)')
+    without = [m for m in members if not is_trained(m, root)]
+    if without:
+        raise RunError(f'{some(without, "members without stored weights")}; copy weights.pt into the '
+                       f'folder of each run below {root}, or train them again with force=True (--force)')
+
 def run_ensemble(
     members,       # Trained runs on one data set; a stored result can be read without their weights
     root='runs',   # Folder of all results
@@ -474,7 +486,7 @@ def run_ensemble(
     As in the result of a run, `right` says which test images are right, and `data_facts` has their number.
     A stored result of an earlier version has neither of the two.
 
-    Raises `ValueError` if `members` is empty, `RunError` if weights are missing."""
+    Raises `ValueError` if `members` is empty, `RunError` if weights are missing or do not fit."""
     members = sorted(set(members), key=lambda m: m.key)
     if not members: raise ValueError('an ensemble needs at least one run, got none')
     keys = ''.join(m.key for m in members)
@@ -482,6 +494,7 @@ def run_ensemble(
     file = Path(root) / 'ensembles' / f'{digest}.json'
     known = _stored_ensemble(file, root)
     if known: return known
+    _check_members(members, root)
     test = run_loaders(members[0], device)[2] # the test loader, normalised as in training
     models = [load_model(m, root, len(test.vocab), test.device) for m in members]
     accuracies = {m.name: evaluate(model, test)['accuracy'] for m, model in zip(members, models)}

@@ -257,3 +257,22 @@ def test_weights_and_statistics_must_be_finite(name):
     x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3
     with pytest.raises(ValueError, match=f"'{name}' holds values that are not finite"):
         FixedLoss(learner(DataLoaders([(x, y)], [(x, y)]), net))
+
+
+class ComplexLayer(nn.Module):
+    "Multiplies by complex weights; the outputs are the squared lengths."
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(6, 3, dtype=torch.complex128))
+    def forward(self, x): return (x.to(self.w.dtype) @ self.w).abs().square()
+
+
+@pytest.mark.parametrize('bad', [complex(np.nan, 0), complex(0, np.nan), complex(0, np.inf)])
+def test_both_parts_of_complex_weights_must_be_finite(bad):
+    net = ComplexLayer().eval()
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3
+    learn = learner(DataLoaders([(x, y)], [(x, y)]), net)
+    by_hand = nn.functional.cross_entropy((x.sum(1)**2)[:, None].expand(4, 3), y).item()
+    assert FixedLoss(learn)() == pytest.approx(by_hand, rel=1e-12)
+    with torch.no_grad(): net.w[2, 1] = bad
+    with pytest.raises(ValueError, match="'w' holds values that are not finite"): FixedLoss(learn)

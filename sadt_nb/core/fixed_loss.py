@@ -168,7 +168,7 @@ def _check_measurable(model, loss_func):
     check_whole(model, 'a measure needs all weights in one process')
     if not trainable_params(model): raise ValueError('the network has no trainable parameters')
     for name, t in _learned(model).items():
-        if t.is_floating_point() and not torch.isfinite(t).all():
+        if not torch.isfinite(t).all(): # of a complex number, both parts
             raise ValueError(f'{name!r} holds values that are not finite, so the network has no loss')
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #2472648c

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, check_chunk
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, StepWatch, check_chunk
 from ..core.perturb import Only, check_count, check_only, check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
-class SAM(PerturbedPass):
+class SAM(PerturbedPass, StepWatch):
     """Replaces each batch's gradient by the gradient at `w + rho g / ||g||` (Foret et al. 2021).
 
     Under gradient accumulation the weights are perturbed for each micro-batch, along the gradient of this
-    micro-batch; a chunk of `m` samples counts as a micro-batch. `interval` counts steps from `start` on.
+    micro-batch; a chunk of `m` samples counts as a micro-batch. `interval` counts steps from `start` on; a
+    step that was skipped, for example after an overflow, does not count.
     Raises `ValueError` for an option out of range. Also raises `ValueError`, before training starts, if
     `only` chooses no parameter of the network, or if `m` is used with fastai's MixUp or
     CutMix or with a loss that is not a mean."""
@@ -52,7 +53,10 @@ class SAM(PerturbedPass):
 
     def after_step(self):
         super().after_step()
-        if self.in_window(): self.steps += 1
+        StepWatch.after_step(self)
+
+    def step_ended(self, made):
+        if made and self.in_window(): self.steps += 1
 
     # with interval=1, the number of steps has no effect
     def carries_state(self): return self.interval > 1 and super().carries_state()

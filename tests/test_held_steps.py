@@ -8,11 +8,15 @@ import pytest
 import torch
 from conftest import learner
 from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.training import GradientAccumulation
+from fastai.optimizer import SGD as OptSGD
 from sadt_nb.methods import sadt as sadt_module
+from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.sadt import SADT, gradient_ascent
+from sadt_nb.methods.sam import SAM
 from sadt_nb.methods.weight_average import WeightAverage
 from sadt_nb.methods.wsam import WSAM
 from torch import nn
@@ -53,6 +57,9 @@ def gradient(w, loss):
     return dict(zip(w, grads))
 
 
+def plain_gradient(w, x, y): return gradient(w, lambda f: F.cross_entropy(f(x), y))
+
+
 def kl(reference, logits):
     "KL(reference || prediction), the mean over samples; both are logits."
     p, log_p, log_q = reference.softmax(1), reference.log_softmax(1), logits.log_softmax(1)
@@ -68,6 +75,7 @@ def logits_at(w, x): return functional_call(net(), w, (x,)).detach()
 # the batch
 
 class Plain:
+    repeats = 1 # steps with each gradient; without momentum, two steps are one at twice the rate
     def stepped(self, w): return w
     def end(self, w): pass
 
@@ -137,7 +145,27 @@ class OfAverage(Plain):
         return dict(cb.learn.model.named_parameters()), mean
 
 
-RULES = dict(mesa=OfMESA, wsam=OfWSAM, looksam=OfLookSAM, friendly_sam=OfFriendlySAM, average=OfAverage)
+class OfSAM(Plain):
+    def __init__(self, w): self.steps = 0
+    def gradient(self, w, x, y):
+        def loss(f): return F.cross_entropy(f(x), y)
+        g = gradient(w, loss)
+        return g if self.steps % 2 else gradient(uphill(w, g), loss)
+    def end(self, w): self.steps += 1
+    def method(self): return SAM(RHO, interval=2)
+    def state(self, cb): return dict(steps=torch.tensor(cb.steps)), dict(steps=torch.tensor(self.steps))
+
+
+class OfRepeat(Plain):
+    repeats = 3
+    def __init__(self, w): pass
+    def gradient(self, w, x, y): return plain_gradient(w, x, y)
+    def method(self): return RepeatStep(self.repeats)
+    def state(self, cb): return {}, {}
+
+
+RULES = dict(mesa=OfMESA, wsam=OfWSAM, looksam=OfLookSAM, friendly_sam=OfFriendlySAM, average=OfAverage,
+             sam=OfSAM, repeat=OfRepeat)
 
 
 def by_hand(rule, first_step=False, without=()):
@@ -148,9 +176,9 @@ def by_hand(rule, first_step=False, without=()):
         q = logits_at(w, x)
         g = rule.gradient(w, x, y)
         if i in without: continue
-        if first_step: w = rule.stepped(added(w, g, -LR))
+        if first_step: w = rule.stepped(added(w, g, -LR * rule.repeats))
         aux = gradient(added(w, g, UP), partial(kl_of, q, x))
-        w = added(w, added(g, aux), -LR)
+        w = added(w, added(g, aux), -LR * (1 if first_step else rule.repeats))
         if not first_step: w = rule.stepped(w)
         rule.end(w)
     return w, rule
@@ -189,12 +217,39 @@ def test_a_held_step_is_a_step_for_the_other_method(name, last):
     check_training(learn, method, right, rule)
 
 
-@pytest.mark.parametrize('name', RULES)
-def test_with_two_steps_the_first_is_that_of_the_other_method(name):
+@pytest.mark.parametrize('name, last', [*((name, False) for name in RULES), ('repeat', True)])
+def test_with_two_steps_the_first_is_that_of_the_other_method(name, last):
     right, rule = by_hand(RULES[name], first_step=True)
     method = rule.method()
-    learn = in_learner([method, sadt(first_step=True)])
+    learn = in_learner([sadt(first_step=True), method] if last else [method, sadt(first_step=True)])
     check_training(learn, method, right, rule)
+
+
+@both_orders
+def test_a_step_with_accumulated_gradients_is_repeated(last):
+    "Two batches make a step; the gradient is that of both together, so by hand they are one batch."
+    data = [tuple(map(torch.cat, zip(*batches()[i:i + 2]))) for i in (0, 2)]
+    def train(data, *cbs):
+        learn = learner(net(), [RepeatStep(3), *cbs][::-1 if last else 1], data, lr=LR)
+        learn.fit(1)
+        return dict(learn.model.named_parameters())
+    w = {n: p.detach().clone() for n, p in net().named_parameters()}
+    for x, y in data: w = added(w, plain_gradient(w, x, y), -3 * LR)
+    check(train(batches()[:4], GradientAccumulation(2 * SIZE)), w)
+
+
+def test_decay_in_the_gradient_is_not_repeated_with_a_held_step():
+    "fastai's SGD adds L2 decay to `.grad`; each of three steps adds it once, at the weights of this step."
+    decay = .3
+    opt = partial(OptSGD, decouple_wd=False)
+    learn = learner(net(), [RepeatStep(3), sadt()], batches(), lr=LR, opt_func=opt, wd=decay, wd_bn_bias=True)
+    learn.fit(1)
+    w = {n: p.detach().clone() for n, p in net().named_parameters()}
+    for x, y in batches():
+        q, g = logits_at(w, x), plain_gradient(w, x, y)
+        step = added(g, gradient(added(w, g, UP), partial(kl_of, q, x)))
+        for _ in range(3): w = added(w, added(step, w, decay), -LR)
+    check(dict(learn.model.named_parameters()), w)
 
 
 class See(Callback):

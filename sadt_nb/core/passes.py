@@ -1307,12 +1307,22 @@ class StepGrads(Callback):
         if self.learn is not None: self.learn.remove_cb(self)
 
     def before_step(self):
-        now = {n: p.grad for n, p in self.params().items() if p.grad is not None}
-        self.grads = copied(now, self._copies)
+        self._copy()
         if self.hold: raise CancelStepException()
 
     def after_cancel_step(self):
         if not self.hold: self.grads = None # another callback cancelled the step, e.g. after an overflow
+
+    def make_step(self):
+        "Make the step of a method itself, with the gradients in `.grad`."
+        # only another owner than the method reads the gradients of a held step, so that most need no copy
+        if self.hold and len(self._owners) > 1: self._copy()
+        self.learn._step()
+        self.made = True
+
+    def _copy(self):
+        now = {n: p.grad for n, p in self.params().items() if p.grad is not None}
+        self.grads = copied(now, self._copies)
 
     def after_step(self): # after the `after_step` of the method, which has made the held step
         waiting, self.waiting = self.waiting, []

@@ -9,15 +9,18 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, StepGrads, check_learner, check_single
+from ..core.passes import ORDERS, StepGrads, StepWatch, check_learner, check_single
 from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
-class RepeatStep(ShowsArguments, Callback):
+class RepeatStep(StepWatch, ShowsArguments, Callback):
     """Makes `n` optimizer steps with each batch's gradient instead of one step; nothing else changes.
 
+    The further steps repeat the step that was made, with its gradient. With `SADT(first_step=False)`, this is
+    SADT's step. In a batch whose step is skipped, for example after an overflow, no step is made.
     Raises `ValueError` for `n` below 1."""
-    order, run_valid = ORDERS['extra_pass'], False
+    # its `after_step` runs before that of SADT, which may make a second step
+    order, run_valid = ORDERS['extra_pass'] - .1, False
     def __init__(self,
         n:int=2, # Number of steps per batch, >= 1; SADT makes 2
     ):
@@ -30,9 +33,9 @@ class RepeatStep(ShowsArguments, Callback):
 
     def before_train(self): check_learner(self)
 
-    def after_step(self):
+    def step_ended(self, made):
+        if not made: return
         grads = self.step_grads.grads
-        if grads is None: return # the step was skipped after an overflow
         for _ in range(self.n - 1):
             for name, p in self.step_grads.params().items():
                 if name in grads: p.grad.copy_(grads[name]) # the step may have overwritten the gradient

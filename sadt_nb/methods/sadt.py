@@ -492,8 +492,7 @@ class _TwoSteps(_MicroBatches):
 
         def second_step():
             _add_first_gradients(stepped, g_up)
-            self.learn._step()
-            self.step_grads.made = True
+            self.step_grads.make_step()
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
 

@@ -119,7 +119,7 @@ _DEFAULT = [name for name in MEASURES if name not in (*SLOW, 'shifted_accuracy')
 
 # time of a measure, in passes over its samples; a product with the Hessian takes about four passes
 PASSES = dict(
-    trace=160, eigenvalue=24, sharpness=1.3, adaptive_sharpness=1.3, average_sharpness=12, gradient_norm=1,
+    trace=160, eigenvalue=44, sharpness=1.3, adaptive_sharpness=1.3, average_sharpness=12, gradient_norm=1,
     calibration_error=0, corrupted_accuracy=20, shifted_accuracy=4, spectrum=820, top100=2800, surface=160,
     orthogonal_surface=160, orthogonal_surface_100=2560) # 16 times as many points as a surface
 

@@ -16,6 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD, OptimWrapper
+from torch.utils._pytree import tree_leaves
 from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.loss_terms import LossTerm
 from sadt_nb.core.passes import ExtraPass, PerturbedPass
@@ -327,6 +328,23 @@ def test_state_survives_a_save_in_mid_epoch(name):
     second.opt.load_state_dict(opt_state)
     second.fit(2)
     assert torch.equal(flat(net, True), flat(whole.model, True))
+
+
+@ALL
+def test_training_does_not_change_a_loaded_state(name):
+    def states(cbs): return [c.state_dict() if hasattr(c, 'state_dict') else {} for c in cbs]
+    def momentum(params, lr): return SGD(params, lr=lr, mom=.9)
+    def fitted(loaded=None):
+        cbs = methods(name)
+        for c, state in zip(cbs, loaded or []):
+            if hasattr(c, 'load_state_dict'): c.load_state_dict(state)
+        learner(cnn(), cbs, as_loader(conv()), opt_func=momentum).fit(2)
+        return states(cbs)
+    saved = pickle.loads(pickle.dumps(fitted()))
+    before = pickle.dumps(saved)
+    fitted(saved)
+    for state, kept in zip(tree_leaves(saved), tree_leaves(pickle.loads(before)), strict=True):
+        assert torch.equal(state, kept) if isinstance(state, torch.Tensor) else state == kept
 
 
 @ALL

@@ -7,6 +7,7 @@ __all__ = ['PlainLoop', 'closure_step', 'method_state', 'load_method_state', 'ch
 
 # %% ../../nbs/core/13_closures.ipynb #d880f7fd
 import inspect
+import math
 import sys
 import weakref
 from contextlib import contextmanager, ExitStack
@@ -39,11 +40,33 @@ class _Groups:
     def hypers(self): return self.param_groups
 
 # %% ../../nbs/core/13_closures.ipynb #05d93ae8
-def _radius_scales(groups, rho, params):
+def _is_radius(value):
+    try: return 0 <= value < math.inf
+    except TypeError: return False
+
+def _own_radii(optimizer):
+    """Return the `rho` of each parameter whose group has a radius, by the parameter's `id`.
+
+    Raises `ValueError` for a `rho` that is not a number, negative or infinite."""
+    if 'rho' in optimizer.defaults: return {} # an option of the optimizer itself, such as Adadelta's decay
+    own = {}
+    for group in optimizer.param_groups:
+        if 'rho' not in group: continue
+        if not _is_radius(group['rho']):
+            raise ValueError('the `rho` of a parameter group must be a finite number and not negative, got '
+                             f'{group["rho"]!r}; use 0 for no perturbation')
+        own |= {id(p): group['rho'] for p in group['params']}
+    return own
+
+def _check_radii(method, optimizer):
+    "Raise `ValueError` for a radius of a parameter group that the method cannot use."
+    if not _own_radii(optimizer) or method.group_radius is not None: return
+    raise ValueError(f'{type(method).__name__} has no radius per parameter group; leave `rho` out of the '
+                     'groups')
+
+def _radius_scales(optimizer, rho, params):
     "Return the `rho` of each parameter's group divided by `rho`, by name; `{}` if no group has a `rho`."
-    own = {} # `rho` of each parameter whose group has one, by the parameter's `id`
-    for group in groups:
-        if 'rho' in group: own |= {id(p): group['rho'] for p in group['params']}
+    own = _own_radii(optimizer)
     if not own: return {}
     return {n: own.get(id(p), rho) / rho for n, p in params.items()}
 
@@ -301,6 +324,7 @@ class PlainLoop(_Passes):
     ):
         _check_window(method, total_steps)
         _check_chunks(method)
+        _check_radii(method, optimizer)
         super().__init__(method, model, optimizer, scaler)
         self.max_norm = max_norm
         self.total_steps = total_steps
@@ -334,11 +358,11 @@ class PlainLoop(_Passes):
         return loss
 
     def radius_scales(self,
-        method:LoopMethod,        # Its `rho` is used for groups without a `rho`
+        method:LoopMethod,        # Its `group_radius` is used for groups without a `rho`
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # Factors by name; an empty dictionary means 1 for all parameters
         "Return each parameter's `rho` divided by the method's `rho`, if any parameter group has a `rho`."
-        return _radius_scales(self.optimizer.param_groups, method.rho, params)
+        return _radius_scales(self.optimizer, method.group_radius, params)
 
     def _step(self):
         self.optimizer.step()

@@ -21,7 +21,8 @@ from fastai.text.data import LMDataLoader
 
 from .arguments import ShowsArguments
 from .losses import as_divergence, divergence_between, DivergenceLike
-from .passes import ORDERS, batch_size, check_outputs, check_single, device_of, evaluating
+from .passes import ORDERS, batch_size, check_minimizes, check_outputs, check_single
+from .passes import device_of, evaluating
 from .passes import replayed_rows, replays_other_loss
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
@@ -118,6 +119,7 @@ class TrajectoryLoss(LossTerm):
 
     def before_fit(self):
         check_single(self, type(self), 'adds this term to the loss')
+        check_minimizes(self)
         self.run = not hasattr(self.learn, 'lr_finder') # no term during a learning rate search
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
         # `get_preds` triggers this event, too; the Learner may then have no `n_epoch`

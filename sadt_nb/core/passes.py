@@ -8,8 +8,9 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'copied_network', 'replaying', 'replayed_rows', 'replays_other_loss', 'evaluating', 'stepped_params',
            'params_outside', 'take_gradients', 'add_gradients', 'note_gradients', 'is_unchanged', 'are_dropped',
            'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network', 'check_network', 'check_learner',
-           'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale',
-           'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'has_rates', 'maximizes', 'check_minimizes', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
+           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch',
+           'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -630,6 +631,30 @@ def check_learner(
     raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
                      'object for each')
 
+def has_rates(
+    learn:Learner, # A Learner or a plain loop, with an optimizer
+) -> bool: # `False` for example with the Adafactor of transformers, which can choose its own rate
+    "Return whether every parameter group has a learning rate."
+    return all(hypers.get('lr') is not None for hypers in learn.opt.hypers)
+
+def maximizes(
+    hypers:dict, # Hyperparameters of a parameter group
+) -> bool: # `True` if the optimizer steps along the gradient, not against it
+    "Return whether the optimizer maximizes the loss over the parameters of a group."
+    return bool(hypers.get('maximize'))
+
+def check_minimizes(
+    cb:Callback, # A callback, before training
+):
+    "Raise `ValueError` if the optimizer maximizes the loss over parameters of the network."
+    learn = cb.learn
+    if learn.opt is None: return # a loaded Learner that only predicts
+    own = {id(p) for p in learn.model.parameters()}
+    for params, hypers in zip(learn.opt.param_lists, learn.opt.hypers):
+        if not maximizes(hypers) or not any(id(p) in own for p in params): continue
+        raise ValueError(f'{type(cb).__name__} is made for a loss that is minimized, and the optimizer has '
+                         'maximize=True; leave `maximize` out, and return the negative loss')
+
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
 _ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch
 
@@ -667,6 +692,7 @@ class LoopMethod(_Window, ShowsArguments, Callback):
     run_valid = False
     needs_logits = False # `True` if the method needs the predictions, not only the loss
     needs_loss_scale = False # `True` if the method uses the size of the gradients, not only their direction
+    group_radius = None # radius with which the `rho` of a group is compared, or `None` for no such option
 
     def __call__(self,
         event_name:str, # Name of a fastai event, such as 'before_fit'
@@ -749,6 +775,7 @@ class ExtraPass(LoopMethod):
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
         check_network(self)
+        check_minimizes(self)
         trainable_params(self.learn.model) # raises its errors here, before the first batch
         self._unhook() # a hook remains if the last fit ended in an exception
         self._set_hook()
@@ -1115,6 +1142,11 @@ def _nan_unless_(params, finite):
 # %% ../../nbs/core/01_passes.ipynb #0992ec2b
 class PerturbedPass(_Chunks):
     "Replaces the gradient of every (micro-)batch by the gradient at `w + perturbation(params, grads)`."
+    @property
+    def group_radius(self) -> float|None: # `None` for a method without `rho`
+        "Return the radius with which the `rho` of a parameter group is compared."
+        return getattr(self, 'rho', None)
+
     def perturbation(self,
         params:dict[str, Tensor], # Trainable parameters that have a gradient
         grads:dict[str, Tensor],  # Gradients of this micro-batch, times AMP's loss scale; may be overwritten
@@ -1273,7 +1305,8 @@ class SummedPass(PerturbedPass, StepWatch):
         if not current: self.total, self.weight, self._left = {}, 0., {}
 
     def state_dict(self): return dict(total=deepcopy(self.total), weight=self.weight)
-    def load_state_dict(self, state): self.total, self.weight = dict(state['total']), state['weight']
+    # copies, because training changes these tensors in place
+    def load_state_dict(self, state): self.total, self.weight = deepcopy(state['total']), state['weight']
 
 # %% ../../nbs/core/01_passes.ipynb #b831a8de
 class StepGrads(Callback):

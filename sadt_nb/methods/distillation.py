@@ -14,8 +14,8 @@ from torch import nn
 
 from ..core.loss_terms import LossTerm
 from ..core.losses import as_divergence, DivergenceLike
-from ..core.passes import ORDERS, check_learner, check_outputs, check_single, replaying
-from ..core.passes import replays_other_loss
+from ..core.passes import ORDERS, check_learner, check_minimizes, check_outputs, check_single
+from ..core.passes import replaying, replays_other_loss
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac
@@ -49,6 +49,7 @@ class Distillation(LossTerm):
     def before_fit(self):
         # completes the message 'a Learner can have only one method that ...'
         check_single(self, Distillation, 'distils (for several teachers, pass a list)')
+        check_minimizes(self)
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
 
     def _init_state(self): self.teacher = None

@@ -75,7 +75,7 @@ class _RunningMean(SummedPass):
     def state_dict(self): return super().state_dict() | dict(mean=deepcopy(self.mean))
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.mean, self._loaded = dict(state['mean']), True
+        self.mean, self._loaded = deepcopy(state['mean']), True # a copy: every step changes m in place
 
     def __getstate__(self):
         state = super().__getstate__()

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy
+from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, has_rates
 from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
 from ..core.perturb import sam_ascent, trainable_params
 from ..core.ranks import average_over_ranks
@@ -93,6 +93,8 @@ class GSAM(PerturbedPass):
 
     def before_fit(self):
         super().before_fit()
+        if self.lr_max is not None and not has_rates(self.learn):
+            raise ValueError('`lr_max` needs a learning rate in every parameter group; leave `lr_max` out')
         self._lr_peak = _peak(self.learn)
 
     @property
@@ -102,6 +104,9 @@ class GSAM(PerturbedPass):
         if peak is None or peak == self.lr_min: return self.rho_max
         share = (self.learn.opt.hypers[-1]['lr'] - self.lr_min) / (peak - self.lr_min)
         return self.rho_min + (self.rho_max - self.rho_min) * min(max(float(share), 0.), 1.)
+
+    @property
+    def group_radius(self): return self.rho_max # the schedule then scales the radius of every group
 
     def perturbation(self, params, grads):
         return sam_ascent(params, grads, self.rho, self.adaptive, self.scratch)

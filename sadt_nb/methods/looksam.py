@@ -109,4 +109,5 @@ class LookSAM(SummedPass):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.steps, self.direction = state['steps'], state['direction']
+        # a copy, because the next SAM step overwrites the direction
+        self.steps, self.direction = state['steps'], deepcopy(state['direction'])

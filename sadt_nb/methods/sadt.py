@@ -18,8 +18,8 @@ from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads, are_dropped
-from ..core.passes import changed_states, check_outputs, is_unchanged, note_gradients, step_unscaled
-from ..core.passes import stepped_params, take_gradients
+from ..core.passes import changed_states, check_outputs, has_rates, is_unchanged, note_gradients
+from ..core.passes import step_unscaled, stepped_params, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks
@@ -182,13 +182,18 @@ class _SeededNoise(ExtraPass):
         rate = self._rate_now() if self.rate is None else self.rate # `None` before the first step
         return self.noise_scale * rate / 1e-4
 
-    def _rate_now(self): return float(max(h['lr'] for h in self.learn.opt.hypers)) # of all groups
+    def _rate_now(self):
+        "Return the highest learning rate of all groups; `None` if a group has none."
+        if not has_rates(self.learn): return None
+        return float(max(hypers['lr'] for hypers in self.learn.opt.hypers))
 
     def before_fit(self):
         # a Learner's fit is a new training unless a run is resumed; `closure_step` makes a loop in every step
         if not hasattr(self.learn, 'own_replay'): self.rate = self._loaded_rate
         super().before_fit() # keeps the state for the end of a learning rate search
         self._loaded_rate = None
+        if self.sigma == 'rate' and not has_rates(self.learn):
+            raise ValueError("sigma='rate' needs a learning rate in every parameter group; use sigma='fixed'")
 
     def after_step(self):
         # not in `before_fit`: a schedule, such as a warm-up, sets the rate of the first step later

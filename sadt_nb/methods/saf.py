@@ -179,4 +179,6 @@ class SAF(TrajectoryLoss):
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.records = None if state['logits'] is None else Records(state['logits'], state['written'])
+        logits, written = state['logits'], state['written']
+        # copies, because every batch writes into the records
+        self.records = None if logits is None else Records(logits.clone(), written.clone())

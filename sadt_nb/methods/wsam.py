@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.closures import closure_step
 from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass
-from ..core.passes import loss_scale, params_outside, unscale_
+from ..core.passes import has_rates, loss_scale, maximizes, params_outside, unscale_
 from ..core.perturb import check_radius, copied, local_parts, sam_ascent, trainable_params
 from ..core.perturb import weights_moved
 from ..core.ranks import average_over_ranks
@@ -86,9 +86,13 @@ def _decouple_(g, g_p, scratch, scaled):
     if scaled: torch._foreach_add_(g_p, differences, alpha=0)
 
 # %% ../../nbs/methods/28_wsam.ipynb #75871ee4
+def _rate(hypers):
+    "Return the learning rate of a group; it is negative in a group that maximizes the loss."
+    return -float(hypers['lr']) if maximizes(hypers) else float(hypers['lr'])
+
 @torch.no_grad()
 def _add_differences_(learn, differences, rates, alpha):
-    "Add `rate alpha (g - g_p)` to each parameter; `rates` has the learning rates of the parameter groups."
+    "Add `rate alpha (g - g_p)` to each parameter; `rates` has what `_rate` returns for each group."
     params = trainable_params(learn.model) | params_outside(learn)
     added = {id(p): differences[n] for n, p in params.items() if n in differences} # g - g_p
     for group, rate in zip(learn.opt.param_lists, rates):
@@ -124,7 +128,7 @@ class WSAM(_BothGradients):
                              'multiplies the sharpness by 9')
         super().__init__(bn, rng, start, stop)
         self.rho, self.gamma, self.decouple = rho, gamma, decouple
-        self._rates = [] # learning rates of the parameter groups before the step
+        self._rates = [] # what `_rate` has returned for each parameter group before the step
 
     @property
     def alpha(self) -> float: # 0 for plain training, 1 for SAM
@@ -136,7 +140,7 @@ class WSAM(_BothGradients):
 
     def before_fit(self):
         super().before_fit()
-        if self.decouple and any(group.get('lr') is None for group in self.learn.opt.hypers):
+        if self.decouple and not has_rates(self.learn):
             raise ValueError('`decouple` needs a learning rate in every parameter group; use decouple=False')
 
     def combine(self, g, g_p):
@@ -146,7 +150,8 @@ class WSAM(_BothGradients):
             unscale_(self.learn, g.values())
             self.keep(g)
 
-    def before_step(self): self._rates = [float(group['lr']) for group in self.learn.opt.hypers]
+    def before_step(self):
+        if self.decouple: self._rates = [_rate(group) for group in self.learn.opt.hypers]
 
     def after_sum(self, total, weight):
         _add_differences_(self.learn, total, self._rates, self.alpha)

@@ -582,3 +582,19 @@ def test_only_finds_the_parameters_inside_an_activation_checkpoint(inside, reent
     expected = values(net) - .1 * torch.cat([g.flatten() for g in second])
     wrapped(SAM(rho=.5, only='norm'), net).step(loss)
     close(values(net), expected)
+
+
+@pytest.mark.parametrize('options', [dict(variant=1), dict(variant=3), dict(grad_at='up'), dict(rho=.1)])
+def test_sadt_takes_sparse_gradients(options):
+    "The indices repeat, as the words of a text do; the weights must be those of dense gradients."
+    def trained(sparse):
+        torch.manual_seed(0)
+        net = nn.Embedding(6, 2, sparse=sparse).double()
+        opt = torch.optim.SGD(net.parameters(), lr=.1, momentum=.9)
+        wrapper = MethodOptimizer(SADT(**options, noise_scale=1000., divergence='gaussian'), opt, net)
+        def closure():
+            rows = net(torch.tensor([1, 2, 3, 2]))
+            return rows, (rows - 1).square().mean()
+        for _ in range(3): wrapper.step(closure)
+        return values(net)
+    close(trained(True), trained(False))

@@ -91,7 +91,8 @@ class gradient_ascent(Perturbation):
     def __call__(self, params, grads, generator):
         deltas = {}
         for n, g in grads.items():
-            if g.ndim >= self.min_ndim: g = g + _noise(g, self.noise_std, generator)
+            # in this order, because PyTorch adds no dense tensor to a sparse gradient
+            if g.ndim >= self.min_ndim: g = _noise(g, self.noise_std, generator) + g
             deltas[n] = g * self.lr
         return deltas
 

@@ -64,10 +64,11 @@ def test_pairs_are_counted_once_and_kept_in_order():
 
 
 @pytest.mark.parametrize('pairs, message', [
-    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose one of a, b, c"),
-    ([('a', 'c')], "'a' and 'c' have no repetition in common")])
+    ([], '`pairs` must name'), ([('a', 'x')], "no group is named 'x'; choose one of a, b, c, percent"),
+    ([('a', 'c')], "'a' and 'c' have no repetition in common"),
+    ([('a', 'percent')], r"the accuracies of 'percent' must lie in \[0, 1\]")])
 def test_wrong_pairs_are_refused(pairs, message):
-    groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c={'seed 9': runs((.7, .7))[0]})
+    groups = dict(a=runs((.5, .5)), b=runs((.6, .4)), c={'seed 9': runs((.7, .7))[0]}, percent=runs((50, 51)))
     with pytest.raises(ValueError, match=message): both_readings(groups, pairs)
 
 

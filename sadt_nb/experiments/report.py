@@ -289,6 +289,9 @@ def _check_pair(pair, groups):
             raise ValueError(f'no group is named {name!r}; choose one of {", ".join(groups)}')
     if not groups[pair[0]].keys() & groups[pair[1]].keys():
         raise ValueError(f'{pair[0]!r} and {pair[1]!r} have no repetition in common')
+    for name in pair:
+        if any(r['accuracy'] > 1 for r in groups[name].values()):
+            raise ValueError(f'the accuracies of {name!r} must lie in [0, 1]; divide percentages by 100')
 
 _WHICH_DECIDES = ("To judge a paper's claim, we use the accuracies with the running averages, because the "
                   "papers' authors measure in this way.")
@@ -300,9 +303,10 @@ def both_readings(
 ) -> Sentence: # A sentence, and for each difference that changes its sign a line with both values
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
-    Each result needs 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics). Means are
-    taken over the repetitions that both groups have. A difference of zero has no sign. Raises `ValueError`
-    without pairs, for an unknown name, and for two groups without a common repetition."""
+    Each result needs 'accuracy' (running averages) and 'accuracy_bn' (re-estimated statistics), both in
+    [0, 1]. Means are taken over the repetitions that both groups have. A difference of zero has no sign.
+    Raises `ValueError` without pairs, for an unknown name, for two groups without a common repetition, and
+    for percentages."""
     groups = {name: _by_repetition(results) for name, results in groups.items()}
     pairs = list(dict.fromkeys(pairs))
     changed = []

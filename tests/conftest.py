@@ -273,3 +273,17 @@ class Overflow(nn.Module):
     def forward(self, x):
         self.calls += 1
         return self.net(x) * (math.inf if self.calls == self.bad else 1.)
+
+
+def sam_gradients(net, loss, radii):
+    "Gradients before and after SAM's perturbation in plain PyTorch, with a radius for each parameter."
+    params = list(net.parameters())
+    grads = torch.autograd.grad(loss(), params)
+    norm = torch.cat([g.flatten() for g in grads]).norm()
+    before = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        for p, g, rho in zip(params, grads, radii): p += rho * g / norm
+    moved = torch.autograd.grad(loss(), params)
+    with torch.no_grad():
+        for p, w in zip(params, before): p.copy_(w)
+    return grads, moved

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+from conftest import sam_gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -33,16 +34,8 @@ def values(net): return torch.cat([p.detach().flatten() for p in net.parameters(
 
 
 def sam_gradient(net, loss, rho=.05):
-    "SAM's gradient in plain PyTorch; `net` keeps its weights and gradients."
-    params = list(net.parameters())
-    grads = torch.autograd.grad(loss(), params)
-    norm = torch.cat([g.flatten() for g in grads]).norm()
-    before = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, g in zip(params, grads): p += rho * g / norm
-    moved = torch.autograd.grad(loss(), params)
-    with torch.no_grad():
-        for p, w in zip(params, before): p.copy_(w)
+    "SAM's gradient as one vector; `net` keeps its weights and gradients."
+    _, moved = sam_gradients(net, loss, [rho] * len(list(net.parameters())))
     return torch.cat([g.flatten() for g in moved])
 
 

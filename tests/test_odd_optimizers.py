@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import sam_gradients
 from torch import nn
 from torch.nn import functional as F
 from fastai.callback.core import TrainEvalCallback
@@ -41,20 +42,6 @@ def network():
 def loss_of(net, x, y): return lambda: F.cross_entropy(net(x), y)
 def values(net): return torch.cat([p.detach().flatten() for p in net.parameters()])
 def close(got, expected): torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
-
-
-def sam_gradients(net, loss, radii):
-    "SAM's gradients in plain PyTorch, with a radius for each parameter; `net` keeps its weights."
-    params = list(net.parameters())
-    grads = torch.autograd.grad(loss(), params)
-    norm = torch.cat([g.flatten() for g in grads]).norm()
-    before = [p.detach().clone() for p in params]
-    with torch.no_grad():
-        for p, g, rho in zip(params, grads, radii): p += rho * g / norm
-    moved = torch.autograd.grad(loss(), params)
-    with torch.no_grad():
-        for p, w in zip(params, before): p.copy_(w)
-    return grads, moved
 
 
 # A parameter group with a `rho`

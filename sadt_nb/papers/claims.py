@@ -629,7 +629,8 @@ class Place(NamedTuple):
     preset: str  # Preset of the runs
     amp: str = '' # Mixed precision of all runs of the preset
 
-_AVERAGED = ('distill/digits', 'distill/cifar_small') # presets whose ensembles are also compared
+# presets whose ensembles are also compared
+_AVERAGED = ('distill/digits', 'distill/cifar_small', 'fast/narrow_rounds')
 _TEST_IMAGES = dict(noisy_digits=360, cifar10=10_000) # for runs whose stored results lack this number
 
 def kurtosis(
@@ -730,7 +731,7 @@ def stored_networks(
                 for key in ('accuracy_bn', *_BITS.values()):
                     if key in of_teacher: numbers[f'teacher_{key}'] = of_teacher[key]
             rows.append(dict(study=place.study, run=c.run, **place_kind_seed(c.label, place.name), **numbers))
-        if place.preset not in _AVERAGED: continue
+        if not runs or place.preset not in _AVERAGED: continue
         for e in paper_ensembles(place.preset):
             found = run_ensemble(e.members, published(place.folder))
             first = e.members[0]

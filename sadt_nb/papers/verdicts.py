@@ -39,6 +39,7 @@ _FULL = 'CIFAR-10, full length'
 _STRONG = 'CIFAR-10, strong recipe'
 _WIDER = 'CIFAR-10, strong recipe, wider network'
 _STRONG_FORTY = 'CIFAR-10, strong recipe, 40% wrong labels'
+_ROUNDS = 'CIFAR-10, strong recipe, rounds of students'
 _FLAT = ('digits, flatness measured', 'Simple CNN on CIFAR-10', 'ResNet-20 on CIFAR-10')
 _STEP = 'a step of ResNet-18 on a CPU'
 _LOGS = 'ResNet-18 on CIFAR-10' # the networks of the authors' logs
@@ -66,6 +67,7 @@ PLACES = [ # name, study page, folder of the stored runs, preset, mixed precisio
     Place(_STRONG, 'fast_methods', 'fast_narrow', 'fast/narrow_rates'),
     Place(_WIDER, 'fast_methods', 'fast_small', 'fast/small'),
     Place(_STRONG_FORTY, 'fast_methods', 'fast_narrow', 'fast/narrow_noise40'),
+    Place(_ROUNDS, 'distill_cifar', 'fast_rounds', 'fast/narrow_rounds'),
 ]
 
 def studies() -> dict: # Name of a place (a data set with one setup): study page that shows it
@@ -490,7 +492,8 @@ def _in_table2(a, b): return _paper('distill/table2', a, b, *_RESNET18)
 
 def _student_above_teacher(nets):
     ours = []
-    for place, alphas in ((_CIFAR, [.5]), (_DIGITS, _ALPHAS), (_FORTY, [.2])):
+    places = (_CIFAR, [.5]), (_DIGITS, _ALPHAS), (_FORTY, [.2]), (_ROUNDS, [.5])
+    for place, alphas in places:
         for a in alphas:
             stated = _in_table2(_round(a, 1), 'teacher')
             ours.append(nets.gap(place, f'alpha {a}', _round(a, 1), **stated))
@@ -505,7 +508,8 @@ def _student_above_teacher(nets):
 
 def _further_rounds(nets):
     ours = []
-    for place, alphas, last in ((_CIFAR, [.5], 2), (_DIGITS, _ALPHAS, 3), (_FORTY, [.2], 3)):
+    places = (_CIFAR, [.5], 2), (_DIGITS, _ALPHAS, 3), (_FORTY, [.2], 3), (_ROUNDS, [.5], 3)
+    for place, alphas, last in places:
         for a in alphas:
             kinds = _round(a, last), _round(a, 1)
             words = f'alpha {a}, round {last} against round 1'
@@ -535,8 +539,8 @@ _ENSEMBLES = (('distill/ban', ''),)
 def _independent_above_rounds(nets):
     facts = dict(of_paper=_LENGTH)
     ours = [nets.gap(_CIFAR, '3 members', 'independent, 3 members', 'alpha 0.5, rounds 0 to 2', **facts)]
-    for place in (_DIGITS, _FORTY):
-        for a in _ALPHAS:
+    for place, alphas in ((_DIGITS, _ALPHAS), (_FORTY, _ALPHAS), (_ROUNDS, [.5])):
+        for a in alphas:
             kinds = 'independent, 4 members', f'alpha {a}, rounds 0 to 3'
             ours.append(nets.gap(place, f'4 members, alpha {a}', *kinds, **facts))
     says = ('An ensemble of independent networks has a higher test accuracy than an ensemble of the teacher '
@@ -547,9 +551,10 @@ def _independent_above_rounds(nets):
 def _rounds_alike(nets):
     facts = dict(key='diversity', side=LOWER, of_paper=_LENGTH)
     ours = [nets.gap(_CIFAR, '3 members', 'alpha 0.5, rounds 0 to 2', 'independent, 3 members', **facts)]
-    for a in _ALPHAS:
-        kinds = f'alpha {a}, rounds 0 to 3', 'independent, 4 members'
-        ours.append(nets.gap(_DIGITS, f'4 members, alpha {a}', *kinds, **facts))
+    for place, alphas in ((_DIGITS, _ALPHAS), (_ROUNDS, [.5])):
+        for a in alphas:
+            kinds = f'alpha {a}, rounds 0 to 3', 'independent, 4 members'
+            ours.append(nets.gap(place, f'4 members, alpha {a}', *kinds, **facts))
     return Claim('An ensemble of rounds is less accurate because successive rounds differ less than '
                  'independent networks (diversity of the logits: rounds divided by independent networks)',
                  'section 5.2', 'distillation', 'rounds differ less', ours, tables=_ENSEMBLES)
@@ -557,7 +562,8 @@ def _rounds_alike(nets):
 def _rounds_approach(nets):
     facts = dict(key='logits', side=LOWER, of_paper=_LENGTH)
     ours = [nets.gap(_CIFAR, 'alpha 0.5', _round(.5, 2), _round(.5, 1), **facts)]
-    ours += [nets.gap(_DIGITS, f'alpha {a}', _round(a, 3), _round(a, 1), **facts) for a in _ALPHAS]
+    for place, alphas in ((_DIGITS, _ALPHAS), (_ROUNDS, [.5])):
+        ours += [nets.gap(place, f'alpha {a}', _round(a, 3), _round(a, 1), **facts) for a in alphas]
     return Claim('The logits of student and teacher differ less with every round '
                  '(squared difference: last round divided by first round)', 'Figure 6', 'distillation',
                  'rounds approach their teacher', ours, tables=_ENSEMBLES)

@@ -26,7 +26,7 @@ from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepp
 from .passes import take_gradients
 from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params
 from .perturb import weights_moved
-from .ranks import sync_gradients
+from .ranks import own_memory, sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
 class _Groups:
@@ -150,7 +150,7 @@ class _Gradients(_CallbackHandler):
         used = self._used
         self._used = {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if not is_unchanged(g, used.get(p))}
+        return own_memory(self.model, {p: g for p, g in taken.items() if not is_unchanged(g, used.get(p))})
 
     def remember_used(self):
         "Store which gradients a step has used."
@@ -194,7 +194,7 @@ def _backward(loop, loss, inputs):
 def _first_pass_kept(loop):
     "Inside, an extra pass has its own gradients and prediction; those of the first pass come back."
     first_pred = loop.pred
-    taken = take_gradients(stepped_params(loop))
+    taken = own_memory(loop.model, take_gradients(stepped_params(loop)))
     loop._replaying = True
     try: yield
     finally:
@@ -413,6 +413,8 @@ def _loop_backward(loop, closure):
     loop.xb, loop.per_sample = closure, _takes_rows(method, closure)
     loop.forget_if_dropped()
     loop.kept = loop.set_aside()
+    # also inside `no_sync`: no later backward averages the gradients of this micro-batch
+    sync_gradients(loop.model, True)
     try:
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may call backward itself

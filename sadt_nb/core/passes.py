@@ -38,7 +38,7 @@ from .arguments import ShowsArguments
 from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
 from .perturb import perturbed, settle_gradients, trainable_params, unwrapped, version_of
 from .perturb import weights_moved
-from .ranks import average_over_ranks, n_ranks, sync_gradients
+from .ranks import average_gradients, n_ranks, own_memory, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
 ORDERS = dict(
@@ -482,7 +482,7 @@ def _shown_to_others(learn):
 def _first_pass_kept(learn, params):
     "Inside, an extra pass has its own gradients, prediction and losses; those of the first pass come back."
     shown = _shown_to_others(learn)
-    taken = take_gradients(params)
+    taken = own_memory(learn.model, take_gradients(params))
     try: yield
     finally:
         weights_moved(learn.model) # after a pass without a graph, autocast's cached weights have no graph
@@ -867,6 +867,7 @@ class _OwnGradients(ExtraPass):
             if not untouched: self._stash[p] = g
             # the zeros are freed where a backward may write a gradient, as it needs the memory
             else: self._zeroed[p] = None if p.requires_grad else g
+        self._stash = own_memory(self.learn.model, self._stash)
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
@@ -1088,7 +1089,7 @@ class _Chunks(_ChosenParams):
             add_gradients(total)
             total = take_gradients(params)
         add_gradients(total)
-        average_over_ranks(self.learn.model, [p.grad for p in params if p.grad is not None])
+        average_gradients(self.learn.model, params)
 
 # %% ../../nbs/core/01_passes.ipynb #947c2af3
 def _run_passes(method, run):

@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import distributed, nn, Tensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 try: from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 except ImportError: DTensor = () # built without `torch.distributed`; `isinstance(t, ())` is always `False`
@@ -382,9 +383,10 @@ def weights_moved(
 ):
     """Drop the copies of weights that PyTorch keeps. Must be called after every change of the weights.
 
-    `torch.autocast` keeps cast copies. FSDP2 keeps the whole weights of its outermost module after a forward
-    pass without a backward pass."""
+    `torch.autocast` keeps cast copies. `parametrize.cached` keeps what parametrizations have computed.
+    FSDP2 keeps the whole weights of its outermost module after a forward pass without a backward pass."""
     torch.clear_autocast_cache()
+    parametrize._cache.clear()
     for m in list(_FSDP_MODULES): m.reshard()
     if model is not None: drop_gathered(model)
 

@@ -76,13 +76,19 @@ def set_rng_states(
     if states[1] is not None: torch.get_device_module(device).set_rng_state(states[1], device)
 
 # %% ../../nbs/core/01_passes.ipynb #f346ef65
+def _buffer_copy(buffer):
+    "Return a copy; `None` for a tensor made by `expand`, in which PyTorch refuses to write."
+    is_strided = buffer.layout == torch.strided
+    if is_strided and any(n > 1 and not step for n, step in zip(buffer.shape, buffer.stride())): return None
+    return buffer.clone()
+
 def _buffer_copies(model):
     "Return module, name, buffer and a copy of the buffer, for every buffer of a network."
     copies = {} # by identity, because modules can share a buffer
     found = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in copies: copies[id(buffer)] = buffer.clone()
+            if buffer is not None and id(buffer) not in copies: copies[id(buffer)] = _buffer_copy(buffer)
             found.append((module, name, buffer, copies.get(id(buffer))))
     return found
 
@@ -90,7 +96,7 @@ def _buffer_copies(model):
 def _restore_buffers(copies):
     "Put back what `_buffer_copies` has copied."
     for module, name, buffer, before in copies:
-        if buffer is not None: buffer.copy_(before)
+        if before is not None: buffer.copy_(before)
         module._buffers[name] = buffer # a forward pass may have put another tensor here
 
 @contextmanager
@@ -1130,7 +1136,8 @@ def _buffers_kept_unless(model, finite):
     with torch.no_grad():
         for module, name, _, before in copies: # `where` does not wait for a GPU
             now = module._buffers.get(name)
-            if now is not None: now.copy_(torch.where(finite.to(now.device), now, before))
+            if now is None or before is None: continue
+            now.copy_(torch.where(finite.to(now.device), now, before))
 
 @torch.no_grad()
 def _nan_unless_(params, finite):

@@ -88,6 +88,16 @@ def _check_loss(loss):
     raise ValueError('the closure must return the loss with its graph, or call backward itself; '
                      f'it returned {found}, and no parameter has a gradient')
 
+def _check_losses(losses, rows):
+    "Raise `ValueError` unless a closure has returned one loss for each of the samples at `rows`."
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else None
+    if shape is not None and len(shape) == 1 and (rows is None or shape == rows.shape): return
+    n = 'n' if rows is None else len(rows)
+    found = repr(type(losses).__name__) if shape is None else f'the shape {shape}'
+    raise ValueError(f'the closure must return one loss per sample, a tensor of the shape ({n},), got '
+                     f"{found}; use reduction='none', run only the samples at the given positions, and take "
+                     'the mean over the other axes, as in `losses.flatten(1).mean(1)`')
+
 def _check_logits(logits, has_gradients):
     "Raise `ValueError` if a closure returned no logits, or called `backward` itself."
     if logits is None or has_gradients:
@@ -238,6 +248,7 @@ class _Passes(_Gradients):
         out = self.xb(rows) if self.per_sample else self.xb()
         logits, loss = _split(out)
         if self.per_sample:
+            if getattr(self.method, 'needs_rows', False): _check_losses(loss, rows)
             logits = loss.detach() # `pred` then holds the losses of the samples
             loss = loss.mean()
         self.pred = logits

@@ -573,8 +573,12 @@ class _Wrapped(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         "Return the base's state, the method's state as 'method', and 'steps_done' if `total_steps` is known."
+        for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
         state = self.base.state_dict() | dict(method=method_state(self.method))
         if self._loop.total_steps is not None: state['steps_done'] = self._loop.steps_done
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            if changed is not None: state = changed
         return state
 
     def load_state_dict(self, state_dict):
@@ -582,12 +586,16 @@ class _Wrapped(torch.optim.Optimizer):
 
         Raises `ValueError` for the state of another method."""
         state = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state)
+            if changed is not None: state = dict(changed)
         method = state.pop('method', None)
         steps_done = state.pop('steps_done', self._loop.steps_done)
         # first, because its error must leave the base as it is
         if method is not None: load_method_state(self.method, method)
         self.base.load_state_dict(state)
         self._loop.steps_done = steps_done
+        for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
     # fastai copies a callback without its large state, so this state is copied here
     def __getstate__(self):
@@ -855,6 +863,10 @@ class MethodOptimizer(_TwoSteps):
         self._abandon()
         self.zero_grad()
 
+    # PyTorch calls the hooks of an optimizer around `step` only
+    @torch.optim.Optimizer.profile_hook_step
+    def _hooked_step(self): _loop_step(self._loop)
+
     def second_step(self):
         """Put the weights back, and step with the gradient from the perturbed weights.
 
@@ -862,7 +874,7 @@ class MethodOptimizer(_TwoSteps):
         self._check_begun()
         _check_scaled(self._loop, self, self.base)
         self._finish_pass()
-        _loop_step(self._loop)
+        self._hooked_step()
         self._begun = False
         self._opt_called = True # PyTorch's schedulers warn if this is not set
         self._forwards.clear()

@@ -539,3 +539,64 @@ def test_schedulers_see_that_the_wrapper_has_stepped(way, recwarn):
         opt.second_step()
     schedule.step()
     assert not [w for w in recwarn if 'lr_scheduler' in str(w.message)]
+
+
+@pytest.mark.parametrize('returned, found', [
+    (lambda losses, rows: losses.mean(), r'shape \(\)'),
+    (lambda losses, rows: losses[:, None].expand(-1, 6), r'shape \(8, 6\)'),
+    (lambda losses, rows: losses.tolist(), "'list'"),
+])
+@pytest.mark.parametrize('rows_used', [True, False])
+def test_esam_refuses_other_losses_than_one_per_sample(returned, found, rows_used):
+    (x, y), *_ = batches()
+    net = network(norm=False)
+    opt = MethodOptimizer(ESAM(), torch.optim.SGD(net.parameters(), lr=.1), net)
+    before = values(net)
+    def closure(rows):
+        if rows is None or not rows_used: rows = slice(None)
+        return returned(F.cross_entropy(net(x[rows]), y[rows], reduction='none'), rows)
+    with pytest.raises(ValueError, match=f'one loss per sample.*{found}'): opt.step(closure)
+    assert torch.equal(values(net), before)
+
+
+def test_esam_refuses_a_closure_that_ignores_the_positions():
+    (x, y), *_ = batches()
+    net = network(norm=False)
+    opt = MethodOptimizer(ESAM(), torch.optim.SGD(net.parameters(), lr=.1), net)
+    before = values(net)
+    with pytest.raises(ValueError, match=r'shape \(4,\), got the shape \(8,\)'):
+        opt.step(lambda rows: F.cross_entropy(net(x), y, reduction='none'))
+    assert torch.equal(values(net), before)
+
+
+def test_hooks_of_the_wrapper_run_in_every_kind_of_step():
+    (x, y), *_ = batches()
+    net = network(norm=False)
+    opt = MethodOptimizer(SAM(.1), torch.optim.SGD(net.parameters(), lr=.1), net)
+    calls = []
+    before = values(net)
+    def at_the_weights(*_): calls.append(('before', torch.equal(values(net), before)))
+    opt.register_step_pre_hook(at_the_weights)
+    opt.register_step_post_hook(lambda *_: calls.append(('after', torch.equal(values(net), before))))
+    F.cross_entropy(net(x), y).backward()
+    assert opt.first_step() and not calls
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.second_step()
+    assert calls == [('before', True), ('after', False)]
+
+
+def test_hooks_of_the_wrapper_change_its_state_as_in_pytorch():
+    net = network(norm=False)
+    opt = MethodOptimizer(SAM(.1, interval=2), torch.optim.SGD(net.parameters(), lr=.1), net)
+    calls = []
+    opt.register_state_dict_pre_hook(lambda o: calls.append(('saving', o is opt)))
+    opt.register_state_dict_post_hook(lambda o, state: state | dict(note='mine'))
+    def take_note(o, state):
+        calls.append(state['note'])
+        return {k: v for k, v in state.items() if k != 'note'}
+    opt.register_load_state_dict_pre_hook(take_note)
+    opt.register_load_state_dict_post_hook(lambda o: calls.append(('loaded', o is opt)))
+    state = opt.state_dict()
+    opt.load_state_dict(state)
+    assert calls == [('saving', True), 'mine', ('loaded', True)] and state['note'] == 'mine'

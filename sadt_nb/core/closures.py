@@ -26,7 +26,7 @@ from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepp
 from .passes import take_gradients
 from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params
 from .perturb import weights_moved
-from .ranks import sync_gradients
+from .ranks import own_memory, sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
 class _Groups:
@@ -87,6 +87,16 @@ def _check_loss(loss):
     found = 'a tensor without a graph' if isinstance(loss, Tensor) else repr(type(loss).__name__)
     raise ValueError('the closure must return the loss with its graph, or call backward itself; '
                      f'it returned {found}, and no parameter has a gradient')
+
+def _check_losses(losses, rows):
+    "Raise `ValueError` unless a closure has returned one loss for each of the samples at `rows`."
+    shape = tuple(losses.shape) if isinstance(losses, Tensor) else None
+    if shape is not None and len(shape) == 1 and (rows is None or shape == rows.shape): return
+    n = 'n' if rows is None else len(rows)
+    found = repr(type(losses).__name__) if shape is None else f'the shape {shape}'
+    raise ValueError(f'the closure must return one loss per sample, a tensor of the shape ({n},), got '
+                     f"{found}; use reduction='none', run only the samples at the given positions, and take "
+                     'the mean over the other axes, as in `losses.flatten(1).mean(1)`')
 
 def _check_logits(logits, has_gradients):
     "Raise `ValueError` if a closure returned no logits, or called `backward` itself."
@@ -150,7 +160,7 @@ class _Gradients(_CallbackHandler):
         used = self._used
         self._used = {}
         taken = take_gradients(stepped_params(self))
-        return {p: g for p, g in taken.items() if not is_unchanged(g, used.get(p))}
+        return own_memory(self.model, {p: g for p, g in taken.items() if not is_unchanged(g, used.get(p))})
 
     def remember_used(self):
         "Store which gradients a step has used."
@@ -194,7 +204,7 @@ def _backward(loop, loss, inputs):
 def _first_pass_kept(loop):
     "Inside, an extra pass has its own gradients and prediction; those of the first pass come back."
     first_pred = loop.pred
-    taken = take_gradients(stepped_params(loop))
+    taken = own_memory(loop.model, take_gradients(stepped_params(loop)))
     loop._replaying = True
     try: yield
     finally:
@@ -238,6 +248,7 @@ class _Passes(_Gradients):
         out = self.xb(rows) if self.per_sample else self.xb()
         logits, loss = _split(out)
         if self.per_sample:
+            if getattr(self.method, 'needs_rows', False): _check_losses(loss, rows)
             logits = loss.detach() # `pred` then holds the losses of the samples
             loss = loss.mean()
         self.pred = logits
@@ -413,6 +424,8 @@ def _loop_backward(loop, closure):
     loop.xb, loop.per_sample = closure, _takes_rows(method, closure)
     loop.forget_if_dropped()
     loop.kept = loop.set_aside()
+    # also inside `no_sync`: no later backward averages the gradients of this micro-batch
+    sync_gradients(loop.model, True)
     try:
         loop('before_batch')
         if not method.needs_logits: loop('before_backward') # a closure may call backward itself
@@ -560,8 +573,12 @@ class _Wrapped(torch.optim.Optimizer):
 
     def state_dict(self) -> dict:
         "Return the base's state, the method's state as 'method', and 'steps_done' if `total_steps` is known."
+        for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
         state = self.base.state_dict() | dict(method=method_state(self.method))
         if self._loop.total_steps is not None: state['steps_done'] = self._loop.steps_done
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, state)
+            if changed is not None: state = changed
         return state
 
     def load_state_dict(self, state_dict):
@@ -569,12 +586,16 @@ class _Wrapped(torch.optim.Optimizer):
 
         Raises `ValueError` for the state of another method."""
         state = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state)
+            if changed is not None: state = dict(changed)
         method = state.pop('method', None)
         steps_done = state.pop('steps_done', self._loop.steps_done)
         # first, because its error must leave the base as it is
         if method is not None: load_method_state(self.method, method)
         self.base.load_state_dict(state)
         self._loop.steps_done = steps_done
+        for hook in self._optimizer_load_state_dict_post_hooks.values(): hook(self)
 
     # fastai copies a callback without its large state, so this state is copied here
     def __getstate__(self):
@@ -842,6 +863,10 @@ class MethodOptimizer(_TwoSteps):
         self._abandon()
         self.zero_grad()
 
+    # PyTorch calls the hooks of an optimizer around `step` only
+    @torch.optim.Optimizer.profile_hook_step
+    def _hooked_step(self): _loop_step(self._loop)
+
     def second_step(self):
         """Put the weights back, and step with the gradient from the perturbed weights.
 
@@ -849,7 +874,7 @@ class MethodOptimizer(_TwoSteps):
         self._check_begun()
         _check_scaled(self._loop, self, self.base)
         self._finish_pass()
-        _loop_step(self._loop)
+        self._hooked_step()
         self._begun = False
         self._opt_called = True # PyTorch's schedulers warn if this is not set
         self._forwards.clear()

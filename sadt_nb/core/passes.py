@@ -38,7 +38,7 @@ from .arguments import ShowsArguments
 from .perturb import check_count, chosen_params, copied, global_norm, is_sharded, local_parts
 from .perturb import perturbed, settle_gradients, trainable_params, unwrapped, version_of
 from .perturb import weights_moved
-from .ranks import average_over_ranks, n_ranks, sync_gradients
+from .ranks import average_gradients, n_ranks, own_memory, sync_gradients
 
 # %% ../../nbs/core/01_passes.ipynb #bbac3023
 ORDERS = dict(
@@ -76,13 +76,19 @@ def set_rng_states(
     if states[1] is not None: torch.get_device_module(device).set_rng_state(states[1], device)
 
 # %% ../../nbs/core/01_passes.ipynb #f346ef65
+def _buffer_copy(buffer):
+    "Return a copy; `None` for a tensor made by `expand`, in which PyTorch refuses to write."
+    is_strided = buffer.layout == torch.strided
+    if is_strided and any(n > 1 and not step for n, step in zip(buffer.shape, buffer.stride())): return None
+    return buffer.clone()
+
 def _buffer_copies(model):
     "Return module, name, buffer and a copy of the buffer, for every buffer of a network."
     copies = {} # by identity, because modules can share a buffer
     found = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and id(buffer) not in copies: copies[id(buffer)] = buffer.clone()
+            if buffer is not None and id(buffer) not in copies: copies[id(buffer)] = _buffer_copy(buffer)
             found.append((module, name, buffer, copies.get(id(buffer))))
     return found
 
@@ -90,7 +96,7 @@ def _buffer_copies(model):
 def _restore_buffers(copies):
     "Put back what `_buffer_copies` has copied."
     for module, name, buffer, before in copies:
-        if buffer is not None: buffer.copy_(before)
+        if before is not None: buffer.copy_(before)
         module._buffers[name] = buffer # a forward pass may have put another tensor here
 
 @contextmanager
@@ -482,7 +488,7 @@ def _shown_to_others(learn):
 def _first_pass_kept(learn, params):
     "Inside, an extra pass has its own gradients, prediction and losses; those of the first pass come back."
     shown = _shown_to_others(learn)
-    taken = take_gradients(params)
+    taken = own_memory(learn.model, take_gradients(params))
     try: yield
     finally:
         weights_moved(learn.model) # after a pass without a graph, autocast's cached weights have no graph
@@ -867,6 +873,7 @@ class _OwnGradients(ExtraPass):
             if not untouched: self._stash[p] = g
             # the zeros are freed where a backward may write a gradient, as it needs the memory
             else: self._zeroed[p] = None if p.requires_grad else g
+        self._stash = own_memory(self.learn.model, self._stash)
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
 
@@ -1088,7 +1095,7 @@ class _Chunks(_ChosenParams):
             add_gradients(total)
             total = take_gradients(params)
         add_gradients(total)
-        average_over_ranks(self.learn.model, [p.grad for p in params if p.grad is not None])
+        average_gradients(self.learn.model, params)
 
 # %% ../../nbs/core/01_passes.ipynb #947c2af3
 def _run_passes(method, run):
@@ -1129,7 +1136,8 @@ def _buffers_kept_unless(model, finite):
     with torch.no_grad():
         for module, name, _, before in copies: # `where` does not wait for a GPU
             now = module._buffers.get(name)
-            if now is not None: now.copy_(torch.where(finite.to(now.device), now, before))
+            if now is None or before is None: continue
+            now.copy_(torch.where(finite.to(now.device), now, before))
 
 @torch.no_grad()
 def _nan_unless_(params, finite):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Only', 'is_sharded', 'check_whole', 'local_parts', 'placed_like', 'settle_gradients', 'version_of', 'unwrapped',
            'drop_gathered', 'trainable_params', 'is_norm_layer', 'check_only', 'chosen_params', 'real_views',
-           'global_norm', 'global_dot', 'clip_gradients_', 'check_finite', 'check_not_negative', 'check_count',
-           'check_radius', 'ascent', 'scratch_like', 'copied', 'weights_moved', 'fitted', 'has_average',
+           'in_range', 'global_norm', 'global_dot', 'clip_gradients_', 'check_finite', 'check_not_negative',
+           'check_count', 'check_radius', 'ascent', 'scratch_like', 'copied', 'weights_moved', 'fitted', 'has_average',
            'copy_not_finite_', 'perturbed', 'weight_sizes', 'sam_ascent']
 
 # %% ../../nbs/core/00_perturb.ipynb #49bcc589
@@ -18,6 +18,7 @@ from weakref import WeakSet
 import torch
 from torch import distributed, nn, Tensor
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 try: from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 except ImportError: DTensor = () # built without `torch.distributed`; `isinstance(t, ())` is always `False`
@@ -197,6 +198,20 @@ def real_views(
     been added up yet; see `settle_gradients`."""
     return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in local_parts(tensors)]
 
+def _wide(tensors):
+    "Return real tensors; those in float16 are converted to float32, because squares leave float16's range."
+    return [t.float() if t.dtype == torch.float16 else t for t in tensors]
+
+def in_range(
+    factor:Tensor,            # 0-d real tensor
+    tensors:Iterable[Tensor], # Tensors that will be multiplied or divided by the factor
+) -> Tensor: # `factor`, changed only if a tensor has the dtype float16
+    "Return a factor that float16 can represent, neither infinite nor zero, if a tensor is in float16."
+    if all(t.dtype != torch.float16 for t in tensors): return factor
+    limits = torch.finfo(torch.float16)
+    smallest = limits.smallest_normal * limits.eps
+    return factor.float().abs().clamp(smallest, limits.max).copysign(factor)
+
 def _over_processes(value, mesh, placements):
     """Return the sum of `value` over the processes that store different parts of a tensor.
 
@@ -223,7 +238,7 @@ def global_norm(
     "Return the Euclidean norm of all elements of all tensors together."
     tensors = list(tensors)
     if not tensors: return torch.tensor(0.)
-    norms = torch._foreach_norm(real_views(tensors))
+    norms = torch._foreach_norm(_wide(real_views(tensors)))
     if any(map(is_sharded, tensors)): return _over_parts([n.square() for n in norms], tensors).sqrt()
     return torch.linalg.vector_norm(torch.stack(norms))
 
@@ -234,7 +249,7 @@ def global_dot(
 ) -> Tensor: # 0-d real tensor on the same device, equal in all processes; 0. for empty lists
     "Return the scalar product of two lists of tensors, each taken as one long real vector."
     if not a: return torch.tensor(0.)
-    dots = [p.sum() for p in torch._foreach_mul(real_views(a), real_views(b))]
+    dots = [p.sum() for p in torch._foreach_mul(_wide(real_views(a)), _wide(real_views(b)))]
     if any(map(is_sharded, a)): return _over_parts(dots, a)
     return torch.stack(dots).sum()
 
@@ -318,7 +333,7 @@ def ascent(
     ts = real_views(scales[n] for n in names)
     if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T g, whose norm the next line needs
     norm = global_norm(grads.values())
-    factor = rho / (norm + eps)
+    factor = in_range(rho / (norm + eps), grads.values())
     if ts: torch._foreach_mul_(scaled, ts) # now `grads` hold T² g
     torch._foreach_mul_(local_parts(grads.values()), factor)
     _zero_unless_(real_views(grads.values()), norm.isfinite())
@@ -368,9 +383,10 @@ def weights_moved(
 ):
     """Drop the copies of weights that PyTorch keeps. Must be called after every change of the weights.
 
-    `torch.autocast` keeps cast copies. FSDP2 keeps the whole weights of its outermost module after a forward
-    pass without a backward pass."""
+    `torch.autocast` keeps cast copies. `parametrize.cached` keeps what parametrizations have computed.
+    FSDP2 keeps the whole weights of its outermost module after a forward pass without a backward pass."""
     torch.clear_autocast_cache()
+    parametrize._cache.clear()
     for m in list(_FSDP_MODULES): m.reshard()
     if model is not None: drop_gathered(model)
 

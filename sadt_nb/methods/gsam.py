@@ -17,11 +17,11 @@ from ..core.closures import closure_step
 from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, has_rates
 from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
 from ..core.perturb import sam_ascent, trainable_params
-from ..core.ranks import average_over_ranks
+from ..core.ranks import average_gradients
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
 def _decompose_(params, g, alpha):
-    """Replace g_p in `.grad` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`, and return the new gradients.
+    """Replace g_p in `.grad` by `g_p - alpha (g - (g.g_p / ||g_p||²) g_p)`.
 
     The tensors of `g` are overwritten.
     If a parameter gets a gradient in only one of the two passes, its gradient in the other pass is zero."""
@@ -37,7 +37,6 @@ def _decompose_(params, g, alpha):
     torch._foreach_mul_(g, -alpha)
     torch._foreach_mul_(g_p, 1 + alpha * along)
     torch._foreach_add_(g_p, g)
-    return final
 
 # %% ../../nbs/methods/24_gsam.ipynb #a9ed7a4f
 def _peak(learn):
@@ -114,8 +113,9 @@ class GSAM(PerturbedPass):
     def extra_pass(self, params, grads):
         g = copied(grads, self._copies)
         yield from super().extra_pass(params, grads) # leaves g_p in `.grad`
-        final = _decompose_(trainable_params(self.model), g, self.alpha)
-        average_over_ranks(self.learn.model, final)
+        params = trainable_params(self.model)
+        _decompose_(params, g, self.alpha)
+        average_gradients(self.learn.model, params.values())
 
     def second_pass(self): self.replay() # not synchronised: each process first computes its own g_perp
 

@@ -12,7 +12,8 @@ import torch
 
 from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass
 from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
-from ..core.perturb import fitted, global_dot, global_norm, local_parts, trainable_params
+from ..core.perturb import fitted, global_dot, global_norm, in_range, local_parts
+from ..core.perturb import trainable_params
 
 # %% ../../nbs/methods/23_looksam.ipynb #3439b453
 def _perpendicular_(g, params):
@@ -47,7 +48,7 @@ def _add_direction_(params, direction, alpha):
 def _unit_(direction):
     "Scale `direction` in place, so that all of its tensors together have norm 1, and return it."
     tensors = list(direction.values())
-    torch._foreach_div_(local_parts(tensors), global_norm(tensors) + 1e-12)
+    torch._foreach_div_(local_parts(tensors), in_range(global_norm(tensors) + 1e-12, tensors))
     return direction
 
 

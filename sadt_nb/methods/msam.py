@@ -13,8 +13,8 @@ from fastai.optimizer import Optimizer, average_grad, l2_reg
 
 from ..core.optim import KerasAdam
 from ..core.passes import ORDERS, LoopMethod, PerturbedPass, check_single, evaluating
-from ..core.perturb import check_radius, copied, global_norm, local_parts, trainable_params
-from ..core.perturb import weights_moved
+from ..core.perturb import check_radius, copied, global_norm, in_range, local_parts
+from ..core.perturb import trainable_params, weights_moved
 
 # %% ../../nbs/methods/29_msam.ipynb #ba205e29
 _TORCH = torch.optim
@@ -121,7 +121,8 @@ class _MovedWeights(LoopMethod):
         self._factor = None
         params, momenta = _momenta(self.learn)
         if not momenta: return
-        self._factor = -self.rho / (global_norm(momenta.values()) + 1e-12)
+        norm = global_norm(momenta.values())
+        self._factor = in_range(-self.rho / (norm + 1e-12), momenta.values())
         self._moved = params, copied(params, self.scratch)
         _add_scaled_(params.values(), momenta.values(), self._factor)
         weights_moved(self.learn.model)

@@ -32,8 +32,14 @@ def _averaged(learn, g, outside):
     """Average `g` and `.grad` of the network's parameters over all processes.
 
     `outside` has g of all other parameters. Return `g` by name and the list of `.grad`, for both kinds."""
-    first, second = _complete(trainable_params(learn.model), g)
-    average_over_ranks(learn.model, first + second)
+    params = trainable_params(learn.model)
+    _complete(params, g)
+    ps = list(params.values())
+    means = average_over_ranks(learn.model, [g.get(n) for n in params] + [p.grad for p in ps], ps + ps)
+    for (n, p), first, second in zip(params.items(), means, means[len(ps):]):
+        p.grad = second
+        if first is not None: g[n] = first # it may be missing if only other processes have used the layer
+    _, second = _complete(params, g)
     _, second_outside = _complete(params_outside(learn), outside)
     return g | outside, second + second_outside
 

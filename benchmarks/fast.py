@@ -360,18 +360,18 @@ def formats(a, device):
     sizes = (a.bs // 4, a.bs // 2, a.bs)
     settings = {}
     for bs, amp, last, mode in product(sizes, (True, False), (True, False), modes):
-        s = dict(bs=bs, amp=amp, channels_last=last, compile=mode)
-        settings[format_name(**s)] = s
-    cases = {name: bare_step(data, a.widths, device, s) for name, s in settings.items()}
+        setting = dict(bs=bs, amp=amp, channels_last=last, compile=mode)
+        settings[format_name(**setting)] = setting
+    cases = {name: bare_step(data, a.widths, device, setting) for name, setting in settings.items()}
     times = in_rounds({name: (step, 1) for name, step in cases.items()}, a.repeats, device)
     plain = format_name(a.bs, amp=True, channels_last=True)
     rows = {}
-    for name, s in settings.items():
-        rates = [s['bs'] / t for t in times[name]]
-        recipes = [a.bs / t for t in times[plain]]
-        ratio = spread([x / y for x, y in zip(rates, recipes)])
+    plain_rates = [a.bs / seconds for seconds in times[plain]]
+    for name, setting in settings.items():
+        rates = [setting['bs'] / seconds for seconds in times[name]]
+        ratio = spread([rate / plain_rate for rate, plain_rate in zip(rates, plain_rates)])
         speed = statistics.median(rates)
-        rows[name] = dict(s, **ratio, images_per_second=speed, against=plain)
+        rows[name] = dict(setting, **ratio, images_per_second=speed, against=plain)
         print(f'formats: {name:48} {speed:7,.0f} images/s, {said(ratio)} times the recipe', flush=True)
     best = max(rows, key=lambda name: rows[name]['images_per_second'])
     profile = kernels(cases[best])
@@ -417,12 +417,14 @@ def seconds(a, device):
                 kept.append(one)
     rows = {}
     for name, runs in found.items():
-        row = rows[name] = {k: spread([x[k] for x in runs]) for k in ('wall', 'train')}
-        row['ratio'] = spread([x['train'] / y['train'] for x, y in zip(runs, found['bare loop'])])
-        row['accuracy'] = {level: [x['accuracy'][level] for x in runs] for level in ('0', '1', '2')}
+        ratios = [one['train'] / bare['train'] for one, bare in zip(runs, found['bare loop'])]
+        row = dict(wall=spread([one['wall'] for one in runs]), train=spread([one['train'] for one in runs]),
+                   ratio=spread(ratios), accuracy={})
+        for level in ('0', '1', '2'): row['accuracy'][level] = [one['accuracy'][level] for one in runs]
+        rows[name] = row
         means = ', '.join(f'{100 * statistics.mean(v):.2f}' for v in row['accuracy'].values())
-        wall, train = (row[k]['median'] for k in ('wall', 'train'))
-        print(f'seconds: {name:9} {wall:.2f} s to the end, {train:.2f} s of training, '
+        print(f'seconds: {name:9} {row["wall"]["median"]:.2f} s to the end, '
+              f'{row["train"]["median"]:.2f} s of training, '
               f'{said(row["ratio"])} times the bare loop', flush=True)
         print(f'seconds: {name:9} mean accuracy {means} %: plain, mirrored, shifted views', flush=True)
     return dict(rows=rows)

@@ -387,8 +387,12 @@ def leaves(body):
 
 def subplots(body):
     "Return the names that a cell gives to what Matplotlib returns, such as its axes."
-    made = [n for n in body if isinstance(n, ast.Assign) and root_name(n.value) == 'plt']
-    return {t.id for n in made for target in n.targets for t in ast.walk(target) if isinstance(t, ast.Name)}
+    names = set()
+    for n in body:
+        if not isinstance(n, ast.Assign) or root_name(n.value) != 'plt': continue
+        for target in n.targets:
+            names |= {part.id for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
 
 def draws(n, axes=()): return any(name in axes or is_drawn(name) for name in calls(n))
 
@@ -456,20 +460,20 @@ def convert(where, links):
     module = None
     read = nbformat.read(where, as_version=4).cells
     library = library_names(read)
-    for c in read:
-        if c.cell_type == 'markdown':
-            text = on_lines(links.text(c.source, where))
+    for cell in read:
+        if cell.cell_type == 'markdown':
+            text = on_lines(links.text(cell.source, where))
             if not cells: text = with_source_links(text, where, links.cfg)
             cells.append(nbformat.v4.new_markdown_cell(text))
-        if c.cell_type != 'code': continue
-        found, source = directives(c.source)
+        if cell.cell_type != 'code': continue
+        found, source = directives(cell.source)
         if 'default_exp' in found: module = 'sadt_nb.' + found['default_exp']
         if is_hidden(found, source): continue
         body = parsed(source)
-        folded = 'code' if found.get('code-fold') == 'true' else fold(c, body, where, library)
+        folded = 'code' if found.get('code-fold') == 'true' else fold(cell, body, where, library)
         if folded == 'imports' and cells and 'imports' in cells[-1].metadata.get('tags', []):
             cells[-1].source += f'\n\n{source}' # imports of the library and of its tests unfold together
-        else: cells.append(code_cell(c, found, source, folded, where, links))
+        else: cells.append(code_cell(cell, found, source, folded, where, links))
         if 'export' in found:
             texts = definitions(body, module, links)
             if texts: cells.append(nbformat.v4.new_markdown_cell('\n\n'.join(texts)))

@@ -44,9 +44,11 @@ def thumbnail(png, path):
     ground.convert('RGB').save(path, optimize=True)
 
 def minutes_to_read(nb):
-    words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == 'markdown')
-    code = [line for c in nb.cells if c.cell_type == 'code' for line in c.source.splitlines() if line.strip()]
-    return max(1, round(words / WORDS_A_MINUTE + len(code) / LINES_A_MINUTE))
+    words = lines = 0
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': words += len(cell.source.split())
+        if cell.cell_type == 'code': lines += sum(bool(line.strip()) for line in cell.source.splitlines())
+    return max(1, round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE))
 
 def costs():
     "Return the passes per batch of the methods that a notebook defines, by the stem of its page."
@@ -122,9 +124,12 @@ def seconds_to_run(nb):
 def main(notebooks):
     "Measure notebooks, by default those of tutorials and methods without a time, and store the seconds."
     from sadt_nb.experiments.runner import _cpu_name
-    every = [nb for folder in TIMED for nb in sorted((ROOT / 'nbs' / folder).glob('*.ipynb'))]
     known = measured()
-    for nb in map(Path, notebooks) if notebooks else [nb for nb in every if stem_of(nb) not in known]:
+    chosen = [Path(nb) for nb in notebooks]
+    if not chosen:
+        every = [nb for folder in TIMED for nb in sorted((ROOT / 'nbs' / folder).glob('*.ipynb'))]
+        chosen = [nb for nb in every if stem_of(nb) not in known]
+    for nb in chosen:
         seconds = seconds_to_run(nb.resolve())
         known[stem_of(nb)] = dict(seconds=seconds, hardware=_cpu_name())
         lines = [f'{json.dumps(stem)}: {json.dumps(known[stem])}' for stem in sorted(known)]

@@ -13,13 +13,14 @@ os.environ.setdefault('MPLBACKEND', 'agg')
 
 import pytest
 import torch
-from fastai.callback.core import TrainEvalCallback
+from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.experiments import cost
+from sadt_nb.experiments.runner import make_learner
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS
 from sadt_nb.models.simple_cnn import cnn_of_widths
@@ -197,6 +198,25 @@ def as_loader(data, **kw):
     "Return a fastai DataLoader that makes the same batches from samples, each with an id for methods."
     items = [(x[i], y[i]) for x, y in data for i in range(len(x))]
     return DataLoader(items, bs=len(data[0][0]), **kw)
+
+
+def micro_batches(data, size):
+    "Return batches of `size` samples, into which each batch of `data` is cut."
+    parts = []
+    for x, y in data: parts += zip(x.split(size), y.split(size))
+    return parts
+
+
+def learning_rates(cfg):
+    "Return the learning rate of every training batch of a run, without training."
+    seen = []
+    class Seen(Callback):
+        order = 70 # after the scheduler
+        def before_batch(self):
+            if self.training: seen.append(self.opt.hypers[-1]['lr'])
+            raise CancelBatchException()
+    make_learner(cfg, 'cpu').fit(math.ceil(cfg.epochs), cbs=Seen())
+    return seen
 
 
 def needs_momentum(cbs): return any(getattr(cb, 'needs_momentum', False) for cb in cbs)

@@ -307,6 +307,16 @@ class SkipTo(Callback):
         if self.training and self.epoch == 0 and self.iter < self.batch: raise CancelBatchException
 
 
+def states_of(cbs):
+    "Return a state per callback; it is empty for a callback without one."
+    return [cb.state_dict() if hasattr(cb, 'state_dict') else {} for cb in cbs]
+
+
+def load_states(cbs, states):
+    for cb, state in zip(cbs, states, strict=True):
+        if hasattr(cb, 'load_state_dict'): cb.load_state_dict(state)
+
+
 @ALL
 def test_state_survives_a_save_in_mid_epoch(name):
     def momentum(params, lr): return SGD(params, lr=lr, mom=.9)
@@ -314,13 +324,11 @@ def test_state_survives_a_save_in_mid_epoch(name):
     cbs = methods(name)
     first = learner(cnn(), [*cbs, StopAt(1, 1)], as_loader(conv()), opt_func=momentum)
     first.fit(3)
-    states = [c.state_dict() if hasattr(c, 'state_dict') else {} for c in cbs]
-    saved = pickle.dumps([first.model.state_dict(), first.opt.state_dict(), states])
+    saved = pickle.dumps([first.model.state_dict(), first.opt.state_dict(), states_of(cbs)])
 
     weights, opt_state, states = pickle.loads(saved)
     again = methods(name)
-    for c, state in zip(again, states):
-        if hasattr(c, 'load_state_dict'): c.load_state_dict(state)
+    load_states(again, states)
     net = cnn()
     net.load_state_dict(weights)
     second = learner(net, [*again, SkipTo(1)], as_loader(conv()), opt_func=momentum)
@@ -332,14 +340,12 @@ def test_state_survives_a_save_in_mid_epoch(name):
 
 @ALL
 def test_training_does_not_change_a_loaded_state(name):
-    def states(cbs): return [c.state_dict() if hasattr(c, 'state_dict') else {} for c in cbs]
     def momentum(params, lr): return SGD(params, lr=lr, mom=.9)
     def fitted(loaded=None):
         cbs = methods(name)
-        for c, state in zip(cbs, loaded or []):
-            if hasattr(c, 'load_state_dict'): c.load_state_dict(state)
+        if loaded is not None: load_states(cbs, loaded)
         learner(cnn(), cbs, as_loader(conv()), opt_func=momentum).fit(2)
-        return states(cbs)
+        return states_of(cbs)
     saved = pickle.loads(pickle.dumps(fitted()))
     before = pickle.dumps(saved)
     fitted(saved)

@@ -78,7 +78,7 @@ def test_a_recorder_changes_no_bit_of_the_training(kind, given):
         dls = loaders(kind)
         first = nn.Linear(3072 if kind == 'ours' else 6, 8)
         net = nn.Sequential(nn.Flatten(), first, nn.BatchNorm1d(8), nn.Dropout(.3), nn.Linear(8, 10))
-        options = dict(samples=20) if given == 'samples' else dict(dl=dls.train) if given else {}
+        options = {None: {}, 'samples': dict(samples=20), 'loader': dict(dl=dls.train)}[given]
         measures = dict(sharpness=sam_sharpness, draws=draws)
         recorder = [FlatnessRecorder(measures, **options)] if recorded else []
         learn = learner(dls, net, cbs=[TrainEvalCallback(), *recorder])

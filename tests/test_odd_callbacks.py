@@ -4,14 +4,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import batches, learner, mlp
+from conftest import as_loader, batches, learner, mlp
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
                                   CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.hook import ActivationStats
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
-from fastai.data.load import DataLoader
 from fastai.learner import before_batch_cb
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
@@ -78,9 +77,8 @@ def scaled(cb, xb, yb): return (xb[0] / 128 - 1,), yb
                                     lambda: [GradientAccumulation(16)]], ids=['alone', 'sam', 'saf', 'micro'])
 def test_statistics_are_of_the_inputs_that_training_sees(make, others):
     data = [(x * 100 + 50, y) for x, y in batches()]
-    dl = DataLoader([(x, y) for b in data for x, y in zip(*b)], bs=len(data[0][1]))
     cb, seen = make(), Seen()
-    learn = learner(normed(), [cb, seen, WeightAverage(), *others()], dl)
+    learn = learner(normed(), [cb, seen, WeightAverage(), *others()], as_loader(data))
     learn.fit(4)
     assert seen.xs[0].abs().max() < 20, 'the callback has scaled the inputs'
     check_statistics(learn, seen.xs)
@@ -159,8 +157,7 @@ class TestSet(Callback):
 @pytest.mark.parametrize('lag, start_epoch', [(1, 1), (2, 0)])
 def test_saf_beside_a_callback_that_evaluates(lag, start_epoch):
     def trained(*cbs):
-        items = [(x, y) for b in batches() for x, y in zip(*b)]
-        learn = learner(mlp(), [SAF(1., 1., lag=lag, start_epoch=start_epoch), *cbs], DataLoader(items, bs=8))
+        learn = learner(mlp(), [SAF(1., 1., lag=lag, start_epoch=start_epoch), *cbs], as_loader(batches()))
         learn.fit(3)
         return learn
     plain, learn = trained(), trained(TestSet())
@@ -170,8 +167,7 @@ def test_saf_beside_a_callback_that_evaluates(lag, start_epoch):
 
 
 def test_evaluations_outside_a_fit_leave_no_sample_ids():
-    items = [(x, y) for b in batches() for x, y in zip(*b)]
-    learn = learner(mlp(), [SAF(start_epoch=0)], DataLoader(items, bs=8))
+    learn = learner(mlp(), [SAF(start_epoch=0)], as_loader(batches()))
     for call in (learn.validate, learn.get_preds, lambda: learn.fit(1), learn.validate):
         call()
         assert not any(isinstance(cb, SampleIds) for cb in learn.cbs)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import batches, learner, mlp
+from conftest import as_loader, batches, learner, mlp
 from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sadt_nb.core.closures import MethodOptimizer, closure_step
@@ -576,8 +575,7 @@ COMPARING = dict(SADT=lambda **kw: SADT(1, noise_scale=1000., **kw),
 LATE = dict(COMPARING, MESA=lambda **kw: MESA(**kw), SAF=lambda **kw: SAF(**kw))
 
 def packed_loss(out, y): return F.cross_entropy(logits_of(out), y)
-def samples(): return [(x, y) for b in batches() for x, y in zip(*b)]
-def loader(): return DataLoader(samples(), bs=8)
+def loader(): return as_loader(batches())
 
 
 @pytest.mark.parametrize('divergence', ['categorical', lambda teacher, student, temperature: student.mean()])

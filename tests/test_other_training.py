@@ -597,7 +597,7 @@ def test_esam_draws_for_every_tensor_once_per_step():
 def refuse_step(step, **options):
     net = small_net()
     (x, y), *_ = data()
-    name = 'esam' if step is esam_step else 'sadt' if step is sadt_step else 'sam'
+    name = {esam_step: 'esam', sadt_step: 'sadt'}.get(step, 'sam') # the kind of closure
     step(net, closure_for(name, net, x, y), plain_sgd(net), **options)
 
 

@@ -8,7 +8,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelBatchException
+from conftest import learning_rates
+from fastai.callback.core import CancelBatchException
 from sadt_nb.data.datasets import digits
 from sadt_nb.experiments import grid as grid_module
 from sadt_nb.experiments import runner
@@ -231,23 +232,11 @@ def test_digits_are_read_once_and_may_be_changed():
     assert int(digits()[0].y.max()) == 9
 
 
-def all_rates(cfg):
-    "Return the learning rate of every training batch, without training."
-    seen = []
-    class Seen(Callback):
-        order = 70 # after the scheduler
-        def before_batch(self):
-            if self.training: seen.append(self.opt.hypers[-1]['lr'])
-            raise CancelBatchException()
-    make_learner(cfg, 'cpu').fit(cfg.epochs, cbs=Seen())
-    return seen
-
-
 @pytest.mark.parametrize('warmup', [0., 1.])
 def test_the_cosine_goes_from_the_rate_to_zero(warmup):
     "Its values at all steps, and at the end, which is one step after the last."
     cfg = SMALL.but(n_train=100, bs=25, valid=0., epochs=5, lr=.2, warmup=warmup, sched='cosine')
-    rates = all_rates(cfg)
+    rates = learning_rates(cfg)
     expected = [.2 * (1 + math.cos(math.pi * i / 20)) / 2 for i in range(20)]
     risen = 4 * int(warmup)
     assert rates[risen:] == pytest.approx(expected[risen:], rel=1e-9)
@@ -419,7 +408,7 @@ def test_tf32_ends_with_the_block():
 
 def test_the_number_of_threads_is_restored(tmp_path, monkeypatch):
     mine = torch.get_num_threads()
-    monkeypatch.setattr(runner, '_began_with', lambda cfg, root: mine + 1)
+    monkeypatch.setattr(runner, '_threads_of_checkpoint', lambda cfg, root: mine + 1)
     with pytest.warns(UserWarning, match=f'began with {mine + 1} CPU threads'):
         with runner._same_threads(SMALL, tmp_path): assert torch.get_num_threads() == mine + 1
     assert torch.get_num_threads() == mine

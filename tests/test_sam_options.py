@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import batches, cnn, flat, in_two_processes, learner, mlp, needed
+from conftest import batches, cnn, flat, in_two_processes, learner, micro_batches, mlp, needed
 from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.mixup import MixUp
 from fastai.callback.training import GradientAccumulation
@@ -92,10 +92,11 @@ def by_hand(model, rho, chosen=CHOSEN[None], T=sam_T, m=None, active=lambda i: T
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=.1, **HYPERS)
     for i, (x, y) in enumerate(data):
+        parts = [] # for each chunk, its number of samples and its gradients
         if active(i):
-            parts = [(len(b), sharp_gradient(model, a, b, rho, chosen, T, found))
-                     for a, b in zip(x.split(m or len(x)), y.split(m or len(y)))]
-        else: parts = [(len(y), gradients(model, x, y))]
+            for xs, ys in micro_batches([(x, y)], m or len(x)):
+                parts.append((len(ys), sharp_gradient(model, xs, ys, rho, chosen, T, found)))
+        else: parts.append((len(y), gradients(model, x, y)))
         for n, p in model.named_parameters(): p.grad = sum(k / len(y) * g[n] for k, g in parts)
         optimizer.step()
     return flat(model, buffers=True)
@@ -206,14 +207,14 @@ def test_m_is_the_definition(m, norm):
 @pytest.mark.parametrize('method', [SAM, ASAM])
 @pytest.mark.parametrize('norm', ['group', 'batch'])
 def test_chunks_are_micro_batches_of_accumulation(method, norm):
-    micro = [part for x, y in SIX for part in zip(x.split(2), y.split(2))]
+    micro = micro_batches(SIX, 2)
     accumulated = train([method(.2), GradientAccumulation(8)], net(norm), micro)
     torch.testing.assert_close(train([method(.2, m=2)], net(norm)), accumulated, **CLOSE)
 
 
 def test_chunks_of_micro_batches():
     "Accumulation of batches of 8 to steps of 16, each batch in chunks of 4."
-    fours = [part for x, y in SIX for part in zip(x.split(4), y.split(4))]
+    fours = micro_batches(SIX, 4)
     expected = train([SAM(.2), GradientAccumulation(16)], net(), fours)
     torch.testing.assert_close(train([SAM(.2, m=4), GradientAccumulation(16)]), expected, **CLOSE)
 
@@ -290,7 +291,7 @@ class Teacher(nn.Module):
 
 def test_other_methods_see_the_samples_of_a_chunk():
     "Distillation's teacher predicts the whole batch once; each chunk is compared with its own part."
-    micro = [part for x, y in SIX for part in zip(x.split(4), y.split(4))]
+    micro = micro_batches(SIX, 4)
     def fit(cbs, data):
         teacher = Teacher()
         return train([*make_method('distillation', teacher=teacher), *cbs], net(), data), teacher.sizes
@@ -446,7 +447,7 @@ def test_continuing_from_a_checkpoint_across_the_border(name, epochs, stopped_af
                 if self.epoch == stop_in and self.iter == 1: raise KeyboardInterrupt
         torch.manual_seed(3)
         model = cnn()
-        options = dict(interval=2) if name == 'sam' else dict(k=3) if name == 'looksam' else {}
+        options = dict(sam=dict(interval=2), looksam=dict(k=3)).get(name, {})
         cbs = [*make_method(name, start=.5, stop=.9, **options), PartialEpochs(epochs), Stop()]
         learn = learner(model, cbs, SIX, opt_func=torch_sgd)
         learn.fit(3, cbs=Checkpoint(tmp_path / file))
@@ -812,7 +813,7 @@ def test_mixed_precision(mode, options):
         return flat(model)
     got = fit([SAM(.2, **options)], data)
     m = options.get('m', 8)
-    micro = [part for x, y in data for part in zip(x.split(m), y.split(m))]
+    micro = micro_batches(data, m)
     whole_backward = SAM(.2, only=options.get('only'))
     whole_backward.first_inputs = lambda: None
     expected = fit([whole_backward, GradientAccumulation(8)], micro)

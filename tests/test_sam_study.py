@@ -6,11 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import cells_of
-from fastai.callback.core import CancelBatchException
+from conftest import cells_of, learning_rates
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.report import load_results
-from sadt_nb.experiments.runner import Callback, evaluate, load_model, make_learner, run, run_loaders
+from sadt_nb.experiments.runner import evaluate, load_model, run, run_loaders
 from sadt_nb.experiments.runner import read_result
 from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
@@ -91,22 +90,11 @@ def test_the_starting_weights_with_the_usual_stem_are_unchanged():
     assert all(torch.equal(now[k], v) for k, v in net.state_dict().items())
 
 
-def rates(cfg):
-    "Return the learning rate of every training batch, without training."
-    seen = []
-    class Seen(Callback):
-        order = 70 # after the scheduler
-        def before_batch(self):
-            if self.training: seen.append(self.opt.hypers[-1]['lr'])
-            raise CancelBatchException()
-    make_learner(cfg, 'cpu').fit(math.ceil(cfg.epochs), cbs=Seen())
-    return seen
-
-
 @pytest.mark.parametrize('sched', ['cosine', 'constant', 'thirds'])
 def test_the_rate_rises_in_the_warm_up_and_then_follows_the_schedule(sched):
     cfg = SMALL.but(epochs=6, lr=.1, sched=sched, warmup=1.5, warmup_lr=.01)
-    plain, found = rates(cfg.but(warmup=0., warmup_lr=0.)), rates(cfg)
+    plain = learning_rates(cfg.but(warmup=0., warmup_lr=0.))
+    found = learning_rates(cfg)
     assert len(found) == len(plain) == 12, 'two batches per epoch'
     assert found[:3] == pytest.approx([.01, .04, .07], rel=1e-9)
     assert found[3:] == pytest.approx(plain[3:], rel=1e-6)

@@ -224,6 +224,10 @@ def unknown(
     rest = f' {advice} shows all' if advice else f' choose one of {", ".join(map(str, known))}'
     return f'unknown {what} {name!r}{guess}{rest}'
 
+def _words(text):
+    "Return the words of a text, which spaces or commas separate."
+    return text.replace(',', ' ').split()
+
 def _check(option, anno, value):
     "Raise `ValueError` if an argument has a value that its type does not allow."
     known = _choices(anno)
@@ -231,7 +235,7 @@ def _check(option, anno, value):
     if get_origin(anno) is Literal:
         if value not in known: raise ValueError(unknown(option, value, known))
         return
-    for name in value.replace(',', ' ').split() if anno.several else [value]:
+    for name in _words(value) if anno.several else [value]:
         is_path = anno is DataName and Path(name).expanduser().exists()
         if name not in known and not is_path: raise ValueError(unknown(anno.what, name, known, anno.advice))
 
@@ -403,13 +407,14 @@ def _flip(flip, alternate):
     return 'alternate' if alternate else flip
 
 # %% ../../nbs/commands/110_cli.ipynb #a915ba59
-def _print_result(cfg, r, root, json):
+def _print_result(cfg, result, root, json):
     "Print a finished run's accuracies, its cost and its folder or, with `json`, the whole result."
-    if json: return _print_json(folder=Path(root) / cfg.name, **r)
-    print(f'{cfg.method} on {cfg.data}: test accuracy {r["accuracy"]:.3f}, '
-          f'with re-estimated BatchNorm statistics {r["accuracy_bn"]:.3f}; '
-          f'{r["steps"]} steps, {r["forwards"]} passes, {r["train_seconds"]:.0f} s')
-    print(f'stored in {Path(root) / cfg.name}')
+    folder = Path(root) / cfg.name
+    if json: return _print_json(folder=folder, **result)
+    print(f'{cfg.method} on {cfg.data}: test accuracy {result["accuracy"]:.3f}, '
+          f'with re-estimated BatchNorm statistics {result["accuracy_bn"]:.3f}; '
+          f'{result["steps"]} steps, {result["forwards"]} passes, {result["train_seconds"]:.0f} s')
+    print(f'stored in {folder}')
 
 # %% ../../nbs/commands/110_cli.ipynb #ba2266c5
 @command('sadt_train --method sam --method_args rho=0.1 --data cifar10 --model resnet18 --epochs 30')
@@ -472,8 +477,8 @@ def sadt_train(
         valid=valid, n_train=n_train, amp=amp, compile=compile, tf32=tf32, clip=clip, select=select,
         method_args=_options(method_args), model_args=_options(model_args), data_args=_options(data_args),
         opt_args=_options(opt_args), **_teacher_fields(teacher, root))
-    r = runner.run(cfg, root, force=force, progress=not json, minutes=minutes)
-    if not ranks.this_rank(): _print_result(cfg, r, root, json) # only the first of several processes
+    result = runner.run(cfg, root, force=force, progress=not json, minutes=minutes)
+    if not ranks.this_rank(): _print_result(cfg, result, root, json) # only the first of several processes
 
 # %% ../../nbs/commands/110_cli.ipynb #8cd247ca
 def _size(name, machine, samples):
@@ -495,16 +500,15 @@ def _list_tables(json=False, samples=1000, device=None):
     kind = 'GPU' if torch.device(device or torch_core.default_device()).type == 'cuda' else 'CPU'
     heading = f'{"time on this " + kind:17}  {"for measures":14}  what it trains'
     print(f'{"table":26} {"runs":>5} {"million passes":>15}   {heading}')
-    for r in rows:
-        error = f'; {r["error"]}' if 'error' in r else ''
-        if 'runs' not in r:
-            print(f'{r["table"]:26} {"":5} {"":15}   {"":17}  {"":14}  {r["about"]}{error}')
-            continue
-        measuring = r['measuring_seconds']
-        time = grid.duration(r['training_seconds'] + measuring)
-        part = grid.duration(measuring) if measuring else ''
-        first = f'{r["table"]:26} {r["runs"]:5} {r["passes"] / 1e6:15.2f}'
-        print(f'{first}   {time:17}  {part:14}  {r["about"]}{error}')
+    for row in rows:
+        runs = passes = time = part = '' # of a table whose size is unknown
+        if 'runs' in row:
+            runs, passes = row['runs'], f'{row["passes"] / 1e6:.2f}'
+            measuring = row['measuring_seconds']
+            time = grid.duration(row['training_seconds'] + measuring)
+            part = grid.duration(measuring) if measuring else ''
+        error = f'; {row["error"]}' if 'error' in row else ''
+        print(f'{row["table"]:26} {runs:>5} {passes:>15}   {time:17}  {part:14}  {row["about"]}{error}')
 
 def _percent(v, digits=1): return '-' if v is None else f'{100 * v:.{digits}f}'
 
@@ -557,6 +561,12 @@ def _ensemble_accuracies(name, root, scale, amp):
         except runner.RunError as error: left_out[e.label] = _reason(error)
     return accuracies, left_out
 
+def _failures(results):
+    "Return the errors of failed runs. Raises `RunError` if all runs failed."
+    failed = [result for result in results if isinstance(result, Exception)]
+    if len(failed) < len(results): return failed
+    raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
+
 def _print_left_out(reasons, others, most=10):
     "Print on standard error why ensembles have no accuracy: the first reasons, and the number of ensembles."
     if not reasons: return
@@ -593,14 +603,12 @@ def sadt_grid(
     if not name: return _list_tables(json, samples)
     if list: return _list_rows(name, scale, amp, only, json)
     measures = {}
-    for c in grids.paper_grid(name, scale, amp, only):
-        wanted = () if no_measures else c.measures
-        measures[c.run] = (*measures.get(c.run, ()), *wanted) # two rows can share a run
+    for cell in grids.paper_grid(name, scale, amp, only):
+        wanted = () if no_measures else cell.measures
+        measures[cell.run] = (*measures.get(cell.run, ()), *wanted) # two rows can share a run
     results = grid.run_grid([*measures], root, workers, force, progress=not json, minutes=minutes,
                             measures=measures, samples=samples, ray=ray or None)
-    failed = [r for r in results if isinstance(r, Exception)]
-    if len(failed) == len(measures):
-        raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
+    failed = _failures(results)
     ensembles, left_out = _ensemble_accuracies(name, root, scale, amp)
     if json:
         _print_json(table=name, rows=_rows_and_results(name, root, scale, amp, only), ensembles=ensembles,
@@ -715,16 +723,14 @@ def sadt_compare(
     plain = config.Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=0., n_train=n_train,
                        opt=opt, flip=flip, opt_args=_options(opt_args), model_args=_options(model_args),
                        data_args=_options(data_args))
-    rows = any_data.comparison_runs(methods.replace(',', ' ').split(), plain)
+    rows = any_data.comparison_runs(_words(methods), plain)
     print('timing one epoch of plain training', file=sys.stderr, flush=True)
     plan = any_data.make_plan(rows, minutes, root, workers)
     runs = any_data.seeded(rows, plan.seeds)
     every = _announce(runs, plan, root, workers)
     by_seed = sorted(every, key=lambda r: r.seed)
     results = grid.run_grid(by_seed, root, workers, progress=not json)
-    failed = [r for r in results if isinstance(r, Exception)]
-    if len(failed) == len(results):
-        raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
+    _failures(results) # without any result there is nothing to compare
     found = any_data.compare(runs, root, to)
     if json: return _print_json(sentence=found.sentence, rows=found.table.reset_index(), files=found.files)
     print(visible(f'\n{any_data.as_text(found.table).to_string()}\n\n{found.sentence}'))
@@ -734,7 +740,7 @@ def sadt_compare(
 def _sweep_cases(methods, plain):
     "Return, for each method, a run with as many passes as the plain run, and the ranges to search."
     cases = {}
-    for method in methods.replace(',', ' ').split():
+    for method in _words(methods):
         run = sweeps.at_equal_passes(plain.but(method=method), plain)
         cases[method] = (run, sweeps.ranges(run))
     return cases
@@ -833,7 +839,7 @@ def sadt_measure(
     cfg = _stored_config(name, 'train one with sadt_train')
     if name.resolve().name != cfg.name:
         raise ValueError(f'{name} is not named after its run; rename it to {cfg.name}')
-    chosen = measures.replace(',', ' ').split() or None
+    chosen = _words(measures) or None
     measured = measure.measure_run(cfg, name.resolve().parent, chosen, samples, force)['measures']
     if json: return _print_json(folder=name, measures=measured)
     for k, m in measured.items(): print(visible(_measure_line(k, m)))
@@ -912,12 +918,12 @@ def sadt_demo(
     # with such small batches, a second thread saves little time; on a busy machine it costs time
     torch.set_num_threads(1)
     runs = _demo_runs(seeds, epochs)
-    every = [(label, r) for label, group in runs.items() for r in group]
+    every = [(label, cfg) for label, group in runs.items() for cfg in group]
     say(f'{len(every)} short runs on 320 digits, 40% of their labels wrong')
     results = {}
-    for i, (label, r) in enumerate(every, start=1):
-        results[r] = runner.run(r, root, progress=False)
-        say(f'[{i}/{len(every)}] {label}, seed {r.seed}: {results[r]["accuracy_bn"]:.1%}')
+    for i, (label, cfg) in enumerate(every, start=1):
+        results[cfg] = runner.run(cfg, root, progress=False)
+        say(f'[{i}/{len(every)}] {label}, seed {cfg.seed}: {results[cfg]["accuracy_bn"]:.1%}')
     accuracies = _demo_accuracies(runs, results)
     _demo_figure(runs, accuracies, figure)
     if json:

@@ -139,17 +139,14 @@ class ShowsArguments:
 
     def __repr__(self):
         init = self._own_init()
-        shown, parameters = [], []
-        if init is not None:
-            parameters = list(inspect.signature(init).parameters.values())[1:] # without `self`
-        # `vars`, because a callback without an attribute looks for it in its Learner
-        spec = vars(self).get('spec')
-        of_reading = self.readings.get(spec, {}) # the defaults with this `spec`
-        for p in parameters:
-            if p.name not in vars(self): continue
-            value = vars(self)[p.name]
-            default = of_reading.get(p.name, p.default)
-            if not _is_default(value, default): shown.append(f'{p.name}={_value_text(value)}')
+        parameters = {} if init is None else inspect.signature(init).parameters
+        values = vars(self) # not `getattr`: a callback without an attribute looks for it in its Learner
+        of_reading = self.readings.get(values.get('spec'), {}) # the defaults with this `spec`
+        shown = []
+        for name, p in parameters.items():
+            if name not in values: continue # `self`, for example
+            default = of_reading.get(name, p.default)
+            if not _is_default(values[name], default): shown.append(f'{name}={_value_text(values[name])}')
         return f'{type(self).__name__}({", ".join(shown)})'
 
 # %% ../../nbs/core/15_arguments.ipynb #20fd771a

@@ -269,14 +269,14 @@ def _newest(file):
     """Make `file` the newest undamaged checkpoint and return it. Warn of damaged files.
 
     Return `None` if there is no undamaged checkpoint."""
-    for f in (file, _previous(file)):
-        if not f.exists(): continue
-        if _is_whole(f):
-            if f != file: os.replace(f, file)
+    for candidate in (file, _previous(file)):
+        if not candidate.exists(): continue
+        if _is_whole(candidate):
+            if candidate != file: os.replace(candidate, file)
             return file
-        has_previous = f == file and _previous(file).exists()
+        has_previous = candidate == file and _previous(file).exists()
         instead = 'the previous checkpoint is used' if has_previous else 'training starts from the beginning'
-        warnings.warn(f'the checkpoint {f.name} is damaged; {instead}', stacklevel=2)
+        warnings.warn(f'the checkpoint {candidate.name} is damaged; {instead}', stacklevel=2)
 
 # %% ../../nbs/core/08_checkpoint.ipynb #43505572
 def _newest_for_all(file):

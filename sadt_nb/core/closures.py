@@ -305,17 +305,17 @@ def _noticed_zeroing(*objects):
     "Yield a list that gets an entry when `zero_grad` of an optimizer or a module is called inside the block."
     calls = []
     own = [] # an object's own attribute `zero_grad`; `None` if only its class has one
-    for o in objects:
-        def noticed(*args, _zero_grad=o.zero_grad, **kwargs): # the default keeps the function of this object
+    for owner in objects:
+        def noticed(*args, _zero_grad=owner.zero_grad, **kwargs): # the default is this object's function
             calls.append(1)
             return _zero_grad(*args, **kwargs)
-        own.append(vars(o).get('zero_grad'))
-        o.zero_grad = noticed
+        own.append(vars(owner).get('zero_grad'))
+        owner.zero_grad = noticed
     try: yield calls
     finally:
-        for o, f in zip(objects, own):
-            if f is None: del o.zero_grad
-            else: o.zero_grad = f
+        for owner, zero_grad in zip(objects, own):
+            if zero_grad is None: del owner.zero_grad
+            else: owner.zero_grad = zero_grad
 
 def _check_gradients(model):
     "Raise `ValueError` if no trainable parameter has a gradient."
@@ -348,21 +348,28 @@ class PlainLoop(_Passes):
         "Return the finished share of training, as a Learner's `pct_train`."
         return min(1., self.steps_done / self.total_steps)
 
-    def _do_one_batch(self): # MSAM replaces this method, as in a Learner
-        "Run the closure and the method's own passes; return the loss."
-        method = self.method
-        def between():
-            if zeroed: self.forget() # before `before_backward`, which adds this batch
-            if method.needs_logits: self('before_backward')
-        if getattr(method, 'rng', None) == 'replay': method.rng_state = rng_states(device_of(self.model))
-        inputs = method.first_inputs() # parameters that need a gradient in the first pass; with `None`, all
-        with _noticed_zeroing(self.optimizer, self.model) as zeroed:
-            try: loss = self.run(between=between, inputs=inputs)
+    def _first_pass(self, inputs):
+        """Run the batch's closure; return the loss.
+
+        If the closure calls `zero_grad`, as PyTorch's closures do, it begins a new step: the earlier
+        micro-batches and their gradients are forgotten."""
+        with _noticed_zeroing(self.optimizer, self.model) as zeroed: # a list, empty without `zero_grad`
+            def before_backward():
+                if zeroed: self.forget() # before the event, in which the method adds this batch
+                if self.method.needs_logits: self('before_backward')
+            try: return self.run(between=before_backward, inputs=inputs)
             except BaseException:
                 if zeroed: self.forget()
                 raise
             finally:
-                if zeroed: self.kept = {} # the closure begins a new batch, as PyTorch's closures do
+                if zeroed: self.kept = {}
+
+    def _do_one_batch(self): # MSAM replaces this method, as in a Learner
+        "Run the closure and the method's own passes; return the loss."
+        method = self.method
+        if getattr(method, 'rng', None) == 'replay': method.rng_state = rng_states(device_of(self.model))
+        inputs = method.first_inputs() # parameters that need a gradient in the first pass; with `None`, all
+        loss = self._first_pass(inputs)
         if not inputs: _check_gradients(self.model)
         self('after_backward')
         if inputs: _check_gradients(self.model) # the first pass may have reached none of `inputs`

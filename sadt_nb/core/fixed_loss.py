@@ -181,12 +181,12 @@ class _NotReentrant:
 @contextmanager
 def _attributes(*changes):
     "Set attributes, given as (object, name, value), inside the block."
-    before = [(o, name, getattr(o, name)) for o, name, _ in changes]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
-        for o, name, value in changes: setattr(o, name, value)
+        for owner, name, value in changes: setattr(owner, name, value)
         yield
     finally:
-        for o, name, value in before: setattr(o, name, value)
+        for owner, name, value in before: setattr(owner, name, value)
 
 @contextmanager
 def differentiable(

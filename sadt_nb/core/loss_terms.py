@@ -166,21 +166,23 @@ def _refuse_skips(do_item, i):
 class _FastaiOrder:
     "The positions that a fastai loader gives out, without the positions that its data set skips."
     def __init__(self, dl):
-        self.loaders = dl, bare_loader(dl) # the loader, and the loader inside fastai's distributed wrapper
+        self.dl = dl
+        self.bare = bare_loader(dl) # the loader inside fastai's distributed wrapper, otherwise `dl` itself
         self.bs = dl.bs
         self.order = []  # positions in the order of the epoch
         self.kept = []   # positions of the items that were not skipped
         self.skipped = 0 # number of skipped items
         self.restore() # if the last epoch ended in an exception, our replacements are still installed
-        self.get_idxs, self.do_item = dl.get_idxs, getattr(self.loaders[1], 'do_item', None)
+        self.get_idxs = dl.get_idxs
         dl.get_idxs = self.recorded_order
-        torch_loader = getattr(self.loaders[1], 'fake_l', None) # fastai's inner PyTorch loader
-        workers = getattr(torch_loader, 'num_workers', 0)
+        self.do_item = getattr(self.bare, 'do_item', None)
         if self.do_item is None: return
-        if not workers: self.loaders[1].do_item = self.recorded_item
+        torch_loader = getattr(self.bare, 'fake_l', None) # fastai's inner PyTorch loader
+        workers = getattr(torch_loader, 'num_workers', 0)
+        if not workers: self.bare.do_item = self.recorded_item
         # forked workers get the replacement, too; other workers import the data set anew and do not
         elif multiprocessing.get_start_method() == 'fork':
-            self.loaders[1].do_item = partial(_refuse_skips, self.do_item)
+            self.bare.do_item = partial(_refuse_skips, self.do_item)
 
     def recorded_order(self):
         order = self.get_idxs()
@@ -202,8 +204,8 @@ class _FastaiOrder:
 
     def restore(self):
         # without the attributes, the loaders use the methods of their classes again
-        vars(self.loaders[0]).pop('get_idxs', None)
-        vars(self.loaders[1]).pop('do_item', None)
+        vars(self.dl).pop('get_idxs', None)
+        vars(self.bare).pop('do_item', None)
 
 # %% ../../nbs/core/04_loss_terms.ipynb #13ba1625
 class _TorchOrder:

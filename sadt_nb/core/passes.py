@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'kept_random_states', 'in_eval_mode', 'hidden_states', 'changed_states', 'from_hidden_states',
-           'copied_network', 'replaying', 'replayed_rows', 'replays_other_loss', 'evaluating', 'stepped_params',
-           'params_outside', 'take_gradients', 'add_gradients', 'note_gradients', 'is_unchanged', 'are_dropped',
-           'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network', 'check_network', 'check_learner',
-           'has_rates', 'maximizes', 'check_minimizes', 'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass',
-           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch',
-           'SummedPass', 'StepGrads', 'step_unscaled']
+           'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
+           'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients', 'is_unchanged',
+           'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network', 'check_network',
+           'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'check_window', 'is_whole_training',
+           'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_',
+           'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -355,6 +355,12 @@ def replaying(
     "Return whether the current event belongs to an extra pass, for callbacks that act once per batch."
     return getattr(learn, '_replaying', False)
 
+def in_plain_loop(
+    learn:object, # What a method has as `learn`: a Learner, a plain loop, or `None`
+) -> bool: # `False` for a fastai Learner and for `None`
+    "Return whether a method works in a loop without a Learner, which makes each pass by calling a closure."
+    return hasattr(learn, 'own_replay') # `PlainLoop`, the loop of `core.closures`, has this function
+
 def replayed_rows(
     learn:Learner, # In a training batch
 ) -> Tensor|None: # `(k,)` positions in the batch; `None` for the whole batch
@@ -513,13 +519,13 @@ def _gradient_callbacks(learn, until):
 
 _SCALING = (MixedPrecision, GradientAccumulation) # leave autocast, or multiply the loss, in `after_loss`
 
-def _send_after_loss(learn, own_loss):
-    """Send `after_loss`; in a pass with a loss of its own, only to callbacks that do not add to the loss.
+def _send_after_loss(learn, other_loss):
+    """Send `after_loss`; in a pass with another loss, only to callbacks that do not add to the loss.
 
     A term such as that of `RNNRegularizer` belongs to the Learner's loss, and counts once per batch."""
     for cb in learn.cbs.sorted('order'):
         scales = isinstance(cb, _SCALING) or getattr(type(cb), 'scales_loss', False)
-        if scales or not own_loss: cb('after_loss')
+        if scales or not other_loss: cb('after_loss')
 
 def _backward_pass(learn, loss_func, yb, params, until):
     """Compute the loss of `learn.pred` and its gradients, and send the events.
@@ -527,7 +533,7 @@ def _backward_pass(learn, loss_func, yb, params, until):
     With `None` as `loss_func`, the loss is that of the Learner."""
     learn.loss_grad = (loss_func or learn.loss_func)(learn.pred, *yb)
     learn.loss = learn.loss_grad.clone()
-    _send_after_loss(learn, own_loss=loss_func is not None)
+    _send_after_loss(learn, other_loss=loss_func is not None)
     learn('before_backward')
     take_gradients(params) # drops gradients of callbacks' own backward passes
     learn._backward()
@@ -628,11 +634,12 @@ def check_learner(
     cb:Callback, # A callback, in `before_train`
 ):
     "Raise `ValueError` if the Learner that trains is not the callback's own."
-    learn = cb.learn # the Learner that has got the callback last
-    in_loop = hasattr(learn, 'own_replay') # a plain loop sends no `before_train`
-    # this callback of fastai has set `training` before, if the Learner is the one that trains
-    sets_training = learn is not None and any(isinstance(other, TrainEvalCallback) for other in learn.cbs)
-    if learn is not None and not in_loop and (learn.training or not sets_training): return
+    learn = cb.learn # the Learner, or the plain loop, that has got the callback last
+    may_train = learn is not None and not in_plain_loop(learn) # a plain loop sends no `before_train`
+    if may_train:
+        # this callback of fastai has set `training` before, if the Learner is the one that trains
+        sets_training = any(isinstance(other, TrainEvalCallback) for other in learn.cbs)
+        if learn.training or not sets_training: return
     name = type(cb).__name__
     raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
                      'object for each')
@@ -733,7 +740,7 @@ class LoopMethod(_Window, ShowsArguments, Callback):
             if isinstance(g, torch.Generator) and k in state: g.set_state(state[k])
 
     def __getstate__(self):
-        without = '_left', '_uncounted' # weak references to gradients, which cannot be pickled
+        without = '_left', '_uncounted', '_noted_zeros' # weak references cannot be pickled
         return {k: v for k, v in super().__getstate__().items() if k not in without}
 
     def drop_batches(self,
@@ -774,9 +781,9 @@ class ExtraPass(LoopMethod):
 
     def _set_hook(self):
         # a plain loop stores the state itself, before its closure draws numbers or runs parts of the network
-        in_learner = not hasattr(self.learn, 'own_replay')
-        needed = in_learner and self.rng == 'replay' and self._hook is None
-        if needed: self._hook = self.model.register_forward_pre_hook(self._remember_rng)
+        if in_plain_loop(self.learn): return
+        if self.rng == 'replay' and self._hook is None:
+            self._hook = self.model.register_forward_pre_hook(self._remember_rng)
 
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
@@ -819,16 +826,14 @@ def _check_dense(grads):
             raise ValueError(f'the gradient of {n!r} is sparse, and a perturbation needs all of it; '
                              'make the embedding with sparse=False')
 
-def _versions(params):
-    "Return for each parameter the identity of its gradient and the number of writes to the gradient."
-    return {id(p): (id(p.grad), version_of(p.grad)) for p in params if p.grad is not None}
 
 # %% ../../nbs/core/01_passes.ipynb #b6ffb98c
 class _OwnGradients(ExtraPass):
     "Sets aside what `.grad` holds before the batch's backward, except what fastai has zeroed."
     per_rank = True # under distributed training, perturb along the gradient of this process's samples
     _stash = {} # gradients that are set aside; replaced, never changed
-    _zeroed = {} # from parameter to the zeros of fastai, or to `None` if they were dropped; replaced, too
+    _zeros = {} # from parameter to the zeros of fastai, or to `None` if they were dropped; replaced, too
+    _noted_zeros = {} # what `note_gradients` returned when fastai had zeroed the gradients; replaced, too
 
     def active(self) -> bool: # `False` if the micro-batch keeps its plain gradient
         "Return whether this (micro-)batch gets an extra pass, if it lies between `start` and `stop`."
@@ -840,16 +845,16 @@ class _OwnGradients(ExtraPass):
 
     def before_fit(self):
         super().before_fit()
-        self._stepped, self._zeros = False, {} # gradients of an earlier fit may remain
-        self._stash, self._zeroed = {}, {} # an exception in an extra pass of that fit leaves gradients here
+        self._stepped, self._noted_zeros = False, {} # gradients of an earlier fit may remain
+        self._stash, self._zeros = {}, {} # an exception in an extra pass of that fit leaves gradients here
 
     def _end_stash(self):
         "Add the gradients that are set aside to `.grad`; parameters without a gradient get their zeros back."
         stash, self._stash = self._stash, {}
         add_gradients(stash)
-        zeroed, self._zeroed = self._zeroed, {}
-        for p, zeros in zeroed.items():
-            if p.grad is None: p.grad = torch.zeros_like(p) if zeros is None else zeros
+        zeros, self._zeros = self._zeros, {}
+        for p, zero in zeros.items():
+            if p.grad is None: p.grad = torch.zeros_like(p) if zero is None else zero
 
     def before_batch(self):
         super().before_batch()
@@ -860,19 +865,18 @@ class _OwnGradients(ExtraPass):
         super().after_batch()
         self._end_stash()
         sync_gradients(self.learn.model, True)
-        if self._stepped: self._zeros = _versions(stepped_params(self.learn)) # fastai has zeroed them
+        if self._stepped: self._noted_zeros = note_gradients(stepped_params(self.learn))
         self._stepped = False
 
     def before_backward(self):
         if self.replaying: return
-        params = stepped_params(self.learn)
-        zeros, self._zeros = self._zeros, {}
-        self._stash, self._zeroed = {}, {}
-        for p, g in take_gradients(params).items():
-            untouched = zeros.get(id(p)) == (id(g), version_of(g)) # still the zeros that fastai has written
-            if not untouched: self._stash[p] = g
+        noted, self._noted_zeros = self._noted_zeros, {}
+        self._stash, self._zeros = {}, {}
+        for p, g in take_gradients(stepped_params(self.learn)).items():
+            still_zero = is_unchanged(g, noted.get(p))
+            if not still_zero: self._stash[p] = g
             # the zeros are freed where a backward may write a gradient, as it needs the memory
-            else: self._zeroed[p] = None if p.requires_grad else g
+            else: self._zeros[p] = None if p.requires_grad else g
         self._stash = own_memory(self.learn.model, self._stash)
 
     def after_step(self): self._stepped = True # fastai zeroes the gradients next
@@ -887,28 +891,30 @@ class _LossOf:
     def __init__(self, loss, inputs): self.loss, self.inputs = loss, inputs
     def backward(self): self.loss.backward(inputs=self.inputs)
 
+def _set_backward(learn, own):
+    "Set the attribute `_backward` of a Learner; with `None`, the function of its class is back."
+    if own is None: del learn._backward
+    else: learn._backward = own
+
 def _limit_backward(method, inputs):
     "Let the next backward of the method's Learner compute the gradients of `inputs` only."
     learn = method.learn
     own = vars(learn).get('_backward') # set by another callback, such as one that counts backward passes
-    whole = learn._backward
+    whole_backward = learn._backward
     def limited():
-        if own is None: del learn._backward
-        else: learn._backward = own
-        if not _is_used_by(learn, method): return whole() # the method was removed after an exception
+        _set_backward(learn, own)
+        if not _is_used_by(learn, method): return whole_backward() # it was removed after an exception
         loss = learn.loss_grad
         learn.loss_grad = _LossOf(loss, inputs)
-        try: whole()
+        try: whole_backward()
         finally: learn.loss_grad = loss
-    limited.whole = own # for `_unlimit_backward`
+    limited.replaced = own # for `_unlimit_backward`
     learn._backward = limited
 
 def _unlimit_backward(learn):
     "Undo `_limit_backward` if no backward has followed, for example after a cancelled batch."
     limited = vars(learn).get('_backward')
-    if not hasattr(limited, 'whole'): return
-    if limited.whole is None: del learn._backward
-    else: learn._backward = limited.whole
+    if hasattr(limited, 'replaced'): _set_backward(learn, limited.replaced)
 
 # %% ../../nbs/core/01_passes.ipynb #257f01ae
 def _has_reentrant_checkpoint(loss):
@@ -970,9 +976,8 @@ class _ChosenParams(_OwnGradients):
     def limit_backward(self):
         "Let the next backward compute the gradients that the first pass needs."
         inputs = self.first_inputs()
-        plain_loop = hasattr(self.learn, 'own_replay') # a plain loop calls `first_inputs` itself
-        limited = inputs and not plain_loop and self.reaches_inputs(self.learn.loss_grad)
-        if limited: _limit_backward(self, inputs)
+        if not inputs or in_plain_loop(self.learn): return # a plain loop calls `first_inputs` itself
+        if self.reaches_inputs(self.learn.loss_grad): _limit_backward(self, inputs)
 
     def after_loss(self): # fastai looks up `_backward` before it sends `before_backward`
         if not self.replaying: self.limit_backward()
@@ -1292,8 +1297,8 @@ class SummedPass(PerturbedPass, StepWatch):
     def before_backward(self):
         # a callback that skips a batch may also drop the gradients of the earlier micro-batches; a plain loop
         # has set them aside, and calls `drop_batches` itself
-        in_learner = not hasattr(self.learn, 'own_replay')
-        if in_learner and not self.replaying and are_dropped(self._left): self.drop_batches()
+        own_batch = not in_plain_loop(self.learn) and not self.replaying
+        if own_batch and are_dropped(self._left): self.drop_batches()
         super().before_backward()
 
     def after_backward(self):

@@ -232,9 +232,10 @@ def _apply_kind(kind, x, rows, fill):
     if kind == 'curve': return rows.gather(1, x.flatten(1).long()).view_as(x)
     if kind == 'AutoContrast': return vision.autocontrast(x)
     if kind == 'Equalize': return equalize(x)
-    f = rows[:, 0].view(-1, 1, 1, 1)    # weight of each image
-    rest = rows[:, 1].view(-1, 1, 1, 1) # 1 - f, the weight of each second image
-    return (f * x).add_(rest * _second_image(kind, x)).clamp_(0, 255).to(torch.uint8)
+    weight = rows[:, 0].view(-1, 1, 1, 1)        # of each image
+    second_weight = rows[:, 1].view(-1, 1, 1, 1) # of each second image, 1 - weight
+    blended = (weight * x).add_(second_weight * _second_image(kind, x))
+    return blended.clamp_(0, 255).to(torch.uint8)
 
 # %% ../../nbs/data/71_augment.ipynb #b17f53e1
 def op_magnitude(
@@ -377,11 +378,11 @@ def _rectangles(edges, h, w, c):
 
     `edges` is `(4, n)`: top, bottom, left, right; bottom and right are exclusive."""
     top, bottom, left, right = edges[:, :, None]
-    r = torch.arange(h, device=edges.device)
-    s = torch.arange(w, device=edges.device)
-    rows = ((r >= top) & (r < bottom)).to(torch.uint8).mul_(255)
-    cols = ((s >= left) & (s < right)).to(torch.uint8).mul_(255).repeat_interleave(c, 1)
-    return rows[:, :, None] & cols[:, None, :]
+    row = torch.arange(h, device=edges.device)
+    column = torch.arange(w, device=edges.device)
+    in_rows = ((row >= top) & (row < bottom)).to(torch.uint8).mul_(255)       # `(n, h)`
+    in_columns = ((column >= left) & (column < right)).to(torch.uint8).mul_(255) # `(n, w)`
+    return in_rows[:, :, None] & in_columns.repeat_interleave(c, 1)[:, None, :]
 
 class Cutout:
     """Hides a square around a random pixel; parts outside the image are cut off (DeVries & Taylor 2017).

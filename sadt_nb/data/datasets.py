@@ -169,14 +169,14 @@ def _cache_dir():
 
 def _fingerprint(source, size):
     "Return a hash of the names, sizes and dates of the source's files, and of the size of the images."
-    h = hashlib.sha256(json.dumps(['v2', str(source.resolve()), size]).encode()) # 'v2': the file's layout
     if source.is_file(): files = [source]
     else: files = sorted(f for f in source.rglob('*') if f.is_file())
-    for f in files:
-        s = f.stat()
-        name = f.relative_to(source) if f != source else ''
-        h.update(f'{name}|{s.st_size}|{s.st_mtime_ns}\n'.encode())
-    return h.hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(['v2', str(source.resolve()), size]).encode()) # 'v2': file's layout
+    for file in files:
+        state = file.stat()
+        name = '' if file == source else file.relative_to(source)
+        digest.update(f'{name}|{state.st_size}|{state.st_mtime_ns}\n'.encode())
+    return digest.hexdigest()[:16]
 
 def _read_arrays(file):
     "Return training and test images from an array file."

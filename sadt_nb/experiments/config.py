@@ -87,38 +87,41 @@ def _check_values(run):
             raise ValueError(unknown_name(field, value, known))
 
 # %% ../../nbs/experiments/80_config.ipynb #7314ecc0
-def _simple(name, v):
-    """Return `v` with Python's numbers, strings and tuples, also inside nested lists.
+def _simple(name, value):
+    """Return `value` with Python's numbers, strings and tuples, also inside nested lists.
 
     Raises `ValueError` for numbers that are not finite, and for other kinds of values."""
-    if isinstance(v, (np.generic, np.ndarray)): v = v.tolist()
-    if isinstance(v, os.PathLike): v = os.fspath(v)
-    if isinstance(v, (list, tuple)): return tuple(_simple(name, x) for x in v)
-    if isinstance(v, float) and not math.isfinite(v): raise ValueError(f'`{name}` must be finite, got {v}')
-    if v is None or isinstance(v, (bool, int, float, str)): return v
+    if isinstance(value, (np.generic, np.ndarray)): value = value.tolist()
+    if isinstance(value, os.PathLike): value = os.fspath(value)
+    if isinstance(value, (list, tuple)): return tuple(_simple(name, x) for x in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'`{name}` must be finite, got {value}')
+    if value is None or isinstance(value, (bool, int, float, str)): return value
     raise ValueError(f'`{name}` must be a number, a string, True, False, None, or a list of such values, '
-                     f'got {type(v).__name__}')
+                     f'got {type(value).__name__}')
 
-def _number(name, v, kind):
+def _number(name, value, kind):
     "Return a number as `kind`, which is `int` or `float`."
-    is_number = isinstance(v, (int, float)) and not isinstance(v, bool)
-    must = 'a number' if kind is float else 'a whole number'
-    if not is_number or kind is int and v != int(v): raise ValueError(f'`{name}` must be {must}, got {v!r}')
-    try: return kind(v)
-    except OverflowError: raise ValueError(f'`{name}` must be finite, got {v}') from None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    has_fraction = is_number and kind is int and value != int(value)
+    if not is_number or has_fraction:
+        must = 'a number' if kind is float else 'a whole number'
+        raise ValueError(f'`{name}` must be {must}, got {value!r}')
+    try: return kind(value)
+    except OverflowError: raise ValueError(f'`{name}` must be finite, got {value}') from None
 
-def _typed(name, v, kind):
+def _typed(name, value, kind):
     """Return a value, or each value of a tuple, as `kind`: `bool`, `int` or `float`.
 
     If `kind` is `None` (unknown), a float without fraction becomes an `int`."""
-    if isinstance(v, tuple): return tuple(_typed(name, x, kind) for x in v)
-    if v is None: return v
-    if kind is None and isinstance(v, bool): return v
-    if kind in (int, float): return _number(name, v, kind)
-    if kind is bool and not isinstance(v, bool):
-        raise ValueError(f'`{name}` must be True or False, got {v!r}')
-    is_whole = isinstance(v, float) and v == int(v)
-    return int(v) if is_whole else v
+    if isinstance(value, tuple): return tuple(_typed(name, x, kind) for x in value)
+    if value is None: return value
+    if kind is None and isinstance(value, bool): return value
+    if kind in (int, float): return _number(name, value, kind)
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f'`{name}` must be True or False, got {value!r}')
+    is_whole = isinstance(value, float) and value == int(value)
+    return int(value) if is_whole else value
 
 def _kind(parameter):
     "Return `bool`, `int` or `float`, from an option's annotation or default; `None` if neither tells."

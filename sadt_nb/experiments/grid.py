@@ -198,16 +198,20 @@ def _idle_workers(n, ray):
 # %% ../../nbs/experiments/85_grid.ipynb #802d6a19
 def _no_weights(cfg): return False
 
+def _is_done(cfg, root, weights):
+    "Return whether a run needs no training; with `weights`, its weights must be stored as well."
+    if weights: return is_trained(cfg, root)
+    return bool(read_result(cfg, root))
+
 def _plan(runs, root, force, needs_weights=_no_weights):
     "Return, for each run and each missing teacher, the arguments `force` and `weights` of `run`."
     plan = {}
     def add(cfg, again, weights):
-        old = plan.get(cfg, {})
-        plan[cfg] = dict(force=again or old.get('force', False), weights=weights or old.get('weights', False))
-        done = is_trained(cfg, root) if weights else read_result(cfg, root)
-        if done and not again: return
-        for t in cfg.teachers:
-            if not is_trained(t, root): add(t, False, True) # a teacher needs its weights
+        earlier = plan.get(cfg, dict(force=False, weights=False)) # of another run or student in the list
+        plan[cfg] = dict(force=again or earlier['force'], weights=weights or earlier['weights'])
+        if _is_done(cfg, root, weights) and not again: return
+        for teacher in cfg.teachers:
+            if not is_trained(teacher, root): add(teacher, again=False, weights=True)
     for cfg in runs: add(cfg, force, needs_weights(cfg))
     return plan
 
@@ -249,8 +253,7 @@ def _unfinished(plan, root):
     "Return the estimated work of every run that has to be trained."
     left = {}
     for cfg, how in plan.items():
-        done = is_trained(cfg, root) if how['weights'] else read_result(cfg, root)
-        if how['force'] or not done: left[cfg] = _work(cfg)
+        if how['force'] or not _is_done(cfg, root, how['weights']): left[cfg] = _work(cfg)
     return left
 
 def _left_to_measure(plan, root, measures, samples):
@@ -262,14 +265,15 @@ def _left_to_measure(plan, root, measures, samples):
         if wanted: left[cfg] = _measuring(wanted, samples)
     return left
 
-def _outcome(r, trained):
-    "Return a text on how a run ended."
-    if isinstance(r, Exception): return f'{r}'
-    accuracy = f'{r["accuracy"]:.3f}'
-    re_estimated = f'{r.get("accuracy_bn", r["accuracy"]):.3f}'
+def _outcome(result, trained):
+    "Return a text on how a run ended: with a result, or with an error."
+    if isinstance(result, Exception): return f'{result}'
+    accuracy = f'{result["accuracy"]:.3f}'
+    re_estimated = f'{result.get("accuracy_bn", result["accuracy"]):.3f}'
     # After a short training, BatchNorm's running averages lag far behind the weights.
     if re_estimated != accuracy: accuracy += f' ({re_estimated} with re-estimated BatchNorm)'
-    return f'accuracy {accuracy}, ' + (f'{r["train_seconds"]:.0f} s' if trained else 'stored')
+    time = f'{result["train_seconds"]:.0f} s' if trained else 'stored'
+    return f'accuracy {accuracy}, {time}'
 
 _COLUMNS = ('run', 'seed', 'epoch', 'training %', 'validation %', 's per epoch')
 
@@ -340,13 +344,13 @@ class _Progress:
     def waits(self, error):
         if self.show: self.print(visible(error))
 
-    def ends(self, cfg, r):
+    def ends(self, cfg, result):
         self.pauses(cfg)
-        failed = isinstance(r, Exception)
+        failed = isinstance(result, Exception)
         self.ended += 1
         self.failed += failed
         trained = self.work.ends(cfg, failed)
-        line = f'[{self.ended}/{self.n}] {cfg.name} seed {cfg.seed}: {_outcome(r, trained)}'
+        line = f'[{self.ended}/{self.n}] {cfg.name} seed {cfg.seed}: {_outcome(result, trained)}'
         time_left = self.work.time_left() if self.work.left else ''
         if time_left: line += f'; {time_left} left'
         if self.show: self.print(visible(line))
@@ -377,7 +381,10 @@ class _Grid:
         self.deaths = {} # run: number of times that its process has died
         self.later = {}  # run that another grid trains now: time at which this grid tries again
 
-    def end(self, cfg, r): self.progress.ends(cfg, self.results.setdefault(cfg, r))
+    def end(self, cfg, result):
+        "Store and print how a run has ended: with a result, or with an error."
+        self.results.setdefault(cfg, result)
+        self.progress.ends(cfg, self.results[cfg])
 
     def next_ready(self):
         "Return a run whose teachers have ended and that no other grid trains; `None` if there is none."
@@ -404,9 +411,9 @@ class _Grid:
             else: self.end(cfg, RunError(f'{cfg.name}: its process was killed {self.attempts} times; {e}'))
         except Exception as e: self.end(cfg, e)
 
-    def checked(self, cfg, r):
-        "Return the result `r`, or a `RunError` if the folder does not have the result."
-        if read_result(cfg, self.root): return r
+    def checked(self, cfg, result):
+        "Return the result, or a `RunError` if the folder does not have it."
+        if read_result(cfg, self.root): return result
         lost = f'{cfg.name} was trained, but its result is not in {self.root}'
         return RunError(f'{lost}; all machines must share that folder')
 

@@ -29,35 +29,37 @@ from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 # %% ../../nbs/experiments/86_measure.ipynb #acf63586
 def _six_digits(rows): return [[float(f'{x:.6g}') for x in row] for row in rows]
 
-def _spectrum_as_json(e):
+def _spectrum_as_json(density):
     "Return the eigenvalues' root mean square as `value`; also nodes and their weights, to draw the spectrum."
-    squares = torch.tensor([(w * v**2).sum() for v, w in zip(e.nodes, e.weights)])
+    pairs = zip(density.nodes, density.weights) # one pair per random vector
+    squares = torch.tensor([(weights * nodes**2).sum() for nodes, weights in pairs])
     value = squares.mean().sqrt().item()
     error_of_square = squares.std().item() / len(squares)**.5
     error = error_of_square / (2 * value) # the derivative of a root is 1 / (2 * root)
-    return dict(value=value, error=error, n=e.n, converged=e.converged, nodes=_six_digits(e.nodes),
-                weights=_six_digits(e.weights))
+    return dict(value=value, error=error, n=density.n, converged=density.converged,
+                nodes=_six_digits(density.nodes), weights=_six_digits(density.weights))
 
-def _eigenvalues_as_json(e):
-    found = dict(value=e.values[0].item(), error=e.error[0].item(), n=e.n, converged=e.converged)
-    if len(e.values) > 1: found['values'] = e.values.tolist()
-    return found
+def _eigenvalues_as_json(found):
+    "Return the largest eigenvalue as `value`; also all eigenvalues, if there are several."
+    values = found.values.tolist()
+    first = dict(value=values[0], error=found.error[0].item(), n=found.n, converged=found.converged)
+    return first | dict(values=values) if len(values) > 1 else first
 
-def _surface_as_json(e):
+def _surface_as_json(surface):
     "Return the surface, and as `value` its mean loss minus the loss at its centre."
-    n = len(e.x)
+    n = len(surface.x)
     middle = slice((n - 1) // 2, n // 2 + 1) # one row, or two with an even number of points
-    centre = e.loss[middle, middle].mean()
-    return dict(value=float(np.nanmean(e.loss) - centre), n=e.loss.size, x=e.x.tolist(), y=e.y.tolist(),
-                loss=_six_digits(e.loss), about=e.about)
+    centre = surface.loss[middle, middle].mean()
+    return dict(value=float(np.nanmean(surface.loss) - centre), n=surface.loss.size, x=surface.x.tolist(),
+                y=surface.y.tolist(), loss=_six_digits(surface.loss), about=surface.about)
 
-def _as_json(e):
+def _as_json(found):
     "Return the result of a measure in a form for JSON."
-    if isinstance(e, float): return dict(value=e)
-    if isinstance(e, SpectralDensity): return _spectrum_as_json(e)
-    if isinstance(e, Eigenvalues): return _eigenvalues_as_json(e)
-    if isinstance(e, Surface): return _surface_as_json(e)
-    return {k: getattr(e, k) for k in ('value', 'error', 'n', 'converged') if hasattr(e, k)}
+    if isinstance(found, float): return dict(value=found)
+    if isinstance(found, SpectralDensity): return _spectrum_as_json(found)
+    if isinstance(found, Eigenvalues): return _eigenvalues_as_json(found)
+    if isinstance(found, Surface): return _surface_as_json(found)
+    return {k: getattr(found, k) for k in ('value', 'error', 'n', 'converged') if hasattr(found, k)}
 
 # %% ../../nbs/experiments/86_measure.ipynb #ccad40ef
 def _calibration(learn, samples): return calibration_error(learn, learn.dls[2])

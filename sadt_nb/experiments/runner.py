@@ -210,6 +210,10 @@ def _check_data(cfg, result, checksums):
         values = f'their checksum was {facts[key]} and is now {checksums[key]}'
         raise RunError(f'{cfg.name} has a result, but {changed} ({values}); {_ANEW}')
 
+def _recorded_checksum(cfg, root):
+    "Return the checksum of the weights in a run's result; `None` without a result or a checksum in it."
+    return (read_result(cfg, root) or {}).get('weights_crc32')
+
 def _check_identity(cfg, root, result):
     "Raise `RunError` if the data or the teachers of a stored result have changed."
     if 'train_crc32' in result.get('data_facts', {}):
@@ -217,9 +221,8 @@ def _check_identity(cfg, root, result):
         except FileNotFoundError: checksums = result['data_facts'] # the data are not on this machine
         _check_data(cfg, result, checksums)
     for teacher, crc in zip(cfg.teachers, result.get('teachers_crc32', ())):
-        # if the teacher's result or its checksum is missing, the stored checksum counts as unchanged
-        now = (read_result(teacher, root) or {}).get('weights_crc32', crc)
-        if now == crc: continue
+        now = _recorded_checksum(teacher, root)
+        if now in (None, crc): continue # a checksum that is missing counts as unchanged
         changed = f'the weights of its teacher {teacher.name} have changed since'
         values = f'their checksum was {crc} and is now {now}'
         raise RunError(f'{cfg.name} has a result, but {changed} ({values}); {_ANEW}')
@@ -259,7 +262,7 @@ def _last_change(folder):
     files = [f for f in folder.rglob('*') if f.is_file() and f.name != '.lock']
     return max((f.stat().st_mtime for f in files), default=0.)
 
-def _held(cfg, file):
+def _lock_error(cfg, file):
     "Return the error for a folder whose lock another process holds; `file` is empty if the disk has locks."
     name = f'{cfg.name}: another process is training it'
     advice = 'wait for its result, or choose another root'
@@ -289,7 +292,7 @@ def _lock(cfg, root):
     made = [f for f in folder.parents if not f.exists()]
     with _disk_errors(root): folder.mkdir(parents=True, exist_ok=True)
     try: lock = _acquired(folder)
-    except Timeout as e: raise _held(cfg, Path(e.lock_file)) from None
+    except Timeout as e: raise _lock_error(cfg, Path(e.lock_file)) from None
     except OSError as e:
         raise RunError(f'cannot write to {root} ({e.strerror}); choose another root') from None
     try: yield
@@ -559,7 +562,7 @@ def load_model(
     except (OSError, ValueError, zipfile.BadZipFile) as e:
         advice = 'copy the file again, or train the run again with force=True (--force)'
         raise RunError(f'{cfg.name}: {e}; {advice}') from None
-    stored = (read_result(cfg, root) or {}).get('weights_crc32')
+    stored = _recorded_checksum(cfg, root)
     found = weights_checksum(model.state_dict())
     if stored not in (None, found):
         raise RunError(f'{cfg.name}: {file.name} does not belong to the stored result: the checksum of the '
@@ -571,8 +574,8 @@ def load_model(
 # %% ../../nbs/experiments/81_runner.ipynb #e824b3b8
 def _stored_checksum(cfg, root):
     "Return the checksum of a finished run's weights; if the result has no checksum, compute it."
-    stored = (read_result(cfg, root) or {}).get('weights_crc32')
-    return stored or weights_checksum(read_tensors(weights_file(cfg, root)))
+    recorded = _recorded_checksum(cfg, root)
+    return recorded or weights_checksum(read_tensors(weights_file(cfg, root)))
 
 def _method(cfg, root, dls):
     "Return the callbacks of the run's method, with its teachers loaded."
@@ -880,16 +883,17 @@ def _beside_teacher(learn):
 def _evaluations(cfg, model, dls):
     "Return accuracy and loss, with stored and with re-estimated BatchNorm statistics, and for views."
     test = dls[2]
-    plain = fresh = evaluate(model, test, right=True) # `fresh`: with re-estimated statistics, see below
-    if cfg.epochs: # without training (0 epochs), a pretrained network keeps its statistics
+    found = {}
+    stored = evaluate(model, test, right=True)
+    fresh = stored # without training (0 epochs), a pretrained network keeps its statistics
+    if cfg.epochs:
         whole_batches = len(dls.train.dataset) >= 2 * cfg.bs
         batches = dls.train.new(drop_last=True) if whole_batches else dls.train.new()
         network = reestimated(model, batches)
         fresh = evaluate(network, test, right=True)
-    found = {}
-    if cfg.epochs and cfg.valid: found['valid_accuracy_bn'] = evaluate(network, dls.valid)['accuracy']
+        if cfg.valid: found['valid_accuracy_bn'] = evaluate(network, dls.valid)['accuracy']
     for key in ('accuracy', 'loss', 'right'):
-        found[key] = plain[key]
+        found[key] = stored[key]
         found[f'{key}_bn'] = fresh[key]
     if cfg.views:
         levels = range(1, cfg.views + 1)
@@ -956,7 +960,7 @@ def _checkpoint_tag(cfg, root, checksums):
     return ', '.join(parts)
 
 # %% ../../nbs/experiments/81_runner.ipynb #3de14836
-def _began_with(cfg, root):
+def _threads_of_checkpoint(cfg, root):
     "Return the number of threads with which an interrupted run began; `None` without a checkpoint."
     tag = CheckpointFile(work_folder(cfg, root) / 'checkpoint.pt').stored_tag()
     found = re.search(r', threads (\d+)', tag or '')
@@ -966,7 +970,7 @@ def _began_with(cfg, root):
 def _same_threads(cfg, root):
     "Set the number of threads with which an interrupted run began; warn if PyTorch had another number."
     mine = torch.get_num_threads()
-    began = on_rank_zero(partial(_began_with, cfg, root)) or mine
+    began = on_rank_zero(partial(_threads_of_checkpoint, cfg, root)) or mine
     if began != mine:
         rule = f'continues with {began}, not {mine}, because another number changes the last digits'
         anew = f'to start again with {mine}, pass force=True (--force)'
@@ -1039,7 +1043,7 @@ class _Training:
         _replace(self.cfg, self.root)
         return result
 
-    def end(self):
+    def discard_diverged(self):
         "If the training diverged and an older finished result exists, remove the new files."
         if self.recorder.failed and self.folder.name == 'new': shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -1054,7 +1058,7 @@ def _train(cfg, root, force, progress, device, minutes):
         with distributed_context(learn), _tf32(cfg.tf32): learn.fit(math.ceil(cfg.epochs), cbs=checkpoint)
         result = on_rank_zero(lambda: training.finish(checkpoint.start))
         checkpoint.remove()
-        training.end()
+        training.discard_diverged()
     except KeyboardInterrupt:
         if this_rank() == 0: training.interrupt(checkpoint.start)
         raise
@@ -1067,7 +1071,7 @@ def _train(cfg, root, force, progress, device, minutes):
     return result
 
 # %% ../../nbs/experiments/81_runner.ipynb #cf6830b3
-def _stored(cfg, root, force, weights):
+def _usable_result(cfg, root, force, weights):
     """Return the stored result if it can be used, otherwise `None`.
 
     Raises `RunError` if the result was made with another configuration, other data or other teachers."""
@@ -1122,15 +1126,15 @@ def run(
     have changed since the result or the checkpoint was written, or if another version of the code wrote the
     checkpoint. Raises `ValueError` for data that do not fit."""
     join_ranks(device)
-    stored = partial(_stored, cfg, root, force, weights)
+    usable_result = partial(_usable_result, cfg, root, force, weights)
     on_rank_zero(partial(_tidy, cfg, root))
-    result = on_rank_zero(stored)
+    result = on_rank_zero(usable_result)
     if result: return result
     for t in cfg.teachers: run(t, root, False, progress, device, minutes, weights=True)
     with ExitStack() as held:
         def lock(): # the first process holds the lock for all
             held.enter_context(_lock(cfg, root))
-            return stored()
+            return usable_result()
         result = on_rank_zero(lock)
         if result: return result # another process has trained the run in the meantime
         with nullcontext() if force else _same_threads(cfg, root):

@@ -86,11 +86,12 @@ class _Products:
     def __enter__(self): return self
     def __exit__(self, *_): self.bar.close()
 
-def _generator(h, seed): return torch.Generator(h.device).manual_seed(seed)
+def _seeded(h, seed): return torch.Generator(h.device).manual_seed(seed)
 
-def _signs(h, g):
+def _signs(h, generator):
     "Return a vector of random signs, 1 and -1."
-    return torch.randint(0, 2, (h.size,), generator=g, device=h.device).to(h.dtype) * 2 - 1
+    bits = torch.randint(0, 2, (h.size,), generator=generator, device=h.device)
+    return bits.to(h.dtype) * 2 - 1
 
 # %% ../../nbs/measures/50_hessian.ipynb #0e966f76
 class Trace(NamedTuple):
@@ -113,21 +114,21 @@ def _exact_trace(h):
 
 class _TraceEstimate:
     "Hutch++: the exact trace in a subspace `Q`, plus an estimate outside `Q` from random vectors."
-    def __init__(self, h, g):
-        self.h, self.g = h, g
+    def __init__(self, h, generator):
+        self.h, self.generator = h, generator
         self.known, self.Q = 0., None      # trace in the subspace `Q`, and the basis of `Q`
         self.rest, self.squares = [], []   # v'Av and |Av|^2 of each random vector v
 
     def sketch(self, products):
         "Span the subspace `Q` by products with random vectors, and compute the trace in `Q`."
-        columns = torch.stack([self.h(_signs(self.h, self.g)) for _ in range(products)], 1)
-        self.Q = torch.linalg.qr(columns).Q
+        columns = [self.h(_signs(self.h, self.generator)) for _ in range(products)]
+        self.Q = torch.linalg.qr(torch.stack(columns, 1)).Q
         self.known = sum(float(q @ self.h(q)) for q in self.Q.T)
 
     def _outside(self, v): return v if self.Q is None else v - self.Q @ (self.Q.T @ v)
 
     def sample(self):
-        v = self._outside(_signs(self.h, self.g))
+        v = self._outside(_signs(self.h, self.generator))
         w = self._outside(self.h(v))
         self.rest.append(float(v @ w))
         self.squares.append(float(w @ w))
@@ -161,7 +162,7 @@ def hessian_trace(
                          f'got sketch={sketch} and tol={tol}')
     with _Products(learn, dl, samples, progress, 'trace', 2 * sketch + max_probes) as h:
         if h.size <= max_probes: return _exact_trace(h)
-        estimate = _TraceEstimate(h, _generator(h, seed))
+        estimate = _TraceEstimate(h, _seeded(h, seed))
         try:
             if sketch: estimate.sketch(sketch)
             while len(estimate.rest) < max_probes:
@@ -222,7 +223,7 @@ class _Krylov:
         self.alphas, self.betas = [], [] # diagonal; off-diagonal, then the norm of the last residual
         self.leaks = [] # for each step, the parts of the product along the known vectors
 
-    def step(self, g):
+    def step(self, generator):
         q = self.next
         w = self.h(q)
         self.basis.append(q)
@@ -232,16 +233,17 @@ class _Krylov:
         w = self._outside(w)
         beta = float(w.norm())
         if beta <= 10 * torch.finfo(w.dtype).eps * size: # an invariant subspace
-            beta, w = 0., self._fresh(w, g)
+            beta, w = 0., self._fresh(w, generator)
         self.betas.append(beta)
         self.next = w / w.norm()
 
     def _outside(self, w): return _without(w, self.known, self.basis)
 
-    def _fresh(self, w, g):
+    def _fresh(self, w, generator):
         "Return a random vector orthogonal to the basis; if the basis is complete, an unused vector of ones."
         if len(self.alphas) + self.known.n >= len(w): return torch.ones_like(w)
-        return self._outside(torch.randn(len(w), generator=g, dtype=w.dtype, device=w.device))
+        noise = torch.randn(len(w), generator=generator, dtype=w.dtype, device=w.device)
+        return self._outside(noise)
 
     def ritz(self):
         "Return the eigenvalues of the tridiagonal matrix, ascending, and its eigenvectors as columns."
@@ -262,26 +264,27 @@ class _Pair(NamedTuple):
 
 class _Process:
     "A Lanczos process outside the known eigenvectors, and its eigenvalues after the last step."
-    def __init__(self, h, known, g):
-        start = torch.randn(h.size, generator=g, dtype=h.dtype, device=h.device)
+    def __init__(self, h, known, generator):
+        start = torch.randn(h.size, generator=generator, dtype=h.dtype, device=h.device)
         self.krylov = _Krylov(h, start, known)
         self.free = h.size - known.n # dimensions outside the known eigenvectors
-        self.theta = None
+        self.theta = None # eigenvalues of the tridiagonal matrix after the last step, the largest first
 
     @property
     def steps(self): return self.krylov.basis.n
 
-    def step(self, g):
-        self.krylov.step(g)
+    def step(self, generator):
+        self.krylov.step(generator)
         theta, S = self.krylov.ritz()
         self.theta, self.S = theta.flip(0), S.flip(1) # the largest first
-        self.residual = self.krylov.betas[-1] * self.S[-1].abs() # its part outside the known eigenvectors
+        # one for each eigenvalue: the norm of its residual, without the part along the known eigenvectors
+        self.residual = self.krylov.betas[-1] * self.S[-1].abs()
 
-    def excludes(self, t):
-        "Return whether an eigenvalue of at least `t` would have been seen, except with probability 1/1000."
-        if t <= self.theta[0]: return False
+    def excludes(self, value):
+        "Return whether an eigenvalue >= `value` would have been seen, except with probability 1/1000."
+        if value <= self.theta[0]: return False
         betas = torch.tensor(self.krylov.betas, dtype=torch.float64)
-        log_delta = betas.log().sum() - (t - self.theta).log().sum()
+        log_delta = betas.log().sum() - (value - self.theta).log().sum()
         return float(log_delta) + .5 * math.log(2 * self.free / math.pi) < math.log(1e-3)
 
     def pairs(self, n, floor):
@@ -299,7 +302,7 @@ class _Largest:
     "The search for the `k` largest eigenvalues, by one Lanczos process after another."
     def __init__(self, h, k, tol, seed):
         self.h, self.k, self.tol = h, k, tol
-        self.g = _generator(h, seed)
+        self.generator = _seeded(h, seed)
         self.scale = 0. # largest absolute eigenvalue so far, for the size of rounding errors
         self.pairs = [] # all eigenvalues found so far, the largest first
         self.known = _Basis() # their eigenvectors
@@ -315,48 +318,52 @@ class _Largest:
         last = torch.tensor(self.pairs[self.k - 1].value, dtype=torch.float64)
         return float(last + self.allowed(last))
 
-    def _used(self, p):
+    def _used(self, process):
         "Return how many eigenvalues of a process belong to the `k` largest."
-        limit, n = self._limit(), 0
-        for t in p.theta.tolist():
-            larger = n + sum(pair.value > t for pair in self.pairs)
-            if t <= limit or larger >= self.k: break
+        limit = self._limit()
+        n = 0
+        for value in process.theta.tolist(): # the largest first
+            larger = n + sum(pair.value > value for pair in self.pairs)
+            if value <= limit or larger >= self.k: break
             n += 1
         return n
 
-    def _is_done(self, p):
+    def _is_done(self, process):
         "Return whether a process has found its share of the `k` largest eigenvalues, which may be none."
-        n = self._used(p)
-        if p.steps == p.free: return True
+        if process.steps == process.free: return True
+        n = self._used(process)
         if len(self.pairs) + n < self.k: return False
         n_checked = max(n, 1) # without a share, the largest eigenvalue shows whether there may be one
-        small = bool((p.residual <= self.allowed(p.theta))[:n_checked].all())
-        return (small and p.steps > n_checked) or (n == 0 and p.excludes(self._limit()))
+        within = process.residual <= self.allowed(process.theta)
+        if process.steps > n_checked and bool(within[:n_checked].all()): return True
+        return n == 0 and process.excludes(self._limit())
 
     def run(self, most):
         "Run one process; return whether all `k` eigenvalues are known afterwards."
-        p, done = _Process(self.h, self.known, self.g), False
+        process, done = _Process(self.h, self.known, self.generator), False
         try:
             while self.h.n < most and not done:
-                p.step(self.g)
-                self.scale = max(self.scale, float(p.theta.abs().max()))
-                done = self._is_done(p)
+                process.step(self.generator)
+                self.scale = max(self.scale, float(process.theta.abs().max()))
+                done = self._is_done(process)
         finally: # after Ctrl-C, too
-            n = self._used(p) if p.theta is not None else 0
-            for pair in p.pairs(n, self.floor) if n else ():
+            n = self._used(process) if process.theta is not None else 0
+            for pair in process.pairs(n, self.floor) if n else ():
                 self.known.append(pair.vector)
                 self.pairs.append(pair)
             self.pairs.sort(key=lambda pair: -pair.value)
-        return done and (n == 0 or p.steps == p.free)
+        return done and (n == 0 or process.steps == process.free)
 
 # %% ../../nbs/measures/50_hessian.ipynb #66cb3c9d
+def _most_products(k, max_products): return max_products or 200 + 5 * k
+
 def _top(h, k, tol, max_products, seed):
     "Return the `k` largest eigenvalues, and a list of their eigenvectors."
     if not 1 <= k <= h.size:
         raise ValueError(f'`k` must be from 1 to the number of trainable weights, {h.size}, got {k}')
     if max_products is not None and max_products < k:
         raise ValueError(f'`max_products` must be at least `k`, {k}, got {max_products}')
-    most = max_products or 200 + 5 * k
+    most = _most_products(k, max_products)
     search, converged = _Largest(h, k, tol, seed), False
     try:
         while h.n < most and not converged: converged = search.run(most)
@@ -387,7 +394,8 @@ def top_eigenvalues(
 
     Ctrl-C returns the estimates so far. Raises `ValueError` if `k` is out of range or `max_products` is
     less than `k`, and for the same reasons as `FixedLoss`."""
-    with _Products(learn, dl, samples, progress, 'eigenvalues', max_products or 200 + 5 * k) as h:
+    most = _most_products(k, max_products)
+    with _Products(learn, dl, samples, progress, 'eigenvalues', most) as h:
         return _top(h, k, tol, max_products, seed)[0]
 
 def top_eigenvectors(
@@ -401,7 +409,8 @@ def top_eigenvectors(
     progress:bool=True,    # Show a bar after three seconds
 ) -> tuple: # `Eigenvalues`, and `k` directions of length 1, each a dictionary from parameter name to tensor
     "Return the largest eigenvalues and their directions in weight space."
-    with _Products(learn, dl, samples, progress, 'eigenvectors', max_products or 200 + 5 * k) as h:
+    most = _most_products(k, max_products)
+    with _Products(learn, dl, samples, progress, 'eigenvectors', most) as h:
         found, vectors = _top(h, k, tol, max_products, seed)
         return found, [h.named(u) for u in vectors]
 
@@ -480,12 +489,12 @@ def spectral_density(
     with _Products(learn, dl, samples, progress, 'density', None) as h:
         steps = min(steps, h.size)
         h.bar.total = vectors * steps
-        g = _generator(h, seed)
+        generator = _seeded(h, seed)
         nodes, weights = [], []
         try:
             for _ in range(vectors):
-                krylov = _Krylov(h, _signs(h, g))
-                for _ in range(steps): krylov.step(g)
+                krylov = _Krylov(h, _signs(h, generator))
+                for _ in range(steps): krylov.step(generator)
                 theta, S = krylov.ritz()
                 nodes.append(theta)
                 weights.append(S[0]**2)

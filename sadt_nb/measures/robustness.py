@@ -349,24 +349,25 @@ def effective_robustness(
 
     Raises `ValueError` for accuracies outside (0, 1), for a network with only one accuracy, and for fewer
     than three ordinary networks of different accuracy."""
-    r, s = _accuracies(reference), _accuracies(shifted)
-    line_r, line_s = _accuracies(baseline_reference), _accuracies(baseline_shifted)
-    paired = r.shape == s.shape and line_r.shape == line_s.shape
+    reference, shifted = _accuracies(reference), _accuracies(shifted)
+    line_reference, line_shifted = _accuracies(baseline_reference), _accuracies(baseline_shifted)
+    paired = reference.shape == shifted.shape and line_reference.shape == line_shifted.shape
     if not paired: raise ValueError('each network needs both accuracies')
-    different = len(np.unique(line_r))
+    different = len(np.unique(line_reference))
     if different < 3:
         raise ValueError('the line needs at least three ordinary networks with different accuracies, got '
                          f'{different}')
-    x, y, n = logit(line_r), logit(line_s), len(line_r)
+    x, y, n = logit(line_reference), logit(line_shifted), len(line_reference)
+    measured = logit(reference)
     fit = stats.linregress(x, y)
     spread = math.sqrt(((y - fit.intercept - fit.slope * x)**2).sum() / (n - 2))
-    predicted = fit.intercept + fit.slope * logit(r)
+    predicted = fit.intercept + fit.slope * measured
     # the confidence band of a regression line, in logits
-    leverage = 1 / n + (logit(r) - x.mean())**2 / ((x - x.mean())**2).sum()
+    leverage = 1 / n + (measured - x.mean())**2 / ((x - x.mean())**2).sum()
     half = stats.t.ppf(.5 + level / 2, n - 2) * spread * np.sqrt(leverage)
-    low, high = expit(predicted - half), expit(predicted + half)
-    expected = expit(predicted)
-    return EffectiveRobustness(s - expected, expected, low, high, float(fit.slope), float(fit.intercept))
+    low, expected, high = expit(predicted - half), expit(predicted), expit(predicted + half)
+    above = shifted - expected
+    return EffectiveRobustness(above, expected, low, high, float(fit.slope), float(fit.intercept))
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec375f8f
 IMAGENETV2 = { # torchvision's network with `IMAGENET1K_V1` weights: accuracy on ImageNet, and on ImageNetV2

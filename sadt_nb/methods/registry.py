@@ -157,12 +157,12 @@ _GRADIENTS = dict(
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #d7460d26
-def _sam_passes(o):
+def _sam_passes(options):
     # with `only='norm'`, the first backward leaves out the gradients of the kernels, a third of a pass
-    first = 2 / 3 if o.only == 'norm' else 1
+    first = 2 / 3 if options.only == 'norm' else 1
     # with `m`, a forward pass over the whole batch comes before the passes over the chunks
-    whole = 0 if o.m is None else 1 / 3
-    return (first + whole) / getattr(o, 'interval', 1)
+    whole = 0 if options.m is None else 1 / 3
+    return (first + whole) / getattr(options, 'interval', 1)
 
 _SAM = dict(
     sam=Method(
@@ -185,15 +185,15 @@ _SAM = dict(
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #c74bf75d
-def _esam_passes(o):
+def _esam_passes(options):
     # with `gamma` below 1, a forward pass chooses the samples, and a pass runs over this share of the batch
-    extra = 1 if o.gamma == 1 else 1 / 3 + o.gamma
+    extra = 1 if options.gamma == 1 else 1 / 3 + options.gamma
     # the weights' gradients are a third of a pass, and the first backward leaves a share of them out
-    whole_norm = ESAM.by_reading(o.spec, whole_norm=o.whole_norm)['whole_norm']
-    saved = 0 if whole_norm else (1 - o.beta) / 3
+    whole_norm = ESAM.by_reading(options.spec, whole_norm=options.whole_norm)['whole_norm']
+    saved = 0 if whole_norm else (1 - options.beta) / 3
     return extra - saved
 
-def _looksam_passes(o): return 1 / o.k
+def _looksam_passes(options): return 1 / options.k
 
 _FASTER_SAM = dict(
     esam=Method(
@@ -289,11 +289,13 @@ _TEACHERS = dict(
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #d7a2391d
-def _sadt_passes(o, teachers=1):
-    if o.rho is not None: teachers = 1 # a teacher at SAM's point replaces the teachers of the variant
-    elif o.perturb is not None: teachers = len(list(o.perturb))
-    each = 4 / 3 if o.grad_at == 'up' else 1 # 4/3: a pass, and a forward pass for the teacher's prediction
-    return teachers * each if o.kl_weight else 0
+def _sadt_passes(options, teachers=1):
+    if not options.kl_weight: return 0
+    if options.rho is not None: teachers = 1 # a teacher at SAM's point replaces those of the variant
+    elif options.perturb is not None: teachers = len(list(options.perturb))
+    # 4/3: a pass, and a forward pass for the teacher's prediction
+    each = 4 / 3 if options.grad_at == 'up' else 1
+    return teachers * each
 
 _sadt = partial(
     Method, steps=2, extra_passes=_sadt_passes, memory='2 x weights', seeded=True,
@@ -378,10 +380,11 @@ def passes_of(
     check_options(f'method {name}', options, parameters)
     method = METHODS[name]
     defaults = {k: p.default for k, p in parameters.items()}
-    o = SimpleNamespace(**{**defaults, **options})
-    extra = method.passes - 1 if method.extra_passes is None else method.extra_passes(o)
+    chosen = SimpleNamespace(**{**defaults, **options})
+    extra = method.passes - 1 if method.extra_passes is None else method.extra_passes(chosen)
     if not extra: return 1. # without extra passes, `start` and `stop` change nothing
-    share = getattr(o, 'stop', 1.) - getattr(o, 'start', 0.) # share of training with an active method
+    # share of training with an active method
+    share = getattr(chosen, 'stop', 1.) - getattr(chosen, 'start', 0.)
     return 1 + share * extra
 
 # %% ../../nbs/methods/99_registry.ipynb #0b56f864
@@ -389,42 +392,53 @@ def _costs():
     "Return a dictionary from the network's name to the measured times of a step."
     folder = Path(sadt_nb.__file__).parent / 'published' / 'step_cost'
     costs = {}
-    for f in sorted(folder.glob('*.json')):
-        d = json.loads(f.read_text())
-        costs[d['model']] = d
+    for file in sorted(folder.glob('*.json')):
+        measured = json.loads(file.read_text())
+        costs[measured['model']] = measured
     return costs
 
 def methods_table() -> pd.DataFrame: # One row per name in `METHODS`
     "Return what all methods do and cost; `time` is a ResNet-18 step's time divided by a plain step's time."
     measured = _costs()['resnet18']['rows']
     rows = {}
-    for n, m in METHODS.items():
-        time = round(measured[n]['ratio'], 2) if n in measured else None
-        rows[n] = {'what it does': m.summary, 'passes': round(m.passes, 2), 'time': time,
-                   'optimizer steps': m.steps, 'memory': m.memory.split(':')[0]}
+    for name, method in METHODS.items():
+        rows[name] = {
+            'what it does': method.summary,
+            'passes': round(method.passes, 2),
+            'time': round(measured[name]['ratio'], 2) if name in measured else None,
+            'optimizer steps': method.steps,
+            'memory': method.memory.split(':')[0],
+        }
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/methods/99_registry.ipynb #d33c384b
 def _measured_time(name):
     "Return the measured time of a step as text; empty for a method that was not measured."
-    found = [d for d in _costs().values() if d['model'] in ('resnet18', 'simple_cnn') and name in d['rows']]
+    shown = [cost for cost in _costs().values() if cost['model'] in ('resnet18', 'simple_cnn')]
+    found = [cost for cost in shown if name in cost['rows']]
     if not found: return ''
-    times = [f"{d['rows'][name]['ratio']:.2f} ({d['model']}, batch {d['bs']})" for d in found]
+    times = [f"{cost['rows'][name]['ratio']:.2f} ({cost['model']}, batch {cost['bs']})" for cost in found]
     hardware = found[0]['hardware']
     where = f"on {hardware['cpu']}, {hardware['threads']} threads"
     return f"{' and '.join(times)} times the time of a plain step, {where}"
 
-def _facts(name, m):
+def _facts(name, method):
     "Return the rows of a method's card; a row that does not apply to the method has an empty string."
-    passes = f'{m.passes - 1:.2g}' if m.passes > 1 else 'none'
-    if m.extra: passes += f': {m.extra}'
-    memory = 'none' if m.memory == '-' else m.memory
+    passes = f'{method.passes - 1:.2g}' if method.passes > 1 else 'none'
+    if method.extra: passes += f': {method.extra}'
+    memory = 'none' if method.memory == '-' else method.memory
     memory = memory.replace('1 x weights', 'one copy of the weights')
     memory = memory.replace('2 x weights', 'two copies of the weights')
     memory = memory.replace('3 x weights', 'three copies of the weights')
-    return {'from': m.paper, 'extra passes per step': passes, 'measured time of a step': _measured_time(name),
-            'optimizer steps per batch': f'**{m.steps}**' if m.steps > 1 else '', 'extra memory': memory,
-            'key hyperparameter': m.key, 'when not to use it': m.avoid}
+    return {
+        'from': method.paper,
+        'extra passes per step': passes,
+        'measured time of a step': _measured_time(name),
+        'optimizer steps per batch': f'**{method.steps}**' if method.steps > 1 else '',
+        'extra memory': memory,
+        'key hyperparameter': method.key,
+        'when not to use it': method.avoid,
+    }
 
 def method_card(
     *names:str,     # Names in `METHODS`; each gets a column

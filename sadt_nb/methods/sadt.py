@@ -18,8 +18,8 @@ from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
 from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads, are_dropped
-from ..core.passes import changed_states, check_outputs, has_rates, is_unchanged, note_gradients
-from ..core.passes import step_unscaled, stepped_params, take_gradients
+from ..core.passes import changed_states, check_outputs, has_rates, in_plain_loop, is_unchanged
+from ..core.passes import note_gradients, step_unscaled, stepped_params, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks
@@ -190,7 +190,7 @@ class _SeededNoise(ExtraPass):
 
     def before_fit(self):
         # a Learner's fit is a new training unless a run is resumed; `closure_step` makes a loop in every step
-        if not hasattr(self.learn, 'own_replay'): self.rate = self._loaded_rate
+        if not in_plain_loop(self.learn): self.rate = self._loaded_rate
         super().before_fit() # keeps the state for the end of a learning rate search
         self._loaded_rate = None
         if self.sigma == 'rate' and not has_rates(self.learn):
@@ -286,14 +286,13 @@ def _agree_over_ranks(params, deltas):
 def _can_share(sadt, fns):
     "Return whether one pass can compute all teachers; `False` for compiled and distributed models."
     if not sadt.share_trunk or sadt.grad_at != 'aux' or len(fns) < 2: return False
-    one_layer_each = all(isinstance(fn, layer_noise) for fn in fns)
-    # the user's closure calls the whole network, so layers cannot be shared
-    closure = hasattr(sadt.learn, 'own_replay')
+    if not all(isinstance(fn, layer_noise) for fn in fns): return False # other noise changes all layers
+    if in_plain_loop(sadt.learn): return False # the user's closure calls the whole network
     # if a layer keeps a state between passes, a pass shared by all teachers would leave a wrong state
     if changed_states(sadt.states): return False
-    sharded = any(map(is_sharded, sadt.learn.model.parameters()))
-    own_forward = closure or sharded or unwrapped(sadt.model) is not sadt.learn.model
-    return one_layer_each and not own_forward
+    model = sadt.learn.model
+    is_wrapped = unwrapped(model) is not model # compiled or distributed
+    return not is_wrapped and not any(map(is_sharded, model.parameters()))
 
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "For all micro-batches, add the gradients of one teacher, or of several teachers in one pass."
@@ -399,7 +398,7 @@ class _MicroBatches(_SeededNoise):
 
     def _keep(self, micro):
         "Keep a micro-batch, and forget earlier ones if a callback has dropped their gradients."
-        in_learner = not hasattr(self.learn, 'own_replay') # a plain loop calls `drop_batches`
+        in_learner = not in_plain_loop(self.learn) # a plain loop calls `drop_batches`
         if in_learner and self._micro and are_dropped(self._left): self._micro = []
         self._micro.append(micro)
         self._uncounted = note_gradients(stepped_params(self.learn)) if in_learner else None
@@ -454,7 +453,7 @@ class _TwoSteps(_MicroBatches):
         if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
         self._micro = []
         _check_accumulation(self.learn)
-        self._calls = [] if hasattr(self.learn, 'own_replay') else None
+        self._calls = [] if in_plain_loop(self.learn) else None
         StepGrads.install(self.learn, self)
 
     def before_batch(self):

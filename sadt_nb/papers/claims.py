@@ -558,10 +558,12 @@ class Kinds:
         second = self.value(place, a, f'teacher_{key}') if b is None else self.value(place, b, key)
         d = (first - second).dropna()
         if len(d) < 3: return judged(place, label, d, side, **facts)
-        other = (a, f'teacher_{_BITS[key]}') if b is None else (b, _BITS[key])
-        bits = [self._bits(place, *column, d.index) for column in ((a, _BITS[key]), other)]
-        if all(v is not None for v in bits):
-            return as_evidence(place, label, paired_by_image(*bits), d, side, pairing=BY_IMAGE, **facts)
+        own_bits = self._bits(place, a, _BITS[key], d.index)
+        if b is None: other_bits = self._bits(place, a, f'teacher_{_BITS[key]}', d.index)
+        else: other_bits = self._bits(place, b, _BITS[key], d.index)
+        if own_bits is not None and other_bits is not None:
+            found = paired_by_image(own_bits, other_bits)
+            return as_evidence(place, label, found, d, side, pairing=BY_IMAGE, **facts)
         images = self.networks[self.networks.place == place].test_images.min()
         if np.isnan(images): return judged(place, label, d, side, pairing='new seeds', **facts)
         of_images = image_variance(first[d.index].mean(), second[d.index].mean(), images)
@@ -714,6 +716,25 @@ def place_kind_seed(
     return dict(place=place, kind=kind, seed=parts[-1] if parts[-1].startswith('seed') else '')
 
 # %% ../../nbs/papers/109_claims.ipynb #8c5bad94
+def _teacher_numbers(run, stored):
+    "Return the accuracies of a student's only teacher, if this teacher is one of the `stored` runs."
+    if len(run.teachers) != 1 or run.teachers[0] not in stored: return {}
+    of_teacher = accuracy_numbers(stored[run.teachers[0]])
+    keys = 'accuracy_bn', *_BITS.values() # `network_numbers` has the teacher's `accuracy` already
+    return {f'teacher_{key}': of_teacher[key] for key in keys if key in of_teacher}
+
+def _ensemble_rows(place):
+    "Return a row of numbers for each stored ensemble of a place."
+    rows = []
+    for ensemble in paper_ensembles(place.preset):
+        found = run_ensemble(ensemble.members, published(place.folder))
+        first = ensemble.members[0]
+        where = place_kind_seed(ensemble.label, place.name)
+        rows.append(dict(**where, accuracy=100 * found['accuracy'], diversity=found['diversity'],
+                         data=first.data, images=training_images(first), epochs=first.epochs,
+                         **_test_images(found, first.data)))
+    return rows
+
 def stored_networks(
     places:list, # List of `Place`
 ) -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `study`, `run`, and one per number
@@ -723,21 +744,13 @@ def stored_networks(
         runs = finished_runs(place.folder)
         if place.study == 'flatness': # only networks whose flatness is measured
             runs = {run: r for run, r in runs.items() if r['measures']}
-        for c in paper_grid(place.preset, amp=place.amp):
-            if c.run not in runs: continue
-            numbers = network_numbers(runs[c.run], place.study, c.result)
-            if len(c.run.teachers) == 1 and c.run.teachers[0] in runs:
-                of_teacher = accuracy_numbers(runs[c.run.teachers[0]])
-                for key in ('accuracy_bn', *_BITS.values()):
-                    if key in of_teacher: numbers[f'teacher_{key}'] = of_teacher[key]
-            rows.append(dict(study=place.study, run=c.run, **place_kind_seed(c.label, place.name), **numbers))
-        if not runs or place.preset not in _AVERAGED: continue
-        for e in paper_ensembles(place.preset):
-            found = run_ensemble(e.members, published(place.folder))
-            first = e.members[0]
-            rows.append(dict(**place_kind_seed(e.label, place.name), accuracy=100 * found['accuracy'],
-                             diversity=found['diversity'], data=first.data, images=training_images(first),
-                             epochs=first.epochs, **_test_images(found, first.data)))
+        for cell in paper_grid(place.preset, amp=place.amp):
+            if cell.run not in runs: continue
+            numbers = network_numbers(runs[cell.run], place.study, cell.result)
+            numbers |= _teacher_numbers(cell.run, runs)
+            where = place_kind_seed(cell.label, place.name)
+            rows.append(dict(study=place.study, run=cell.run, **where, **numbers))
+        if runs and place.preset in _AVERAGED: rows += _ensemble_rows(place)
     return pd.DataFrame(rows).drop_duplicates(['place', 'kind', 'seed'])
 
 # %% ../../nbs/papers/109_claims.ipynb #644ece89

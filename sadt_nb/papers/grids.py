@@ -50,10 +50,11 @@ def in_precision(
     return run.but(amp=amp, teachers=tuple(in_precision(t, amp) for t in run.teachers))
 
 # %% ../../nbs/papers/107_grids.ipynb #927ae5cc
+def _words(text): return set(text.lower().replace(',', ' ').split())
+
 def _has_words(label, only):
     "Return whether a label contains all words of `only` as whole words, in upper or lower case."
-    words = label.lower().replace(',', ' ').split()
-    return set(only.lower().replace(',', ' ').split()) <= set(words)
+    return _words(only) <= _words(label)
 
 def paper_grid(
     name:str,       # A name in `PAPER_GRIDS`
@@ -67,16 +68,17 @@ def paper_grid(
     if name not in PAPER_GRIDS:
         raise ValueError(f'unknown preset {name!r}; choose one of {", ".join(PAPER_GRIDS)}')
     every = list(PAPER_GRIDS[name]())
-    cells = [c for c in every if _has_words(c.label, only)]
+    cells = [cell for cell in every if _has_words(cell.label, only)]
     if not cells:
         raise ValueError(f'no row of {name} has all words of {only!r}; the first label is {every[0].label!r}')
     out = []
-    for c in cells:
-        notes = [c.note] if c.note else []
-        if amp not in ('', c.run.amp): notes.insert(0, f'in {amp}')
-        if scale != 1: notes.insert(0, f'{scale:g} of the epochs')
-        run = in_precision(scaled(c.run, scale), amp)
-        out.append(replace(c, run=run, note='; '.join(notes)))
+    for cell in cells:
+        notes = []
+        if scale != 1: notes.append(f'{scale:g} of the epochs')
+        if amp not in ('', cell.run.amp): notes.append(f'in {amp}')
+        if cell.note: notes.append(cell.note)
+        run = in_precision(scaled(cell.run, scale), amp)
+        out.append(replace(cell, run=run, note='; '.join(notes)))
     return out
 
 def paper_ensembles(
@@ -87,7 +89,7 @@ def paper_ensembles(
     "Return the ensembles of a preset; their members are runs of `paper_grid`."
     if name not in PAPER_ENSEMBLES: return []
     out = []
-    for e in PAPER_ENSEMBLES[name]():
-        members = tuple(in_precision(scaled(m, scale), amp) for m in e.members)
-        out.append(e._replace(members=members))
+    for ensemble in PAPER_ENSEMBLES[name]():
+        members = tuple(in_precision(scaled(run, scale), amp) for run in ensemble.members)
+        out.append(ensemble._replace(members=members))
     return out

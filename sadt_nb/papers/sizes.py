@@ -28,6 +28,10 @@ class Size(NamedTuple):
 
 _NEEDS = dict(vit='timm', clip='open_clip') # the first part of a network's name: the package that it imports
 
+def _summed(costs):
+    "Return the passes and the operations of several costs; `fsum` gives the same sums in any order."
+    return math.fsum(cost.passes for cost in costs), math.fsum(cost.flops for cost in costs)
+
 def table_size(
     name:str, # A name in `PAPER_GRIDS`
 ) -> Size: # The sums over its runs
@@ -35,20 +39,19 @@ def table_size(
 
     Raises `ValueError` for an unknown name, and `ImportError` if a network needs a missing package."""
     cells = paper_grid(name)
-    runs = {c.run for c in cells} | {t for c in cells for t in c.run.teachers}
-    costs = [run_cost(r) for r in runs]
-    groups = {}
-    measured = {c.run: c.measures for c in cells if c.measures}
+    runs = set()
+    for cell in cells: runs |= {cell.run, *cell.run.teachers}
+    costs = [run_cost(run) for run in runs]
+    groups = {} # batch size and training images: the costs of measuring one image
+    measured = {cell.run: cell.measures for cell in cells if cell.measures}
     for run, names in measured.items():
         one_image = measure_cost(run, names, samples=1) # one image makes one batch, so both are counted once
         groups.setdefault((run.bs, training_images(run)), []).append(one_image)
     measures = []
-    for group, found in sorted(groups.items()):
-        measures.append((*group, math.fsum(c.passes for c in found), math.fsum(c.flops for c in found)))
-    families = {r.model.partition('_')[0] for r in runs}
-    packages = {_NEEDS[f] for f in families if f in _NEEDS}
-    return Size(len(runs), math.fsum(c.passes for c in costs), math.fsum(c.flops for c in costs),
-                tuple(measures), tuple(sorted(packages)))
+    for group, found in sorted(groups.items()): measures.append((*group, *_summed(found)))
+    families = {run.model.partition('_')[0] for run in runs}
+    packages = {_NEEDS[family] for family in families if family in _NEEDS}
+    return Size(len(runs), *_summed(costs), tuple(measures), tuple(sorted(packages)))
 
 # %% ../../nbs/papers/114_sizes.ipynb #9c2eca18
 def seconds_to_train(

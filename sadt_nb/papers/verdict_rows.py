@@ -97,28 +97,34 @@ def _seconds_per_seed(tables, speed, on_gpu):
         total += of_all / _seeds_of(cells)
     return total
 
+def _published_spread(claim):
+    "Return the first spread over seeds that the paper states for a comparison of a claim; NaN if none."
+    for e in (*claim.ours, *claim.own):
+        if e.published and e.published.spread: return e.published.spread
+    return np.nan
+
 def price(
     claim:Claim, # A claim with tables
     speed:dict,  # From `speeds`
 ) -> Price:
     "Return what a decision on a claim costs."
     e = _open_comparison(claim)
-    published = [x.published.spread for x in (*claim.ours, *claim.own) if x.published and x.published.spread]
-    # our spread, otherwise the published spread, otherwise unknown
-    spread = e.spread if e else published[0] if published else np.nan
-    source = _source(claim, e) if e else 'the paper'
+    if e: spread, source = e.spread, _source(claim, e)
+    else: spread, source = _published_spread(claim), 'the paper'
+    if np.isnan(spread): source = ''
     # without such a comparison, the first comparison of the claim gives the smallest effect
     evidence = e or next(iter([*claim.ours, *claim.own]), None)
     smallest = evidence.smallest if evidence else np.nan
-    if e: n = e.seeds
-    else: n = 3 if np.isnan(spread * smallest) else seeds_for_power(spread, smallest) # NaN: unknown
-    n = max(3, n)
+    if e: seeds = e.seeds
+    elif np.isnan(spread * smallest): seeds = 3 # one of the two is unknown
+    else: seeds = seeds_for_power(spread, smallest)
+    seeds = max(3, seeds)
     try: cpu, gpu = (_seconds_per_seed(claim.tables, speed, on_gpu) for on_gpu in (False, True))
     except ImportError: cpu = gpu = np.nan # the network needs a package that is missing
+    hours, minutes = seeds * cpu / 2 / 3600, seeds * gpu / 60
     factor = bool(evidence) and evidence.side.factor
     effect = np.exp(smallest) if factor else smallest
-    return Price(effect, factor, spread, n, n * cpu / 2 / 3600, n * gpu / 60,
-                 '' if np.isnan(spread) else source)
+    return Price(effect, factor, spread, seeds, hours, minutes, source)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #363b58c6
 _OPEN = ('no power', 'outside its regime', 'not run')
@@ -134,9 +140,13 @@ def prices(
             if c.tables and c.outcome in _OPEN: found[c.says] = price(c, speed)
     return found
 
+def _or_unknown(x, form): return '?' if np.isnan(x) else format(x, form)
+
 def _rounded(x):
     "Return a number as text, with about two significant digits."
-    return '?' if np.isnan(x) else f'{x:.1f}' if x < 10 else f'{round(x, 1 - int(np.log10(x))):,.0f}'
+    if np.isnan(x): return '?'
+    if x < 10: return f'{x:.1f}'
+    return f'{round(x, 1 - int(np.log10(x))):,.0f}'
 
 def _commands(tables):
     "Return the command that trains the runs of each table, with its number of seeds."
@@ -157,9 +167,9 @@ def _ordered(claims, known):
     for group in groups.values():
         by_price = sorted(group, key=lambda row: row[2].hours)
         # the runs for one claim decide the cheaper claims of the same table as well
-        for n, (paper, c, p) in enumerate(by_price, start=1):
-            core_hours = 2 * p.hours
-            found.append((n / core_hours, paper, c, p))
+        for n, (paper, c, cost) in enumerate(by_price, start=1):
+            core_hours = 2 * cost.hours
+            found.append((n / core_hours, paper, c, cost))
     return sorted(found, key=lambda row: -np.nan_to_num(row[0]))
 
 def price_table(
@@ -169,13 +179,13 @@ def price_table(
     "Return effect, spread, seeds and time for every claim that is not decided."
     rows = [['claim', 'smallest effect', 'spread seen', 'seen in', 'seeds', 'hours, two cores',
              'minutes, one GPU', 'claims per core-hour']]
-    for rate, paper, c, p in _ordered(claims, known):
-        effect = '?' if np.isnan(p.effect) else f'× {p.effect:.2f}' if p.factor else f'{p.effect:.2f}'
-        spread = '?' if np.isnan(p.spread) else f'{p.spread:.2f}'
-        seeds = f'≥ {p.seeds}' if np.isnan(p.spread) and p.seeds == 3 else f'{p.seeds:,}'
-        per_hour = '?' if np.isnan(rate) else f'{rate:.2g}'
-        rows.append([f'{paper}: {c.short}', effect, spread, p.source, seeds, _rounded(p.hours),
-                     _rounded(p.minutes), per_hour])
+    for rate, paper, c, cost in _ordered(claims, known):
+        effect = _or_unknown(cost.effect, '.2f')
+        if cost.factor and effect != '?': effect = f'× {effect}'
+        at_least = np.isnan(cost.spread) and cost.seeds == 3
+        seeds = f'≥ {cost.seeds}' if at_least else f'{cost.seeds:,}'
+        rows.append([f'{paper}: {c.short}', effect, _or_unknown(cost.spread, '.2f'), cost.source, seeds,
+                     _rounded(cost.hours), _rounded(cost.minutes), _or_unknown(rate, '.2g')])
     return Card(rows)
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #cd5b2b62
@@ -238,7 +248,8 @@ def _place_lines(evidence, studies, start=''):
     lines = []
     for (place, n, outside, pairing), group in groups.items():
         where = f'[{place}]({studies[place]}.ipynb)' if place in studies else place
-        unit = 'rounds' if studies.get(place) == 'step_cost' else 'seeds' if n > 1 else 'seed'
+        unit = 'seeds' if n > 1 else 'seed'
+        if studies.get(place) == 'step_cost': unit = 'rounds'
         facts = [] if group[0].exact else [f'{n} {unit}']
         if outside: facts.append(f'not judged: {", ".join(outside)}')
         if pairing not in ('', WIDEST) and n > 2: facts.append(f'interval: {pairing}')
@@ -252,12 +263,12 @@ def _cost_line(claim, known):
     "Return the commands that train the runs, and their price."
     if not claim.tables: return ''
     commands = _commands(claim.tables)
-    p = known.get(claim.says)
-    if p is None: return f'Command: {commands}.'
-    time = f'{_rounded(p.hours)} hours on two cores or {_rounded(p.minutes)} minutes on one GPU'
-    least = 'at least' if np.isnan(p.spread) else 'about'
-    by = f', by the spread of {p.spread:.2f} in {p.source}' if p.source else ''
-    return f'Command: {commands}. A decision takes {least} {p.seeds:,} seeds{by}: {time}.' 
+    cost = known.get(claim.says)
+    if cost is None: return f'Command: {commands}.'
+    time = f'{_rounded(cost.hours)} hours on two cores or {_rounded(cost.minutes)} minutes on one GPU'
+    least = 'at least' if np.isnan(cost.spread) else 'about'
+    by = f', by the spread of {cost.spread:.2f} in {cost.source}' if cost.source else ''
+    return f'Command: {commands}. A decision takes {least} {cost.seeds:,} seeds{by}: {time}.'
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #6fc35896
 def claim_row(

@@ -191,8 +191,15 @@ def test_a_compiled_network_is_trained_stored_and_continued(tmp_path, monkeypatc
     assert run(student, tmp_path, **quiet)['status'] == 'finished'
 
 
-def test_tf32_is_for_one_run(tmp_path, monkeypatch):
+@pytest.fixture(params=['highest', 'medium'])
+def precision_outside(request):
     before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def test_tf32_is_for_one_run(tmp_path, monkeypatch, precision_outside):
     seen = []
     real = RunRecorder.before_train
     def before_train(self):
@@ -200,8 +207,8 @@ def test_tf32_is_for_one_run(tmp_path, monkeypatch):
         real(self)
     monkeypatch.setattr(RunRecorder, 'before_train', before_train)
     for tf32 in (False, True): run(SMALL.but(tf32=tf32, epochs=1), tmp_path, **quiet)
-    assert seen == [before, 'high']
-    assert torch.get_float32_matmul_precision() == before
+    assert seen == ['highest', 'high']
+    assert torch.get_float32_matmul_precision() == precision_outside
 
 
 def test_a_run_costs_little_beside_training_and_testing(tmp_path, monkeypatch, one_thread):
@@ -399,11 +406,10 @@ def test_a_plan_trains_the_teachers_of_unfinished_students_only(tmp_path, monkey
     assert planned(True) == {student}
 
 
-def test_tf32_ends_with_the_block():
-    before = torch.get_float32_matmul_precision()
+def test_tf32_ends_with_the_block(precision_outside):
     for on in (True, False):
-        with runner._tf32(on): assert torch.get_float32_matmul_precision() == ('high' if on else before)
-        assert torch.get_float32_matmul_precision() == before
+        with runner._tf32(on): assert torch.get_float32_matmul_precision() == ('high' if on else 'highest')
+        assert torch.get_float32_matmul_precision() == precision_outside
 
 
 def test_the_number_of_threads_is_restored(tmp_path, monkeypatch):

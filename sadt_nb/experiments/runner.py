@@ -928,9 +928,9 @@ def keep_pages():
 
 @contextmanager
 def _tf32(on):
-    "Compute matrix products in TF32 if `on`, on GPUs that have it."
+    "Compute matrix products in TF32 if `on`, on GPUs that have it, and in float32 otherwise."
     before = torch.get_float32_matmul_precision()
-    if on: torch.set_float32_matmul_precision('high')
+    torch.set_float32_matmul_precision('high' if on else 'highest') # the process may have another setting
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import as_loader, batches, learner, mlp
+from conftest import as_loader, batches, evaluating_within, flat, learner, mlp
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
                                   CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.hook import ActivationStats
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from sadt_nb.core.loss_terms import SampleIds
 from sadt_nb.core.closures import MethodOptimizer, closure_step
 from sadt_nb.core.passes import replaying
+from sadt_nb.core.recipe import FreezeAfter, Lookahead
+from sadt_nb.measures.sharpness import FlatnessRecorder
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
@@ -474,3 +476,44 @@ def test_a_skipped_learner_can_be_pickled_and_copied():
         learn.fit(1)
         pickle.dumps(learn.cbs)
         copy.deepcopy(learn)
+
+
+class EvaluateInEpoch(Callback):
+    "Calls `learn.validate` within each epoch, which sends `before_fit` and `after_fit`, too."
+    order, run_valid = 2000, False
+    def after_batch(self):
+        if self.iter != 1: return
+        with evaluating_within(self.learn): self.learn.validate(dl=batches())
+
+
+@pytest.mark.parametrize('make', [
+    lambda: Lookahead(every=2, decay=.5), lambda: FreezeAfter({'0.weight': 1}),
+    lambda: FreezeAfter({'0.weight': 0}),
+], ids=['lookahead', 'frozen after an epoch', 'frozen from the start'])
+def test_an_evaluation_within_an_epoch_changes_nothing_of_the_recipe(make):
+    ends = []
+    for others in ([], [EvaluateInEpoch()]):
+        learn = learner(mlp(), [make(), *others])
+        learn.fit(3)
+        assert all(p.requires_grad for p in learn.model.parameters())
+        ends.append(flat(learn.model))
+    assert torch.equal(*ends)
+
+
+def test_rows_of_the_flatness_recorder_stay_through_evaluations():
+    recorder = FlatnessRecorder()
+    learn = learner(mlp(), [recorder])
+    learn.fit(2)
+    expected = [dict(row) for row in recorder.rows]
+    learn.validate()
+    assert recorder.rows == expected and [row['epoch'] for row in expected] == [1, 2]
+    again = FlatnessRecorder()
+    learn = learner(mlp(), [again, EvaluateInEpoch()])
+    learn.fit(2)
+    assert again.rows == expected
+
+
+def test_a_learner_that_never_trained_can_evaluate():
+    learn = learner(mlp(), [FlatnessRecorder(), FreezeAfter({'0.weight': 1}), Lookahead(every=2)])
+    learn.validate()
+    assert learn.flatness_recorder.rows == [] and all(p.requires_grad for p in learn.model.parameters())

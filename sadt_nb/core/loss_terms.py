@@ -23,7 +23,7 @@ from .arguments import ShowsArguments
 from .losses import as_divergence, divergence_between, DivergenceLike
 from .passes import ORDERS, batch_size, check_minimizes, check_outputs, check_single
 from .passes import device_of, evaluating
-from .passes import replayed_rows, replays_other_loss
+from .passes import replayed_rows, replays_other_loss, skipped_epochs
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 
@@ -93,6 +93,8 @@ class TrajectoryLoss(LossTerm):
     Raises `ValueError` if `lam` or `start_epoch` is negative, or if `tau` is not positive. Also raises
     `ValueError` at the start of training if neither `divergence` nor the loss function determines how
     predictions are compared."""
+    _searching = False # whether the last fit was a learning rate search
+
     def __init__(self,
         lam:float,                      # Factor of the term, >= 0
         tau:float,                      # Temperature that softens both predictions, > 0
@@ -107,6 +109,14 @@ class TrajectoryLoss(LossTerm):
         self.start_epoch = start_epoch
         self.done = 0 # number of finished epochs, over all calls of `fit`
 
+    def __call__(self,
+        event_name:str, # Name of a fastai event, such as 'before_fit'
+    ):
+        "Handle an event; the callback is off in a learning rate search, and on in the fit after it."
+        # an exception that ends the search leaves the callback off
+        if event_name == 'before_fit' and self._searching: self.run, self._searching = True, False
+        return super().__call__(event_name)
+
     @property
     def factor(self) -> float:
         "Return the number that multiplies the divergence."
@@ -120,10 +130,13 @@ class TrajectoryLoss(LossTerm):
     def before_fit(self):
         check_single(self, type(self), 'adds this term to the loss')
         check_minimizes(self)
-        self.run = not hasattr(self.learn, 'lr_finder') # no term during a learning rate search
+        self._searching = hasattr(self.learn, 'lr_finder')
+        if self._searching: self.run = False # no term during a learning rate search
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
         # `get_preds` triggers this event, too; the Learner may then have no `n_epoch`
-        last = self.done + getattr(self.learn, 'n_epoch', float('inf'))
+        skipped = skipped_epochs(self.learn)
+        self.done = max(self.done, skipped) # an object that has trained the skipped epochs has counted them
+        last = self.done + getattr(self.learn, 'n_epoch', float('inf')) - skipped
         if self.run and self.start_epoch >= last:
             name = type(self).__name__
             warnings.warn(f'{name} adds its term only after {self.start_epoch} epochs, but training ends '

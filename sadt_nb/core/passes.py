@@ -6,11 +6,11 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'kept_random_states', 'in_eval_mode', 'hidden_states', 'changed_states', 'from_hidden_states',
            'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
-           'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients', 'is_unchanged',
-           'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network', 'check_network',
-           'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'check_window', 'is_whole_training',
-           'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_',
-           'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients',
+           'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network',
+           'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'check_window',
+           'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass',
+           'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from fastai.callback.core import Callback, CancelBackwardException, CancelStepException
 from fastai.callback.core import TrainEvalCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.hook import Hook
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
@@ -336,16 +337,25 @@ def from_hidden_states(
         for module, present in attributes: _set_attributes(module, present)
 
 # %% ../../nbs/core/01_passes.ipynb #3e9b51d1
+def _no_hook(*args, **kwargs): return None
+
+def _callbacks_hooks(model):
+    "Return the hooks of a network that belong to callbacks; with these, a copy would copy the Learner."
+    kinds = '_forward_pre_hooks', '_forward_hooks', '_backward_hooks'
+    hooks = [h for m in model.modules() for kind in kinds for h in vars(m)[kind].values()]
+    return [h for h in hooks if isinstance(getattr(h, '__self__', None), (Hook, Callback))]
+
 def copied_network(
     model:nn.Module, # A network, perhaps after a pass
 ) -> nn.Module: # A network that shares no memory with `model`
-    "Return a copy of a network; tensors that a pass has computed are copied without their graph."
+    "Return a copy of a network, without the graph of tensors in it and without the hooks of callbacks."
     tensors = list(model.buffers())
     for module in model.modules():
         attributes = _states_of(module)
         tensors += _tensors(attributes, _contents(attributes.values()))
     # `deepcopy` takes what this dictionary has as the copy of the object with this identity
     copies = {id(t): _detached_copy(t) for t in tensors if not t.is_leaf}
+    copies |= {id(hook): _no_hook for hook in _callbacks_hooks(model)}
     return deepcopy(model, copies)
 
 # %% ../../nbs/core/01_passes.ipynb #b6f45dbd
@@ -398,6 +408,13 @@ def evaluating(
     "Return whether an evaluation sends the event; evaluations, too, send `before_fit` and `after_fit`."
     lock = getattr(learn, 'lock', None) # fastai holds this lock while it evaluates outside of a fit's epochs
     return lock is not None and lock.locked()
+
+def skipped_epochs(
+    learn:Learner, # A Learner, in a fit
+) -> int: # 0 without `start_epoch`
+    "Return the number of epochs that `learn.fit(n, start_epoch=k)` skips, as trained before."
+    skip = getattr(learn, 'skip_to_epoch', None) # the callback of fastai
+    return 0 if skip is None else skip._skip_to
 
 # %% ../../nbs/core/01_passes.ipynb #d71ea4bd
 def stepped_params(
@@ -534,9 +551,14 @@ def _backward_pass(learn, loss_func, yb, params, until):
     learn.loss_grad = (loss_func or learn.loss_func)(learn.pred, *yb)
     learn.loss = learn.loss_grad.clone()
     _send_after_loss(learn, other_loss=loss_func is not None)
-    learn('before_backward')
-    take_gradients(params) # drops gradients of callbacks' own backward passes
-    learn._backward()
+    try:
+        learn('before_backward')
+        take_gradients(params) # drops gradients of callbacks' own backward passes
+        learn._backward()
+    except CancelBackwardException: # the pass has no gradient, as a first pass that a callback cancels
+        take_gradients(params)
+        _unlimit_backward(learn)
+        learn('after_cancel_backward')
     settle_gradients(params)
     _gradient_callbacks(learn, until)
 
@@ -751,6 +773,13 @@ class LoopMethod(_Window, ShowsArguments, Callback):
     def _unhook(self): pass
 
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
+class _OwnHook:
+    "A hook of a network that copies and pickles of the network do not have; these would copy the Learner."
+    def __init__(self, f=None): self.f = f
+    def __call__(self, *args):
+        if self.f is not None: return self.f(*args)
+    def __reduce__(self): return _OwnHook, ()
+
 class ExtraPass(LoopMethod):
     "Base class of callbacks that run the current batch again; see `replay` for `bn` and `rng`."
     order = ORDERS['extra_pass']
@@ -781,9 +810,8 @@ class ExtraPass(LoopMethod):
 
     def _set_hook(self):
         # a plain loop stores the state itself, before its closure draws numbers or runs parts of the network
-        if in_plain_loop(self.learn): return
-        if self.rng == 'replay' and self._hook is None:
-            self._hook = self.model.register_forward_pre_hook(self._remember_rng)
+        needed = not in_plain_loop(self.learn) and self.rng == 'replay' and self._hook is None
+        if needed: self._hook = self.model.register_forward_pre_hook(_OwnHook(self._remember_rng))
 
     def before_fit(self):
         check_single(self, type(self), 'runs these extra passes')
@@ -792,6 +820,7 @@ class ExtraPass(LoopMethod):
         trainable_params(self.learn.model) # raises its errors here, before the first batch
         self._unhook() # a hook remains if the last fit ended in an exception
         self._set_hook()
+        self._end_search() # if an exception ended the search
         if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
 
     def before_batch(self):
@@ -801,11 +830,15 @@ class ExtraPass(LoopMethod):
 
     def after_batch(self): weights_moved(self.learn.model) # the user's loop may run inside `autocast`
 
+    def _end_search(self):
+        "Restore the state from before a learning rate search."
+        before, self._before_search = self._before_search, None
+        if before is not None: self.load_state_dict(before)
+
     def after_fit(self):
         self._unhook()
         self.scratch.clear()
-        if self._before_search is not None: self.load_state_dict(self._before_search)
-        self._before_search = None
+        self._end_search()
 
     def _unhook(self):
         if self._hook is not None: self._hook.remove()
@@ -1040,6 +1073,8 @@ class _Chunks(_ChosenParams):
     "Cuts the batch into chunks of `m` samples, whose passes are made one after another."
     m = None     # number of samples per chunk; with `None`, the whole batch
     cuts = False # whether the current batch is cut
+    cancelled = False # whether another callback has cancelled the backward of the current batch
+    _skips = False # whether the current batch has no backward because its chunks have their own
 
     def before_fit(self):
         super().before_fit()
@@ -1054,6 +1089,7 @@ class _Chunks(_ChosenParams):
 
     def before_batch(self):
         super().before_batch()
+        self.cancelled = self._skips = False
         self.cuts = self.m is not None and self.makes_pass() and batch_size(self.learn.xb) > self.m
         if not self.cuts: return
         # for `before_backward`, which undoes the changes by the forward pass over the whole batch
@@ -1068,7 +1104,11 @@ class _Chunks(_ChosenParams):
         for name in ('pred', 'loss', 'loss_grad'): # frees the graph of the whole batch
             value = tree_map_only(Tensor, Tensor.detach, getattr(self.learn, name))
             setattr(self.learn, name, value)
+        self._skips = True
         raise CancelBackwardException()
+
+    def after_cancel_backward(self):
+        if not self.replaying: self.cancelled = not self._skips
 
     def chunks(self) -> list: # For each chunk, the positions of its samples in the batch
         """Cut the batch; a last chunk of one sample joins the chunk before it if BatchNorm cannot run it.
@@ -1173,7 +1213,8 @@ class PerturbedPass(_Chunks):
 
     def after_backward(self):
         if self.replaying: return
-        if self.cuts: self.passes_by_chunk()
+        if self.cancelled: pass # the batch has no gradient, and `.grad` may have those of earlier batches
+        elif self.cuts: self.passes_by_chunk()
         elif self.makes_pass() and self.has_gradients(): _run_passes(self, self.second_pass)
         self._end_stash()
 

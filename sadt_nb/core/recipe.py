@@ -17,7 +17,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
-from .passes import ORDERS
+from .passes import ORDERS, evaluating
 from .perturb import copy_not_finite_, has_average, is_norm_layer, local_parts
 from .perturb import trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
@@ -167,6 +167,7 @@ class Lookahead(ShowsArguments, Callback):
                              f'{batches} and would end with its starting weights; lower `every`')
 
     def before_fit(self):
+        if evaluating(self.learn): return # the fit around this evaluation goes on
         self.slow = {name: t.detach().clone() for name, t in _averaged_tensors(self.model).items()}
         self.batches = 0
 
@@ -204,6 +205,7 @@ class FreezeAfter(ShowsArguments, Callback):
     ): self.epochs = epochs
 
     def before_fit(self):
+        if evaluating(self.learn): return
         model = unwrapped(self.model)
         epochs = self.epochs
         if epochs is None: epochs = getattr(model, 'frozen_after', {})
@@ -229,6 +231,7 @@ class FreezeAfter(ShowsArguments, Callback):
             p.grad = None
 
     def after_fit(self):
+        if evaluating(self.learn): return
         for p, _ in self._limits:
             p.requires_grad_(True)
 

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from ..core.arguments import ShowsArguments
 from ..core.display import bar
 from ..core.fixed_loss import FixedLoss, collect_batches
-from ..core.passes import device_of, in_eval_mode, kept_random_states
+from ..core.passes import device_of, evaluating, in_eval_mode, kept_random_states
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
@@ -135,10 +135,9 @@ class FlatnessRecorder(ShowsArguments, Callback):
         self.every, self.dl, self.samples, self.rows = every, dl, samples, []
 
     def before_fit(self):
+        if evaluating(self.learn): return # the rows of the fit stay
         self.rows = []
-        # `lr_find` adds the callback `lr_finder`, and `get_preds` adds `gather_preds`; nothing is measured
-        # during these two calls
-        self._skips = hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+        self._skips = hasattr(self.learn, 'lr_finder') # nothing is measured in a learning rate search
         if self._skips: return
         batches = collect_batches(self.learn, self.dl, self.samples) # list of pairs `((x, ...), y)`
         # the measures take batches with inputs and labels in one tuple, `(x, ..., y)`
@@ -147,7 +146,7 @@ class FlatnessRecorder(ShowsArguments, Callback):
     def after_epoch(self):
         last = self.epoch + 1 == self.n_epoch
         due = last or (self.epoch + 1) % self.every == 0
-        if self._skips or not due: return
+        if evaluating(self.learn) or self._skips or not due: return
         with in_eval_mode(self.model), kept_random_states(device_of(self.model)):
             self.rows.append(self._measured())
 

@@ -9,12 +9,12 @@ __all__ = ['SELECT', 'KeepBest', 'Generations', 'born_again']
 from typing import Callable, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import nn, Tensor
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import check_learner, check_outputs
+from ..core.passes import check_learner, check_outputs, evaluating, skipped_epochs
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -24,22 +24,44 @@ from ..core.teachers import Ensemble
 # epoch is kept. With 'last', the last epoch is kept, and no data are needed
 SELECT = {'last': None, 'valid': 1, 'test': 2}
 
+def _classes(yb, outputs):
+    """Return the labels of a batch as numbers of classes; for shares of classes, the class with the largest.
+
+    Raises `ValueError` if the labels are not classes of the outputs."""
+    y, *others = yb or (None,)
+    shape = outputs[:, :1].squeeze(1).shape # without the axis of the classes
+    if isinstance(y, Tensor) and not others and outputs.shape[1] > 1:
+        if y.is_floating_point() and y.shape == outputs.shape: return y.argmax(1)
+        # fastai's losses also take labels of shape `(n, 1)`
+        if not y.is_floating_point() and y.numel() == shape.numel(): return y.reshape(shape)
+    def kind(t): return f'{t.dtype} {tuple(t.shape)}' if isinstance(t, Tensor) else type(t).__name__
+    got = ' and '.join(map(kind, yb))
+    raise ValueError('`KeepBest` needs one label per output, the number of a class or the shares of all '
+                     f'classes; got outputs of shape {tuple(outputs.shape)} and targets {got or "none"}; for '
+                     "other tasks, use fastai's `SaveModelCallback`, and `born_again` with select='last'")
+
 def _n_right(keeper, model, batches):
-    "Return the number of samples that `model` classifies correctly, and the number of all samples."
+    "Return the number of labels that `model` predicts correctly, and the number of all labels."
+    learn = keeper.learn
     right = n = 0
-    for x, y in batches:
-        outputs = model(x)
+    for batch in batches:
+        n_inp = getattr(learn.dls, 'n_inp', max(1, len(batch) - 1)) # as a Learner splits a batch
+        batch = learn._set_device(batch)
+        outputs = model(*batch[:n_inp])
         check_outputs(outputs, keeper)
-        right = right + (outputs.argmax(1) == y).sum()
-        n += len(y)
+        classes = _classes(batch[n_inp:], outputs)
+        right = right + (outputs.argmax(1) == classes).sum()
+        n += classes.numel()
     return right, n
 
 class KeepBest(ShowsArguments, Callback):
     """After training, loads the weights of the epoch with the highest accuracy.
 
-    If several epochs have this accuracy, the first of them is chosen. Raises `ValueError` before training
-    starts if the data on which `select` chooses are missing or empty."""
+    If several epochs have this accuracy, the first of them is chosen. Evaluations with `validate` or
+    `get_preds`, and learning rate searches, choose nothing. Raises `ValueError` before training starts if the
+    data on which `select` chooses are missing or empty, and after the first epoch if they have no classes."""
     run_valid = False
+    epoch_kept, best, last, _weights = None, -1., None, None # until `before_fit`
     def __init__(self,
         # Data to choose on. With 'test', the test accuracy of the chosen epoch is an overestimate
         select:Literal['valid', 'test']='valid',
@@ -47,6 +69,14 @@ class KeepBest(ShowsArguments, Callback):
         if select not in ('valid', 'test'):
             raise ValueError(f"`select` must be 'valid' or 'test', got {select!r}")
         self.select = select
+
+    def __call__(self,
+        event_name:str, # Name of a fastai event, such as 'before_fit'
+    ):
+        "Handle an event of a fit; evaluations, learning rate searches and epochs that are skipped are none."
+        if evaluating(self.learn) or hasattr(self.learn, 'lr_finder'): return
+        if event_name == 'after_epoch' and self.learn.epoch < skipped_epochs(self.learn): return
+        return super().__call__(event_name)
 
     def before_fit(self):
         self.epoch_kept = None

@@ -10,6 +10,7 @@ from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
 from ..core.passes import ORDERS, StepGrads, StepWatch, check_learner, check_single
+from ..core.passes import evaluating
 from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
@@ -28,6 +29,7 @@ class RepeatStep(StepWatch, ShowsArguments, Callback):
         self.n = n
 
     def before_fit(self):
+        if evaluating(self.learn): return # the fit around this evaluation continues
         check_single(self, RepeatStep, 'repeats steps')
         StepGrads.install(self.learn, self).hold = False # `False`: the Learner makes the first step itself
 

@@ -97,7 +97,8 @@ class LookSAM(SummedPass):
 
     def after_backward(self):
         # the passes of another method, such as SADT's, have another loss
-        if not self.replaying and self.in_window() and not self.active():
+        between = self.in_window() and not self.active()
+        if between and not self.replaying and not self.cancelled:
             _add_direction_(trainable_params(self.learn.model), self.direction, self.alpha)
         super().after_backward()
 

@@ -404,7 +404,8 @@ class _MicroBatches(_SeededNoise):
         self._uncounted = note_gradients(stepped_params(self.learn)) if in_learner else None
         self._cancelled = False
 
-    def after_cancel_backward(self): self._cancelled = True
+    def after_cancel_backward(self):
+        if not self.replaying: self._cancelled = True
 
     def after_backward(self):
         if self.replaying: return

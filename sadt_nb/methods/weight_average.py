@@ -279,8 +279,11 @@ class WeightAverage(_ValidatedAverage):
 
     @property
     def trained(self) -> dict[str, Tensor]|None: # For `load_state_dict`; `None` if there is no average
-        "Return the weights of the last step, by name."
+        "Return the weights of the last step, by name. Raises `ValueError` without the Learner."
         if self.averaged is None: return None
+        if self.learn is None: # fastai removes the callbacks of `learn.fit(n, cbs=...)` after the fit
+            raise ValueError('`trained` needs the Learner of this WeightAverage, which was removed from it; '
+                             'pass the callback as `Learner(cbs=...)`, or add it again with `learn.add_cb`')
         model = unwrapped(self.learn.model)
         if self.swapped: return _partners_by_name(model, self.averaged.module)
         return {name: t.detach() for name, t in model.state_dict(keep_vars=True).items()}

@@ -1,0 +1,277 @@
+"Callbacks beside evaluations, searches, skipped epochs, copies and cancelled passes."
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import as_loader, batches, evaluating_within, flat, learner, mlp
+from fastai.callback.core import Callback, CancelBackwardException
+from fastai.callback.hook import ActivationStats
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from sadt_nb.core.passes import StepGrads, replaying
+from sadt_nb.methods.born_again import KeepBest
+from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.esam import ESAM
+from sadt_nb.methods.friendly_sam import FriendlySAM
+from sadt_nb.methods.looksam import LookSAM
+from sadt_nb.methods.mesa import MESA
+from sadt_nb.methods.msam import MSAM
+from sadt_nb.methods.sadt import SADT
+from sadt_nb.methods.saf import SAF
+from sadt_nb.methods.sam import SAM
+from sadt_nb.methods.weight_average import WeightAverage
+from sadt_nb.methods.wsam import WSAM
+from torch import nn
+from torch.nn import functional as F
+
+
+# KeepBest
+class Spoil(Callback):
+    "From epoch 2 on, makes the network predict class 0 only."
+    order, run_valid = -5, False
+    def before_train(self):
+        if self.epoch < 2: return
+        with torch.no_grad(): self.learn.model[-1].bias[0] += 100
+
+
+class Evaluates(Callback):
+    "Evaluates the network at the end of every epoch."
+    order, run_valid = 2000, False
+    def after_epoch(self):
+        if not self.learn.lock.locked(): self.learn.validate()
+
+
+def test_evaluations_do_not_change_the_epoch_that_is_kept():
+    kept = []
+    for others in ([], [Evaluates()]):
+        keep, net = KeepBest(), mlp()
+        learn = learner(net, [keep, Spoil(), *others], batches(48))
+        learn.fit(4)
+        learn.validate() # also after the fit
+        kept.append((keep.epoch_kept, keep.best, flat(net)))
+    assert kept[0][:2] == kept[1][:2]
+    assert kept[0][0] < 2
+    assert torch.equal(kept[0][2], kept[1][2])
+
+
+def test_a_learner_with_keepbest_predicts_without_data_to_choose_on():
+    data = batches()
+    learn = learner(mlp(), [KeepBest()], data)
+    learn.fit(1)
+    learn.dls = DataLoaders(data, []) # as after `export`
+    learn.validate(dl=data)
+
+
+def test_skipped_epochs_are_not_kept():
+    keep = KeepBest()
+    learner(mlp(), [keep], batches(48)).fit(4, start_epoch=3)
+    assert keep.epoch_kept == 3
+
+
+class Sum(nn.Module):
+    "A network of two inputs."
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+    def forward(self, a, b): return self.net(a + b)
+
+
+def test_the_accuracy_of_keepbest_with_other_shapes():
+    data = batches(24, 3) # three samples per batch and three classes
+    shaped = {'plain': data, 'column': [(x, y[:, None]) for x, y in data],
+              'shares': [(x, F.one_hot(y, 3).double()) for x, y in data],
+              'two inputs': [(x, torch.zeros_like(x), y) for x, y in data]}
+    def loss(pred, y): return F.cross_entropy(pred, y.flatten() if y.dtype == torch.int64 else y)
+    best = {}
+    for name, batch_list in shaped.items():
+        keep = KeepBest()
+        net = Sum() if name == 'two inputs' else mlp()
+        learner(net, [keep], batch_list, loss_func=loss).fit(1)
+        best[name] = keep.best
+        inner = getattr(net, 'net', net)
+        right = sum((inner(x).argmax(1) == y).sum().item() for x, y in data)
+        assert keep.best == right / 24, name
+    assert len(set(best.values())) == 1
+
+
+@pytest.mark.parametrize('target', [lambda x, y: x[:, :1], lambda x, y: x[:, :2], lambda x, y: y[:1]])
+def test_keepbest_refuses_targets_that_are_no_classes(target):
+    data = [(x, target(x, y)) for x, y in batches()]
+    with pytest.raises(ValueError, match='needs one label per output'):
+        learner(mlp(), [KeepBest()], data, loss_func=lambda pred, y: pred.pow(2).mean()).fit(1)
+
+
+# Learning rate searches that an exception ends
+class Stop(Callback):
+    order, run_valid, batch = 2000, False, 0
+    def after_pred(self):
+        self.batch += 1
+        if self.batch == 3: raise KeyboardInterrupt
+
+
+SEARCHED = {'saf': lambda: SAF(lam=50., tau=1., lag=1, start_epoch=0), 'sam': lambda: SAM(.5, interval=2),
+            'mesa': lambda: MESA(lam=50., tau=1., start_epoch=0, beta=.5), 'looksam': lambda: LookSAM(k=2),
+            'friendly_sam': FriendlySAM, 'esam': ESAM, 'sadt': lambda: SADT(noise_scale=1e3)}
+
+
+@pytest.mark.parametrize('name', SEARCHED)
+def test_an_interrupted_search_does_not_change_the_training_after_it(name, tmp_path):
+    def weights(search):
+        data = as_loader(batches(dtype=torch.float32))
+        net = mlp(dtype=torch.float32)
+        start = copy.deepcopy(net.state_dict())
+        learn = Learner(DataLoaders(data, data), net, nn.CrossEntropyLoss(), SGD, .1, path=tmp_path,
+                        cbs=SEARCHED[name]())
+        with learn.no_bar(), learn.no_logging():
+            if search:
+                with learn.added_cbs(Stop()), pytest.raises(KeyboardInterrupt):
+                    learn.lr_find(num_it=9, show_plot=False)
+                net.load_state_dict(start)
+                for p in net.parameters(): p.grad = None
+            torch.manual_seed(3)
+            learn.fit(2, reset_opt=True)
+            first = flat(net)
+            learn.fit(1, reset_opt=True)
+        return torch.cat([first, flat(net)])
+    assert torch.equal(weights(True), weights(False))
+
+
+# Epochs that `fit(start_epoch=)` skips
+@pytest.mark.parametrize('make', [partial(SAF, lag=1), MESA])
+def test_skipped_epochs_count_for_the_start_of_a_term(make):
+    term = make(start_epoch=4)
+    seen = []
+    class See(Callback):
+        run_valid = False
+        def after_loss(self):
+            if self.iter == 0: seen.append((self.epoch, term.active))
+    learn = learner(mlp(), [term, See()], as_loader(batches()))
+    learn.fit(6, start_epoch=3)
+    learn.fit(7, start_epoch=6) # this object has counted the six epochs itself
+    assert seen == [(3, False), (4, True), (5, True), (6, True)]
+    assert term.done == 7
+
+
+# Copies of a network during training
+class Copies(Callback):
+    run_valid = False
+    def after_batch(self): self.copied = copy.deepcopy(self.learn.model)
+
+
+def owners(net):
+    hooks = [h for m in net.modules() for h in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
+    return [o for h in hooks for o in (getattr(h, '__self__', None), getattr(h, 'f', None)) if o is not None]
+
+
+def test_copies_of_the_network_do_not_copy_the_learner():
+    copies = Copies()
+    learner(mlp(), [SAM(rng='replay'), copies]).fit(1)
+    assert not owners(copies.copied)
+    mesa = MESA(start_epoch=0)
+    learner(mlp(), [mesa, SAM(rng='replay'), ActivationStats(with_hist=False)]).fit(1)
+    assert not owners(mesa.teacher)
+
+
+# Backward passes that another callback cancels
+class CancelBackward(Callback):
+    "Cancels the backward in every pass over batch 1, or in the extra passes only."
+    run_valid = False
+    def __init__(self, order, extra=False): self.order, self.extra = order, extra
+    def before_backward(self):
+        if self.iter == 1 and (replaying(self.learn) or not self.extra): raise CancelBackwardException
+
+
+CANCELLED = {'sam': SAM, 'chunks': lambda: SAM(m=4), 'only': lambda: SAM(only=lambda n, p: n[0] == '0'),
+             'esam': ESAM, 'looksam': lambda: LookSAM(k=1), 'friendly_sam': FriendlySAM, 'wsam': WSAM,
+             'only in chunks': lambda: SAM(m=4, only=lambda n, p: n[0] == '0')}
+
+
+@pytest.mark.parametrize('order', [-1000, 1000])
+@pytest.mark.parametrize('name', CANCELLED)
+def test_a_cancelled_backward_gives_no_gradient(name, order):
+    "The step after it has a gradient of zero, so the weights are those of a training without this batch."
+    cancelled, without = mlp(), mlp()
+    data = batches()
+    learner(cancelled, [CANCELLED[name](), CancelBackward(order)], data).fit(1)
+    learner(without, [CANCELLED[name]()], data[:1] + data[2:]).fit(1)
+    assert torch.equal(flat(cancelled), flat(without))
+
+
+@pytest.mark.parametrize('name', ['sam', 'chunks', 'only in chunks'])
+def test_a_cancelled_extra_pass_gives_no_gradient(name):
+    cancelled, without = mlp(), mlp()
+    data = batches()
+    learner(cancelled, [CANCELLED[name](), CancelBackward(1000, True)], data).fit(1)
+    learner(without, [CANCELLED[name]()], data[:1] + data[2:]).fit(1)
+    assert torch.equal(flat(cancelled), flat(without))
+
+
+def test_a_cancelled_micro_batch_adds_no_direction():
+    "LookSAM adds its direction for the micro-batches that have a gradient, and once for each."
+    nets = mlp(), mlp()
+    data = batches(32) # the first step is SAM's; batch 3 belongs to the second step
+    def train(net, cbs, data): learner(net, [LookSAM(k=9), GradientAccumulation(16), *cbs], data).fit(1)
+    class Cancel(CancelBackward):
+        def before_backward(self):
+            if self.iter == 3: raise CancelBackwardException
+    train(nets[0], [Cancel(-1000)], data)
+    class Empty(Callback): # the same sum by a loss of zero
+        run_valid = False
+        order = -1000
+        def after_loss(self):
+            if self.iter == 3: self.learn.loss_grad = self.learn.loss_grad * 0
+    train(nets[1], [Empty()], data)
+    torch.testing.assert_close(flat(nets[0]), flat(nets[1]), rtol=1e-13, atol=1e-14)
+
+
+def test_sadt_takes_a_teacher_whose_pass_is_cancelled():
+    "Then the second step repeats `g_up`, as without the divergence."
+    nets = mlp(), mlp()
+    learner(nets[0], [SADT(noise_scale=1e3), CancelBackward(1000, True)], batches()[:2]).fit(1)
+    plain = SADT(noise_scale=1e3)
+    class Plain(Callback):
+        run_valid = False
+        def before_batch(self): plain.kl_weight = float(self.iter != 1)
+    learner(nets[1], [plain, Plain()], batches()[:2]).fit(1)
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+# Others
+class EvaluatesInBatch(Callback):
+    order, run_valid = 5, False
+    def after_pred(self):
+        if replaying(self.learn): return
+        held = {k: getattr(self.learn, k) for k in ('pred', 'xb', 'yb')}
+        with evaluating_within(self.learn): self.learn.validate()
+        for k, v in held.items(): setattr(self.learn, k, v)
+
+
+def test_an_evaluation_in_a_batch_does_not_end_a_held_step():
+    nets = mlp(), mlp()
+    for net, others in zip(nets, ([], [EvaluatesInBatch()])):
+        learn = learner(net, [RepeatStep(), SADT(first_step=False, noise_scale=1e3), *others])
+        learn.fit(1)
+        learn.validate()
+        assert not any(isinstance(cb, StepGrads) for cb in learn.cbs)
+    assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+def test_trained_names_the_missing_learner():
+    average = WeightAverage(start=0.)
+    learn = learner(mlp())
+    learn.fit(1, cbs=average)
+    with pytest.raises(ValueError, match='needs the Learner'): _ = average.trained
+    learn.add_cb(average)
+    assert average.trained.keys() == learn.model.state_dict().keys()
+
+
+def test_msam_is_refused_in_the_middle_of_a_fit():
+    class Add(Callback):
+        order = -20
+        def before_epoch(self):
+            if self.epoch == 1: self.learn.add_cb(MSAM())
+    with pytest.raises(ValueError, match='middle of a fit'):
+        learner(mlp(), [Add()], opt_func=partial(SGD, mom=.9)).fit(2)

@@ -13,6 +13,7 @@ STUDIES = Path(__file__).parents[1] / 'nbs' / 'studies'
 WITH_STUDENTS = {'digits': ['distill_digits'], 'cifar_cnn': ['all_methods_on_cifar', 'flatness'],
                  'flatness_resnet20': ['flatness'], 'flatness_digits': ['flatness'],
                  'cifar_small': ['distill_cifar'], 'fast_narrow': ['fast_methods'],
+                 'fast_rounds': ['distill_cifar'],
                  'compare_digits': ['all_methods_on_noisy_digits'],
                  'digits_temperature': ['distill_digits']}
 NO_RUNS = 'step_cost', 'loops', 'fast_cost' # measurements of time and memory

@@ -131,6 +131,13 @@ def in_two_processes(main, *args, seconds=300):
     assert codes == [0, 0], codes
 
 
+def results_of_two_processes(main, tmp_path_factory):
+    "Return what a function stores that is called in two processes with the name of a file."
+    out = tmp_path_factory.mktemp('two_processes') / 'results.pt'
+    in_two_processes(main, out)
+    return torch.load(out, weights_only=False)
+
+
 @lru_cache(None)
 def cells_of(name, scale=1., amp=''):
     "Return the cells of a preset, which many tests read, as a tuple."
@@ -245,6 +252,16 @@ def evaluating_within(learn):
     for k, v in held.items(): setattr(learn, k, v)
     learn.model.train()
     learn.training = True
+
+
+class EvaluateInEpoch(Callback):
+    "Calls `learn.validate` within each epoch, which sends `before_fit` and `after_fit`, too."
+    order, run_valid = 2000, False
+    def __init__(self, data, iteration=1):
+        self.data, self.iteration = data, iteration
+    def after_batch(self):
+        if self.iter != self.iteration: return
+        with evaluating_within(self.learn): self.learn.validate(dl=self.data)
 
 
 def follows_gradient(name):

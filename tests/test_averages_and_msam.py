@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import batches, cnn, evaluating_within, flat, in_two_processes, learner, mlp
+from conftest import EvaluateInEpoch, batches, cnn, flat, in_two_processes, learner, mlp
 from fastai.callback.core import (Callback, CancelBatchException, CancelFitException, CancelStepException,
                                   CancelTrainException)
 from fastai.callback.tracker import SaveModelCallback
@@ -482,19 +482,12 @@ def test_everything_between_batches_sees_the_weights(tmp_path):
     close(weights(stored('models/end.pth')['model']), steps[11])
 
 
-class EvaluateInEpoch(Callback):
-    "Calls `learn.validate` in the middle of an epoch, which sends `before_fit` and `after_fit`, too."
-    order, run_valid = 2000, False
-    def after_batch(self):
-        if self.iter != 2: return
-        with evaluating_within(self.learn): self.learn.validate(dl=six())
-
-
 def test_an_evaluation_in_mid_epoch_ends_neither_method():
-    learn, steps, _ = averaged(WeightAverage(start=0), cnn(bn=False), cbs=[EvaluateInEpoch()])
+    evaluate = EvaluateInEpoch(six(), iteration=2)
+    learn, steps, _ = averaged(WeightAverage(start=0), cnn(bn=False), cbs=[evaluate])
     torch.testing.assert_close(flat(learn.model), mean_of(steps), rtol=1e-12, atol=1e-12)
     net = cnn(bn=False)
-    fit([MSAM(RHO), EvaluateInEpoch()], net)
+    fit([MSAM(RHO), EvaluateInEpoch(six(), iteration=2)], net)
     torch.testing.assert_close(flat(net), by_hand(SGDRule, cnn(bn=False)), rtol=1e-12, atol=1e-12)
 
 

@@ -1,7 +1,7 @@
 "A loop in two processes (gloo) with options of `DistributedDataParallel`, against SAM by hand."
 import pytest
 import torch
-from conftest import in_two_processes, sam_gradients
+from conftest import results_of_two_processes, sam_gradients
 from torch import distributed
 from torch.nn import functional as F
 
@@ -18,9 +18,7 @@ def close(got, expected): torch.testing.assert_close(got, expected, rtol=1e-9, a
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     "Return what each of the two processes has computed."
-    out = tmp_path_factory.mktemp('ddp') / 'results.pt'
-    in_two_processes(worker.main, out)
-    return torch.load(out, weights_only=False)
+    return results_of_two_processes(worker.main, tmp_path_factory)
 
 
 def test_micro_batches_in_two_processes_are_those_of_sam_by_hand(results):

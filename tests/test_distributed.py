@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import batches, cnn, flat, follows_gradient, in_two_processes, learner, needed
+from conftest import batches, cnn, flat, follows_gradient, learner, needed, results_of_two_processes
 from documented_methods import DOCUMENTED, registered
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -49,9 +49,7 @@ def messages_of(name, steps):
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     "Return the output of `distributed_worker.py`, by method."
-    out = tmp_path_factory.mktemp('ddp') / 'results.pt'
-    in_two_processes(worker.main, out)
-    return torch.load(out, weights_only=False)
+    return results_of_two_processes(worker.main, tmp_path_factory)
 
 
 def one_process(name, micro):

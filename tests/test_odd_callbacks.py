@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import as_loader, batches, evaluating_within, flat, learner, mlp
+from conftest import EvaluateInEpoch, as_loader, batches, flat, learner, mlp
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException,
                                   CancelEpochException, CancelFitException, CancelTrainException)
 from fastai.callback.hook import ActivationStats
@@ -478,21 +478,13 @@ def test_a_skipped_learner_can_be_pickled_and_copied():
         copy.deepcopy(learn)
 
 
-class EvaluateInEpoch(Callback):
-    "Calls `learn.validate` within each epoch, which sends `before_fit` and `after_fit`, too."
-    order, run_valid = 2000, False
-    def after_batch(self):
-        if self.iter != 1: return
-        with evaluating_within(self.learn): self.learn.validate(dl=batches())
-
-
 @pytest.mark.parametrize('make', [
     lambda: Lookahead(every=2, decay=.5), lambda: FreezeAfter({'0.weight': 1}),
     lambda: FreezeAfter({'0.weight': 0}),
 ], ids=['lookahead', 'frozen after an epoch', 'frozen from the start'])
 def test_an_evaluation_within_an_epoch_changes_nothing_of_the_recipe(make):
     ends = []
-    for others in ([], [EvaluateInEpoch()]):
+    for others in ([], [EvaluateInEpoch(batches())]):
         learn = learner(mlp(), [make(), *others])
         learn.fit(3)
         assert all(p.requires_grad for p in learn.model.parameters())
@@ -508,7 +500,7 @@ def test_rows_of_the_flatness_recorder_stay_through_evaluations():
     learn.validate()
     assert recorder.rows == expected and [row['epoch'] for row in expected] == [1, 2]
     again = FlatnessRecorder()
-    learn = learner(mlp(), [again, EvaluateInEpoch()])
+    learn = learner(mlp(), [again, EvaluateInEpoch(batches())])
     learn.fit(2)
     assert again.rows == expected
 

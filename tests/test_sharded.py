@@ -1,7 +1,7 @@
 "Parameters that are sharded over two processes (FSDP2, tensor parallelism, gloo) against ordinary ones."
 import pytest
 import torch
-from conftest import in_two_processes
+from conftest import results_of_two_processes
 from torch import distributed
 
 if not distributed.is_available(): pytest.skip('torch without processes', allow_module_level=True)
@@ -15,9 +15,7 @@ import sharded_worker as worker
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
     "Return what `sharded_worker.py` writes."
-    out = tmp_path_factory.mktemp('sharded') / 'results.pt'
-    in_two_processes(worker.main, out)
-    return torch.load(out, weights_only=False)
+    return results_of_two_processes(worker.main, tmp_path_factory)
 
 
 def one_process(name):

@@ -11,6 +11,7 @@ import pandas as pd
 
 from ..methods.registry import passes_of
 from .claims import Comparisons, Place, marked_by_chance, stored_networks
+from .fast import MORE_PASSES
 
 # %% ../../nbs/papers/115_equal_passes.ipynb #9feef902
 STRONG = { # name of a place: preset
@@ -31,8 +32,7 @@ def strong_networks() -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `run`,
 
 # %% ../../nbs/papers/115_equal_passes.ipynb #1641ceae
 # from passes, as a multiple of the baseline's, to plain training with as many passes
-CONTROLS = {1: 'baseline', 4/3: 'baseline, a third more passes', 2: 'baseline, twice the passes',
-            3: 'baseline, three times the passes'}
+CONTROLS = {1: 'baseline'} | {factor: f'baseline, {label}' for factor, label in MORE_PASSES.items()}
 
 def _run_of(networks, kind): return networks[networks.kind == kind].run.iloc[0]
 
@@ -74,16 +74,16 @@ def against_plain(
         found[place] = marked_by_chance([e for e in gaps if e.n])
     return found
 
+# %% ../../nbs/papers/115_equal_passes.ipynb #107ac045
 def at_equal_passes(
     networks:pd.DataFrame, # From `strong_networks`
 ) -> dict: # Name of a place: dict from kind to `Evidence`
-    """Return, for each kind, its comparison with plain training for as many passes.
-
-    A method without extra passes makes as many passes as plain training for as many epochs."""
+    "Return, for each kind, its comparison with plain training for as many passes."
+    wanted = {}
+    for kind in compared_kinds(networks):
+        extra = control_of(networks, kind) != 'baseline'
+        wanted[kind] = 'equal passes' if extra else 'equal epochs'
     found = {}
     for place, evidence in against_plain(networks).items():
-        found[place] = {}
-        for e in evidence:
-            extra = e.part in CONTROLS.values() or control_of(networks, e.part) != 'baseline'
-            if e.label == ('equal passes' if extra else 'equal epochs'): found[place][e.part] = e
+        found[place] = {e.part: e for e in evidence if e.label == wanted.get(e.part)}
     return found

@@ -19,6 +19,7 @@ from .claims import ALIKE, HIGHER, LESS, LOWER, MORE, NO_GAIN, NO_LOSS, WIDEST
 from .claims import Claim, Comparisons, Evidence, Place, Published, Side
 from .claims import image_variance, judged, stored_networks, training_images, tuned_networks
 from .claims import without_chance
+from .equal_passes import CONTROLS
 from .grids import paper_grid
 from .saf import SPEEDS
 from .sam_study import LOGS, LOGS_C
@@ -152,11 +153,9 @@ def _with_recipe(nets, label, a, b=None, key='accuracy', **facts):
     places = _STRONG, _WIDER, _STRONG_FORTY
     return [nets.gap(place, label, a, b, key, **facts) for place in places]
 
-_AS_MANY_PASSES = {2: 'twice the passes', 3: 'three times the passes'} # rows of the strong recipe
-
 def _plain_for(method):
     "Return plain training of the strong recipe that makes as many passes as a method."
-    return f'baseline, {_AS_MANY_PASSES[passes_of(method)]}'
+    return CONTROLS[passes_of(method)]
 
 _ON_CPU = 'claimed for a GPU, measured on a CPU'
 

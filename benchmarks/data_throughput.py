@@ -26,7 +26,7 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from sadt_nb.data.augment import AutoAugment
 from sadt_nb.data.datasets import get_dls, load_data
-from sadt_nb.experiments.runner import provenance, write_json
+from sadt_nb.experiments.run_folder import provenance, write_json
 from torchvision.transforms import autoaugment, v2
 
 

@@ -37,8 +37,10 @@ import torch
 import torch.nn.functional as F
 from sadt_nb.data.datasets import DATASETS
 from sadt_nb.data.loader import ImageData
-from sadt_nb.experiments.runner import RunRecorder, evaluate, make_learner, run
-from sadt_nb.experiments.runner import keep_pages, provenance, write_json
+from sadt_nb.experiments.learner import make_learner
+from sadt_nb.experiments.results import RunRecorder, evaluate
+from sadt_nb.experiments.run_folder import provenance, write_json
+from sadt_nb.experiments.runner import keep_pages, run
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.fast_cnn import fast_cnn
 from sadt_nb.papers.grids import paper_grid

@@ -18,7 +18,8 @@ warnings.filterwarnings('ignore')
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from sadt_nb.experiments.runner import keep_pages, provenance, write_json
+from sadt_nb.experiments.run_folder import provenance, write_json
+from sadt_nb.experiments.runner import keep_pages
 from sadt_nb.measures.hessian import top_eigenvalues
 from sadt_nb.measures.landscape import loss_surface
 from sadt_nb.measures.sharpness import gradient_norm

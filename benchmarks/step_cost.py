@@ -35,7 +35,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from sadt_nb.core.optim import keras_adam
 from sadt_nb.data.loader import ImageData, TensorDL
-from sadt_nb.experiments.runner import keep_pages, provenance, write_json
+from sadt_nb.experiments.run_folder import provenance, write_json
+from sadt_nb.experiments.runner import keep_pages
 from sadt_nb.methods.registry import METHODS, make_method, passes_of
 from sadt_nb.models.registry import MODELS, make_model
 from torch.nn.functional import cross_entropy

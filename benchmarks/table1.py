@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.grid import run_grid
-from sadt_nb.experiments.runner import provenance, write_json
+from sadt_nb.experiments.run_folder import provenance, write_json
 from sadt_nb.papers.grids import paper_grid, scaled
 
 

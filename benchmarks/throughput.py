@@ -41,7 +41,8 @@ from fastai.vision.data import ImageDataLoaders
 from sadt_nb.core.optim import keras_adam
 from sadt_nb.data.datasets import load_data
 from sadt_nb.data.loader import TensorDL
-from sadt_nb.experiments.runner import keep_pages, provenance, write_json
+from sadt_nb.experiments.run_folder import provenance, write_json
+from sadt_nb.experiments.runner import keep_pages
 from sadt_nb.methods.saf import SAF
 from sadt_nb.models.registry import make_model
 from .data_throughput import write_folder

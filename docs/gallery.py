@@ -123,7 +123,7 @@ def seconds_to_run(nb):
 
 def main(notebooks):
     "Measure notebooks, by default those of tutorials and methods without a time, and store the seconds."
-    from sadt_nb.experiments.runner import _cpu_name
+    from sadt_nb.experiments.run_folder import _cpu_name
     known = measured()
     chosen = [Path(nb) for nb in notebooks]
     if not chosen:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 import torch
-from sadt_nb.experiments.runner import provenance
+from sadt_nb.experiments.run_folder import provenance
 from sadt_nb.measures.landscape import loss_surface
 
 DOCS = Path(__file__).parent

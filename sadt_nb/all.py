@@ -17,9 +17,9 @@ from .data.datasets import DATASETS, get_dls
 from .data.loader import TensorDL
 from .experiments.config import Run
 from .experiments.grid import run_grid
+from .experiments.learner import stored_learner
 from .experiments.measure import measure_run
 from .experiments.report import load_results, plot_runs, results_table
-from .experiments.runner import stored_learner
 from .measures.hessian import hessian_trace, plot_density, spectral_density, top_eigenvalues
 from .measures.landscape import loss_line, loss_surface, plot_line, plot_surface
 from .measures.robustness import calibration_error, corrupted_accuracy

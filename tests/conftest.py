@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.experiments import cost
-from sadt_nb.experiments.runner import make_learner
+from sadt_nb.experiments.learner import make_learner
 from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import MODELS
 from sadt_nb.models.simple_cnn import cnn_of_widths

@@ -23,7 +23,9 @@ from sadt_nb.core.optim import KerasAdam, keras_adam
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.runner import load_model, make_learner, run
+from sadt_nb.experiments.learner import make_learner
+from sadt_nb.experiments.run_folder import load_model
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.msam import MSAM, _MovedBatch
 from sadt_nb.methods.registry import METHODS, make_method

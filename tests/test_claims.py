@@ -12,7 +12,7 @@ from scipy import stats
 
 from sadt_nb.core.display import Card
 from sadt_nb.experiments.cost import run_cost
-from sadt_nb.experiments.runner import unpacked
+from sadt_nb.experiments.results import unpacked
 from sadt_nb.papers import claims as claims_page
 from sadt_nb.papers import verdict_rows, verdicts
 from sadt_nb.papers.claims import (

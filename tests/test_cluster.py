@@ -10,7 +10,8 @@ import pytest
 
 from sadt_nb.experiments import grid
 from sadt_nb.experiments.grid import run_grid
-from sadt_nb.experiments.runner import RunDiverged, RunError, read_result, run
+from sadt_nb.experiments.run_folder import RunDiverged, RunError, read_result
+from sadt_nb.experiments.runner import run
 from test_resume import of, outcome, quiet, same, wait_for
 
 psutil = pytest.importorskip('psutil', reason='psutil is not installed')

@@ -22,7 +22,8 @@ from sadt_nb.core.checkpoint import Checkpoint, whole_file, write_whole
 from sadt_nb.data import datasets, mapped
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
-from sadt_nb.experiments.runner import RunError, read_result, run
+from sadt_nb.experiments.run_folder import RunError, read_result
+from sadt_nb.experiments.runner import run
 
 quiet = dict(progress=False, minutes=0, device='cpu')
 FILES = {'config.json', 'history.json', 'result.json', 'weights.pt'}
@@ -260,10 +261,10 @@ def test_an_interrupt_after_the_result_keeps_it(cfg, tmp_path, expected, monkeyp
 
 def test_a_checkpoint_beside_another_process_is_left_alone(cfg, tmp_path, expected):
     "Another process holds the lock, because it trains the run anew."
-    from sadt_nb.experiments.runner import _lock
+    from sadt_nb.experiments.run_folder import run_lock
     left = tmp_path / 'whole' / cfg.name / 'checkpoint.pt'
     left.write_bytes(b'')
-    with _lock(cfg, tmp_path / 'whole'): run(cfg, tmp_path / 'whole', **quiet)
+    with run_lock(cfg, tmp_path / 'whole'): run(cfg, tmp_path / 'whole', **quiet)
     assert left.exists()
     run(cfg, tmp_path / 'whole', **quiet)
     check_whole(cfg, tmp_path / 'whole', expected)

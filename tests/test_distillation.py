@@ -10,11 +10,14 @@ from fastai.callback.core import Callback
 from sadt_nb.core.loss_terms import LossTerm
 from sadt_nb.core.passes import ExtraPass
 from sadt_nb.core.precision import DeviceMixedPrecision
+from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments import grid, runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_ensemble, run_grid
+from sadt_nb.experiments.learner import make_learner
 from sadt_nb.experiments.report import labels
-from sadt_nb.experiments.runner import is_trained, read_result, run
+from sadt_nb.experiments.run_folder import RunError, is_trained, load_model, read_result
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM
@@ -246,11 +249,11 @@ def test_a_result_without_weights_counts_until_a_student_needs_the_weights(tmp_p
 def test_a_teacher_of_another_shape_is_named(tmp_path):
     run(ZERO, tmp_path, **quiet)
     torch.save({'w': torch.zeros(2)}, tmp_path / ZERO.name / 'weights.pt')
-    with pytest.raises(runner.RunError, match='does not fit'): run(student(ZERO, 1), tmp_path, **quiet)
+    with pytest.raises(RunError, match='does not fit'): run(student(ZERO, 1), tmp_path, **quiet)
     class Evil:
         def __reduce__(self): return (print, ('this ran',))
     torch.save(Evil(), tmp_path / ZERO.name / 'weights.pt')
-    with pytest.raises(runner.RunError, match='not a plain weights file'):
+    with pytest.raises(RunError, match='not a plain weights file'):
         run(student(ZERO, 1), tmp_path, **quiet)
 
 
@@ -284,7 +287,7 @@ def test_clipping_takes_effect(tmp_path):
     norms = {}
     for clip in (0., .01):
         recorder = GradientNorms()
-        runner.make_learner(ZERO.but(clip=clip), cbs=[recorder]).fit(1)
+        make_learner(ZERO.but(clip=clip), cbs=[recorder]).fit(1)
         norms[clip] = recorder.norms
     assert max(norms[.01]) < .0101
     assert .0101 < min(norms[0.])
@@ -293,8 +296,8 @@ def test_clipping_takes_effect(tmp_path):
 def test_an_ensemble_of_runs_is_the_mean_of_their_logits(tmp_path):
     runs = [ZERO.but(seed=s, epochs=3, lr=5e-3) for s in range(3)]
     run_grid(runs, tmp_path, **quiet)
-    test = runner.get_dls('digits', bs=50, channels_last=True)[2]
-    models = [runner.load_model(c, tmp_path, 10) for c in runs]
+    test = get_dls('digits', bs=50, channels_last=True)[2]
+    models = [load_model(c, tmp_path, 10) for c in runs]
     right = []
     for x, y in test:
         with torch.no_grad(): logits = sum(m(x) for m in models)

@@ -16,10 +16,12 @@ from sadt_nb.data import datasets
 from sadt_nb.data.augment import Cutout, crop_windows
 from sadt_nb.data.datasets import channel_statistics, digits, get_dls, wrong_labels
 from sadt_nb.data.loader import ImageData
-from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_ensemble
-from sadt_nb.experiments.runner import VIEWS, evaluate, load_model, make_learner, packed, run, unpacked
+from sadt_nb.experiments.learner import make_learner
+from sadt_nb.experiments.results import RunRecorder, VIEWS, evaluate, packed, unpacked
+from sadt_nb.experiments.run_folder import load_model
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.registry import METHODS
 from sadt_nb.models.fast_cnn import FastGroup
 from scipy.stats import chisquare
@@ -159,7 +161,7 @@ def test_every_method_trains_by_the_recipe(method, tmp_path):
     cfg = DIGITS.but(method=method, method_args=OPTIONS.get(method, {}), lookahead=4, **teachers)
     for teacher in cfg.teachers:
         run(teacher, tmp_path, **quiet)
-    seen, recorder = [], runner.RunRecorder()
+    seen, recorder = [], RunRecorder()
     look = Look(lambda learn: seen.append(deepcopy(learn.model.state_dict())))
     learn = make_learner(cfg, cbs=[recorder, look], root=tmp_path)
     learn.fit(2)

@@ -20,8 +20,9 @@ from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
+from sadt_nb.experiments.learner import make_learner
 from sadt_nb.experiments.measure import measure_run
-from sadt_nb.experiments.runner import make_learner, read_result
+from sadt_nb.experiments.run_folder import read_result
 from sadt_nb.measures.hessian import hessian_trace, top_eigenvalues
 from sadt_nb.measures.landscape import loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness

@@ -18,7 +18,9 @@ from sadt_nb.data.mapped import mapped_folder
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.measure import measure_run
-from sadt_nb.experiments.runner import RunDiverged, RunError, RunRecorder, load_model, read_result, run
+from sadt_nb.experiments.results import RunRecorder
+from sadt_nb.experiments.run_folder import RunDiverged, RunError, load_model, read_result
+from sadt_nb.experiments.runner import run
 from test_resume import begin, child, outcome, same, stop_in, wait_for
 
 pytestmark = pytest.mark.usefixtures('narrow')

@@ -12,7 +12,7 @@ from sadt_nb.commands.cli import sadt_report
 from sadt_nb.experiments.archive import ARCHIVE, MOST_BYTES
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.report import load_results, plot_runs, published, results_table
-from sadt_nb.experiments.runner import read_result
+from sadt_nb.experiments.run_folder import read_result
 from sadt_nb.papers import pages
 
 GOOD = dict(status='finished', accuracy=.9, accuracy_bn=.91, steps=4, forwards=4, backwards=4,

@@ -9,10 +9,10 @@ import warnings
 
 import pytest
 from conftest import covering
-from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
-from sadt_nb.experiments.runner import RunBusy, RunError, run
+from sadt_nb.experiments.run_folder import RunBusy, RunError, run_lock
+from sadt_nb.experiments.runner import run
 
 pytestmark = pytest.mark.usefixtures('narrow')
 quiet = dict(progress=False)
@@ -42,9 +42,9 @@ def locked_by(tmp_path, host, pid, hours):
 
 
 def test_a_run_locks_out_another_one(without_flock, tmp_path):
-    with runner._lock(CFG, tmp_path), pytest.raises(RunBusy, match=f'process {os.getpid()} on'):
-        with runner._lock(CFG, tmp_path): pass
-    with runner._lock(CFG, tmp_path): pass
+    with run_lock(CFG, tmp_path), pytest.raises(RunBusy, match=f'process {os.getpid()} on'):
+        with run_lock(CFG, tmp_path): pass
+    with run_lock(CFG, tmp_path): pass
     assert not [*tmp_path.iterdir()], 'a folder without content is removed'
 
 
@@ -56,7 +56,7 @@ def test_a_refused_run_removes_the_folders_that_were_made_for_it(existing, tmp_p
     too_many = CFG.but(n_train=10_000)
     with pytest.raises(ValueError, match='`n_train`'): run(too_many, root, **quiet)
     assert sorted(tmp_path.rglob('*')) == before
-    with runner._lock(CFG, root):
+    with run_lock(CFG, root):
         with pytest.raises(ValueError, match='`n_train`'): run(too_many, root, **quiet)
         assert (root / CFG.name).exists(), 'another process trains in this root'
     assert sorted(tmp_path.rglob('*')) == before
@@ -72,7 +72,7 @@ def test_a_dead_process_of_this_machine_loses_its_lock(without_flock, tmp_path):
     assert lock.exists()
     then = time.time() - HOUR # filelock leaves young files alone: their process may still be writing them
     os.utime(lock, (then, then))
-    with runner._lock(CFG, tmp_path): assert str(os.getpid()) in lock.read_text()
+    with run_lock(CFG, tmp_path): assert str(os.getpid()) in lock.read_text()
     assert not lock.exists()
 
 

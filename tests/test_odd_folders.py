@@ -6,7 +6,7 @@ from PIL import Image
 
 from sadt_nb.commands import cli
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.runner import make_learner
+from sadt_nb.experiments.learner import make_learner
 
 
 def folder(root, size, train=16, test=4):
@@ -75,13 +75,13 @@ def test_the_first_error_of_a_grid_is_one_line_without_tabs(tmp_path, capsys, mo
 
 def test_the_checks_change_no_bit(tmp_path, monkeypatch):
     "Neither weights, nor BatchNorm's averages, nor random numbers, nor the mode of the network."
-    from sadt_nb.experiments import runner
+    from sadt_nb.experiments import learner
     def start():
         cfg = Run(data='digits', n_train=33, bs=16, valid=0., epochs=1, model='resnet20')
         learn = make_learner(cfg, 'cpu')
         return learn.model.training, learn.model.state_dict(), torch.rand(3)
     mode, state, drawn = start()
-    monkeypatch.setattr(runner, '_check_images', lambda *args: None)
+    monkeypatch.setattr(learner, '_check_images', lambda *args: None)
     mode_without, without, drawn_without = start()
     assert mode == mode_without and torch.equal(drawn, drawn_without)
     assert all(torch.equal(v, without[n]) for n, v in state.items())

@@ -9,8 +9,10 @@ from fastai.learner import Learner
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.data.datasets import channel_statistics, get_dls
 from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.learner import KeepReleased, make_learner
 from sadt_nb.experiments.report import about_images, load_results
-from sadt_nb.experiments.runner import KeepReleased, evaluate, make_learner, run
+from sadt_nb.experiments.results import evaluate
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.models.inception_resnet import inception_resnet_slim
 from sadt_nb.models.simple_cnn import simple_cnn

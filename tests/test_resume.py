@@ -30,7 +30,10 @@ from sadt_nb.core.ranks import this_rank
 from sadt_nb.experiments import runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
-from sadt_nb.experiments.runner import RunBusy, RunError, RunRecorder, read_result, run
+from sadt_nb.experiments.learner import make_learner
+from sadt_nb.experiments.results import RunRecorder
+from sadt_nb.experiments.run_folder import RunBusy, RunError, read_result, run_lock
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.born_again import KeepBest
 from sadt_nb.methods.registry import METHODS
 from sadt_nb.models.registry import MODELS
@@ -188,7 +191,7 @@ def test_a_recorder_of_ones_own_takes_twelve_bytes_a_step(tmp_path):
     "A loss of 4 bytes and a learning rate of 8; as separate objects they took 260."
     sizes = []
     for bs in (60, 3):
-        learn = runner.make_learner(SHORT.but(bs=bs), cbs=[Recorder()])
+        learn = make_learner(SHORT.but(bs=bs), cbs=[Recorder()])
         with learn.no_logging(): learn.fit(2, cbs=Checkpoint(tmp_path / f'{bs}.pt'))
         sizes.append((tmp_path / f'{bs}.pt').stat().st_size)
     steps = 2 * (20 - 1)
@@ -199,7 +202,7 @@ def fastai_learner():
     "Return a Learner with accumulation, early stopping and a Recorder; an epoch's last batch is half full."
     stopping = EarlyStoppingCallback(patience=2, min_delta=.01)
     cbs = [Recorder(), RunRecorder(), GradientAccumulation(60), stopping]
-    return runner.make_learner(SHORT.but(epochs=9, n_train=130, bs=20, lr=.01), cbs=cbs)
+    return make_learner(SHORT.but(epochs=9, n_train=130, bs=20, lr=.01), cbs=cbs)
 
 
 def test_callbacks_of_fastai_continue(tmp_path, monkeypatch):
@@ -290,7 +293,7 @@ def test_when_checkpoints_are_written(tmp_path, monkeypatch):
         now[0] = 0.
         minutes_of_writes.clear()
         cp = Checkpoint(tmp_path / 'x.pt', **args)
-        runner.make_learner(SHORT.but(n_train=60), cbs=[Clock()]).fit(6, cbs=cp)
+        make_learner(SHORT.but(n_train=60), cbs=[Clock()]).fit(6, cbs=cp)
         assert minutes_of_writes == expected, args
         cp.remove()
     assert not list(tmp_path.iterdir())
@@ -397,8 +400,8 @@ def test_mistakes(tmp_path):
     for args in (dict(epochs=0), dict(epochs=1.5), dict(minutes=-1), dict(minutes=float('nan'))):
         with pytest.raises(ValueError): Checkpoint(file, **args)
     with pytest.raises(ValueError, match='a Checkpoint is for one `fit`; pass it as'):
-        runner.make_learner(SHORT, cbs=[Checkpoint(file)])
-    learn = runner.make_learner(SHORT)
+        make_learner(SHORT, cbs=[Checkpoint(file)])
+    learn = make_learner(SHORT)
     cp = Checkpoint(file)
     with pytest.raises(CheckpointError, match='no folder'):
         learn.fit(1, cbs=Checkpoint(tmp_path / 'none' / 'x.pt'))
@@ -407,12 +410,12 @@ def test_mistakes(tmp_path):
     torch.save(dict(weights=1), tmp_path / 'y.pt')
     with pytest.raises(CheckpointError, match='is not a checkpoint'):
         learn.fit(1, cbs=Checkpoint(tmp_path / 'y.pt'))
-    other = runner.make_learner(SHORT.but(model='resnet20'))
+    other = make_learner(SHORT.but(model='resnet20'))
     with pytest.raises(CheckpointError, match='another network'): other.fit(1, cbs=Checkpoint(file))
     class Odd(RunRecorder):
         def state_dict(self): return dict(file=tmp_path)
     with pytest.raises(TypeError, match='the state of Odd holds a .*Path'):
-        runner.make_learner(SHORT, cbs=[Odd()]).fit(2, cbs=Checkpoint(tmp_path / 'z.pt'))
+        make_learner(SHORT, cbs=[Odd()]).fit(2, cbs=Checkpoint(tmp_path / 'z.pt'))
     assert not (tmp_path / 'z.pt').exists()
 
 
@@ -421,7 +424,7 @@ def test_loading_a_checkpoint_runs_no_code_from_it(tmp_path):
         def __reduce__(self): return os.system, ('touch ' + str(tmp_path / 'ran'),)
     torch.save(dict(processes=Evil()), tmp_path / 'x.pt')
     with pytest.raises(CheckpointError, match='cannot be loaded'):
-        runner.make_learner(SHORT).fit(1, cbs=Checkpoint(tmp_path / 'x.pt'))
+        make_learner(SHORT).fit(1, cbs=Checkpoint(tmp_path / 'x.pt'))
     assert not (tmp_path / 'ran').exists()
 
 
@@ -445,11 +448,11 @@ def begin():
 def counting_grid(runs, root, workers=1):
     "Train a grid, and write the name of each run that begins into the file `trained`."
     begin()
-    real = runner._results
+    real = runner.run_results
     def results(cfg, *args):
         with open(Path(root) / 'trained', 'a') as f: f.write(f'{cfg.name}\n')
         return real(cfg, *args)
-    runner._results = results
+    runner.run_results = results
     out = run_grid(runs, root, workers, **quiet)
     assert all(r['status'] == 'finished' for r in out), out
 
@@ -552,7 +555,7 @@ def test_two_grids_share_a_folder(tmp_path):
 
 
 def hold(cfg, root, ready):
-    with runner._lock(cfg, root):
+    with run_lock(cfg, root):
         ready.set()
         time.sleep(600)
 
@@ -672,7 +675,8 @@ import json
 from pathlib import Path
 from sadt_nb.core.ranks import this_rank
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.runner import RunError, run
+from sadt_nb.experiments.run_folder import RunError
+from sadt_nb.experiments.runner import run
 try: r = run(Run.from_dict(json.loads(sys.argv[2])), sys.argv[1], progress=False, minutes=0)
 except RunError as e: r = dict(error=str(e))
 Path(sys.argv[1], f'rank{this_rank()}').write_text(json.dumps(r))

@@ -9,15 +9,19 @@ from fractions import Fraction
 import pytest
 import torch
 from conftest import learning_rates
-from fastai.callback.core import CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.learner import Learner
 from sadt_nb.data.datasets import digits
 from sadt_nb.experiments import grid as grid_module
-from sadt_nb.experiments import runner
+from sadt_nb.experiments import learner, results, runner
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import duration, run_grid
+from sadt_nb.experiments.learner import _factor, _schedule, _share_among_ranks, make_learner, run_loaders
 from sadt_nb.experiments.measure import measure_run
 from sadt_nb.experiments.report import load_results, results_table
-from sadt_nb.experiments.runner import RunRecorder, make_learner, read_result, run
+from sadt_nb.experiments.results import RunRecorder, _evaluations, _Sums
+from sadt_nb.experiments.run_folder import RunError, read_result, write_json
+from sadt_nb.experiments.runner import run
 from sadt_nb.models.registry import MODELS
 from sadt_nb.models.simple_cnn import simple_cnn
 from sadt_nb.models.vit import vit
@@ -50,15 +54,15 @@ def test_processes_give_the_same_numbers(tmp_path, monkeypatch):
     grid = [SMALL.but(seed=s, epochs=1) for s in range(2)] + [DIVERGING]
     one = run_grid(grid, tmp_path / 'one', **quiet)
     two = run_grid(grid, tmp_path / 'two', workers=2, **quiet)
-    assert isinstance(one[2], runner.RunError)
-    assert isinstance(two[2], runner.RunError)
+    assert isinstance(one[2], RunError)
+    assert isinstance(two[2], RunError)
     assert 'epoch 1' in str(two[2])
     for a, b in zip(one[:2], two[:2]):
         assert abs(a['accuracy'] - b['accuracy']) < .02 # numbers of threads differ, so roundings may
 
 
 def test_the_history_is_kept_when_the_loss_diverges(tmp_path):
-    with pytest.raises(runner.RunError, match='epoch 1, batch'): run(DIVERGING, tmp_path, **quiet)
+    with pytest.raises(RunError, match='epoch 1, batch'): run(DIVERGING, tmp_path, **quiet)
     assert stored_json(DIVERGING, tmp_path, 'result')['status'] == 'diverged'
     assert read_result(DIVERGING, tmp_path) is None
 
@@ -72,8 +76,8 @@ def test_a_damaged_result_is_made_again(tmp_path):
 
 def test_writes_are_atomic(tmp_path):
     file = tmp_path / 'x.json'
-    runner.write_json(file, {'a': 1})
-    with pytest.raises(TypeError): runner.write_json(file, {'a': object()})
+    write_json(file, {'a': 1})
+    with pytest.raises(TypeError): write_json(file, {'a': object()})
     assert json.loads(file.read_text()) == {'a': 1}
 
 
@@ -89,7 +93,7 @@ def test_the_restart_schedule_begins_anew_in_each_epoch():
     learn = make_learner(SMALL.but(sched='restart', opt='keras_adam', method='sadt1'))
     steps = []
     rates = []
-    class RecordStep(runner.Callback):
+    class RecordStep(Callback):
         run_valid = False
         def after_batch(self):
             state = next(iter(self.opt.opt.state.values()))
@@ -132,7 +136,7 @@ def test_table_means_and_spread(tmp_path):
 def test_the_rate_falls_to_a_tenth_after_every_thirty_epochs():
     learn = make_learner(SMALL.but(sched='step', epochs=61, lr=.5, n_train=50, bs=25))
     seen = []
-    class RecordRate(runner.Callback):
+    class RecordRate(Callback):
         order = 70 # after the scheduler
         def before_batch(self):
             if self.training: seen.append((self.epoch, self.opt.hypers[-1]['lr']))
@@ -221,8 +225,8 @@ def test_a_run_costs_little_beside_training_and_testing(tmp_path, monkeypatch, o
             finally: spent.append(time.process_time() - start)
         return g
     run_grid([SMALL.but(seed=99, epochs=1)], tmp_path, **quiet)
-    monkeypatch.setattr(runner.Learner, 'fit', timed(runner.Learner.fit))
-    monkeypatch.setattr(runner, '_evaluations', timed(runner._evaluations))
+    monkeypatch.setattr(Learner, 'fit', timed(Learner.fit))
+    monkeypatch.setattr(results, '_evaluations', timed(_evaluations))
     start = time.process_time()
     n = 4
     run_grid([SMALL.but(seed=s, epochs=1) for s in range(n)], tmp_path, **quiet)
@@ -247,7 +251,7 @@ def test_the_cosine_goes_from_the_rate_to_zero(warmup):
     expected = [.2 * (1 + math.cos(math.pi * i / 20)) / 2 for i in range(20)]
     risen = 4 * int(warmup)
     assert rates[risen:] == pytest.approx(expected[risen:], rel=1e-9)
-    schedule = runner._schedule(cfg)[0].scheds['lr']
+    schedule = _schedule(cfg)[0].scheds['lr']
     assert schedule(1.) == pytest.approx(0., abs=1e-15)
 
 
@@ -256,7 +260,7 @@ def test_the_rate_falls_at_the_right_step(sched, span):
     "fastai adds up the share of training in floating point; fractions say where the falls are."
     for epochs in (*range(1, 19), 44, 52, 90, 103): # with 44 epochs, 30 / 44 * 44 is a little below 30
         for batches in (1, 2, 3, 7, 30):
-            factor, done = runner._factor(SMALL.but(sched=sched, epochs=epochs)), 0.
+            factor, done = _factor(SMALL.but(sched=sched, epochs=epochs)), 0.
             for step in range(epochs * batches):
                 if step % batches == 0: done = (step // batches) / epochs
                 share = Fraction(step, epochs * batches)
@@ -266,7 +270,7 @@ def test_the_rate_falls_at_the_right_step(sched, span):
 
 
 def test_means_over_an_epoch_weigh_batches_by_their_size():
-    sums = runner._Sums('cpu')
+    sums = _Sums('cpu')
     sums.add(torch.tensor(2.), torch.eye(3), torch.tensor([0, 1, 0])) # two of three are right
     sums.add(torch.tensor(6.), torch.eye(3)[:1], torch.tensor([0]))
     assert sums.means() == (pytest.approx((3 * 2 + 6) / 4), pytest.approx(3 / 4))
@@ -274,10 +278,10 @@ def test_means_over_an_epoch_weigh_batches_by_their_size():
 
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf])
 def test_the_first_loss_that_is_not_finite_is_found(bad):
-    sums = runner._Sums('cpu')
+    sums = _Sums('cpu')
     for batch, loss in enumerate((1., 2., bad, 3., bad)): sums.check(torch.tensor(loss), batch)
     assert int(sums.first_bad) == 2
-    fine = runner._Sums('cpu')
+    fine = _Sums('cpu')
     fine.check(torch.tensor(1e30), 0)
     assert int(fine.first_bad) == -1
 
@@ -362,14 +366,14 @@ def test_a_run_without_stored_epochs_has_trained_none(tmp_path):
 
 def test_processes_share_a_batch(monkeypatch):
     "One process keeps its loaders; two get half a batch each, and no other number of images fits."
-    dls = runner.run_loaders(SMALL.but(n_train=60, bs=30, valid=.1), 'cpu')
+    dls = run_loaders(SMALL.but(n_train=60, bs=30, valid=.1), 'cpu')
     before = list(dls.loaders)
-    runner._share_among_ranks(dls, SMALL.but(bs=30))
+    _share_among_ranks(dls, SMALL.but(bs=30))
     assert all(a is b for a, b in zip(dls.loaders, before, strict=True))
-    monkeypatch.setattr(runner, 'n_ranks', lambda: 2)
+    monkeypatch.setattr(learner, 'n_ranks', lambda: 2)
     with pytest.raises(ValueError, match='2 processes cannot share batches of 25 images.*a multiple of 2'):
-        runner._share_among_ranks(dls, SMALL.but(bs=25))
-    runner._share_among_ranks(dls, SMALL.but(bs=30))
+        _share_among_ranks(dls, SMALL.but(bs=25))
+    _share_among_ranks(dls, SMALL.but(bs=30))
     assert dls.train.bs == 15
     assert dls[1] is before[1]
 
@@ -381,13 +385,13 @@ def test_processes_share_a_batch(monkeypatch):
     dict(data='digits', resized_crop=.4)])
 def test_options_of_the_data_reach_its_loaders(options, monkeypatch):
     seen = {}
-    monkeypatch.setattr(runner, 'get_dls', lambda data, **given: seen.update(given, data=data))
-    runner.run_loaders(Run(**options), 'cpu')
+    monkeypatch.setattr(learner, 'get_dls', lambda data, **given: seen.update(given, data=data))
+    run_loaders(Run(**options), 'cpu')
     assert {name: seen[name] for name in options} == options
     assert seen['device'] == 'cpu'
     own = (.1, .2, .3), (.4, .5, .6)
     for given, expected in (('', (0, 1)), ('data', ('data', 'data')), (own, own)):
-        runner.run_loaders(Run(**options, normalize=given))
+        run_loaders(Run(**options, normalize=given))
         assert (seen['mean'], seen['std']) == expected
 
 

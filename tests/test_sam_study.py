@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import cells_of, learning_rates
 from sadt_nb.experiments.config import Run
+from sadt_nb.experiments.learner import run_loaders
 from sadt_nb.experiments.report import load_results
-from sadt_nb.experiments.runner import evaluate, load_model, run, run_loaders
-from sadt_nb.experiments.runner import read_result
+from sadt_nb.experiments.results import evaluate
+from sadt_nb.experiments.run_folder import load_model, read_result
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.papers.base import EpochLog, PaperRun

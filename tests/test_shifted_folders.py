@@ -9,8 +9,9 @@ from sadt_nb.commands.cli import sadt_measure
 from sadt_nb.data.datasets import digits
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.grid import run_grid
+from sadt_nb.experiments.learner import stored_learner
 from sadt_nb.experiments.measure import measure_run, missing_measures
-from sadt_nb.experiments.runner import run, stored_learner
+from sadt_nb.experiments.runner import run
 from sadt_nb.measures.robustness import IMAGENETV2, effective_robustness, shifted_accuracy
 from sadt_nb.papers.grids import paper_grid
 from torch import nn

@@ -5,7 +5,9 @@ from conftest import covering, cells_of
 from PIL import Image
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
-from sadt_nb.experiments.runner import RunRecorder, make_learner, run
+from sadt_nb.experiments.learner import make_learner
+from sadt_nb.experiments.results import RunRecorder
+from sadt_nb.experiments.runner import run
 from sadt_nb.papers.grids import PAPER_GRIDS
 
 PIXELS = dict(tiny_imagenet=64, imagenet=224)

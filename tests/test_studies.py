@@ -10,7 +10,8 @@ from sadt_nb.data.datasets import get_dls
 from sadt_nb.experiments.archive import ARCHIVE, PARTS, read_archive, read_part
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.report import load_results, published
-from sadt_nb.experiments.runner import evaluate, load_model, unpacked
+from sadt_nb.experiments.results import evaluate, unpacked
+from sadt_nb.experiments.run_folder import load_model
 from sadt_nb.experiments.sweep import SWEEPS, case_of
 from sadt_nb.papers.grids import PAPER_GRIDS
 

@@ -8,7 +8,9 @@ import pytest
 from sadt_nb.commands import cli
 from sadt_nb.experiments import grid, runner
 from sadt_nb.experiments.config import Run
-from sadt_nb.experiments.runner import RunDiverged, RunError, read_result, write_json
+from sadt_nb.experiments.learner import make_learner, stored_learner
+from sadt_nb.experiments.results import evaluate, reestimated
+from sadt_nb.experiments.run_folder import RunDiverged, RunError, read_result, write_json
 from sadt_nb.experiments.sweep import OPTION_RANGES, RATES, SWEEPS, at_equal_passes, case_of, confirmed
 from sadt_nb.experiments.sweep import finals, ranges, sweep
 from sadt_nb.methods.registry import METHODS, method_options
@@ -324,10 +326,10 @@ def test_a_search_at_chance_says_so(best, warned, monkeypatch, tmp_path, recwarn
 def test_a_run_stores_the_accuracy_that_is_selected_on(tmp_path):
     cfg = Run(epochs=2, n_train=200, bs=50, valid=.3, lr=1e-2, model_args=dict(dropout=0.))
     result = runner.run(cfg, tmp_path, progress=False)
-    learn = runner.stored_learner(cfg, tmp_path)
-    again = runner.make_learner(cfg, root=tmp_path).dls
-    network = runner.reestimated(learn.model, again.train.new(drop_last=True))
-    assert result['valid_accuracy_bn'] == runner.evaluate(network, again.valid)['accuracy']
+    learn = stored_learner(cfg, tmp_path)
+    again = make_learner(cfg, root=tmp_path).dls
+    network = reestimated(learn.model, again.train.new(drop_last=True))
+    assert result['valid_accuracy_bn'] == evaluate(network, again.valid)['accuracy']
     assert result['data_facts']['valid'] == len(again.valid.dataset) and result['data_facts']['classes'] == 10
     assert read_result(cfg, tmp_path)['valid_accuracy_bn'] == result['valid_accuracy_bn']
     unsplit = runner.run(cfg.but(valid=0.), tmp_path, progress=False)

@@ -17,7 +17,10 @@ from sadt_nb.experiments.cost import probe_machine, run_cost
 from sadt_nb.experiments.grid import duration, run_grid
 from sadt_nb.experiments.measure import MEASURES, PASSES, _surface_as_json, measure_run
 from sadt_nb.experiments.report import load_results
-from sadt_nb.experiments.runner import Callback, make_learner, run, stored_learner, unpacked
+from fastai.callback.core import Callback
+from sadt_nb.experiments.learner import make_learner, stored_learner
+from sadt_nb.experiments.results import unpacked
+from sadt_nb.experiments.runner import run
 from sadt_nb.measures import hessian
 from sadt_nb.measures.landscape import Surface, loss_surface
 from sadt_nb.measures.sharpness import sam_sharpness

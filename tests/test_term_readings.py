@@ -6,8 +6,9 @@ import torch
 from conftest import cells_of
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.cost import run_cost
+from sadt_nb.experiments.learner import make_learner
 from sadt_nb.experiments.report import load_results
-from sadt_nb.experiments.runner import make_learner, run
+from sadt_nb.experiments.runner import run
 from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.registry import make_method
 from sadt_nb.methods.saf import SAF
@@ -121,7 +122,7 @@ def test_measuring_the_ratio_changes_no_bit(name, tmp_path, monkeypatch):
     cfg = SMALL.but(model_args={}, **TERMS[name]) # with dropout, which draws random numbers
     found = run(cfg, tmp_path / 'a', **quiet)
     assert any('term_ratio' in row for row in load_results(tmp_path / 'a')['history'].iloc[-1])
-    monkeypatch.setattr('sadt_nb.experiments.runner._TermRatio.start', lambda self: None)
+    monkeypatch.setattr('sadt_nb.experiments.results._TermRatio.start', lambda self: None)
     without = run(cfg, tmp_path / 'b', **quiet)
     assert found['weights_crc32'] == without['weights_crc32']
     assert all('term_ratio' not in row for row in load_results(tmp_path / 'b')['history'].iloc[-1])

@@ -74,6 +74,7 @@ torch_core, ranks = Late('fastai.torch_core'), Late('sadt_nb.core.ranks')
 config, cost = Late('sadt_nb.experiments.config'), Late('sadt_nb.experiments.cost')
 grid, measure = Late('sadt_nb.experiments.grid'), Late('sadt_nb.experiments.measure')
 report, runner = Late('sadt_nb.experiments.report'), Late('sadt_nb.experiments.runner')
+run_folder = Late('sadt_nb.experiments.run_folder')
 sweeps = Late('sadt_nb.experiments.sweep')
 grids, pages, saf = Late('sadt_nb.papers.grids'), Late('sadt_nb.papers.pages'), Late('sadt_nb.papers.saf')
 any_data, sizes = Late('sadt_nb.papers.any_data'), Late('sadt_nb.papers.sizes')
@@ -126,8 +127,8 @@ def _one_line_errors(command):
         sys.exit(130)
     except (ValueError, OSError, ImportError, RuntimeError) as e:
         if isinstance(e, BrokenPipeError) and _nobody_reads(): _end_without_reader()
-        # a `RuntimeError` from PyTorch is not a user's mistake; `runner` is imported only for this comparison
-        if isinstance(e, RuntimeError) and not isinstance(e, runner.RunError): raise
+        # a `RuntimeError` from PyTorch is not a user's mistake; this comparison alone imports `run_folder`
+        if isinstance(e, RuntimeError) and not isinstance(e, run_folder.RunError): raise
         _fail(command, _reason(e))
 
 # %% ../../nbs/commands/110_cli.ipynb #4d304a31
@@ -538,7 +539,7 @@ def _rows_and_results(name, root, scale, amp, only=''):
     "Return the rows of a table with the whole results of our runs; `None` for a run that is not finished."
     rows = []
     for c in grids.paper_grid(name, scale, amp, only):
-        found = dict(folder=Path(root) / c.run.name, result=runner.read_result(c.run, root))
+        found = dict(folder=Path(root) / c.run.name, result=run_folder.read_result(c.run, root))
         rows.append(_as_published(c) | found)
     return rows
 
@@ -546,7 +547,7 @@ def _published_table(name, root, scale, amp, only=''):
     "Return a table with our results beside the published values."
     rows = []
     for c in grids.paper_grid(name, scale, amp, only):
-        r = runner.read_result(c.run, root) or {}
+        r = run_folder.read_result(c.run, root) or {}
         rows.append({'run': c.label, 'published %': _published(c), 'ours %': _percent(r.get('accuracy')),
                      'BN re-estimated %': _percent(r.get('accuracy_bn')), 'steps': r.get('steps', '-'),
                      'forward passes': r.get('forwards', '-'), **saf.memory_columns(c, r), 'note': c.note})
@@ -558,14 +559,14 @@ def _ensemble_accuracies(name, root, scale, amp):
     accuracies, left_out = {}, {}
     for e in grids.paper_ensembles(name, scale, amp):
         try: accuracies[e.label] = grid.run_ensemble(e.members, root)['accuracy']
-        except runner.RunError as error: left_out[e.label] = _reason(error)
+        except run_folder.RunError as error: left_out[e.label] = _reason(error)
     return accuracies, left_out
 
 def _failures(results):
     "Return the errors of failed runs. Raises `RunError` if all runs failed."
     failed = [result for result in results if isinstance(result, Exception)]
     if len(failed) < len(results): return failed
-    raise runner.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
+    raise run_folder.RunError(f'all {len(failed)} runs failed; the first error is: {_reason(failed[0])}')
 
 def _print_left_out(reasons, others, most=10):
     "Print on standard error why ensembles have no accuracy: the first reasons, and the number of ensembles."
@@ -691,7 +692,7 @@ def sadt_report(
 def _announce(runs, plan, root, workers):
     "Print on standard error how many runs are not finished and how long they will take; return all runs."
     every = [r for group in runs.values() for r in group]
-    left = sum(runner.read_result(r, root) is None for r in every)
+    left = sum(run_folder.read_result(r, root) is None for r in every)
     time = grid.duration(left * plan.seconds / workers)
     rows = f'{len(runs)} rows with {plan.seeds} seeds each'
     print(f'{rows}: {left} of {len(every)} runs are left, about {time}', file=sys.stderr, flush=True)

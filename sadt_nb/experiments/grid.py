@@ -25,9 +25,12 @@ from ..core.teachers import Ensemble
 from .archive import read_archive, read_part
 from .config import Run
 from .cost import training_images
+from .learner import run_loaders
 from .measure import PASSES, measure_run, missing_measures
-from .runner import RunBusy, RunError, code_version, evaluate, is_trained, load_model
-from .runner import read_result, run, run_loaders, work_folder, write_json
+from .results import evaluate
+from .run_folder import RunBusy, RunError, code_version, is_trained, load_model
+from .run_folder import read_result, work_folder, write_json
+from .runner import run
 from ..measures.similarity import diversity
 from ..methods.registry import passes_of
 

@@ -18,8 +18,9 @@ from torchvision.datasets import ImageFolder
 from ..core.images import open_image
 from .archive import read_part
 from .config import Run
-from .runner import RunError, is_trained, provenance, read_result, stored_learner
-from .runner import weights_file, write_json
+from .learner import stored_learner
+from .run_folder import RunError, is_trained, provenance, read_result, weights_file
+from .run_folder import write_json
 from ..measures.hessian import Eigenvalues, SpectralDensity
 from ..measures.hessian import hessian_trace, spectral_density, top_eigenvalues
 from ..measures.landscape import Surface, loss_surface

@@ -22,7 +22,7 @@ from ..core.checkpoint import write_whole
 from ..core.display import COLORS, markdown_text, Sentence
 from .archive import read_archive, read_parts, stored_runs, write_archive
 from .config import Run
-from .runner import RunError, read_result
+from .run_folder import RunError, read_result
 
 # %% ../../nbs/experiments/82_report.ipynb #9826e710
 def published(

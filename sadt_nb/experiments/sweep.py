@@ -14,7 +14,7 @@ import pandas as pd
 
 from .config import Run
 from .grid import read_history, run_grid
-from .runner import RunDiverged, read_result
+from .run_folder import RunDiverged, read_result
 from ..methods.registry import passes_of
 
 # %% ../../nbs/experiments/89_sweep.ipynb #5c29939b

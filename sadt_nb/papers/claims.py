@@ -21,7 +21,7 @@ from ..experiments.config import Run
 from ..experiments.cost import _IMAGES
 from ..experiments.grid import run_ensemble
 from ..experiments.report import load_results, published
-from ..experiments.runner import unpacked
+from ..experiments.results import unpacked
 from ..experiments.sweep import SWEEPS, case_of
 from .grids import paper_ensembles, paper_grid
 

@@ -16,7 +16,7 @@ from typing import get_args
 import pandas as pd
 import pytest
 import sadt_nb
-from sadt_nb.commands import cli
+from sadt_nb.commands import cli, command as command_page
 from sadt_nb.data.augment import PAD_MODES
 from sadt_nb.data.datasets import DATASETS
 from sadt_nb.experiments.config import COMPILE, OPTIMIZERS, SCHEDULES, SELECT, Run
@@ -87,8 +87,8 @@ def test_help_is_light_fits_the_terminal_and_has_an_example(command):
 def test_the_example_in_the_help_is_a_right_call(command):
     example = light(command, '--help')[1].rsplit('example: ', 1)[1]
     function = cli.__dict__[command].__wrapped__
-    args = vars(cli._parser(function, '').parse_args(shlex.split(example)[1:]))
-    for name, value in args.items(): cli._check(name, function.__annotations__[name], value)
+    args = vars(command_page._parser(function, '').parse_args(shlex.split(example)[1:]))
+    for name, value in args.items(): command_page._check(name, function.__annotations__[name], value)
 
 
 @pytest.mark.parametrize('command', COMMANDS)
@@ -129,17 +129,19 @@ def test_a_typo_is_one_line_without_heavy_imports(line, message):
 
 
 def test_options_may_have_hyphens():
-    parser = cli._parser(cli.sadt_grid.__wrapped__, '')
+    parser = command_page._parser(cli.sadt_grid.__wrapped__, '')
     args = parser.parse_args(['sadt/table1', '--no-measures', '--only=a-b', '--root', 'x'])
     assert (args.no_measures, args.only, args.root) == (True, 'a-b', Path('x'))
-    args = cli._parser(cli.sadt_train.__wrapped__, '').parse_args(['--n-train', '60', '--method_args=a-b=1'])
+    parser = command_page._parser(cli.sadt_train.__wrapped__, '')
+    args = parser.parse_args(['--n-train', '60', '--method_args=a-b=1'])
     assert (args.n_train, args.method_args) == (60, 'a-b=1')
 
 
 def test_names_read_from_source_are_those_of_the_registries():
     "An argument with a fixed set of values allows what a `Run` allows, too."
-    registries = {cli.MethodName: METHODS, cli.ModelName: MODELS, cli.DataName: DATASETS,
-                  cli.SearchName: SWEEPS, cli.MeasureNames: MEASURES, cli.TableName: PAPER_GRIDS}
+    page = command_page
+    registries = {page.MethodName: METHODS, page.ModelName: MODELS, page.DataName: DATASETS,
+                  page.SearchName: SWEEPS, page.MeasureNames: MEASURES, page.TableName: PAPER_GRIDS}
     for kind, registry in registries.items(): assert kind.known() == [*registry], kind
     allowed = dict(opt=OPTIMIZERS, sched=SCHEDULES, select=SELECT, compile=COMPILE, pad_mode=PAD_MODES)
     for name, values in allowed.items():
@@ -149,8 +151,8 @@ def test_names_read_from_source_are_those_of_the_registries():
 def test_names_are_read_from_every_form_of_a_dictionary(tmp_path, monkeypatch):
     text = "A = dict(a=1, b=2)\nB = {'c': 3, **A}\nC = Registry({**B, 'd': 4}, other=5)\nD = {}\n"
     (tmp_path / 'x.py').write_text(text)
-    monkeypatch.setattr(cli.sadt_nb, '__file__', str(tmp_path / '__init__.py'))
-    found = {name: cli.registered('x.py', name) for name in 'ABCD'}
+    monkeypatch.setattr(command_page.sadt_nb, '__file__', str(tmp_path / '__init__.py'))
+    found = {name: command_page.registered('x.py', name) for name in 'ABCD'}
     assert found == {'A': ['a', 'b'], 'B': ['c', 'a', 'b'], 'C': ['c', 'a', 'b', 'd', 'other'], 'D': []}
 
 
@@ -298,7 +300,7 @@ def test_a_command_whose_reader_has_ended_ends_without_a_message(args, status):
 def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys):
     messages = {BrokenPipeError(32, 'worker'): '[Errno 32] worker', ValueError(): 'ValueError'}
     for error, message in messages.items():
-        with pytest.raises(SystemExit) as end, cli._one_line_errors('sadt_grid'): raise error
+        with pytest.raises(SystemExit) as end, command_page._one_line_errors('sadt_grid'): raise error
         assert end.value.code == 2
         assert capsys.readouterr().err == f'sadt_grid: error: {message}\n'
 

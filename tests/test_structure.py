@@ -21,7 +21,7 @@ ALLOWED = {'core': set(), 'methods': {'core'}, 'measures': {'core'}, 'models': {
            'experiments': BASE, 'papers': BASE | {'experiments'},
            'commands': BASE | {'experiments', 'papers'}}
 # methods never import one another; a registry imports its folder
-SIBLINGS = {'core', 'data', 'models', 'experiments', 'papers'}
+SIBLINGS = {'core', 'data', 'models', 'experiments', 'papers', 'commands'}
 
 
 def imported_names(node, path):

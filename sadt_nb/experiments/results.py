@@ -226,7 +226,7 @@ def reestimated(
     model:nn.Module, # The network to copy; not changed
     dl,              # Training batches, augmented as in training
 ) -> nn.Module: # A copy whose BatchNorm statistics are averages over one pass of `dl`
-    "Return a copy of the network with BatchNorm statistics estimated anew."
+    "Return a copy of the network with re-estimated BatchNorm statistics."
     model = deepcopy(model)
     update_bn(dl, model)
     return model

@@ -9,7 +9,6 @@ __all__ = ['keep_pages', 'run']
 import ctypes, math, re, shutil, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback

@@ -13,7 +13,7 @@ from typing import Iterable, NamedTuple, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import nn, Tensor
+from torch import Tensor
 from fastai.learner import Learner
 
 from ..core.display import bar

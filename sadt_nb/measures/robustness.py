@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from scipy import stats
 from scipy.special import expit, logit
-from torch import nn, Tensor
+from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as TF

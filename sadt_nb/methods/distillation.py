@@ -9,7 +9,6 @@ __all__ = ['Distillation']
 import math
 from typing import Sequence
 
-import torch
 from torch import nn
 
 from ..core.loss_terms import LossTerm

@@ -260,7 +260,7 @@ class _ValidatedAverage(_Average):
 class WeightAverage(_ValidatedAverage):
     """Averages the weights from a share of training on; after `fit`, the Learner has the averaged weights.
 
-    After `fit`, BatchNorm statistics are estimated anew from the inputs that the network gets in training.
+    After `fit`, BatchNorm statistics are re-estimated from the inputs that the network gets in training.
     `trained` returns the weights of the last step. If `fit` ends before `start`, the Learner keeps the
     trained weights. Raises `ValueError` for values out of range. Before training starts, it also raises
     `ValueError` for sharded weights and for a loaded average that does not fit the network."""

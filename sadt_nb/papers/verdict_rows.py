@@ -157,6 +157,10 @@ def _commands(tables):
         found.append(f'`{command}` ({n} {"seeds" if n > 1 else "seed"})')
     return ', '.join(found)
 
+def _without_noise(number):
+    "Round to six digits, so that rounding errors of a processor do not order two equal numbers."
+    return float(f'{number:.6g}')
+
 def _ordered(claims, known):
     "Return claims with their prices and the number of claims a core decides in an hour, highest first."
     groups = {}
@@ -165,12 +169,12 @@ def _ordered(claims, known):
             if c.says in known: groups.setdefault(c.tables, []).append((paper, c, known[c.says]))
     found = []
     for group in groups.values():
-        by_price = sorted(group, key=lambda row: row[2].hours)
+        by_price = sorted(group, key=lambda row: _without_noise(row[2].hours))
         # the runs for one claim decide the cheaper claims of the same table as well
         for n, (paper, c, cost) in enumerate(by_price, start=1):
             core_hours = 2 * cost.hours
             found.append((n / core_hours, paper, c, cost))
-    return sorted(found, key=lambda row: -np.nan_to_num(row[0]))
+    return sorted(found, key=lambda row: -np.nan_to_num(_without_noise(row[0])))
 
 def price_table(
     claims:dict, # Name of a paper: list of `Claim`

@@ -24,7 +24,7 @@ import torch
 from fastai.vision.augment import CropPad, Flip, RandomCrop
 from fastai.vision.data import ImageDataLoaders
 from PIL import Image
-from sadt_nb.data.augment import AutoAugment
+from sadt_nb.data.autoaugment import AutoAugment
 from sadt_nb.data.datasets import get_dls, load_data
 from sadt_nb.experiments.run_folder import provenance, write_json
 from torchvision.transforms import autoaugment, v2

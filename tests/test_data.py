@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 from sadt_nb.data import datasets, loader
-from sadt_nb.data.augment import AutoAugment, BatchedOps, CropFlip, Cutout, CutMix, ResizedCrop
+from sadt_nb.data.augment import CropFlip, Cutout, CutMix, ResizedCrop
+from sadt_nb.data.autoaugment import AutoAugment, BatchedOps
 from sadt_nb.data.datasets import digits, get_dls, load_data
 from sadt_nb.data.loader import ImageData, TensorDL
 from sadt_nb.experiments.config import Run

@@ -25,8 +25,9 @@ from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 from ..core.arguments import check_options, parameters_of, unknown_name
 from ..core.checkpoint import remove_abandoned, whole_file
 from ..core.images import open_image
-from .augment import PAD_MODES, AlternatingFlip, AutoAugment, CropFlip, CutMix, Cutout
+from .augment import PAD_MODES, AlternatingFlip, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
+from .autoaugment import AutoAugment
 from .image_files import archive_images, folder_images
 from .loader import ImageData, TensorDL
 from .mapped import MappedImages, mapped_folder

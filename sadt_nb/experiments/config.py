@@ -18,7 +18,8 @@ from torch import nn
 from ..core.arguments import check_options, parameters_of, unknown_name
 from ..core.optim import KerasAdam
 from ..core.recipe import decoupled_groups
-from ..data.augment import PAD_MODES, AutoAugment
+from ..data.augment import PAD_MODES
+from ..data.autoaugment import AutoAugment
 from ..data.datasets import check_data_options, data_options
 from ..methods.registry import METHODS, make_method, method_options
 from ..models.registry import MODELS, make_model, model_options

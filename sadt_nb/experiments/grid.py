@@ -21,17 +21,16 @@ from rich.live import Live
 from rich.table import Table
 
 from ..core.display import visible
-from ..core.teachers import Ensemble
 from .archive import read_archive, read_part
 from .config import Run
 from .cost import training_images
 from .learner import run_loaders
 from .measure import PASSES, measure_run, missing_measures
-from .results import evaluate
+from .results import packed
 from .run_folder import RunBusy, RunError, code_version, is_trained, load_model
 from .run_folder import read_result, work_folder, write_json
 from .runner import run
-from ..measures.similarity import diversity
+from ..measures.similarity import collect_logits
 from ..methods.registry import passes_of
 
 # %% ../../nbs/experiments/85_grid.ipynb #7ebde772
@@ -486,6 +485,16 @@ def _check_members(members, root):
         raise RunError(f'{some(without, "members without stored weights")}; copy weights.pt into the '
                        f'folder of each run below {root}, or train them again with force=True (--force)')
 
+def _logits_and_labels(models, dl):
+    "Return the logits of networks, `(models, n, classes)`, and the labels, from one pass over the loader."
+    labels = []
+    def batches():
+        for x, y in dl:
+            labels.append(y.cpu())
+            yield x, y
+    logits = collect_logits(models, batches())
+    return logits, torch.cat(labels)
+
 def run_ensemble(
     members,       # Trained runs on one data set; a stored result can be read without their weights
     root='runs',   # Folder of all results
@@ -507,11 +516,13 @@ def run_ensemble(
     _check_members(members, root)
     test = run_loaders(members[0], device)[2] # the test loader, normalised as in training
     models = [load_model(m, root, len(test.vocab), test.device) for m in members]
-    accuracies = {m.name: evaluate(model, test)['accuracy'] for m, model in zip(members, models)}
-    found = evaluate(Ensemble(models), test, right=True)
-    result = dict(accuracy=found['accuracy'], right=found['right'], members=accuracies,
-                  diversity=diversity(models, test).mean().item(),
-                  data_facts=dict(test=len(test.dataset), classes=len(test.vocab)))
+    logits, labels = _logits_and_labels(models, test)
+    alone = logits.argmax(2) == labels # `(members, n)`
+    accuracies = {m.name: hits.sum().item() / len(labels) for m, hits in zip(members, alone)}
+    together = logits.mean(0).argmax(1) == labels
+    result = dict(accuracy=together.sum().item() / len(labels), right=packed(together), members=accuracies,
+                  diversity=logits.var(0, correction=0).mean().item(),
+                  data_facts=dict(test=len(labels), classes=len(test.vocab)))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     return result

@@ -231,6 +231,41 @@ def test_micro_batches_are_those_of_gradient_accumulation(name):
     torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
 
 
+SPLITS = {'equal': [3] * 4, 'unequal': [7, 1, 4], 'one empty': [7, 0, 5], 'single': [12]}
+KINDS = { # outputs per sample, and the loss of each sample
+    'categorical': (3, lambda z, y: F.cross_entropy(z, y, reduction='none')),
+    'bernoulli': (1, lambda z, y: F.softplus(z[:, 0]) - (y > 0) * z[:, 0]),
+    'gaussian': (2, lambda z, y: (z - y[:, None]).square().mean(1)),
+}
+
+
+@pytest.mark.parametrize('options', [{}, dict(grad_at='up'), dict(first_step=False), dict(kl='aux_to_clean')])
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('split', SPLITS)
+def test_sadt_with_micro_batches_of_any_size_is_one_large_batch(split, kind, reduction, options):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=gen, dtype=torch.float64)
+    y = torch.randint(0, 3, (12,), generator=gen)
+    outputs, of_samples = KINDS[kind]
+    def trained(sizes):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+        method = SADT(1, noise_scale=3000, divergence=kind, **options)
+        opt = MethodOptimizer(method, sgd(net), net)
+        for _ in range(2):
+            for xb, yb in zip(x.split(sizes), y.split(sizes)):
+                def closure(xb=xb, yb=yb):
+                    out = net(xb)
+                    total = of_samples(out, yb).sum()
+                    return out, total / len(x) if reduction == 'mean' else total
+                opt.backward(closure)
+            opt.step()
+            opt.zero_grad()
+        return values(net)
+    torch.testing.assert_close(trained(SPLITS[split]), trained([12]), rtol=1e-12, atol=1e-14)
+
+
 def test_max_norm_clips_the_final_gradient_as_fastai_does():
     got = by_wrapper(SAM(.1), network(norm=False), batches(), max_norm=.01)
     expected = by_callback(SAM(.1), network(norm=False), batches(), GradientClip(.01))

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.closures import MethodOptimizer
-from sadt_nb.core.losses import Divergence, as_divergence, divergence_of, kd_loss, kl_div
+from sadt_nb.core.losses import KINDS, Divergence, as_divergence, divergence_of, kd_loss, kl_div
 from sadt_nb.measures.similarity import agreement, logit_mse
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.distillation import Distillation
@@ -358,6 +358,15 @@ def test_only_the_counted_predictions_are_averaged(shape, axis):
     for targets in (None, y.double(), y.flatten()[:-1]): # no class indices, or not one per prediction
         everything = Divergence('categorical', axis, ignore_index=1)(t, s, 2., targets)
         assert everything == kl_div(t, s, 2., axis)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_divergence_of_no_outputs_is_zero(kind):
+    t, s = normal(0, 3), normal(0, 3, seed=1).requires_grad_()
+    got = Divergence(kind)(t, s)
+    got.backward()
+    assert got == 0 and s.grad.shape == (0, 3)
+    if kind == 'categorical': assert kl_div(t, s, counted=torch.ones(0, dtype=torch.bool)) == 0
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])

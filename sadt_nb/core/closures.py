@@ -253,7 +253,7 @@ class _Passes(_Gradients):
             loss = loss.mean()
         self.pred = logits
         if self.method.needs_logits: _check_logits(logits, self.has_gradients())
-        if loss_func is not None: loss = loss_func(logits) / self.batches # the mean over micro-batches
+        if loss_func is not None: loss = loss_func(logits)
         self.loss_grad = loss # as in a Learner; SADT reads in its graph what kind of loss it is
         if between: between()
         self.loss_grad = None # a loss with a graph cannot be copied with the optimizer
@@ -833,7 +833,10 @@ class MethodOptimizer(_TwoSteps):
     def backward(self,
         closure:Callable, # Runs the (micro-)batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     ) -> Tensor: # The loss at the unperturbed weights, detached
-        "Add the method's gradient of a batch to `.grad`. With k micro-batches, divide each loss by k."
+        """Add the method's gradient of a batch to `.grad`.
+
+        For the mean loss over k micro-batches of equal size, divide each loss by k; in general, multiply each
+        mean loss by the micro-batch's share of all samples. SADT's divergence is weighted by the library."""
         self._check_weights()
         return _loop_backward(self._loop, closure)
 

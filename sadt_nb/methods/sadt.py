@@ -294,14 +294,20 @@ def _can_share(sadt, fns):
     is_wrapped = unwrapped(model) is not model # compiled or distributed
     return not is_wrapped and not any(map(is_sharded, model.parameters()))
 
+def _shares(learn, micro_batches):
+    "Return the weight of each micro-batch: in a plain loop, its share of all predictions of the step."
+    if not in_plain_loop(learn): return [1.] * len(micro_batches) # `GradientAccumulation` weights the loss
+    sizes = [micro.q.numel() for micro in micro_batches]
+    return [size / max(sum(sizes), 1) for size in sizes]
+
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "For all micro-batches, add the gradients of one teacher, or of several teachers in one pass."
     learn = sadt.learn
     batch = learn.xb, learn.yb
     def divergence(clean, aux, targets=None, *others):
-        return sadt.kl_weight * _divergence(clean, aux, kl, sadt.compare, targets)
+        return sadt.kl_weight * share * _divergence(clean, aux, kl, sadt.compare, targets)
     try:
-        for micro in micro_batches:
+        for micro, share in zip(micro_batches, _shares(learn, micro_batches)): # `divergence` reads `share`
             learn.xb, learn.yb = micro.xb, micro.yb
             sadt._watch(_check_inputs(micro, micro_batches))
             if len(deltas) > 1: _backward_shared(sadt, deltas, micro, divergence)

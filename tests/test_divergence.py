@@ -440,7 +440,49 @@ def test_a_loop_in_which_the_loss_leaves_out_targets(ignored):
     torch.testing.assert_close(trained(x, y, counted), without, rtol=1e-10, atol=1e-12)
 
 
+def own_function(teacher, student, temperature): return (teacher - student).square().mean()
+
+
+# outputs, loss and divergence
+LEAVING_OUT_IN_LOOPS = {
+    'text': ((2, 5, 3), lambda z, y: F.cross_entropy(z.flatten(0, 1), y), Divergence('categorical', -1)),
+    'text, with index': ((2, 5, 3), lambda z, y: F.cross_entropy(z.flatten(0, 1), y),
+                         Divergence('categorical', -1, ignore_index=-100)),
+    'segmentation': ((1, 3, 2, 5), lambda z, y: F.cross_entropy(z, y.reshape(1, 2, 5)), 'categorical'),
+    'smoothed': ((10, 3), lambda z, y: F.cross_entropy(z, y, label_smoothing=.1), 'categorical'),
+    'none': ((10, 3), lambda z, y: F.cross_entropy(z, y, reduction='none').mean(), None),
+    'numbers': ((10, 3), lambda z, y: F.cross_entropy(z, y), 'gaussian'),
+    'own function': ((10, 3), lambda z, y: F.cross_entropy(z, y), own_function),
+}
+
+
+@pytest.mark.parametrize('batch', [0, 2])
+@pytest.mark.parametrize('case', LEAVING_OUT_IN_LOOPS)
+def test_every_batch_of_a_loop_in_which_the_loss_leaves_out_targets(case, batch):
+    "The divergence would count all outputs."
+    shape, loss, divergence = LEAVING_OUT_IN_LOOPS[case]
+    net = Attention(shape)
+    method = SADT(1, noise_scale=1000., divergence=divergence)
+    opt = MethodOptimizer(method, torch.optim.SGD(net.parameters(), lr=.1), net)
+    def step(y):
+        def closure():
+            out = net(normal(2, 4))
+            return out, loss(out, y)
+        opt.step(closure)
+    for _ in range(batch): step(labels(10))
+    before = flat(net)
+    some = labels(10).masked_fill(torch.arange(10) > 7, -100)
+    if case == 'own function':
+        step(some)
+        return
+    with pytest.raises(ValueError, match='let the closure return only'): step(some)
+    assert torch.equal(flat(net), before)
+
+
 # In a loop without a Learner, only the outputs and the loss of a closure are known
+
+def contrastive(z): return F.cross_entropy(z, labels(3)) + F.cross_entropy(z.T, labels(3))
+
 
 IN_LOOPS = { # outputs, loss, and the divergence in the first loop; `None`: an error
     'classes': ((6, 3), lambda z: F.cross_entropy(z, labels(6)), CLASSES),
@@ -454,6 +496,14 @@ IN_LOOPS = { # outputs, loss, and the divergence in the first loop; `None`: an e
     'segmentation': ((2, 3, 4, 5), lambda z: F.cross_entropy(z, labels(2, 4, 5)), None),
     'multi-label': ((6, 3), lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), None),
     'one logit': ((6, 1), lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), None),
+    'image and text': ((3, 3), contrastive, CLASSES),
+    'probabilities inside the loss': ((6, 3), lambda z: F.nll_loss(z.softmax(1).log(), labels(6)), CLASSES),
+    'two heads': ((6, 6), lambda z: F.cross_entropy(z.reshape(12, 3), labels(12)), None),
+    'one of two heads': ((6, 6), lambda z: F.cross_entropy(z[:, :3], labels(6)), None),
+    'some rows': ((6, 3), lambda z: F.cross_entropy(z[:4], labels(4)), None),
+    'classes in the rows': ((3, 6), lambda z: F.cross_entropy(z.T, labels(6)), None),
+    'probabilities': ((6, 3), lambda z: F.nll_loss(z.square().log(), labels(6)), None),
+    'logits from probabilities': ((6, 3), lambda z: F.cross_entropy(z.square().log(), labels(6)), None),
     'numbers': ((6, 3), lambda z: F.mse_loss(z, torch.ones_like(z)), None),
     'number': ((6,), lambda z: z.abs().mean(), None),
 }

@@ -354,23 +354,48 @@ def _leaves_out_targets(function):
     if ignored >= 2**63: ignored -= 2**64 # autograd shows a negative number as an unsigned one
     return bool((function._saved_target == ignored).any())
 
+def _check_targets(functions):
+    "Raise `ValueError` if a loss, computed by these functions of the outputs, leaves out some targets."
+    if not any(map(_leaves_out_targets, functions)): return
+    raise ValueError('the loss leaves out targets that are its `ignore_index`, and in a loop without '
+                     "a Learner, SADT's divergence cannot leave them out; let the closure return "
+                     'only the outputs that count, such as `outputs[y != -100]` (of a segmentation: '
+                     '`outputs.movedim(1, -1)[y != -100]`), and compute the loss from these outputs and from '
+                     '`y[y != -100]`; they have the shape (n, classes), so leave `divergence` out')
+
+
+# %% ../../nbs/methods/40_sadt.ipynb #2c7a44a2
+# functions of autograd by which a loss makes the outputs probabilities, or takes them as their logarithms
 _OF_CLASSES = ('LogSoftmaxBackward', 'SoftmaxBackward', 'LogsumexpBackward', 'NllLossBackward')
 
-def _divergence_in_loop(outputs, loss):
-    """Return the divergence for the outputs and the loss of a closure: that of classes on axis 1.
+def _classes_shape(function):
+    "Return the shape of the logits or log-probabilities of such a function; `None` for other functions."
+    if not function.name().startswith(_OF_CLASSES): return None
+    softmax = function.name().startswith(('LogSoftmax', 'Softmax'))
+    return (function._saved_result if softmax else function._saved_self).shape
+
+def _are_probabilities(functions):
+    "Return whether outputs are probabilities: the loss takes their logarithm, without a softmax before it."
+    names = {function.name() for function in functions}
+    if any(name.startswith('SoftmaxBackward') for name in names): return False
+    of_classes = [function for function in functions if function.name().startswith(_OF_CLASSES)]
+    earlier = [before for function in of_classes for before, _ in function.next_functions if before]
+    return any(before in functions and before.name().startswith('LogBackward') for before in earlier)
+
+def _divergence_in_loop(outputs, functions):
+    """Return the divergence that fits a loss, computed by these functions of the outputs: classes on axis 1.
 
     Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm,
     from all outputs."""
+    shapes = [_classes_shape(function) for function in functions]
+    shapes = [tuple(shape) for shape in shapes if shape is not None]
     problem = f'outputs of shape {tuple(outputs.shape)}'
     if outputs.ndim == 2 and outputs.shape[1] > 1:
-        functions = _computed_from(outputs, loss)
-        if any(map(_leaves_out_targets, functions)):
-            raise ValueError('the loss leaves out targets that are its `ignore_index`, and in a loop without '
-                             "a Learner, SADT's divergence cannot leave them out; let the closure return "
-                             'only the outputs that count, such as `outputs[y != -100]`, and compute the '
-                             'loss from these outputs and from `y[y != -100]`')
-        if any(function.name().startswith(_OF_CLASSES) for function in functions): return Divergence()
-        problem = 'this loss, which was not computed from the returned outputs by a softmax'
+        if not shapes: problem = 'this loss, which was not computed from the returned outputs by a softmax'
+        elif tuple(outputs.shape) not in shapes:
+            problem += f', of which the loss takes a softmax in the shape {shapes[0]}; return these logits'
+        elif _are_probabilities(functions): problem = 'probabilities; return the logits before the softmax'
+        else: return Divergence()
     raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
                      f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "
                      "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "
@@ -481,11 +506,17 @@ class _TwoSteps(_MicroBatches):
         has_graph = getattr(loss, 'grad_fn', None) is not None
         from_network = self.pred.grad_fn is not None or not self.pred.requires_grad # a leaf is no output
         # without a graph from the network to the loss, the loop raises an error of its own
-        if self.compare is None and self.kl_weight and has_graph and from_network:
-            self.compare = _divergence_in_loop(self.pred, loss)
+        if self.kl_weight and has_graph and from_network and in_plain_loop(self.learn): self._read_loss(loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
         calls = tuple(self._calls or ())
         self._keep(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
+
+    def _read_loss(self, loss):
+        "In a plain loop, check the loss of a closure, and choose the divergence if none is given."
+        if self.compare is not None and not isinstance(self.compare, Divergence): return # the user's function
+        functions = _computed_from(self.pred, loss)
+        _check_targets(functions)
+        if self.compare is None: self.compare = _divergence_in_loop(self.pred, functions)
 
     def after_step(self):
         super().after_step()

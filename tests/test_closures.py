@@ -635,3 +635,56 @@ def test_hooks_of_the_wrapper_change_its_state_as_in_pytorch():
     state = opt.state_dict()
     opt.load_state_dict(state)
     assert calls == [('saving', True), 'mine', ('loaded', True)] and state['note'] == 'mine'
+
+
+def step_and_drop(opt):
+    "An optimizer step within the backward, which frees the gradient."
+    def hook(p):
+        opt.step()
+        p.grad = None
+    return hook
+
+
+def step_and_keep(opt):
+    def hook(p): opt.step()
+    return hook
+
+
+def drop(opt):
+    def hook(p): p.grad = None
+    return hook
+
+
+def clip(opt):
+    def hook(p): p.grad.clamp_(-.01, .01)
+    return hook
+
+
+@pytest.mark.parametrize('way', ['closure', 'closure that calls backward', 'two steps'])
+@pytest.mark.parametrize('make_hook', [step_and_drop, step_and_keep, drop, clip])
+@pytest.mark.parametrize('name', ['sam', 'gsam', 'looksam', 'esam', 'sadt1'])
+def test_a_hook_that_uses_up_a_gradient_in_the_backward(name, make_hook, way):
+    x, y = batches(1)[0]
+    net, method = network(norm=False), METHODS[name]()
+    hooked, other = net[0].weight, [p for p in net.parameters() if p is not net[0].weight]
+    hook = make_hook(torch.optim.SGD([hooked], lr=.1))
+    hooked.register_post_accumulate_grad_hook(hook)
+    opt = MethodOptimizer(method, torch.optim.SGD(other, lr=.1), net)
+    closure = closure_for(method, net, x, y)
+    def step():
+        if way == 'two steps':
+            closure().backward()
+            opt.first_step()
+        elif way == 'closure': opt.step(closure)
+        else:
+            def runs_backward():
+                loss = closure()
+                loss.backward()
+                return loss
+            opt.step(runs_backward)
+    if way != 'closure' and name in ('esam', 'sadt1'): return # they need the returned losses or predictions
+    seen_late = way == 'two steps' and make_hook is step_and_keep # the gradient is still there
+    if make_hook is clip or seen_late: step()
+    else:
+        with pytest.raises(ValueError, match="hook of the parameter '0.weight'"): step()
+    assert list(hooked._post_accumulate_grad_hooks.values()) == [hook]

@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
 from sadt_nb.core import perturb
-from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.closures import MethodOptimizer, closure_step, load_method_state, method_state
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.methods.asam import ASAM, asam_step
 from sadt_nb.methods.esam import ESAM, esam_step
@@ -688,3 +688,41 @@ def test_a_hook_that_uses_up_a_gradient_in_the_backward(name, make_hook, way):
     else:
         with pytest.raises(ValueError, match="hook of the parameter '0.weight'"): step()
     assert list(hooked._post_accumulate_grad_hooks.values()) == [hook]
+
+
+@pytest.mark.parametrize('options', [{}, dict(flatten_optimizer_state_dict=True), dict(full_state_dict=True)])
+@pytest.mark.parametrize('base', [sgd, lambda net: torch.optim.AdamW(net.parameters(), lr=torch.tensor(.01))])
+@pytest.mark.parametrize('name', ['sam', 'looksam', 'sadt1'])
+def test_the_state_dicts_of_distributed_checkpoints(name, base, options):
+    "They keep the state of the base; the state of the method is saved beside it."
+    dcp = pytest.importorskip('torch.distributed.checkpoint.state_dict')
+    options = dcp.StateDictOptions(**options)
+    data = batches(4)
+    def wrapped():
+        net, method = network(), METHODS[name]()
+        return net, MethodOptimizer(method, base(net), net)
+    def train(net, opt, data):
+        for x, y in data: opt.step(closure_for(opt.method, net, x, y))
+        opt.zero_grad()
+    whole, opt = wrapped()
+    train(whole, opt, data)
+    first, opt = wrapped()
+    train(first, opt, data[:2])
+    saved = dcp.get_optimizer_state_dict(first, opt, options=options)
+    second, resumed = wrapped()
+    second.load_state_dict(first.state_dict())
+    before = values(second)
+    dcp.get_optimizer_state_dict(second, resumed, options=options) # makes an empty state
+    dcp.set_optimizer_state_dict(second, resumed, saved, options=options)
+    assert torch.equal(values(second), before)
+    load_method_state(resumed.method, method_state(opt.method))
+    train(second, resumed, data[2:])
+    torch.testing.assert_close(values(second), values(whole), rtol=0, atol=0)
+
+
+def test_a_step_with_plain_gradients_is_an_error_at_a_rate_of_zero_too():
+    net = network()
+    opt = MethodOptimizer(SAM(.1), torch.optim.SGD(net.parameters(), lr=0.), net)
+    (x, y), = batches(1)
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(ValueError, match='plain'): opt.step()

@@ -24,8 +24,8 @@ from .passes import are_dropped, is_unchanged, note_gradients
 from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
 from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepped_params
 from .passes import take_gradients
-from .perturb import check_count, clip_gradients_, settle_gradients, trainable_params
-from .perturb import version_of, weights_moved
+from .perturb import check_count, clip_gradients_, is_sharded, local_parts, settle_gradients
+from .perturb import trainable_params, version_of, weights_moved
 from .ranks import own_memory, sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
@@ -320,7 +320,10 @@ def _noticed_zeroing(*objects):
 def _check_gradients(model):
     "Raise `ValueError` if no trainable parameter has a gradient."
     if any(p.grad is not None for p in trainable_params(model).values()): return
-    raise ValueError('no parameter of the network has a gradient; does the closure run this network?')
+    hint = ''
+    if any(map(is_sharded, model.parameters())): # FSDP2 leaves none in `.grad` without the averaging
+        hint = ' (with FSDP2: is `set_requires_gradient_sync` true?)'
+    raise ValueError(f'no parameter of the network has a gradient; does the closure run this network?{hint}')
 
 # %% ../../nbs/core/13_closures.ipynb #998dcda2
 def _hooked(model):
@@ -614,7 +617,9 @@ class _Wrapped(torch.optim.Optimizer):
     def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        "Return the base's state, the method's state as 'method', and 'steps_done' if `total_steps` is known."
+        """Return the base's state, the method's as 'method', and 'steps_done' if `total_steps` is known.
+
+        `torch.distributed.checkpoint` keeps only the base's state; save `method_state(opt.method)`, too."""
         for hook in self._optimizer_state_dict_pre_hooks.values(): hook(self)
         state = self.base.state_dict() | dict(method=method_state(self.method))
         if self._loop.total_steps is not None: state['steps_done'] = self._loop.steps_done
@@ -838,6 +843,13 @@ def _check_passes(loop):
     raise ValueError('the gradients are plain, because the method has made no pass since the last step; call '
                      '`step(closure)`, or `backward(closure)` for each micro-batch before `step()`')
 
+def _makes_state_only(loop):
+    "Return whether a step can change nothing but the state of the base optimizer."
+    # `torch.distributed.checkpoint` makes such a step before it reads or loads the state of an optimizer
+    if loop.batches or any(group.get('lr') != 0 for group in loop.optimizer.param_groups): return False
+    grads = [p.grad for p in stepped_params(loop) if p.grad is not None]
+    return bool(grads) and not any(g.any() for g in local_parts(grads))
+
 def _check_scaled(loop, *optimizers):
     "Raise `ValueError` if the loop has unscaled the gradients with the scaler that the step uses."
     states = getattr(loop.scaler, '_per_optimizer_states', {}) # of a `GradScaler`, by the optimizer's id
@@ -887,7 +899,9 @@ class MethodOptimizer(_TwoSteps):
         Raises `ValueError` if `.grad` holds plain gradients, because the method has made no pass, and after
         `first_step`, which needs `second_step`."""
         self._check_weights()
-        if closure is None: self._loop.forget_if_dropped()
+        if closure is None:
+            if _makes_state_only(self._loop): return self.base.step()
+            self._loop.forget_if_dropped()
         loss = None if closure is None else self.backward(closure)
         _check_passes(self._loop)
         _check_scaled(self._loop, self, self.base)

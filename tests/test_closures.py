@@ -726,3 +726,48 @@ def test_a_step_with_plain_gradients_is_an_error_at_a_rate_of_zero_too():
     (x, y), = batches(1)
     F.cross_entropy(net(x), y).backward()
     with pytest.raises(ValueError, match='plain'): opt.step()
+
+
+def scaled(closure, scaler, calls_backward):
+    "Return a closure that scales its loss with a scaler which the wrapper does not have."
+    def run():
+        out = closure()
+        logits, loss = out if isinstance(out, tuple) else (None, out)
+        loss = scaler.scale(loss)
+        if logits is not None: return logits, loss
+        if calls_backward: loss.backward()
+        return loss
+    return run
+
+
+@pytest.mark.parametrize('calls_backward', [True, False])
+@pytest.mark.parametrize('name', [n for n in METHODS if n not in ('esam', 'esam half')])
+def test_a_scaler_of_the_loop_changes_nothing(name, calls_backward):
+    "The scale changes at every second step, and is a power of two."
+    method, net = METHODS[name](), network()
+    opt = MethodOptimizer(method, sgd(net), net)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024., growth_interval=2)
+    torch.manual_seed(2)
+    for x, y in batches():
+        opt.zero_grad()
+        opt.backward(scaled(closure_for(method, net, x, y), scaler, calls_backward))
+        scaler.step(opt)
+        scaler.update()
+    expected = by_wrapper(METHODS[name](), network(), batches())
+    torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
+
+
+def step_of_wrapper(method, net, closure): MethodOptimizer(method, sgd(net), net).step(closure)
+def step_of_function(method, net, closure): closure_step(method, net, closure, sgd(net))
+
+
+@pytest.mark.parametrize('step', [step_of_wrapper, step_of_function])
+@pytest.mark.parametrize('name', ['sam', 'wsam', 'sadt1'])
+def test_a_step_with_scaled_gradients_is_an_error(name, step):
+    method, net = METHODS[name](), network()
+    scaler = torch.amp.GradScaler('cpu')
+    before = [p.detach().clone() for p in net.parameters()]
+    (x, y), = batches(1)
+    closure = scaled(closure_for(method, net, x, y), scaler, True)
+    with pytest.raises(ValueError, match='scaler=scaler'): step(method, net, closure)
+    assert all(map(torch.equal, net.parameters(), before))

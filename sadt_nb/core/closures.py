@@ -15,7 +15,7 @@ from typing import Callable
 
 import torch
 from torch import nn, Tensor
-from torch.amp.grad_scaler import OptState
+from torch.amp.grad_scaler import GradScaler, OptState
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
@@ -227,6 +227,7 @@ class _Passes(_Gradients):
         self._replaying = False
         self.loss_scaler = scaler
         if scaler is None: self.loss_scaler = getattr(optimizer, 'scaler', None) # set by accelerate
+        self.finds_scaler = self.loss_scaler is None # a closure may have a scaler that the loop does not know
         self.batches = 0 # (micro-)batches since the last step
 
     def forget(self):
@@ -317,6 +318,18 @@ def _noticed_zeroing(*objects):
             if zero_grad is None: del owner.zero_grad
             else: owner.zero_grad = zero_grad
 
+@contextmanager
+def _noticed_scaling():
+    "Yield a list of the scalers that multiply a loss inside the block."
+    scale = GradScaler.scale
+    scalers = []
+    def noticed(scaler, outputs):
+        if scaler.is_enabled(): scalers.append(scaler)
+        return scale(scaler, outputs)
+    GradScaler.scale = noticed
+    try: yield scalers
+    finally: GradScaler.scale = scale
+
 def _check_gradients(model):
     "Raise `ValueError` if no trainable parameter has a gradient."
     if any(p.grad is not None for p in trainable_params(model).values()): return
@@ -390,8 +403,8 @@ class PlainLoop(_Passes):
 
         If the closure calls `zero_grad`, as PyTorch's closures do, it begins a new step: the earlier
         micro-batches and their gradients are forgotten."""
-        # `zeroed` is a list, empty without `zero_grad`
-        with _checked_hooks(self.model), _noticed_zeroing(self.optimizer, self.model) as zeroed:
+        with (_noticed_scaling() as scalers, _checked_hooks(self.model),
+              _noticed_zeroing(self.optimizer, self.model) as zeroed): # lists, empty without such calls
             def before_backward():
                 if zeroed: self.forget() # before the event, in which the method adds this batch
                 if self.method.needs_logits: self('before_backward')
@@ -401,6 +414,7 @@ class PlainLoop(_Passes):
                 raise
             finally:
                 if zeroed: self.kept = {}
+                if self.finds_scaler: self.loss_scaler = scalers[-1] if scalers else None
 
     def _do_one_batch(self): # MSAM replaces this method, as in a Learner
         "Run the closure and the method's own passes; return the loss."
@@ -489,6 +503,15 @@ def _loop_backward(loop, closure):
     return loss
 
 # %% ../../nbs/core/13_closures.ipynb #a5df7cff
+def _check_unscaled(loop):
+    "Raise `ValueError` if a closure has scaled the loss, and its scaler has not unscaled the gradients."
+    if not loop.finds_scaler or loop.loss_scaler is None: return
+    states = loop.loss_scaler._per_optimizer_states.values()
+    if any(state['stage'] is OptState.UNSCALED for state in states): return
+    raise ValueError('the closure has scaled the loss, and the gradients are not unscaled; use '
+                     '`MethodOptimizer(..., scaler=scaler)` and a closure that does not scale the loss, or '
+                     'call `opt.backward(closure)` and then `scaler.step(opt)`')
+
 def _loop_step(loop):
     "Make the optimizer's step with the gradients in `.grad`."
     done = [] # gets an entry if `step_unscaled` calls `step`
@@ -546,6 +569,7 @@ def closure_step(
     loop = PlainLoop(method, model, optimizer)
     try:
         loss = _loop_backward(loop, closure)
+        if accelerated is None: _check_unscaled(loop)
         if accelerated is None or accelerated.sync_gradients: _loop_step(loop)
         if accelerated is not None: optimizer.zero_grad() # no effect between micro-batches
     finally: loop.close()
@@ -905,6 +929,7 @@ class MethodOptimizer(_TwoSteps):
         loss = None if closure is None else self.backward(closure)
         _check_passes(self._loop)
         _check_scaled(self._loop, self, self.base)
+        _check_unscaled(self._loop)
         _loop_step(self._loop)
         self._begun = False
         return loss

@@ -244,7 +244,12 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
     sadt.replay(**micro.starts(), loss_func=loss)
 
 # %% ../../nbs/methods/40_sadt.ipynb #b7e4a912
-def _tensors(inputs): return [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+def _tensors(inputs):
+    "Return the tensors in the inputs of a call, without their graph, so that they can be kept and copied."
+    # inside `torch.vmap`, a tensor stands for many, and cannot be compared later
+    inside_vmap = torch._C._functorch.is_functorch_wrapped_tensor
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and not inside_vmap(t)]
+    return [t if t.grad_fn is None else t.detach() for t in tensors]
 
 def _are_equal(some, others):
     "Return whether two lists hold the same tensors, or equal tensors."
@@ -402,6 +407,18 @@ def _divergence_in_loop(outputs, functions):
                      '(n, tokens, classes) logits')
 
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4413
+def _with_parts(model):
+    "Return a network and its parts, without the parts inside a compiled, scripted or distributed module."
+    found = {}
+    to_visit = [model]
+    while to_visit:
+        m = to_visit.pop()
+        if m in found: continue
+        found[m] = None
+        is_compiled = unwrapped(m) is not m or m._compiled_call_impl is not None
+        if not is_compiled and not isinstance(m, torch.jit.ScriptModule): to_visit += m.children()
+    return list(found)
+
 class _MicroBatches(_SeededNoise):
     "Keeps the micro-batches of a step and, in the first step of a plain loop, the network's inputs in each."
     _micro = () # the micro-batches of a step that is not complete
@@ -409,19 +426,30 @@ class _MicroBatches(_SeededNoise):
     _left = {} # the gradients after the last micro-batch, for `are_dropped`; replaced, never changed
     _uncounted = None # the gradients before this micro-batch's backward, until it is known to have run
     _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
-    _watching = None # handle of the hook that reads the network's inputs
+    _watching = () # handles of the hooks that read the network's inputs
 
     def _watch(self, f):
-        "Call `f` with the network's input tensors before each call of the network, in a loop's first step."
+        """In a loop's first step, call `f` with the input tensors before each call of the network.
+
+        A closure may call parts of the network instead; each part that it calls itself counts as a call."""
         self._unwatch()
         if self._calls is None: return
-        def hook(module, args, kwargs): f(_tensors((args, kwargs)))
-        self._watching = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+        depth = 0 # of calls inside calls
+        def enter(module, args, kwargs):
+            nonlocal depth
+            depth += 1
+            if depth == 1: f(_tensors((args, kwargs)))
+        def leave(module, args, output):
+            nonlocal depth
+            depth -= 1
+        modules = _with_parts(self.model)
+        entering = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
+        self._watching = entering + [m.register_forward_hook(leave, always_call=True) for m in modules]
 
     def _unwatch(self):
-        "Remove the hook of `_watch`, so that a copy of the network has no hook."
-        if self._watching is not None: self._watching.remove()
-        self._watching = None
+        "Remove the hooks of `_watch`, so that a copy of the network has no hooks."
+        for handle in self._watching: handle.remove()
+        self._watching = ()
 
     def _unhook(self):
         self._unwatch()

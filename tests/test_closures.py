@@ -771,3 +771,14 @@ def test_a_step_with_scaled_gradients_is_an_error(name, step):
     closure = scaled(closure_for(method, net, x, y), scaler, True)
     with pytest.raises(ValueError, match='scaler=scaler'): step(method, net, closure)
     assert all(map(torch.equal, net.parameters(), before))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@pytest.mark.parametrize('script', [torch.jit.script, lambda net: torch.jit.trace(net, batches(1)[0][0])])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'looksam', 'sadt1'])
+def test_a_scripted_network_is_the_network(name, script):
+    net = script(network(norm=False))
+    got = by_wrapper(METHODS[name](), net, batches())
+    expected = by_wrapper(METHODS[name](), network(norm=False), batches())
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    assert net.state_dict().keys() == network(norm=False).state_dict().keys()

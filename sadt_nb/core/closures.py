@@ -306,6 +306,7 @@ def _noticed_zeroing(*objects):
     "Yield a list that gets an entry when `zero_grad` of an optimizer or a module is called inside the block."
     calls = []
     own = [] # an object's own attribute `zero_grad`; `None` if only its class has one
+    objects = [o for o in objects if not isinstance(o, torch.jit.ScriptModule)] # it keeps what it is given
     for owner in objects:
         def noticed(*args, _zero_grad=owner.zero_grad, **kwargs): # the default is this object's function
             calls.append(1)

@@ -408,15 +408,15 @@ def _divergence_in_loop(outputs, functions):
 
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4413
 def _with_parts(model):
-    "Return a network and its parts, without the parts inside a compiled, scripted or distributed module."
+    "Return a network and its parts, without scripted modules and the parts of compiled and distributed ones."
     found = {}
     to_visit = [model]
     while to_visit:
         m = to_visit.pop()
-        if m in found: continue
+        if m in found or isinstance(m, torch.jit.ScriptModule): continue # a scripted module takes no hooks
         found[m] = None
         is_compiled = unwrapped(m) is not m or m._compiled_call_impl is not None
-        if not is_compiled and not isinstance(m, torch.jit.ScriptModule): to_visit += m.children()
+        if not is_compiled: to_visit += m.children()
     return list(found)
 
 class _MicroBatches(_SeededNoise):

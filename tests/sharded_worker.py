@@ -104,6 +104,15 @@ def with_optimizer(method, micro=1, **options):
     return train
 
 
+def with_late_averaging(net, batches):
+    "Train with micro-batches; the loop lets FSDP2 average gradients in the last backward of a step only."
+    opt = MethodOptimizer(GSAM(1., 1.), momentum(net), net)
+    for i, (x, y) in enumerate(batches):
+        if hasattr(net, 'set_requires_gradient_sync'): net.set_requires_gradient_sync(i % 2 == 1)
+        opt.backward(closure(net, x, y, 1 / 2))
+        if i % 2: opt.step()
+
+
 def with_two_steps(net, batches):
     opt = MethodOptimizer(SAM(1.), momentum(net), net)
     for x, y in batches:
@@ -154,6 +163,7 @@ CASES = dict(
     sadt_ascent=with_sadt(gradient_ascent(1., .3), normalized_ascent(1.)),
     optimizer_clip=with_optimizer(lambda: SAM(1.), max_norm=.05),
     optimizer_micro=with_optimizer(lambda: GSAM(1., 1.), micro=2),
+    optimizer_late=with_late_averaging,
     optimizer_looksam=with_optimizer(lambda: LookSAM(1., k=2)),
     two_steps=with_two_steps,
     resumed=resumed,
@@ -218,7 +228,8 @@ KINDS = dict(by_layer=by_layer, whole=whole, never_dropped=never_dropped, tensor
              sequence_parallel=sequence_parallel)
 RUNS = dict( # the cases of each kind: all, or those for which the kind makes a difference
     by_layer=list(CASES),
-    whole=['sam', 'gsam', 'sadt_ascent', 'optimizer_looksam', 'learner_sam', 'learner_sadt_up'],
+    whole=['sam', 'gsam', 'sadt_ascent', 'optimizer_looksam', 'optimizer_late', 'learner_sam',
+           'learner_sadt_up'],
     never_dropped=['sam', 'two_steps', 'learner_sam', 'learner_sadt_up'],
     tensor_parallel=['sam', 'asam', 'gsam', 'esam', 'sadt_noise', 'optimizer_clip', 'resumed', 'learner_sam',
                      'learner_agc', 'learner_gc', 'learner_lookahead', 'learner_keras'],

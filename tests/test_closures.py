@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
 from sadt_nb.core import perturb
-from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.closures import MethodOptimizer, closure_step, load_method_state, method_state
 from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.methods.asam import ASAM, asam_step
 from sadt_nb.methods.esam import ESAM, esam_step
@@ -229,6 +229,41 @@ def test_micro_batches_are_those_of_gradient_accumulation(name):
             opt.zero_grad()
     expected = by_callback(METHODS[name](), network(norm=False), data, GradientAccumulation(8))
     torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
+
+
+SPLITS = {'equal': [3] * 4, 'unequal': [7, 1, 4], 'one empty': [7, 0, 5], 'single': [12]}
+KINDS = { # outputs per sample, and the loss of each sample
+    'categorical': (3, lambda z, y: F.cross_entropy(z, y, reduction='none')),
+    'bernoulli': (1, lambda z, y: F.softplus(z[:, 0]) - (y > 0) * z[:, 0]),
+    'gaussian': (2, lambda z, y: (z - y[:, None]).square().mean(1)),
+}
+
+
+@pytest.mark.parametrize('options', [{}, dict(grad_at='up'), dict(first_step=False), dict(kl='aux_to_clean')])
+@pytest.mark.parametrize('reduction', ['mean', 'sum'])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('split', SPLITS)
+def test_sadt_with_micro_batches_of_any_size_is_one_large_batch(split, kind, reduction, options):
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=gen, dtype=torch.float64)
+    y = torch.randint(0, 3, (12,), generator=gen)
+    outputs, of_samples = KINDS[kind]
+    def trained(sizes):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+        method = SADT(1, noise_scale=3000, divergence=kind, **options)
+        opt = MethodOptimizer(method, sgd(net), net)
+        for _ in range(2):
+            for xb, yb in zip(x.split(sizes), y.split(sizes)):
+                def closure(xb=xb, yb=yb):
+                    out = net(xb)
+                    total = of_samples(out, yb).sum()
+                    return out, total / len(x) if reduction == 'mean' else total
+                opt.backward(closure)
+            opt.step()
+            opt.zero_grad()
+        return values(net)
+    torch.testing.assert_close(trained(SPLITS[split]), trained([12]), rtol=1e-12, atol=1e-14)
 
 
 def test_max_norm_clips_the_final_gradient_as_fastai_does():
@@ -600,3 +635,150 @@ def test_hooks_of_the_wrapper_change_its_state_as_in_pytorch():
     state = opt.state_dict()
     opt.load_state_dict(state)
     assert calls == [('saving', True), 'mine', ('loaded', True)] and state['note'] == 'mine'
+
+
+def step_and_drop(opt):
+    "An optimizer step within the backward, which frees the gradient."
+    def hook(p):
+        opt.step()
+        p.grad = None
+    return hook
+
+
+def step_and_keep(opt):
+    def hook(p): opt.step()
+    return hook
+
+
+def drop(opt):
+    def hook(p): p.grad = None
+    return hook
+
+
+def clip(opt):
+    def hook(p): p.grad.clamp_(-.01, .01)
+    return hook
+
+
+@pytest.mark.parametrize('way', ['closure', 'closure that calls backward', 'two steps'])
+@pytest.mark.parametrize('make_hook', [step_and_drop, step_and_keep, drop, clip])
+@pytest.mark.parametrize('name', ['sam', 'gsam', 'looksam', 'esam', 'sadt1'])
+def test_a_hook_that_uses_up_a_gradient_in_the_backward(name, make_hook, way):
+    x, y = batches(1)[0]
+    net, method = network(norm=False), METHODS[name]()
+    hooked, other = net[0].weight, [p for p in net.parameters() if p is not net[0].weight]
+    hook = make_hook(torch.optim.SGD([hooked], lr=.1))
+    hooked.register_post_accumulate_grad_hook(hook)
+    opt = MethodOptimizer(method, torch.optim.SGD(other, lr=.1), net)
+    closure = closure_for(method, net, x, y)
+    def step():
+        if way == 'two steps':
+            closure().backward()
+            opt.first_step()
+        elif way == 'closure': opt.step(closure)
+        else:
+            def runs_backward():
+                loss = closure()
+                loss.backward()
+                return loss
+            opt.step(runs_backward)
+    if way != 'closure' and name in ('esam', 'sadt1'): return # they need the returned losses or predictions
+    seen_late = way == 'two steps' and make_hook is step_and_keep # the gradient is still there
+    if make_hook is clip or seen_late: step()
+    else:
+        with pytest.raises(ValueError, match="hook of the parameter '0.weight'"): step()
+    assert list(hooked._post_accumulate_grad_hooks.values()) == [hook]
+
+
+@pytest.mark.parametrize('options', [{}, dict(flatten_optimizer_state_dict=True), dict(full_state_dict=True)])
+@pytest.mark.parametrize('base', [sgd, lambda net: torch.optim.AdamW(net.parameters(), lr=torch.tensor(.01))])
+@pytest.mark.parametrize('name', ['sam', 'looksam', 'sadt1'])
+def test_the_state_dicts_of_distributed_checkpoints(name, base, options):
+    "They keep the state of the base; the state of the method is saved beside it."
+    dcp = pytest.importorskip('torch.distributed.checkpoint.state_dict')
+    options = dcp.StateDictOptions(**options)
+    data = batches(4)
+    def wrapped():
+        net, method = network(), METHODS[name]()
+        return net, MethodOptimizer(method, base(net), net)
+    def train(net, opt, data):
+        for x, y in data: opt.step(closure_for(opt.method, net, x, y))
+        opt.zero_grad()
+    whole, opt = wrapped()
+    train(whole, opt, data)
+    first, opt = wrapped()
+    train(first, opt, data[:2])
+    saved = dcp.get_optimizer_state_dict(first, opt, options=options)
+    second, resumed = wrapped()
+    second.load_state_dict(first.state_dict())
+    before = values(second)
+    dcp.get_optimizer_state_dict(second, resumed, options=options) # makes an empty state
+    dcp.set_optimizer_state_dict(second, resumed, saved, options=options)
+    assert torch.equal(values(second), before)
+    load_method_state(resumed.method, method_state(opt.method))
+    train(second, resumed, data[2:])
+    torch.testing.assert_close(values(second), values(whole), rtol=0, atol=0)
+
+
+def test_a_step_with_plain_gradients_is_an_error_at_a_rate_of_zero_too():
+    net = network()
+    opt = MethodOptimizer(SAM(.1), torch.optim.SGD(net.parameters(), lr=0.), net)
+    (x, y), = batches(1)
+    F.cross_entropy(net(x), y).backward()
+    with pytest.raises(ValueError, match='plain'): opt.step()
+
+
+def scaled(closure, scaler, calls_backward):
+    "Return a closure that scales its loss with a scaler which the wrapper does not have."
+    def run():
+        out = closure()
+        logits, loss = out if isinstance(out, tuple) else (None, out)
+        loss = scaler.scale(loss)
+        if logits is not None: return logits, loss
+        if calls_backward: loss.backward()
+        return loss
+    return run
+
+
+@pytest.mark.parametrize('calls_backward', [True, False])
+@pytest.mark.parametrize('name', [n for n in METHODS if n not in ('esam', 'esam half')])
+def test_a_scaler_of_the_loop_changes_nothing(name, calls_backward):
+    "The scale changes at every second step, and is a power of two."
+    method, net = METHODS[name](), network()
+    opt = MethodOptimizer(method, sgd(net), net)
+    scaler = torch.amp.GradScaler('cpu', init_scale=1024., growth_interval=2)
+    torch.manual_seed(2)
+    for x, y in batches():
+        opt.zero_grad()
+        opt.backward(scaled(closure_for(method, net, x, y), scaler, calls_backward))
+        scaler.step(opt)
+        scaler.update()
+    expected = by_wrapper(METHODS[name](), network(), batches())
+    torch.testing.assert_close(values(net), expected, rtol=1e-9, atol=1e-11)
+
+
+def step_of_wrapper(method, net, closure): MethodOptimizer(method, sgd(net), net).step(closure)
+def step_of_function(method, net, closure): closure_step(method, net, closure, sgd(net))
+
+
+@pytest.mark.parametrize('step', [step_of_wrapper, step_of_function])
+@pytest.mark.parametrize('name', ['sam', 'wsam', 'sadt1'])
+def test_a_step_with_scaled_gradients_is_an_error(name, step):
+    method, net = METHODS[name](), network()
+    scaler = torch.amp.GradScaler('cpu')
+    before = [p.detach().clone() for p in net.parameters()]
+    (x, y), = batches(1)
+    closure = scaled(closure_for(method, net, x, y), scaler, True)
+    with pytest.raises(ValueError, match='scaler=scaler'): step(method, net, closure)
+    assert all(map(torch.equal, net.parameters(), before))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+@pytest.mark.parametrize('script', [torch.jit.script, lambda net: torch.jit.trace(net, batches(1)[0][0])])
+@pytest.mark.parametrize('name', ['sam', 'asam', 'looksam', 'sadt1'])
+def test_a_scripted_network_is_the_network(name, script):
+    net = script(network(norm=False))
+    got = by_wrapper(METHODS[name](), net, batches())
+    expected = by_wrapper(METHODS[name](), network(norm=False), batches())
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-13)
+    assert net.state_dict().keys() == network(norm=False).state_dict().keys()

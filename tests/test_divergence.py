@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sadt_nb.core.closures import MethodOptimizer
-from sadt_nb.core.losses import Divergence, as_divergence, divergence_of, kd_loss, kl_div
+from sadt_nb.core.losses import KINDS, Divergence, as_divergence, divergence_of, kd_loss, kl_div
 from sadt_nb.measures.similarity import agreement, logit_mse
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.distillation import Distillation
@@ -360,6 +360,15 @@ def test_only_the_counted_predictions_are_averaged(shape, axis):
         assert everything == kl_div(t, s, 2., axis)
 
 
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_divergence_of_no_outputs_is_zero(kind):
+    t, s = normal(0, 3), normal(0, 3, seed=1).requires_grad_()
+    got = Divergence(kind)(t, s)
+    got.backward()
+    assert got == 0 and s.grad.shape == (0, 3)
+    if kind == 'categorical': assert kl_div(t, s, counted=torch.ones(0, dtype=torch.bool)) == 0
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
 def test_if_every_prediction_counts_no_bit_is_another(dtype):
     t, s = normal(1027, 10).to(dtype), normal(1027, 10, seed=1).to(dtype).requires_grad_()
@@ -431,7 +440,49 @@ def test_a_loop_in_which_the_loss_leaves_out_targets(ignored):
     torch.testing.assert_close(trained(x, y, counted), without, rtol=1e-10, atol=1e-12)
 
 
+def own_function(teacher, student, temperature): return (teacher - student).square().mean()
+
+
+# outputs, loss and divergence
+LEAVING_OUT_IN_LOOPS = {
+    'text': ((2, 5, 3), lambda z, y: F.cross_entropy(z.flatten(0, 1), y), Divergence('categorical', -1)),
+    'text, with index': ((2, 5, 3), lambda z, y: F.cross_entropy(z.flatten(0, 1), y),
+                         Divergence('categorical', -1, ignore_index=-100)),
+    'segmentation': ((1, 3, 2, 5), lambda z, y: F.cross_entropy(z, y.reshape(1, 2, 5)), 'categorical'),
+    'smoothed': ((10, 3), lambda z, y: F.cross_entropy(z, y, label_smoothing=.1), 'categorical'),
+    'none': ((10, 3), lambda z, y: F.cross_entropy(z, y, reduction='none').mean(), None),
+    'numbers': ((10, 3), lambda z, y: F.cross_entropy(z, y), 'gaussian'),
+    'own function': ((10, 3), lambda z, y: F.cross_entropy(z, y), own_function),
+}
+
+
+@pytest.mark.parametrize('batch', [0, 2])
+@pytest.mark.parametrize('case', LEAVING_OUT_IN_LOOPS)
+def test_every_batch_of_a_loop_in_which_the_loss_leaves_out_targets(case, batch):
+    "The divergence would count all outputs."
+    shape, loss, divergence = LEAVING_OUT_IN_LOOPS[case]
+    net = Attention(shape)
+    method = SADT(1, noise_scale=1000., divergence=divergence)
+    opt = MethodOptimizer(method, torch.optim.SGD(net.parameters(), lr=.1), net)
+    def step(y):
+        def closure():
+            out = net(normal(2, 4))
+            return out, loss(out, y)
+        opt.step(closure)
+    for _ in range(batch): step(labels(10))
+    before = flat(net)
+    some = labels(10).masked_fill(torch.arange(10) > 7, -100)
+    if case == 'own function':
+        step(some)
+        return
+    with pytest.raises(ValueError, match='let the closure return only'): step(some)
+    assert torch.equal(flat(net), before)
+
+
 # In a loop without a Learner, only the outputs and the loss of a closure are known
+
+def contrastive(z): return F.cross_entropy(z, labels(3)) + F.cross_entropy(z.T, labels(3))
+
 
 IN_LOOPS = { # outputs, loss, and the divergence in the first loop; `None`: an error
     'classes': ((6, 3), lambda z: F.cross_entropy(z, labels(6)), CLASSES),
@@ -445,6 +496,14 @@ IN_LOOPS = { # outputs, loss, and the divergence in the first loop; `None`: an e
     'segmentation': ((2, 3, 4, 5), lambda z: F.cross_entropy(z, labels(2, 4, 5)), None),
     'multi-label': ((6, 3), lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), None),
     'one logit': ((6, 1), lambda z: F.binary_cross_entropy_with_logits(z, torch.ones_like(z)), None),
+    'image and text': ((3, 3), contrastive, CLASSES),
+    'probabilities inside the loss': ((6, 3), lambda z: F.nll_loss(z.softmax(1).log(), labels(6)), CLASSES),
+    'two heads': ((6, 6), lambda z: F.cross_entropy(z.reshape(12, 3), labels(12)), None),
+    'one of two heads': ((6, 6), lambda z: F.cross_entropy(z[:, :3], labels(6)), None),
+    'some rows': ((6, 3), lambda z: F.cross_entropy(z[:4], labels(4)), None),
+    'classes in the rows': ((3, 6), lambda z: F.cross_entropy(z.T, labels(6)), None),
+    'probabilities': ((6, 3), lambda z: F.nll_loss(z.square().log(), labels(6)), None),
+    'logits from probabilities': ((6, 3), lambda z: F.cross_entropy(z.square().log(), labels(6)), None),
     'numbers': ((6, 3), lambda z: F.mse_loss(z, torch.ones_like(z)), None),
     'number': ((6,), lambda z: z.abs().mean(), None),
 }

@@ -1,4 +1,6 @@
 "Cases of SADT that its notebook does not test."
+import copy
+
 import pytest
 import torch
 from conftest import batches, cnn, flat, learner, mlp
@@ -154,20 +156,29 @@ def loop_network():
 def fixed_noise(params, grads, generator): return {n: torch.full_like(p, .3) for n, p in params.items()}
 
 
-def of(net, xb, yb, share=.5):
-    out = net(xb)
+def whole(net, xb): return net(xb)
+def in_parts(net, xb): return net[2](net[1](net[0](xb)))
+
+
+def by_vmap(net, xb):
+    params = dict(net.named_parameters())
+    return torch.vmap(lambda x: torch.func.functional_call(net, params, (x,)))(xb)
+
+
+def of(net, xb, yb, share=.5, run=whole):
+    out = run(net, xb)
     return out, F.cross_entropy(out, yb) * share
 
 
-def in_micro_batches(bind, size=4, prepare=lambda xb: xb, **kwargs):
+def in_micro_batches(bind, size=4, prepare=lambda xb: xb, run=whole, **kwargs):
     net = loop_network()
     sadt = SADT(perturb=[fixed_noise], **kwargs)
     opt = MethodOptimizer(sadt, torch.optim.SGD(net.parameters(), lr=.1), net)
     for xb, yb in zip(X[:8].split(size), Y[:8].split(size)):
-        if bind: opt.backward(lambda xb=xb, yb=yb: of(net, prepare(xb), yb, len(xb) / 8))
-        else: opt.backward(lambda: of(net, prepare(xb), yb, len(xb) / 8)) # noqa: B023, what the test is about
+        if bind: opt.backward(lambda xb=xb, yb=yb: of(net, prepare(xb), yb, len(xb) / 8, run))
+        else: opt.backward(lambda: of(net, prepare(xb), yb, len(xb) / 8, run)) # noqa: B023, what the test is about
     opt.step()
-    assert not net._forward_pre_hooks # a hook would be in copies of the network
+    for m in net.modules(): assert not m._forward_pre_hooks and not m._forward_hooks # copies would have them
     return flat(net)
 
 
@@ -192,17 +203,32 @@ def test_bound_micro_batches_equal_the_whole_batch():
         torch.testing.assert_close(in_micro_batches(True, size), by_definition(), rtol=1e-12, atol=1e-14)
     converted = in_micro_batches(True, prepare=torch.clone) # another tensor with equal values
     torch.testing.assert_close(converted, by_definition(), rtol=1e-12, atol=1e-14)
+    for run in (in_parts, by_vmap):
+        torch.testing.assert_close(in_micro_batches(True, run=run), by_definition(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_copy_between_two_micro_batches_of_a_network_that_is_called_in_parts():
+    net = loop_network()
+    opt = MethodOptimizer(SADT(perturb=[fixed_noise]), torch.optim.SGD(net.parameters(), lr=.1), net)
+    opt.backward(lambda: of(net, X[:4], Y[:4], run=in_parts))
+    copied, other = copy.deepcopy((net, opt))
+    assert all(t.grad_fn is None for micro in other.method._micro for call in micro.inputs for t in call)
+    opt.backward(lambda: of(net, X[4:8], Y[4:8], run=in_parts))
+    opt.step()
+    torch.testing.assert_close(flat(net), by_definition(), rtol=1e-12, atol=1e-14)
+    for m in copied.modules(): assert not m._forward_pre_hooks and not m._forward_hooks
 
 
 @pytest.mark.parametrize('size', [2, 3, 4]) # with 3, the last micro-batch is smaller
 @pytest.mark.parametrize('grad_at', ['aux', 'up'])
 @pytest.mark.parametrize('prepare', [lambda xb: xb, torch.clone])
-def test_a_closure_that_reads_another_micro_batch_is_noticed(size, grad_at, prepare):
+@pytest.mark.parametrize('run', [whole, in_parts])
+def test_a_closure_that_reads_another_micro_batch_is_noticed(size, grad_at, prepare, run):
     with pytest.raises(ValueError, match='bind them: `opt.backward'):
-        in_micro_batches(False, size, prepare, grad_at=grad_at)
+        in_micro_batches(False, size, prepare, run, grad_at=grad_at)
     # one micro-batch cannot read another one, and random inputs are not those of another micro-batch
-    in_micro_batches(False, 8, prepare, grad_at=grad_at)
-    in_micro_batches(True, size, lambda xb: xb + torch.rand_like(xb), grad_at=grad_at)
+    in_micro_batches(False, 8, prepare, run, grad_at=grad_at)
+    in_micro_batches(True, size, lambda xb: xb + torch.rand_like(xb), run, grad_at=grad_at)
 
 
 def test_a_closure_with_bound_arguments_takes_no_rows():

@@ -32,6 +32,7 @@ from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
 from sadt_nb.models.resnet import resnet20
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 CE = nn.CrossEntropyLoss()
@@ -171,6 +172,35 @@ def test_every_kind_of_normalisation_layer_is_found_by_its_type(kind):
     assert chosen_params(model, 'not norm') == {'0.weight', '0.bias', '2.weight', '2.bias'}
     model.batchnorm_by_name = nn.Linear(2, 2) # a name without meaning
     assert chosen_params(model, 'norm') == inside
+
+
+class Doubled(nn.Module):
+    "A parametrization with a parameter of its own."
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.))
+    def forward(self, w): return w * self.factor
+
+
+def doubled(layer, name): parametrize.register_parametrization(layer, name, Doubled())
+def normed(layer, name): nn.utils.parametrizations.weight_norm(layer, name, dim=None)
+def normed_by_hooks(layer, name): nn.utils.weight_norm(layer, name, dim=None)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize('change', [doubled, normed, normed_by_hooks])
+@pytest.mark.parametrize('make', [lambda: nn.LayerNorm(5), LlamaRMSNorm])
+def test_a_parametrized_normalisation_layer_is_one(make, change):
+    "Its weight is computed from other parameters, which SAM perturbs."
+    norm = make()
+    name = next(iter(dict(norm.named_parameters())))
+    change(norm, name)
+    dense = nn.Linear(5, 5)
+    doubled(dense, 'weight')
+    model = nn.Sequential(dense, norm, nn.Linear(5, 2))
+    inside = {f'1.{n}' for n, _ in norm.named_parameters()}
+    assert len(inside) > 1 and chosen_params(model, 'norm') == inside
+    assert chosen_params(model, 'not norm') == {n for n, _ in model.named_parameters()} - inside
 
 
 def test_a_block_is_not_a_normalisation_layer():

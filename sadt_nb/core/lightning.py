@@ -12,8 +12,8 @@ from functools import partial
 
 from torch import Tensor
 
-from .closures import MethodOptimizer, PlainLoop, check_one_pass, load_method_state
-from .closures import method_state
+from .closures import MethodOptimizer, PlainLoop, check_hooks, check_one_pass
+from .closures import load_method_state, method_state
 from .passes import PerturbedPass, device_of, is_whole_training, rng_states
 from .ranks import sync_gradients
 
@@ -121,6 +121,7 @@ class MethodCallback(Callback):
 
     def on_after_backward(self, trainer, pl_module):
         if self._passing: return
+        check_hooks(pl_module)
         self._passing = True
         try: self._loop('after_backward')
         finally:

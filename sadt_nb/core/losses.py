@@ -41,11 +41,13 @@ def kl_div(
     """Return the mean KL(teacher || student) of softened class probabilities over the counted predictions.
 
     Gradients flow through both arguments, so detach an argument that is a constant. If no prediction is
-    counted, the result is 0. Raises `ValueError` if the shapes differ."""
+    counted, or there is none, the result is 0. Raises `ValueError` if the shapes differ."""
     _check_shapes(teacher_logits, student_logits)
     log_p = F.log_softmax(_rows(teacher_logits, axis) / temperature, dim=-1)
     log_q = F.log_softmax(_rows(student_logits, axis) / temperature, dim=-1)
-    if counted is None: return F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
+    if counted is None:
+        reduction = 'batchmean' if len(log_q) else 'sum' # the mean over no predictions is NaN
+        return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
     left_out = ~counted.reshape(-1, 1)
     terms = F.kl_div(log_q, log_p, reduction='none', log_target=True).masked_fill(left_out, 0)
     return _quotient(terms.sum(), counted.sum())
@@ -53,12 +55,16 @@ def kl_div(
 # %% ../../nbs/core/02_losses.ipynb #e7fddfa0
 KINDS = ('categorical', 'bernoulli', 'gaussian')
 
+def _mean(terms):
+    "Return the mean of all elements, or 0 if there are none."
+    return terms.mean() if terms.numel() else terms.sum()
+
 def _bernoulli(teacher, student):
     "Return the mean KL between independent labels, from logits."
     p = teacher.sigmoid()
     of_ones = F.logsigmoid(teacher) - F.logsigmoid(student)
     of_zeros = F.logsigmoid(-teacher) - F.logsigmoid(-student)
-    return (p * of_ones + (1 - p) * of_zeros).mean()
+    return _mean(p * of_ones + (1 - p) * of_zeros)
 
 @dataclass(frozen=True)
 class Divergence:
@@ -82,10 +88,12 @@ class Divergence:
         temperature:float=1., # Divides both outputs, > 0
         targets:Tensor|None=None, # Class indices, one per prediction; only needed for `ignore_index`
     ) -> Tensor: # 0-d tensor, >= 0
-        "Return the mean divergence. Raises `ValueError` if shapes differ or `axis` has no classes."
+        """Return the mean divergence, or 0 if there are no outputs.
+
+        Raises `ValueError` if shapes differ or `axis` has no classes."""
         _check_shapes(teacher, student)
         if self.kind == 'bernoulli': return _bernoulli(teacher / temperature, student / temperature)
-        if self.kind == 'gaussian': return self.scale * ((teacher - student) / temperature).square().mean()
+        if self.kind == 'gaussian': return self.scale * _mean(((teacher - student) / temperature).square())
         has_axis = -student.ndim <= self.axis < student.ndim
         classes = student.shape[self.axis] if has_axis else 0
         if classes < 2:

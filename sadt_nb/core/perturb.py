@@ -146,14 +146,18 @@ def is_norm_layer(
     A class that is not derived from PyTorch's normalisation classes, such as `LlamaRMSNorm`, is recognised
     by its name."""
     if isinstance(module, _NORMS): return True
-    children = list(module.children()) # a module with children is a block of layers
+    children = dict(module.named_children()) # a module with children is a block of layers
+    if parametrize.is_parametrized(module): children.pop('parametrizations')
     return not children and bool(_NORM_NAMES.search(type(module).__name__))
 
 def _norm_names(model):
-    "Return the names of the parameters of normalisation layers; parameters of their submodules do not count."
+    """Return the names of the parameters of normalisation layers, without those of their submodules.
+
+    The parameters from which `torch.nn.utils.parametrize` computes a weight of such a layer count, too."""
     ids = set()
-    for m in model.modules():
-        if is_norm_layer(m): ids.update(id(p) for p in m.parameters(recurse=False))
+    for m in filter(is_norm_layer, model.modules()):
+        ids.update(id(p) for p in m.parameters(recurse=False))
+        if parametrize.is_parametrized(m): ids.update(id(p) for p in m.parametrizations.parameters())
     return {n for n, p in model.named_parameters() if id(p) in ids}
 
 Only = str | Callable | None # which parameters a method perturbs, see `chosen_params`

@@ -83,15 +83,25 @@ def _ddp(model):
     for m in (model, getattr(model, '_orig_mod', None)): # `torch.compile` stores the network as `_orig_mod`
         if isinstance(m, DistributedDataParallel): return m
 
+def _reduce_shards(model):
+    "Let FSDP2 leave a gradient after each backward, also where the loop has told it to wait for a later one."
+    if not (distributed.is_available() and distributed.is_initialized()): return
+    from torch.distributed.fsdp import FSDPModule
+    for m in model.modules():
+        if isinstance(m, FSDPModule): m.set_requires_gradient_sync(True, recurse=False)
+
 def sync_gradients(
-    model:nn.Module, # The Learner's model; nothing happens unless it is a `DistributedDataParallel`
+    model:nn.Module, # The Learner's model
     on:bool,         # Whether the backward pass averages gradients over processes
 ):
     """Switch the averaging of gradients over processes on or off; call this before the forward of a pass.
 
-    Raises `ValueError` for `static_graph=True`, with which PyTorch cannot leave the averaging out."""
+    FSDP2 can only be switched on, because it has no gradients without the averaging. Raises `ValueError` for
+    `static_graph=True`, with which PyTorch cannot leave the averaging out."""
     ddp = _ddp(model)
-    if ddp is None: return
+    if ddp is None:
+        if on: _reduce_shards(model)
+        return
     if not on and ddp.static_graph:
         raise ValueError('this method makes passes whose gradients are not averaged over processes, and '
                          'DistributedDataParallel with static_graph=True fails in such passes; leave '

@@ -244,7 +244,12 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
     sadt.replay(**micro.starts(), loss_func=loss)
 
 # %% ../../nbs/methods/40_sadt.ipynb #b7e4a912
-def _tensors(inputs): return [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+def _tensors(inputs):
+    "Return the tensors in the inputs of a call, without their graph, so that they can be kept and copied."
+    # inside `torch.vmap`, a tensor stands for many, and cannot be compared later
+    inside_vmap = torch._C._functorch.is_functorch_wrapped_tensor
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and not inside_vmap(t)]
+    return [t if t.grad_fn is None else t.detach() for t in tensors]
 
 def _are_equal(some, others):
     "Return whether two lists hold the same tensors, or equal tensors."
@@ -294,14 +299,20 @@ def _can_share(sadt, fns):
     is_wrapped = unwrapped(model) is not model # compiled or distributed
     return not is_wrapped and not any(map(is_sharded, model.parameters()))
 
+def _shares(learn, micro_batches):
+    "Return the weight of each micro-batch: in a plain loop, its share of all predictions of the step."
+    if not in_plain_loop(learn): return [1.] * len(micro_batches) # `GradientAccumulation` weights the loss
+    sizes = [micro.q.numel() for micro in micro_batches]
+    return [size / max(sum(sizes), 1) for size in sizes]
+
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "For all micro-batches, add the gradients of one teacher, or of several teachers in one pass."
     learn = sadt.learn
     batch = learn.xb, learn.yb
     def divergence(clean, aux, targets=None, *others):
-        return sadt.kl_weight * _divergence(clean, aux, kl, sadt.compare, targets)
+        return sadt.kl_weight * share * _divergence(clean, aux, kl, sadt.compare, targets)
     try:
-        for micro in micro_batches:
+        for micro, share in zip(micro_batches, _shares(learn, micro_batches)): # `divergence` reads `share`
             learn.xb, learn.yb = micro.xb, micro.yb
             sadt._watch(_check_inputs(micro, micro_batches))
             if len(deltas) > 1: _backward_shared(sadt, deltas, micro, divergence)
@@ -348,29 +359,66 @@ def _leaves_out_targets(function):
     if ignored >= 2**63: ignored -= 2**64 # autograd shows a negative number as an unsigned one
     return bool((function._saved_target == ignored).any())
 
+def _check_targets(functions):
+    "Raise `ValueError` if a loss, computed by these functions of the outputs, leaves out some targets."
+    if not any(map(_leaves_out_targets, functions)): return
+    raise ValueError('the loss leaves out targets that are its `ignore_index`, and in a loop without '
+                     "a Learner, SADT's divergence cannot leave them out; let the closure return "
+                     'only the outputs that count, such as `outputs[y != -100]` (of a segmentation: '
+                     '`outputs.movedim(1, -1)[y != -100]`), and compute the loss from these outputs and from '
+                     '`y[y != -100]`; they have the shape (n, classes), so leave `divergence` out')
+
+
+# %% ../../nbs/methods/40_sadt.ipynb #2c7a44a2
+# functions of autograd by which a loss makes the outputs probabilities, or takes them as their logarithms
 _OF_CLASSES = ('LogSoftmaxBackward', 'SoftmaxBackward', 'LogsumexpBackward', 'NllLossBackward')
 
-def _divergence_in_loop(outputs, loss):
-    """Return the divergence for the outputs and the loss of a closure: that of classes on axis 1.
+def _classes_shape(function):
+    "Return the shape of the logits or log-probabilities of such a function; `None` for other functions."
+    if not function.name().startswith(_OF_CLASSES): return None
+    softmax = function.name().startswith(('LogSoftmax', 'Softmax'))
+    return (function._saved_result if softmax else function._saved_self).shape
+
+def _are_probabilities(functions):
+    "Return whether outputs are probabilities: the loss takes their logarithm, without a softmax before it."
+    names = {function.name() for function in functions}
+    if any(name.startswith('SoftmaxBackward') for name in names): return False
+    of_classes = [function for function in functions if function.name().startswith(_OF_CLASSES)]
+    earlier = [before for function in of_classes for before, _ in function.next_functions if before]
+    return any(before in functions and before.name().startswith('LogBackward') for before in earlier)
+
+def _divergence_in_loop(outputs, functions):
+    """Return the divergence that fits a loss, computed by these functions of the outputs: classes on axis 1.
 
     Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm,
     from all outputs."""
+    shapes = [_classes_shape(function) for function in functions]
+    shapes = [tuple(shape) for shape in shapes if shape is not None]
     problem = f'outputs of shape {tuple(outputs.shape)}'
     if outputs.ndim == 2 and outputs.shape[1] > 1:
-        functions = _computed_from(outputs, loss)
-        if any(map(_leaves_out_targets, functions)):
-            raise ValueError('the loss leaves out targets that are its `ignore_index`, and in a loop without '
-                             "a Learner, SADT's divergence cannot leave them out; let the closure return "
-                             'only the outputs that count, such as `outputs[y != -100]`, and compute the '
-                             'loss from these outputs and from `y[y != -100]`')
-        if any(function.name().startswith(_OF_CLASSES) for function in functions): return Divergence()
-        problem = 'this loss, which was not computed from the returned outputs by a softmax'
+        if not shapes: problem = 'this loss, which was not computed from the returned outputs by a softmax'
+        elif tuple(outputs.shape) not in shapes:
+            problem += f', of which the loss takes a softmax in the shape {shapes[0]}; return these logits'
+        elif _are_probabilities(functions): problem = 'probabilities; return the logits before the softmax'
+        else: return Divergence()
     raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
                      f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "
                      "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "
                      '(n, tokens, classes) logits')
 
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4413
+def _with_parts(model):
+    "Return a network and its parts, without scripted modules and the parts of compiled and distributed ones."
+    found = {}
+    to_visit = [model]
+    while to_visit:
+        m = to_visit.pop()
+        if m in found or isinstance(m, torch.jit.ScriptModule): continue # a scripted module takes no hooks
+        found[m] = None
+        is_compiled = unwrapped(m) is not m or m._compiled_call_impl is not None
+        if not is_compiled: to_visit += m.children()
+    return list(found)
+
 class _MicroBatches(_SeededNoise):
     "Keeps the micro-batches of a step and, in the first step of a plain loop, the network's inputs in each."
     _micro = () # the micro-batches of a step that is not complete
@@ -378,19 +426,30 @@ class _MicroBatches(_SeededNoise):
     _left = {} # the gradients after the last micro-batch, for `are_dropped`; replaced, never changed
     _uncounted = None # the gradients before this micro-batch's backward, until it is known to have run
     _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
-    _watching = None # handle of the hook that reads the network's inputs
+    _watching = () # handles of the hooks that read the network's inputs
 
     def _watch(self, f):
-        "Call `f` with the network's input tensors before each call of the network, in a loop's first step."
+        """In a loop's first step, call `f` with the input tensors before each call of the network.
+
+        A closure may call parts of the network instead; each part that it calls itself counts as a call."""
         self._unwatch()
         if self._calls is None: return
-        def hook(module, args, kwargs): f(_tensors((args, kwargs)))
-        self._watching = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+        depth = 0 # of calls inside calls
+        def enter(module, args, kwargs):
+            nonlocal depth
+            depth += 1
+            if depth == 1: f(_tensors((args, kwargs)))
+        def leave(module, args, output):
+            nonlocal depth
+            depth -= 1
+        modules = _with_parts(self.model)
+        entering = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
+        self._watching = entering + [m.register_forward_hook(leave, always_call=True) for m in modules]
 
     def _unwatch(self):
-        "Remove the hook of `_watch`, so that a copy of the network has no hook."
-        if self._watching is not None: self._watching.remove()
-        self._watching = None
+        "Remove the hooks of `_watch`, so that a copy of the network has no hooks."
+        for handle in self._watching: handle.remove()
+        self._watching = ()
 
     def _unhook(self):
         self._unwatch()
@@ -475,11 +534,17 @@ class _TwoSteps(_MicroBatches):
         has_graph = getattr(loss, 'grad_fn', None) is not None
         from_network = self.pred.grad_fn is not None or not self.pred.requires_grad # a leaf is no output
         # without a graph from the network to the loss, the loop raises an error of its own
-        if self.compare is None and self.kl_weight and has_graph and from_network:
-            self.compare = _divergence_in_loop(self.pred, loss)
+        if self.kl_weight and has_graph and from_network and in_plain_loop(self.learn): self._read_loss(loss)
         q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
         calls = tuple(self._calls or ())
         self._keep(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
+
+    def _read_loss(self, loss):
+        "In a plain loop, check the loss of a closure, and choose the divergence if none is given."
+        if self.compare is not None and not isinstance(self.compare, Divergence): return # the user's function
+        functions = _computed_from(self.pred, loss)
+        _check_targets(functions)
+        if self.compare is None: self.compare = _divergence_in_loop(self.pred, functions)
 
     def after_step(self):
         super().after_step()

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import as_loader, batches, evaluating_within, flat, learner, mlp
+from conftest import as_loader, batches, cnn, evaluating_within, flat, learner, mlp, needed, sgd_for
 from fastai.callback.core import Callback, CancelBackwardException
 from fastai.callback.hook import ActivationStats
 from fastai.callback.training import GradientAccumulation
@@ -12,13 +12,15 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.passes import StepGrads, replaying
+from sadt_nb.core.recipe import FreezeAfter, Lookahead, PartialEpochs
+from sadt_nb.measures.sharpness import FlatnessRecorder
 from sadt_nb.methods.born_again import KeepBest
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.mesa import MESA
-from sadt_nb.methods.msam import MSAM
+from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
@@ -268,10 +270,50 @@ def test_trained_names_the_missing_learner():
     assert average.trained.keys() == learn.model.state_dict().keys()
 
 
-def test_msam_is_refused_in_the_middle_of_a_fit():
-    class Add(Callback):
+# Callbacks that are added in the middle of a fit, which sends them no `before_fit`
+class AddsLater(Callback):
+    "Adds callbacks at an event of the second epoch."
+    run_valid = False
+    def __init__(self, event, cbs):
+        self.cbs, self.order = cbs, -20
+        setattr(self, event, self.add)
+    def add(self):
+        if self.epoch != 1: return
+        self.learn.add_cbs(self.cbs)
+        self.cbs = []
+
+
+ADDED_AT = ('before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward',
+            'after_backward', 'before_step', 'after_step', 'after_batch', 'after_train', 'before_validate',
+            'after_epoch')
+OTHERS = {'keep_best': KeepBest, 'lookahead': lambda: Lookahead(2), 'freeze_after': lambda: FreezeAfter({}),
+          'partial_epochs': lambda: PartialEpochs(3), 'flatness': FlatnessRecorder}
+UNPREPARED = ('baseline', 'gc', 'agc') # they need no preparation
+
+
+def added(name): return [OTHERS[name]()] if name in OTHERS else make_method(name, **needed(name))
+
+
+@pytest.mark.parametrize('name', [n for n in (*METHODS, *OTHERS) if n not in UNPREPARED])
+def test_a_callback_that_a_fit_has_not_prepared_is_refused(name):
+    for event in ADDED_AT:
+        cbs = added(name)
+        learn = learner(cnn(), [AddsLater(event, cbs)], as_loader(batches(conv=True)), sgd_for(cbs))
+        with pytest.raises(ValueError, match='added in the middle of a fit'): learn.fit(3)
+        # the Learner has the callback now, so that the next fit prepares it
+        learn.fit(3)
+        learn.remove_cbs(cbs)
+        with pytest.raises(ValueError, match='added in the middle of a fit'):
+            learn.fit(3, cbs=AddsLater(event, cbs))
+
+
+@pytest.mark.parametrize('name', UNPREPARED[1:])
+def test_a_transform_of_the_gradient_may_begin_in_the_middle_of_a_fit(name):
+    class OnLater(Callback):
         order = -20
-        def before_epoch(self):
-            if self.epoch == 1: self.learn.add_cb(MSAM())
-    with pytest.raises(ValueError, match='middle of a fit'):
-        learner(mlp(), [Add()], opt_func=partial(SGD, mom=.9)).fit(2)
+        def before_epoch(self): method.run = self.epoch > 0
+    nets = cnn(), cnn()
+    method, = make_method(name)
+    learner(nets[0], [method, OnLater()], batches(conv=True)).fit(2)
+    learner(nets[1], [AddsLater('before_epoch', make_method(name))], batches(conv=True)).fit(2)
+    assert torch.equal(flat(nets[0]), flat(nets[1]))

@@ -8,9 +8,9 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
            'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients',
            'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network',
-           'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'check_window',
-           'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass',
-           'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'PreparedInFit',
+           'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale',
+           'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -690,6 +690,37 @@ def check_minimizes(
         raise ValueError(f'{type(cb).__name__} is made for a loss that is minimized, and the optimizer has '
                          'maximize=True; leave `maximize` out, and return the negative loss')
 
+# %% ../../nbs/core/01_passes.ipynb #5b1e40d4
+_IN_BATCH = {'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward',
+             'after_backward', 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch',
+             'after_batch'} # also sent in a validation, where a callback may be unprepared
+_IN_FIT = {'before_epoch', 'before_train', 'after_cancel_train', 'after_train', 'after_cancel_epoch',
+           'after_epoch'}
+
+class PreparedInFit:
+    """A mixin for callbacks that prepare themselves in `before_fit`.
+
+    Raises `ValueError` in training if the fit has not sent `before_fit` to the callback."""
+    _prepared = False # whether the current fit has sent `before_fit`
+
+    def __call__(self,
+        event_name:str, # Name of a fastai event, such as 'before_fit'
+    ):
+        "Handle an event; before an event of a fit, check that the callback is prepared."
+        if not evaluating(self.learn): # an evaluation inside a fit sends `before_fit` and `after_fit`, too
+            in_batch = event_name in _IN_BATCH and getattr(self.learn, 'training', False)
+            if event_name == 'before_fit': self._prepared = True
+            elif event_name == 'after_fit': self._prepared = False
+            elif in_batch or event_name in _IN_FIT: self._check_prepared()
+        return super().__call__(event_name)
+
+    def _check_prepared(self):
+        if self._prepared or not self.run: return
+        name = type(self).__name__
+        raise ValueError(f'this {name} was added in the middle of a fit, which has not prepared it; add it '
+                         'before `fit`, or pass it as `learn.fit(n, cbs=...)`')
+
+
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
 _ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch
 
@@ -722,7 +753,7 @@ class _Window:
         return self.start <= done and (done < self.stop or self.stop == 1)
 
 # %% ../../nbs/core/01_passes.ipynb #b1694bf6
-class LoopMethod(_Window, ShowsArguments, Callback):
+class LoopMethod(_Window, PreparedInFit, ShowsArguments, Callback):
     "Base class of the methods that work in any training loop; a loop gives them a closure for each batch."
     run_valid = False
     needs_logits = False # `True` if the method needs the predictions, not only the loss
@@ -735,7 +766,9 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         "Handle an event of a fit; `validate` and `get_preds` inside a fit change nothing of the method."
         if evaluating(self.learn): return
         # then the method's Learner is not the one that trains, and `before_train` raises an error
-        if event_name == 'before_fit' and (self.learn is None or self.learn.opt is None): return
+        if event_name == 'before_fit' and (self.learn is None or self.learn.opt is None):
+            self._prepared = True # so that the error is the one of `before_train`
+            return
         return super().__call__(event_name)
 
     def before_train(self): check_learner(self)

@@ -171,11 +171,10 @@ class MSAM(_MovedWeights):
     Before the first step, v is zero, and the gradient is taken at w. With gradient accumulation, v is the
     same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive. Before
     training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
-    that moves the weights; and before the next epoch, if it was added in the middle of a fit."""
+    that moves the weights."""
     order = ORDERS['step_grads'] - 1 # just before callbacks that read the step's gradients
     needs_loss_scale = True # `before_step` adds a decay term, so the gradients must have their true size
     needs_momentum = True # the common tests read this
-    _begun = False # whether a fit has sent `before_fit`
 
     def __init__(self,
         rho:float=.3, # Distance in weight space, > 0; read at every batch
@@ -189,13 +188,6 @@ class MSAM(_MovedWeights):
         _momentum_key(_inner(self.learn.opt))
         trainable_params(self.learn.model) # an error here is better than in mid-epoch
         _MovedBatch.install(self)
-        self._begun = True
-
-    def before_train(self):
-        super().before_train()
-        if not self._begun:
-            raise ValueError('MSAM was added in the middle of a fit, and cannot move the weights; add it '
-                             'before `fit`')
 
     def after_backward(self): self._put_back()
 
@@ -207,5 +199,4 @@ class MSAM(_MovedWeights):
     def after_fit(self):
         if evaluating(self.learn): return
         _MovedBatch.uninstall(self.learn)
-        self._begun = False
         self.scratch.clear()

@@ -22,8 +22,8 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
-from ..core.passes import StepWatch, batch_size, check_learner, check_single, evaluating
-from ..core.passes import in_eval_mode
+from ..core.passes import PreparedInFit, StepWatch, batch_size, check_learner, check_single
+from ..core.passes import evaluating, in_eval_mode
 from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
 from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
@@ -144,7 +144,7 @@ def _has_begun(kind, start, done):
     return done >= start - rounding
 
 # %% ../../nbs/methods/91_weight_average.ipynb #ce6ea606
-class _Steps(StepWatch, ShowsArguments, Callback):
+class _Steps(StepWatch, PreparedInFit, ShowsArguments, Callback):
     "Base class of a callback that must know with which batches the optimizer has made a step."
     _stepped = False # `True` if the optimizer has made a step with this batch
 

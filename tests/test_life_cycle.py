@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import as_loader, batches, cnn, evaluating_within, flat, learner, mlp, needed, sgd_for
-from fastai.callback.core import Callback, CancelBackwardException
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
 from fastai.callback.hook import ActivationStats
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -317,3 +317,63 @@ def test_a_transform_of_the_gradient_may_begin_in_the_middle_of_a_fit(name):
     learner(nets[0], [method, OnLater()], batches(conv=True)).fit(2)
     learner(nets[1], [AddsLater('before_epoch', make_method(name))], batches(conv=True)).fit(2)
     assert torch.equal(flat(nets[0]), flat(nets[1]))
+
+
+# Exceptions between two trainings of an epoch, when a callback may have put other weights into the network
+class StopsValidation(Callback):
+    "Raises an exception at an event of the validation after the second epoch."
+    order = 2000 # after all callbacks of the library
+    def __init__(self, event, error):
+        self.error = error
+        setattr(self, event, self.stop)
+    def stop(self):
+        if self.epoch == 1 and not self.training: raise self.error('on purpose')
+
+
+class Trained(Callback):
+    "Keeps weights and buffers after the last training batch."
+    order, run_valid = 1900, False
+    def after_train(self): self.weights = flat(self.model, True)
+
+
+VALIDATION = ('before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch', 'after_validate',
+              'after_epoch')
+
+
+@pytest.mark.parametrize('name', [*METHODS, *OTHERS])
+def test_an_exception_in_a_validation_leaves_the_trained_weights(name):
+    cases = [(event, KeyboardInterrupt) for event in VALIDATION]
+    # fastai catches its own exceptions only where they belong
+    cases += [('after_loss', RuntimeError), ('after_epoch', CancelBatchException)]
+    for event, error in cases:
+        cbs = [WeightAverage(start=0.)] if name == 'weight_average' else added(name)
+        trained = Trained()
+        learn = learner(cnn(), [*cbs, trained, StopsValidation(event, error)], as_loader(batches(conv=True)),
+                        sgd_for(cbs))
+        with pytest.raises(error): learn.fit(3)
+        assert torch.equal(flat(learn.model, True), trained.weights), (event, error)
+
+
+def test_an_interrupted_average_goes_on_as_another_learner_would():
+    "After an exception in a validation, and in the pass that estimates BatchNorm statistics at the end."
+    class InLastPass(Callback):
+        run_valid = False
+        def before_batch(self):
+            if not self.learn.weight_average._on: raise KeyboardInterrupt # training has ended
+    def interrupted(stop):
+        trained = Trained()
+        learn = learner(cnn(), [WeightAverage(start=0.), trained, stop], as_loader(batches(conv=True)))
+        with pytest.raises(KeyboardInterrupt): learn.fit(2)
+        learn.remove_cb(stop)
+        assert torch.equal(flat(learn.model, True), trained.weights)
+        assert '_with_events' not in vars(learn)
+        return learn
+    for stop in (StopsValidation('after_loss', KeyboardInterrupt), InLastPass()):
+        learn = interrupted(stop)
+        other = learner(cnn(), [WeightAverage(start=0.)], as_loader(batches(conv=True)))
+        other.model.load_state_dict(learn.model.state_dict())
+        for one in (learn, other): one.fit(1, reset_opt=True)
+        assert torch.equal(flat(learn.model, True), flat(other.model, True))
+        assert torch.equal(*(torch.cat([t.double().flatten() for t in one.weight_average.trained.values()])
+                             for one in (learn, other)))
+        assert '_with_events' not in vars(learn)

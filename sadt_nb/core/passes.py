@@ -9,8 +9,9 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients',
            'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network',
            'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'PreparedInFit',
-           'check_window', 'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale',
-           'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'check_window', 'is_whole_training', 'LoopMethod', 'ReplacedMethod', 'ExtraPass', 'check_rows',
+           'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass',
+           'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -804,6 +805,41 @@ class LoopMethod(_Window, PreparedInFit, ShowsArguments, Callback):
         "Forget micro-batches that the loop has dropped, by `zero_grad` or after an error."
 
     def _unhook(self): pass
+
+# %% ../../nbs/core/01_passes.ipynb #b1694bf8
+class ReplacedMethod:
+    "Base class of an object that replaces a method of one Learner; a subclass sets `method` and `__call__`."
+    method = '' # name of the method
+
+    def __init__(self, cb):
+        self.cb, self.learn = cb, cb.learn
+        # an attribute of this Learner alone; `None` if the Learner has only the method of its class
+        self.replaced = vars(self.learn).get(self.method)
+
+    @classmethod
+    def install(cls,
+        cb:Callback, # Callback of the Learner
+    ):
+        "Replace the method of the callback's Learner."
+        cls.uninstall(cb.learn) # if an exception ended the last fit, its replacement is still installed
+        setattr(cb.learn, cls.method, cls(cb))
+
+    @classmethod
+    def uninstall(cls,
+        learn:Learner, # Gets its own method back
+    ):
+        "Undo `install`; nothing happens if the method is not replaced."
+        replaced = vars(learn).get(cls.method)
+        if isinstance(replaced, cls): replaced.remove()
+
+    def remove(self):
+        if self.replaced is None: delattr(self.learn, self.method)
+        else: setattr(self.learn, self.method, self.replaced)
+
+    def own_method(self):
+        "Return the method that this object replaces, bound to the Learner."
+        return self.replaced or getattr(type(self.learn), self.method).__get__(self.learn)
+
 
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
 class _OwnHook:

@@ -12,7 +12,8 @@ import torch
 from fastai.optimizer import Optimizer, average_grad, l2_reg
 
 from ..core.optim import KerasAdam
-from ..core.passes import ORDERS, LoopMethod, PerturbedPass, check_single, evaluating
+from ..core.passes import ORDERS, LoopMethod, PerturbedPass, ReplacedMethod
+from ..core.passes import check_single, evaluating
 from ..core.perturb import check_radius, copied, global_norm, in_range, local_parts
 from ..core.perturb import trainable_params, weights_moved
 
@@ -136,33 +137,15 @@ class _MovedWeights(LoopMethod):
         weights_moved(self.learn.model)
 
 # %% ../../nbs/methods/29_msam.ipynb #2a7c56ba
-class _MovedBatch:
-    "Replaces a Learner's `_do_one_batch`; restores the weights at its end, also after an exception."
-    def __init__(self, msam, learn):
-        self.msam, self.learn = msam, learn
-        # an attribute of this Learner alone; `None` if the Learner has only the method of its class
-        self.replaced = vars(learn).get('_do_one_batch')
-
-    @classmethod
-    def install(cls, msam):
-        cls.uninstall(msam.learn) # if an exception ended the last fit, its replacement is still installed
-        msam.learn._do_one_batch = cls(msam, msam.learn)
-
-    @classmethod
-    def uninstall(cls, learn):
-        replaced = vars(learn).get('_do_one_batch')
-        if isinstance(replaced, cls): replaced.remove()
-
-    def remove(self):
-        if self.replaced is None: del self.learn._do_one_batch
-        else: self.learn._do_one_batch = self.replaced
+class _MovedBatch(ReplacedMethod):
+    "Runs a Learner's batch at moved weights; restores the weights at its end, also after an exception."
+    method = '_do_one_batch'
 
     def __call__(self):
-        # the class's own method, bound to this Learner
-        run = self.replaced or type(self.learn)._do_one_batch.__get__(self.learn)
-        trains = self.learn.training and self.msam.learn is self.learn
+        run = self.own_method()
+        trains = self.learn.training and self.cb.learn is self.learn
         if not trains: return run()
-        with self.msam.moved_weights(): return run()
+        with self.cb.moved_weights(): return run()
 
 # %% ../../nbs/methods/29_msam.ipynb #488a2fb0
 class MSAM(_MovedWeights):

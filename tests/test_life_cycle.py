@@ -1,5 +1,6 @@
 "Callbacks beside evaluations, searches, skipped epochs, copies and cancelled passes."
 import copy
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from fastai.callback.core import Callback, CancelBackwardException, CancelBatchE
 from fastai.callback.hook import ActivationStats
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.passes import StepGrads, replaying
@@ -377,3 +379,46 @@ def test_an_interrupted_average_goes_on_as_another_learner_would():
         assert torch.equal(*(torch.cat([t.double().flatten() for t in one.weight_average.trained.values()])
                              for one in (learn, other)))
         assert '_with_events' not in vars(learn)
+
+
+# Test-time augmentation sends the events of a fit, outside of the lock that other evaluations hold
+class Items(list):
+    "Samples of a data set that `learn.tta` can switch between its splits."
+    @contextmanager
+    def set_split_idx(self, i): yield
+
+
+class AugmentsWithin(Callback):
+    "Calls `learn.tta` after the first epoch."
+    order, run_valid = 2000, False
+    def after_epoch(self):
+        if self.epoch > 0 or self.learn.lock.locked(): return
+        with evaluating_within(self.learn): self.learn.tta(n=2)
+
+
+def public(cbs):
+    "Return as text what the callbacks keep of a fit."
+    kept = [cb.state_dict() for cb in cbs if hasattr(type(cb), 'state_dict')]
+    names = ('epoch_kept', 'best', 'last', 'rows')
+    return str(kept + [vars(cb).get(name) for cb in cbs for name in names])
+
+
+@pytest.mark.parametrize('name', [*METHODS, *OTHERS])
+def test_test_time_augmentation_changes_nothing(name):
+    items = Items((x[i], y[i]) for x, y in batches(conv=True) for i in range(len(x)))
+    learners = []
+    for others in ([], [AugmentsWithin()]):
+        cbs = added(name)
+        for cb in cbs:
+            for option in ('start', 'start_epoch'):
+                if hasattr(cb, option): setattr(cb, option, 0)
+        torch.manual_seed(3)
+        learn = learner(cnn(), [*cbs, *others], DataLoader(items, bs=8), sgd_for(cbs))
+        learn.fit(3)
+        learners.append(learn)
+        before, weights = public(cbs), flat(learn.model, True)
+        learn.tta(n=2)
+        assert public(cbs) == before
+        assert torch.equal(flat(learn.model, True), weights)
+        assert not any(isinstance(cb, StepGrads) for cb in learn.cbs)
+    assert torch.equal(*(flat(learn.model, True) for learn in learners))

@@ -6,17 +6,18 @@
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'kept_random_states', 'in_eval_mode', 'hidden_states', 'changed_states', 'from_hidden_states',
            'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
-           'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients',
-           'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network',
-           'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'PreparedInFit',
-           'check_window', 'is_whole_training', 'LoopMethod', 'ReplacedMethod', 'ExtraPass', 'check_rows',
-           'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass',
-           'StepGrads', 'step_unscaled']
+           'in_tta', 'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
+           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
+           'note_network', 'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes',
+           'PreparedInFit', 'check_window', 'is_whole_training', 'LoopMethod', 'ReplacedMethod', 'ExtraPass',
+           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch',
+           'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
 from collections import defaultdict, deque, OrderedDict
 import random
+import sys
 import weakref
 from copy import copy, deepcopy
 from functools import partial
@@ -410,6 +411,18 @@ def evaluating(
     lock = getattr(learn, 'lock', None) # fastai holds this lock while it evaluates outside of a fit's epochs
     return lock is not None and lock.locked()
 
+def in_tta(
+    learn:Learner, # A Learner, in any event
+) -> bool: # `True` inside `learn.tta`
+    """Return whether `learn.tta` sends the event; it sends `before_fit`, `before_epoch` and `after_fit`.
+
+    fastai does not hold the lock there and sets no attribute, so this function reads the stack."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is Learner.tta.__code__ and frame.f_locals.get('self') is learn: return True
+        frame = frame.f_back
+    return False
+
 def skipped_epochs(
     learn:Learner, # A Learner, in a fit
 ) -> int: # 0 without `start_epoch`
@@ -695,6 +708,7 @@ def check_minimizes(
 _IN_BATCH = {'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward',
              'after_backward', 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch',
              'after_batch'} # also sent in a validation, where a callback may be unprepared
+_AROUND_FIT = {'before_fit', 'before_epoch', 'after_fit'} # also sent by `learn.tta`, which trains nothing
 _IN_FIT = {'before_epoch', 'before_train', 'after_cancel_train', 'after_train', 'after_cancel_epoch',
            'after_epoch'}
 
@@ -708,6 +722,7 @@ class PreparedInFit:
         event_name:str, # Name of a fastai event, such as 'before_fit'
     ):
         "Handle an event; before an event of a fit, check that the callback is prepared."
+        if event_name in _AROUND_FIT and in_tta(self.learn): return
         if not evaluating(self.learn): # an evaluation inside a fit sends `before_fit` and `after_fit`, too
             in_batch = event_name in _IN_BATCH and getattr(self.learn, 'training', False)
             if event_name == 'before_fit': self._prepared = True
@@ -1487,7 +1502,7 @@ class StepGrads(Callback):
     def after_batch(self): self.grads = None
 
     def after_fit(self):
-        if not evaluating(self.learn): self._remove()
+        if not evaluating(self.learn) and not in_tta(self.learn): self._remove()
 
     @classmethod
     def install(cls,

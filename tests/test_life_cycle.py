@@ -6,7 +6,9 @@ from functools import partial
 import pytest
 import torch
 from conftest import as_loader, batches, cnn, evaluating_within, flat, learner, mlp, needed, sgd_for
+from fastai.callback import fp16
 from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.hook import ActivationStats
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -22,7 +24,7 @@ from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.mesa import MESA
-from sadt_nb.methods.registry import METHODS, make_method
+from sadt_nb.methods.registry import METHODS, make_method, method_options
 from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.saf import SAF
 from sadt_nb.methods.sam import SAM
@@ -422,3 +424,57 @@ def test_test_time_augmentation_changes_nothing(name):
         assert torch.equal(flat(learn.model, True), weights)
         assert not any(isinstance(cb, StepGrads) for cb in learn.cbs)
     assert torch.equal(*(flat(learn.model, True) for learn in learners))
+
+
+# An optimizer that steps other tensors than the network's parameters
+class MasterWeights(NonNativeMixedPrecision):
+    "fastai's mixed precision with copies of the weights, without its checks for a GPU."
+    def __init__(self): self.flat_master, self.dynamic, self.clip, self.loss_scale = False, False, None, 128
+    def before_fit(self):
+        self.learn.model.half()
+        self.model_pgs, self.master_pgs = fp16.get_master(self.opt, False)
+        self.old_pgs = self.opt.param_lists
+        fp16._copy_state(self.learn.opt, self.model_pgs, self.master_pgs)
+    def after_fit(self):
+        super().after_fit()
+        self.learn.model.float()
+
+
+ACT_AT_STEP = ('gc', 'agc', 'msam', 'friendly_sam', 'wsam', 'sadt1', 'sadt2', 'sadt3')
+
+
+def strong(name):
+    "Return a method with options with which it has an effect within a few steps."
+    options = dict(METHODS[name].few_steps)
+    options |= {k: v for k, v in dict(rho=.5, rho_max=.5, rho_min=.5).items() if k in method_options(name)}
+    return make_method(name, **needed(name), **options)
+
+
+@pytest.mark.parametrize('name', [name for name in METHODS if name != 'baseline'])
+def test_a_method_acts_on_copies_of_the_weights_or_refuses_them(name):
+    "The weights of training in float16, with copies in float32, are those of training in float32."
+    def fit(cbs, *precision):
+        torch.manual_seed(3)
+        data = as_loader(batches(conv=True, dtype=torch.float32))
+        net = cnn(bn=False, dtype=torch.float32)
+        learn = learner(net, [*cbs, *precision], data, partial(SGD, mom=.9), .02)
+        learn.fit(2)
+        return flat(learn.model)
+    plain, expected = fit([]), fit(strong(name))
+    if name in ACT_AT_STEP:
+        with pytest.raises(ValueError, match='steps other tensors'): fit(strong(name), MasterWeights())
+        return
+    effect = (expected - plain).norm()
+    # the loss term of MESA is a small difference of two predictions, and has a large rounding error
+    assert (fit(strong(name), MasterWeights()) - expected).norm() < .5 * effect
+
+
+@pytest.mark.parametrize('name', ACT_AT_STEP)
+def test_an_optimizer_of_another_network_is_refused(name):
+    cbs = make_method(name, **needed(name))
+    learn = learner(cnn(), cbs, batches(conv=True))
+    learn.create_opt()
+    learn.model = cnn()
+    with pytest.raises(ValueError, match='if the network was replaced'): learn.fit(1)
+    learn.create_opt()
+    learn.fit(1)

@@ -8,10 +8,10 @@ __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_s
            'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
            'in_tta', 'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
            'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
-           'note_network', 'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes',
-           'PreparedInFit', 'check_window', 'is_whole_training', 'LoopMethod', 'ReplacedMethod', 'ExtraPass',
-           'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share', 'StepWatch',
-           'SummedPass', 'StepGrads', 'step_unscaled']
+           'note_network', 'check_network', 'check_learner', 'check_steps_network', 'has_rates', 'maximizes',
+           'check_minimizes', 'PreparedInFit', 'check_window', 'is_whole_training', 'LoopMethod', 'ReplacedMethod',
+           'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share',
+           'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
@@ -680,6 +680,17 @@ def check_learner(
     raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
                      'object for each')
 
+def check_steps_network(
+    cb:Callback, # A callback that acts at the optimizer's step, in `before_train`
+):
+    "Raise `ValueError` if the optimizer steps none of the network's parameters, but for example copies."
+    stepped = {id(p) for group in cb.learn.opt.param_lists for p in group}
+    params = trainable_params(cb.learn.model).values()
+    if not params or any(id(p) in stepped for p in params): return
+    raise ValueError(f'{type(cb).__name__} acts on the network at the optimizer\'s step, and the optimizer '
+                     'steps other tensors, such as the copies of `to_non_native_fp16`; use `to_fp16`; if the '
+                     'network was replaced, call `learn.create_opt()`')
+
 def has_rates(
     learn:Learner, # A Learner or a plain loop, with an optimizer
 ) -> bool: # `False` for example with the Adafactor of transformers, which can choose its own rate
@@ -775,6 +786,8 @@ class LoopMethod(_Window, PreparedInFit, ShowsArguments, Callback):
     needs_logits = False # `True` if the method needs the predictions, not only the loss
     needs_loss_scale = False # `True` if the method uses the size of the gradients, not only their direction
     group_radius = None # radius with which the `rho` of a group is compared, or `None` for no such option
+    # `True` if the method reads or changes gradients at the step, or reads the optimizer's state
+    acts_at_step = False
 
     def __call__(self,
         event_name:str, # Name of a fastai event, such as 'before_fit'
@@ -787,7 +800,9 @@ class LoopMethod(_Window, PreparedInFit, ShowsArguments, Callback):
             return
         return super().__call__(event_name)
 
-    def before_train(self): check_learner(self)
+    def before_train(self):
+        check_learner(self)
+        if self.acts_at_step: check_steps_network(self)
 
     def carries_state(self) -> bool: # `False` if a training of another network can use this object as it is
         "Return whether the method keeps something of its training that would change another training."
@@ -1386,7 +1401,7 @@ class SummedPass(PerturbedPass, StepWatch):
     """Adds up tensors over the micro-batches of a step, and calls `after_sum` with the sum after the step.
 
     A skipped step drops the sum. The sum of an incomplete step is part of the state."""
-    needs_loss_scale = True
+    needs_loss_scale = acts_at_step = True
     _left = {} # what `note_gradients` returned after the last micro-batch; replaced, never changed
 
     def __init__(self,

@@ -157,7 +157,7 @@ class MSAM(_MovedWeights):
     that moves the weights."""
     order = ORDERS['step_grads'] - 1 # just before callbacks that read the step's gradients
     needs_loss_scale = True # `before_step` adds a decay term, so the gradients must have their true size
-    needs_momentum = True # the common tests read this
+    needs_momentum = acts_at_step = True # the common tests read the first
 
     def __init__(self,
         rho:float=.3, # Distance in weight space, > 0; read at every batch

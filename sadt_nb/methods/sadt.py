@@ -443,7 +443,7 @@ class _MicroBatches(_SeededNoise):
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
 class _TwoSteps(_MicroBatches):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
-    needs_logits = True
+    needs_logits = acts_at_step = True
 
     def before_fit(self):
         super().before_fit()

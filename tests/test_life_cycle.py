@@ -478,3 +478,65 @@ def test_an_optimizer_of_another_network_is_refused(name):
     with pytest.raises(ValueError, match='if the network was replaced'): learn.fit(1)
     learn.create_opt()
     learn.fit(1)
+
+
+# Methods that `run` switches off in a fit
+class SwitchesOff(Callback):
+    "Switches callbacks off at an event of the second epoch, and keeps weights and optimizer of this moment."
+    run_valid = False
+    def __init__(self, event, cbs):
+        self.off, self.order, self.state = cbs, 2000 if event == 'after_batch' else -2000, None
+        setattr(self, event, self.switch)
+    def before_train(self): # a weight average exchanges weights before
+        if self.epoch == 1 and self.state is None: self.keep(0)
+    def switch(self):
+        if self.epoch != 1: return
+        for cb in self.off: cb.run = False
+        if self.order > 0 and self.iter == 0: self.keep(1)
+    def keep(self, batches):
+        self.batches = batches
+        self.state = copy.deepcopy((self.learn.model.state_dict(), self.learn.opt.state_dict()))
+
+
+SWITCHED = {**{name: partial(strong, name) for name in METHODS},
+            'sam in chunks': lambda: [SAM(.5, m=4, rng='replay')],
+            'sam only norm': lambda: [SAM(.5, only='norm')],
+            'sadt without a first step': lambda: [SADT(3, noise_scale=1e3, first_step=False)],
+            'repeated, without a first step': lambda: [SADT(3, first_step=False), RepeatStep()],
+            'average from the start': lambda: [WeightAverage(start=0.)]}
+
+
+@pytest.mark.parametrize('name', SWITCHED)
+def test_a_method_that_is_switched_off_leaves_training_alone(name):
+    for event in ('before_epoch', 'before_batch', 'after_batch'):
+        cbs = SWITCHED[name]()
+        off = SwitchesOff(event, cbs if len(cbs) < 2 else cbs[:1])
+        momentum = partial(SGD, mom=.9)
+        others = [RepeatStep()] if len(cbs) > 1 else []
+        learn = learner(cnn(), [*cbs, off], as_loader(batches(conv=True)), momentum)
+        learn.fit(2)
+        data = batches(conv=True)[off.batches:]
+        plain = learner(cnn(), others, as_loader(data), momentum)
+        plain.create_opt()
+        plain.model.load_state_dict(off.state[0])
+        plain.opt.load_state_dict(off.state[1])
+        plain.fit(1)
+        assert torch.equal(flat(learn.model, True), flat(plain.model, True)), event
+
+
+@pytest.mark.parametrize('name', [name for name in SWITCHED if 'average' not in name])
+def test_a_method_that_is_switched_on_again_goes_on(name):
+    "As if it was removed for an epoch."
+    class Switches(Callback):
+        order = -2000
+        def before_epoch(self):
+            for cb in cbs: cb.run = self.epoch != 1
+    nets = cnn(), cnn()
+    cbs = SWITCHED[name]()
+    learner(nets[0], [*cbs, Switches()], as_loader(batches(conv=True)), partial(SGD, mom=.9)).fit(3)
+    cbs = SWITCHED[name]()
+    learn = learner(nets[1], cbs, as_loader(batches(conv=True)), partial(SGD, mom=.9))
+    learn.fit(1)
+    with learn.removed_cbs(cbs): learn.fit(1)
+    learn.fit(1)
+    assert torch.equal(flat(nets[0], True), flat(nets[1], True))

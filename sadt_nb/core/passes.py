@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'kept_random_states', 'in_eval_mode', 'hidden_states', 'changed_states', 'from_hidden_states',
-           'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
+           'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'is_on', 'evaluating',
            'in_tta', 'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
            'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
            'note_network', 'check_network', 'check_learner', 'check_steps_network', 'has_rates', 'maximizes',
@@ -403,6 +403,12 @@ def _is_used_by(
 ) -> bool: # `False` after `remove_cb`
     "Return whether a callback belongs to a Learner; one that was removed must not act any more."
     return learn is not None and any(other is cb for other in learn.cbs)
+
+def is_on(
+    cb:Callback|None, # A callback, or `None`
+) -> bool: # `False` for `None`
+    "Return whether fastai sends a callback the events of training, which `run` and `run_train` switch off."
+    return cb is not None and cb.run and cb.run_train
 
 def evaluating(
     learn:Learner, # A Learner, in any event
@@ -1466,13 +1472,18 @@ class StepGrads(Callback):
     "Stores a copy of the gradients that the optimizer uses in its step, until the batch ends."
     order, run_valid = ORDERS['step_grads'], False
     grads = None # from name to gradient; `None` if this batch made no step
-    hold = False # with `True`, the Learner's step is cancelled, because the method itself steps later
+    holder = None # the method because of which the Learner's step is cancelled; it makes the step later
     made = False # `True` if the method has made the step that was held
 
     def __init__(self):
         self._copies = {}
         self._owners = [] # methods that use the gradients
         self.waiting = [] # callbacks that act when the held step has ended, see `StepWatch`
+
+    @property
+    def hold(self) -> bool: # `False` if the method was removed, or switched off by `run`
+        "Return whether the Learner's step is cancelled, because a method itself steps later."
+        return is_on(self.holder) and _is_used_by(self.learn, self.holder)
 
     @property
     def is_held(self) -> bool: # `False` if another callback has cancelled the step
@@ -1489,7 +1500,7 @@ class StepGrads(Callback):
         if self._owners and not any(_is_used_by(self.learn, cb) for cb in self._owners): self._remove()
 
     def _remove(self):
-        self.hold = False
+        self.holder = None
         if self.learn is not None: self.learn.remove_cb(self)
 
     def before_step(self):

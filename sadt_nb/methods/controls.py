@@ -31,7 +31,7 @@ class RepeatStep(StepWatch, PreparedInFit, ShowsArguments, Callback):
     def before_fit(self):
         if evaluating(self.learn): return # the fit around this evaluation continues
         check_single(self, RepeatStep, 'repeats steps')
-        StepGrads.install(self.learn, self).hold = False # `False`: the Learner makes the first step itself
+        StepGrads.install(self.learn, self).holder = None # the Learner makes the first step itself
 
     def before_train(self): check_learner(self)
 

@@ -13,7 +13,7 @@ from fastai.optimizer import Optimizer, average_grad, l2_reg
 
 from ..core.optim import KerasAdam
 from ..core.passes import ORDERS, LoopMethod, PerturbedPass, ReplacedMethod
-from ..core.passes import check_single, evaluating
+from ..core.passes import check_single, evaluating, is_on
 from ..core.perturb import check_radius, copied, global_norm, in_range, local_parts
 from ..core.perturb import trainable_params, weights_moved
 
@@ -143,8 +143,8 @@ class _MovedBatch(ReplacedMethod):
 
     def __call__(self):
         run = self.own_method()
-        trains = self.learn.training and self.cb.learn is self.learn
-        if not trains: return run()
+        moves = self.learn.training and self.cb.learn is self.learn and is_on(self.cb)
+        if not moves: return run()
         with self.cb.moved_weights(): return run()
 
 # %% ../../nbs/methods/29_msam.ipynb #488a2fb0

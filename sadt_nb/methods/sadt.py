@@ -465,7 +465,8 @@ class _TwoSteps(_MicroBatches):
             self._calls = []
             self._watch(self._calls.append)
         # without a first step, the Learner's step is cancelled; SADT makes the only step later
-        self.step_grads.hold = not self.first_step and self.in_window()
+        holds = not self.first_step and self.in_window()
+        self.step_grads.holder = self if holds else None
 
     def before_backward(self):
         if self.replaying: return

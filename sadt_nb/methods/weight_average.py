@@ -273,6 +273,8 @@ class _Epochs(ReplacedMethod):
     def __call__(self, f, event_type, *args):
         run = self.own_method()
         if event_type != 'epoch' or self.cb.learn is not self.learn: return run(f, event_type, *args)
+        # here, because `run=False` switches `before_epoch` off; a loaded state has its own network
+        if self.cb.swapped and self.cb._loaded is None: self.cb._exchange()
         with self.cb.trained_after_error(): return run(f, event_type, *args)
 
 # %% ../../nbs/methods/91_weight_average.ipynb #37e23c3c

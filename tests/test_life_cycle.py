@@ -487,8 +487,8 @@ class SwitchesOff(Callback):
     def __init__(self, event, cbs):
         self.off, self.order, self.state = cbs, 2000 if event == 'after_batch' else -2000, None
         setattr(self, event, self.switch)
-    def before_train(self): # a weight average exchanges weights before
-        if self.epoch == 1 and self.state is None: self.keep(0)
+    def after_train(self): # a weight average exchanges weights later
+        if self.epoch == 0: self.keep(0)
     def switch(self):
         if self.epoch != 1: return
         for cb in self.off: cb.run = False

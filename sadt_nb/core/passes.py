@@ -847,7 +847,9 @@ class ReplacedMethod:
     "Base class of an object that replaces a method of one Learner; a subclass sets `method` and `__call__`."
     method = '' # name of the method
 
-    def __init__(self, cb):
+    def __init__(self,
+        cb:Callback, # Callback of the Learner
+    ):
         self.cb, self.learn = cb, cb.learn
         # an attribute of this Learner alone; `None` if the Learner has only the method of its class
         self.replaced = vars(self.learn).get(self.method)

@@ -21,8 +21,8 @@ from fastai.text.data import LMDataLoader
 
 from .arguments import ShowsArguments
 from .losses import as_divergence, divergence_between, DivergenceLike
-from .passes import ORDERS, batch_size, check_minimizes, check_outputs, check_single
-from .passes import device_of, evaluating
+from .passes import ORDERS, PreparedInFit, batch_size, check_minimizes, check_outputs
+from .passes import check_single, device_of, evaluating, in_tta
 from .passes import replayed_rows, replays_other_loss, skipped_epochs
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
@@ -31,7 +31,7 @@ from .ranks import bare_loader
 def _is_list(value): return isinstance(value, (tuple, list))
 def _has(learn, kind): return any(isinstance(cb, kind) for cb in learn.cbs)
 
-class LossTerm(ShowsArguments, Callback):
+class LossTerm(PreparedInFit, ShowsArguments, Callback):
     """Base class of callbacks that add a term to `learn.loss_grad`, the loss that is differentiated.
 
     `learn.loss`, which recorders show, stays the plain loss."""
@@ -290,7 +290,8 @@ class SampleIds(Callback):
 
     def after_train(self): self._order.restore()
     def after_fit(self):
-        if evaluating(self.learn) and self._for_fit: return # the fit around this evaluation continues
+        # the fit around this evaluation continues
+        if self._for_fit and (evaluating(self.learn) or in_tta(self.learn)): return
         self.learn.remove_cb(self)
 
     @classmethod

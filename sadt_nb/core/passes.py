@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['ORDERS', 'BatchNormPolicy', 'RandomPolicy', 'rng_states', 'set_rng_states', 'kept_buffers', 'bn_policy', 'rng_policy',
            'device_of', 'kept_random_states', 'in_eval_mode', 'hidden_states', 'changed_states', 'from_hidden_states',
-           'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'evaluating',
-           'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients', 'note_gradients',
-           'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs', 'note_network',
-           'check_network', 'check_learner', 'has_rates', 'maximizes', 'check_minimizes', 'check_window',
-           'is_whole_training', 'LoopMethod', 'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass',
-           'unscale_', 'micro_batch_share', 'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
+           'copied_network', 'replaying', 'in_plain_loop', 'replayed_rows', 'replays_other_loss', 'is_on', 'evaluating',
+           'in_tta', 'skipped_epochs', 'stepped_params', 'params_outside', 'take_gradients', 'add_gradients',
+           'note_gradients', 'is_unchanged', 'are_dropped', 'batch_size', 'replay', 'check_single', 'check_outputs',
+           'note_network', 'check_network', 'check_learner', 'check_steps_network', 'has_rates', 'maximizes',
+           'check_minimizes', 'PreparedInFit', 'check_window', 'is_whole_training', 'LoopMethod', 'ReplacedMethod',
+           'ExtraPass', 'check_rows', 'check_chunk', 'loss_scale', 'PerturbedPass', 'unscale_', 'micro_batch_share',
+           'StepWatch', 'SummedPass', 'StepGrads', 'step_unscaled']
 
 # %% ../../nbs/core/01_passes.ipynb #95b15f06
 from contextlib import closing, contextmanager
 from collections import defaultdict, deque, OrderedDict
 import random
+import sys
 import weakref
 from copy import copy, deepcopy
 from functools import partial
@@ -402,12 +404,30 @@ def _is_used_by(
     "Return whether a callback belongs to a Learner; one that was removed must not act any more."
     return learn is not None and any(other is cb for other in learn.cbs)
 
+def is_on(
+    cb:Callback|None, # A callback, or `None`
+) -> bool: # `False` for `None`
+    "Return whether fastai sends a callback the events of training, which `run` and `run_train` switch off."
+    return cb is not None and cb.run and cb.run_train
+
 def evaluating(
     learn:Learner, # A Learner, in any event
 ) -> bool: # `True` inside `get_preds` and `validate`
     "Return whether an evaluation sends the event; evaluations, too, send `before_fit` and `after_fit`."
     lock = getattr(learn, 'lock', None) # fastai holds this lock while it evaluates outside of a fit's epochs
     return lock is not None and lock.locked()
+
+def in_tta(
+    learn:Learner, # A Learner, in any event
+) -> bool: # `True` inside `learn.tta`
+    """Return whether `learn.tta` sends the event; it sends `before_fit`, `before_epoch` and `after_fit`.
+
+    fastai does not hold the lock there and sets no attribute, so this function reads the stack."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is Learner.tta.__code__ and frame.f_locals.get('self') is learn: return True
+        frame = frame.f_back
+    return False
 
 def skipped_epochs(
     learn:Learner, # A Learner, in a fit
@@ -666,6 +686,17 @@ def check_learner(
     raise ValueError(f'this {name} object now belongs to another optimizer or Learner; make one {name} '
                      'object for each')
 
+def check_steps_network(
+    cb:Callback, # A callback that acts at the optimizer's step, in `before_train`
+):
+    "Raise `ValueError` if the optimizer steps none of the network's parameters, but for example copies."
+    stepped = {id(p) for group in cb.learn.opt.param_lists for p in group}
+    params = trainable_params(cb.learn.model).values()
+    if not params or any(id(p) in stepped for p in params): return
+    raise ValueError(f'{type(cb).__name__} acts on the network at the optimizer\'s step, and the optimizer '
+                     'steps other tensors, such as the copies of `to_non_native_fp16`; use `to_fp16`; if the '
+                     'network was replaced, call `learn.create_opt()`')
+
 def has_rates(
     learn:Learner, # A Learner or a plain loop, with an optimizer
 ) -> bool: # `False` for example with the Adafactor of transformers, which can choose its own rate
@@ -689,6 +720,39 @@ def check_minimizes(
         if not maximizes(hypers) or not any(id(p) in own for p in params): continue
         raise ValueError(f'{type(cb).__name__} is made for a loss that is minimized, and the optimizer has '
                          'maximize=True; leave `maximize` out, and return the negative loss')
+
+# %% ../../nbs/core/01_passes.ipynb #5b1e40d4
+_IN_BATCH = {'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_cancel_backward',
+             'after_backward', 'before_step', 'after_cancel_step', 'after_step', 'after_cancel_batch',
+             'after_batch'} # also sent in a validation, where a callback may be unprepared
+_AROUND_FIT = {'before_fit', 'before_epoch', 'after_fit'} # also sent by `learn.tta`, which trains nothing
+_IN_FIT = {'before_epoch', 'before_train', 'after_cancel_train', 'after_train', 'after_cancel_epoch',
+           'after_epoch'}
+
+class PreparedInFit:
+    """A mixin for callbacks that prepare themselves in `before_fit`.
+
+    Raises `ValueError` in training if the fit has not sent `before_fit` to the callback."""
+    _prepared = False # whether the current fit has sent `before_fit`
+
+    def __call__(self,
+        event_name:str, # Name of a fastai event, such as 'before_fit'
+    ):
+        "Handle an event; before an event of a fit, check that the callback is prepared."
+        if event_name in _AROUND_FIT and in_tta(self.learn): return
+        if not evaluating(self.learn): # an evaluation inside a fit sends `before_fit` and `after_fit`, too
+            in_batch = event_name in _IN_BATCH and getattr(self.learn, 'training', False)
+            if event_name == 'before_fit': self._prepared = True
+            elif event_name == 'after_fit': self._prepared = False
+            elif in_batch or event_name in _IN_FIT: self._check_prepared()
+        return super().__call__(event_name)
+
+    def _check_prepared(self):
+        if self._prepared or not self.run: return
+        name = type(self).__name__
+        raise ValueError(f'this {name} was added in the middle of a fit, which has not prepared it; add it '
+                         'before `fit`, or pass it as `learn.fit(n, cbs=...)`')
+
 
 # %% ../../nbs/core/01_passes.ipynb #62968a0b
 _ROUNDING = 1e-9 # tolerance: fastai adds up the finished share of training, batch by batch
@@ -722,12 +786,14 @@ class _Window:
         return self.start <= done and (done < self.stop or self.stop == 1)
 
 # %% ../../nbs/core/01_passes.ipynb #b1694bf6
-class LoopMethod(_Window, ShowsArguments, Callback):
+class LoopMethod(_Window, PreparedInFit, ShowsArguments, Callback):
     "Base class of the methods that work in any training loop; a loop gives them a closure for each batch."
     run_valid = False
     needs_logits = False # `True` if the method needs the predictions, not only the loss
     needs_loss_scale = False # `True` if the method uses the size of the gradients, not only their direction
     group_radius = None # radius with which the `rho` of a group is compared, or `None` for no such option
+    # `True` if the method reads or changes gradients at the step, or reads the optimizer's state
+    acts_at_step = False
 
     def __call__(self,
         event_name:str, # Name of a fastai event, such as 'before_fit'
@@ -735,10 +801,14 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         "Handle an event of a fit; `validate` and `get_preds` inside a fit change nothing of the method."
         if evaluating(self.learn): return
         # then the method's Learner is not the one that trains, and `before_train` raises an error
-        if event_name == 'before_fit' and (self.learn is None or self.learn.opt is None): return
+        if event_name == 'before_fit' and (self.learn is None or self.learn.opt is None):
+            self._prepared = True # so that the error is the one of `before_train`
+            return
         return super().__call__(event_name)
 
-    def before_train(self): check_learner(self)
+    def before_train(self):
+        check_learner(self)
+        if self.acts_at_step: check_steps_network(self)
 
     def carries_state(self) -> bool: # `False` if a training of another network can use this object as it is
         "Return whether the method keeps something of its training that would change another training."
@@ -771,6 +841,43 @@ class LoopMethod(_Window, ShowsArguments, Callback):
         "Forget micro-batches that the loop has dropped, by `zero_grad` or after an error."
 
     def _unhook(self): pass
+
+# %% ../../nbs/core/01_passes.ipynb #b1694bf8
+class ReplacedMethod:
+    "Base class of an object that replaces a method of one Learner; a subclass sets `method` and `__call__`."
+    method = '' # name of the method
+
+    def __init__(self,
+        cb:Callback, # Callback of the Learner
+    ):
+        self.cb, self.learn = cb, cb.learn
+        # an attribute of this Learner alone; `None` if the Learner has only the method of its class
+        self.replaced = vars(self.learn).get(self.method)
+
+    @classmethod
+    def install(cls,
+        cb:Callback, # Callback of the Learner
+    ):
+        "Replace the method of the callback's Learner."
+        cls.uninstall(cb.learn) # if an exception ended the last fit, its replacement is still installed
+        setattr(cb.learn, cls.method, cls(cb))
+
+    @classmethod
+    def uninstall(cls,
+        learn:Learner, # Gets its own method back
+    ):
+        "Undo `install`; nothing happens if the method is not replaced."
+        replaced = vars(learn).get(cls.method)
+        if isinstance(replaced, cls): replaced.remove()
+
+    def remove(self):
+        if self.replaced is None: delattr(self.learn, self.method)
+        else: setattr(self.learn, self.method, self.replaced)
+
+    def own_method(self):
+        "Return the method that this object replaces, bound to the Learner."
+        return self.replaced or getattr(type(self.learn), self.method).__get__(self.learn)
+
 
 # %% ../../nbs/core/01_passes.ipynb #7d0e0df5
 class _OwnHook:
@@ -1302,7 +1409,7 @@ class SummedPass(PerturbedPass, StepWatch):
     """Adds up tensors over the micro-batches of a step, and calls `after_sum` with the sum after the step.
 
     A skipped step drops the sum. The sum of an incomplete step is part of the state."""
-    needs_loss_scale = True
+    needs_loss_scale = acts_at_step = True
     _left = {} # what `note_gradients` returned after the last micro-batch; replaced, never changed
 
     def __init__(self,
@@ -1367,13 +1474,18 @@ class StepGrads(Callback):
     "Stores a copy of the gradients that the optimizer uses in its step, until the batch ends."
     order, run_valid = ORDERS['step_grads'], False
     grads = None # from name to gradient; `None` if this batch made no step
-    hold = False # with `True`, the Learner's step is cancelled, because the method itself steps later
+    holder = None # the method because of which the Learner's step is cancelled; it makes the step later
     made = False # `True` if the method has made the step that was held
 
     def __init__(self):
         self._copies = {}
         self._owners = [] # methods that use the gradients
         self.waiting = [] # callbacks that act when the held step has ended, see `StepWatch`
+
+    @property
+    def hold(self) -> bool: # `False` if the method was removed, or switched off by `run`
+        "Return whether the Learner's step is cancelled, because a method itself steps later."
+        return is_on(self.holder) and _is_used_by(self.learn, self.holder)
 
     @property
     def is_held(self) -> bool: # `False` if another callback has cancelled the step
@@ -1390,7 +1502,7 @@ class StepGrads(Callback):
         if self._owners and not any(_is_used_by(self.learn, cb) for cb in self._owners): self._remove()
 
     def _remove(self):
-        self.hold = False
+        self.holder = None
         if self.learn is not None: self.learn.remove_cb(self)
 
     def before_step(self):
@@ -1418,7 +1530,7 @@ class StepGrads(Callback):
     def after_batch(self): self.grads = None
 
     def after_fit(self):
-        if not evaluating(self.learn): self._remove()
+        if not evaluating(self.learn) and not in_tta(self.learn): self._remove()
 
     @classmethod
     def install(cls,

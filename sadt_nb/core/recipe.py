@@ -17,7 +17,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
-from .passes import ORDERS, evaluating
+from .passes import ORDERS, PreparedInFit, evaluating
 from .perturb import copy_not_finite_, has_average, is_norm_layer, local_parts
 from .perturb import trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks
@@ -140,7 +140,7 @@ def _pull_(slow, fast, kept):
     weights_moved()
 
 # %% ../../nbs/core/09_recipe.ipynb #3abc16fb
-class Lookahead(ShowsArguments, Callback):
+class Lookahead(PreparedInFit, ShowsArguments, Callback):
     """Sets weights and buffers to their slow average after every few batches (Zhang et al. 2019).
 
     Raises `ValueError` for values out of range, and, before training starts, if training has fewer batches
@@ -194,7 +194,7 @@ class Lookahead(ShowsArguments, Callback):
             self.slow[name].copy_(t)
 
 # %% ../../nbs/core/09_recipe.ipynb #85a61439
-class FreezeAfter(ShowsArguments, Callback):
+class FreezeAfter(PreparedInFit, ShowsArguments, Callback):
     """Freezes parameters after a number of epochs; the default is the model's `frozen_after`.
 
     Raises `ValueError` for a name that the model does not have."""
@@ -236,7 +236,7 @@ class FreezeAfter(ShowsArguments, Callback):
             p.requires_grad_(True)
 
 # %% ../../nbs/core/09_recipe.ipynb #81de7d3a
-class PartialEpochs(ShowsArguments, Callback):
+class PartialEpochs(PreparedInFit, ShowsArguments, Callback):
     """Ends training after a fraction of an epoch; schedules end at the last trained batch.
 
     Call `fit(ceil(epochs))`. Training has `epochs` times the batches of an epoch, rounded up. Raises

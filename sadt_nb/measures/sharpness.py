@@ -20,7 +20,8 @@ from fastai.learner import Learner
 from ..core.arguments import ShowsArguments
 from ..core.display import bar
 from ..core.fixed_loss import FixedLoss, collect_batches
-from ..core.passes import device_of, evaluating, in_eval_mode, kept_random_states
+from ..core.passes import PreparedInFit, device_of, evaluating, in_eval_mode
+from ..core.passes import kept_random_states
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
@@ -114,7 +115,7 @@ def average_sharpness(
     return AverageSharpness(v.mean().item(), error, n, n == pairs)
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
-class FlatnessRecorder(ShowsArguments, Callback):
+class FlatnessRecorder(PreparedInFit, ShowsArguments, Callback):
     """Measures the network once every few epochs (`every`), and after the last epoch.
 
     Each measure returns a number, or a result whose field `value` is the number. `rows` has one dictionary

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, check_learner
+from ..core.passes import ORDERS, check_learner, check_steps_network
 from ..core.perturb import is_sharded, Replicate, trainable_params, weights_moved
 
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb
@@ -71,7 +71,9 @@ class AGC(ShowsArguments, Callback):
             if not any(part in name for name in names):
                 raise ValueError(f'`exclude` must contain parts of parameter names, got {part!r}')
 
-    def before_train(self): check_learner(self)
+    def before_train(self):
+        check_learner(self)
+        check_steps_network(self)
 
     def before_step(self):
         for name, p in trainable_params(self.model).items():

@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import check_learner, check_outputs, evaluating, skipped_epochs
+from ..core.passes import PreparedInFit, check_learner, check_outputs, evaluating, skipped_epochs
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -54,7 +54,7 @@ def _n_right(keeper, model, batches):
         n += classes.numel()
     return right, n
 
-class KeepBest(ShowsArguments, Callback):
+class KeepBest(PreparedInFit, ShowsArguments, Callback):
     """After training, loads the weights of the epoch with the highest accuracy.
 
     If several epochs have this accuracy, the first of them is chosen. Evaluations with `validate` or

@@ -9,12 +9,12 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, StepGrads, StepWatch, check_learner, check_single
-from ..core.passes import evaluating
+from ..core.passes import ORDERS, PreparedInFit, StepGrads, StepWatch, check_learner
+from ..core.passes import check_single, evaluating
 from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
-class RepeatStep(StepWatch, ShowsArguments, Callback):
+class RepeatStep(StepWatch, PreparedInFit, ShowsArguments, Callback):
     """Makes `n` optimizer steps with each batch's gradient instead of one step; nothing else changes.
 
     The further steps repeat the step that was made, with its gradient. With `SADT(first_step=False)`, this is
@@ -31,7 +31,7 @@ class RepeatStep(StepWatch, ShowsArguments, Callback):
     def before_fit(self):
         if evaluating(self.learn): return # the fit around this evaluation continues
         check_single(self, RepeatStep, 'repeats steps')
-        StepGrads.install(self.learn, self).hold = False # `False`: the Learner makes the first step itself
+        StepGrads.install(self.learn, self).holder = None # the Learner makes the first step itself
 
     def before_train(self): check_learner(self)
 

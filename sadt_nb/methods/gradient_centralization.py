@@ -13,7 +13,7 @@ from torch import Tensor
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, check_learner
+from ..core.passes import ORDERS, check_learner, check_steps_network
 from ..core.perturb import trainable_params, weights_moved
 
 # %% ../../nbs/methods/10_gradient_centralization.ipynb #14ab0f6c
@@ -31,7 +31,9 @@ class GradientCentralization(ShowsArguments, Callback):
     "Centralizes the gradients before every step (Yong et al. 2020, eq. 1)."
     order, run_valid = ORDERS['grad_transform'], False
 
-    def before_train(self): check_learner(self)
+    def before_train(self):
+        check_learner(self)
+        check_steps_network(self)
 
     def before_step(self):
         centralize_(p.grad for p in trainable_params(self.model).values() if p.grad is not None)

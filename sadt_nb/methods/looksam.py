@@ -58,7 +58,9 @@ class LookSAM(SummedPass):
 
     With gradient accumulation, a SAM step computes a `g_v` for every micro-batch and stores their mean.
     Raises `ValueError` for values out of range, and before training if a loaded `g_v` does not fit."""
-    per_rank, needs_loss_scale, _stateattrs = False, False, ('direction',)
+    # `False`: the direction has length 1, whatever the size of the gradients
+    needs_loss_scale = acts_at_step = False
+    per_rank, _stateattrs = False, ('direction',)
 
     def __init__(self,
         rho:float=.05,               # Radius in weight space, > 0; read at every batch

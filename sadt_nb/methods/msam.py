@@ -12,7 +12,8 @@ import torch
 from fastai.optimizer import Optimizer, average_grad, l2_reg
 
 from ..core.optim import KerasAdam
-from ..core.passes import ORDERS, LoopMethod, PerturbedPass, check_single, evaluating
+from ..core.passes import ORDERS, LoopMethod, PerturbedPass, ReplacedMethod
+from ..core.passes import check_single, evaluating, is_on
 from ..core.perturb import check_radius, copied, global_norm, in_range, local_parts
 from ..core.perturb import trainable_params, weights_moved
 
@@ -136,33 +137,15 @@ class _MovedWeights(LoopMethod):
         weights_moved(self.learn.model)
 
 # %% ../../nbs/methods/29_msam.ipynb #2a7c56ba
-class _MovedBatch:
-    "Replaces a Learner's `_do_one_batch`; restores the weights at its end, also after an exception."
-    def __init__(self, msam, learn):
-        self.msam, self.learn = msam, learn
-        # an attribute of this Learner alone; `None` if the Learner has only the method of its class
-        self.replaced = vars(learn).get('_do_one_batch')
-
-    @classmethod
-    def install(cls, msam):
-        cls.uninstall(msam.learn) # if an exception ended the last fit, its replacement is still installed
-        msam.learn._do_one_batch = cls(msam, msam.learn)
-
-    @classmethod
-    def uninstall(cls, learn):
-        replaced = vars(learn).get('_do_one_batch')
-        if isinstance(replaced, cls): replaced.remove()
-
-    def remove(self):
-        if self.replaced is None: del self.learn._do_one_batch
-        else: self.learn._do_one_batch = self.replaced
+class _MovedBatch(ReplacedMethod):
+    "Runs a Learner's batch at moved weights; restores the weights at its end, also after an exception."
+    method = '_do_one_batch'
 
     def __call__(self):
-        # the class's own method, bound to this Learner
-        run = self.replaced or type(self.learn)._do_one_batch.__get__(self.learn)
-        trains = self.learn.training and self.msam.learn is self.learn
-        if not trains: return run()
-        with self.msam.moved_weights(): return run()
+        run = self.own_method()
+        moves = self.learn.training and self.cb.learn is self.learn and is_on(self.cb)
+        if not moves: return run()
+        with self.cb.moved_weights(): return run()
 
 # %% ../../nbs/methods/29_msam.ipynb #488a2fb0
 class MSAM(_MovedWeights):
@@ -171,11 +154,10 @@ class MSAM(_MovedWeights):
     Before the first step, v is zero, and the gradient is taken at w. With gradient accumulation, v is the
     same for all micro-batches of a step. Raises `ValueError` for a radius that is not positive. Before
     training starts, it also raises `ValueError` for an optimizer without momentum, and for a second method
-    that moves the weights; and before the next epoch, if it was added in the middle of a fit."""
+    that moves the weights."""
     order = ORDERS['step_grads'] - 1 # just before callbacks that read the step's gradients
     needs_loss_scale = True # `before_step` adds a decay term, so the gradients must have their true size
-    needs_momentum = True # the common tests read this
-    _begun = False # whether a fit has sent `before_fit`
+    needs_momentum = acts_at_step = True # the common tests read the first
 
     def __init__(self,
         rho:float=.3, # Distance in weight space, > 0; read at every batch
@@ -189,13 +171,6 @@ class MSAM(_MovedWeights):
         _momentum_key(_inner(self.learn.opt))
         trainable_params(self.learn.model) # an error here is better than in mid-epoch
         _MovedBatch.install(self)
-        self._begun = True
-
-    def before_train(self):
-        super().before_train()
-        if not self._begun:
-            raise ValueError('MSAM was added in the middle of a fit, and cannot move the weights; add it '
-                             'before `fit`')
 
     def after_backward(self): self._put_back()
 
@@ -207,5 +182,4 @@ class MSAM(_MovedWeights):
     def after_fit(self):
         if evaluating(self.learn): return
         _MovedBatch.uninstall(self.learn)
-        self._begun = False
         self.scratch.clear()

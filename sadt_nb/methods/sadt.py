@@ -502,7 +502,7 @@ class _MicroBatches(_SeededNoise):
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
 class _TwoSteps(_MicroBatches):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
-    needs_logits = True
+    needs_logits = acts_at_step = True
 
     def before_fit(self):
         super().before_fit()
@@ -524,7 +524,8 @@ class _TwoSteps(_MicroBatches):
             self._calls = []
             self._watch(self._calls.append)
         # without a first step, the Learner's step is cancelled; SADT makes the only step later
-        self.step_grads.hold = not self.first_step and self.in_window()
+        holds = not self.first_step and self.in_window()
+        self.step_grads.holder = self if holds else None
 
     def before_backward(self):
         if self.replaying: return

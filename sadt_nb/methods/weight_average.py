@@ -7,7 +7,7 @@ __all__ = ['reestimate_', 'WeightAverage']
 
 # %% ../../nbs/methods/91_weight_average.ipynb #0e2dca9c
 from collections import deque
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Iterable, Literal
 
 import torch
@@ -22,8 +22,8 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
-from ..core.passes import StepWatch, batch_size, check_learner, check_single, evaluating
-from ..core.passes import in_eval_mode
+from ..core.passes import PreparedInFit, ReplacedMethod, StepWatch, batch_size, check_learner
+from ..core.passes import check_single, evaluating, in_eval_mode
 from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
 from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
@@ -144,7 +144,7 @@ def _has_begun(kind, start, done):
     return done >= start - rounding
 
 # %% ../../nbs/methods/91_weight_average.ipynb #ce6ea606
-class _Steps(StepWatch, ShowsArguments, Callback):
+class _Steps(StepWatch, PreparedInFit, ShowsArguments, Callback):
     "Base class of a callback that must know with which batches the optimizer has made a step."
     _stepped = False # `True` if the optimizer has made a step with this batch
 
@@ -202,9 +202,9 @@ class _Average(_Steps):
 
     def _load(self):
         state, self._loaded = self._loaded, None
+        if state['averaged'] is not None:
+            self.averaged = _new_average(unwrapped(self.learn.model), self._average_, state['averaged'])
         self.swapped, self.steps, self.norms = state['swapped'], state['steps'], list(state['norms'])
-        if state['averaged'] is None: return
-        self.averaged = _new_average(unwrapped(self.learn.model), self._average_, state['averaged'])
 
 # %% ../../nbs/methods/91_weight_average.ipynb #bad4070f
 @torch.no_grad()
@@ -256,14 +256,36 @@ class _ValidatedAverage(_Average):
         self._exchange()
         self._reestimate(self._recent)
 
+    @contextmanager
+    def trained_after_error(self):
+        "Give the network the trained weights back if an exception ends the block."
+        try: yield
+        except CancelFitException: raise # `after_fit` follows
+        except BaseException:
+            _Epochs.uninstall(self.learn) # no `after_fit` follows
+            if self.swapped: self._exchange()
+            raise
+
+class _Epochs(ReplacedMethod):
+    "Runs the epochs of a Learner; an exception in one leaves the trained weights in the network."
+    method = '_with_events' # runs a fit and its parts
+
+    def __call__(self, f, event_type, *args):
+        run = self.own_method()
+        if event_type != 'epoch' or self.cb.learn is not self.learn: return run(f, event_type, *args)
+        # here, because `run=False` switches `before_epoch` off; a loaded state has its own network
+        if self.cb.swapped and self.cb._loaded is None: self.cb._exchange()
+        with self.cb.trained_after_error(): return run(f, event_type, *args)
+
 # %% ../../nbs/methods/91_weight_average.ipynb #37e23c3c
 class WeightAverage(_ValidatedAverage):
     """Averages the weights from a share of training on; after `fit`, the Learner has the averaged weights.
 
     After `fit`, BatchNorm statistics are re-estimated from the inputs that the network gets in training.
-    `trained` returns the weights of the last step. If `fit` ends before `start`, the Learner keeps the
-    trained weights. Raises `ValueError` for values out of range. Before training starts, it also raises
-    `ValueError` for sharded weights and for a loaded average that does not fit the network."""
+    `trained` returns the weights of the last step. If `fit` ends before `start`, or with an error or Ctrl-C,
+    the Learner keeps the trained weights. Raises `ValueError` for values out of range. Before training
+    starts, it also raises `ValueError` for sharded weights and for a loaded average that does not fit the
+    network."""
     # after fastai counts the finished share of training, and before callbacks that save or load at the end
     order, run_valid = TrainEvalCallback.order + 2, False
 
@@ -293,6 +315,7 @@ class WeightAverage(_ValidatedAverage):
         check_single(self, WeightAverage, 'averages the weights')
         if self._loaded is None: self._init_state()
         self._on = not hasattr(self.learn, 'lr_finder')
+        _Epochs.install(self)
         model = unwrapped(self.learn.model)
         check_whole(model, 'WeightAverage keeps a copy of the weights')
         self._has_norms = any(isinstance(m, _BatchNorm) for m in model.modules())
@@ -307,9 +330,12 @@ class WeightAverage(_ValidatedAverage):
         self.steps += 1
 
     def after_fit(self):
-        if not self._active(): return
+        if evaluating(self.learn): return
+        _Epochs.uninstall(self.learn)
+        if not self._on: return
         self._on = False
         if self._loaded is not None: self._load() # the loaded state may come from a finished fit
         if self.averaged is None: return
-        if not self.swapped: self._exchange()
-        self._reestimate(_inputs(self.learn))
+        with self.trained_after_error():
+            if not self.swapped: self._exchange()
+            self._reestimate(_inputs(self.learn))

@@ -14,8 +14,8 @@ from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
 
-from sadt_nb.core.passes import _OwnGradients, kept_buffers, replay, replaying, rng_policy, rng_states
-from sadt_nb.core.passes import set_rng_states
+from sadt_nb.core.passes import _OwnGradients, replay, replaying
+from sadt_nb.core.states import kept_buffers, rng_policy, rng_states, set_rng_states
 from sadt_nb.core.perturb import chosen_params, trainable_params, unwrapped
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.measures.landscape import loss_line, random_direction

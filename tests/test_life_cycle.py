@@ -15,7 +15,8 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from sadt_nb.core.passes import StepGrads, replaying
+from sadt_nb.core.passes import replaying
+from sadt_nb.core.steps import StepGrads
 from sadt_nb.core.recipe import FreezeAfter, Lookahead, PartialEpochs
 from sadt_nb.measures.sharpness import FlatnessRecorder
 from sadt_nb.methods.born_again import KeepBest

@@ -12,7 +12,8 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 from sadt_nb.core.closures import MethodOptimizer, closure_step
-from sadt_nb.core.passes import from_hidden_states, hidden_states, replaying
+from sadt_nb.core.passes import replaying
+from sadt_nb.core.states import from_hidden_states, hidden_states
 from sadt_nb.core.perturb import _mask_bits_, ascent
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.asam import ASAM

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.core.fixed_loss import FixedLoss
-from sadt_nb.core.passes import _rows_of_state, hidden_states
+from sadt_nb.core.states import _rows_of_state, hidden_states
 from sadt_nb.core.perturb import ascent, global_dot, global_norm, weight_sizes
 from sadt_nb.measures.hessian import hessian_trace
 from sadt_nb.measures.sharpness import sam_sharpness

@@ -29,7 +29,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
 from .arguments import ShowsArguments
-from .passes import rng_states, set_rng_states
+from .states import rng_states, set_rng_states
 from .perturb import unwrapped
 from .ranks import bare_loader, n_ranks, this_rank
 

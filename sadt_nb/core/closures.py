@@ -19,11 +19,11 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
-from .passes import BatchNormPolicy, LoopMethod, PerturbedPass, RandomPolicy, add_gradients
-from .passes import are_dropped, is_unchanged, note_gradients
-from .passes import bn_policy, device_of, from_hidden_states, hidden_states, is_whole_training
-from .passes import rng_policy, rng_states, set_rng_states, step_unscaled, stepped_params
-from .passes import take_gradients
+from .passes import LoopMethod, PerturbedPass, add_gradients, are_dropped, is_unchanged
+from .passes import is_whole_training, note_gradients, stepped_params, take_gradients
+from .states import BatchNormPolicy, RandomPolicy, bn_policy, device_of, from_hidden_states
+from .states import hidden_states, rng_policy, rng_states, set_rng_states
+from .steps import step_unscaled
 from .perturb import check_count, clip_gradients_, is_sharded, local_parts, settle_gradients
 from .perturb import trainable_params, version_of, weights_moved
 from .ranks import own_memory, sync_gradients

@@ -25,7 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader as TorchLoader, IterableDa
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 
-from .passes import device_of, from_hidden_states, hidden_states, kept_random_states
+from .states import device_of, from_hidden_states, hidden_states, kept_random_states
 from .perturb import check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/07_fixed_loss.ipynb #4fa27174

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .closures import MethodOptimizer, PlainLoop, check_hooks, check_one_pass
 from .closures import load_method_state, method_state
-from .passes import PerturbedPass, device_of, is_whole_training, rng_states
+from .passes import PerturbedPass, is_whole_training
+from .states import device_of, rng_states
 from .ranks import sync_gradients
 
 try:

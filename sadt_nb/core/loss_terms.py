@@ -22,8 +22,9 @@ from fastai.text.data import LMDataLoader
 from .arguments import ShowsArguments
 from .losses import as_divergence, divergence_between, DivergenceLike
 from .passes import ORDERS, PreparedInFit, batch_size, check_minimizes, check_outputs
-from .passes import check_single, device_of, evaluating, in_tta
-from .passes import replayed_rows, replays_other_loss, skipped_epochs
+from .passes import check_single, evaluating, in_tta, replayed_rows, replays_other_loss
+from .passes import skipped_epochs
+from .states import device_of
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 

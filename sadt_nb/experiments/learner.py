@@ -21,7 +21,7 @@ from fastai.optimizer import OptimWrapper
 
 from ..core.arguments import ShowsArguments
 from ..core.optim import keras_adam
-from ..core.passes import in_eval_mode
+from ..core.states import in_eval_mode
 from ..core.perturb import unwrapped
 from ..core.precision import DeviceMixedPrecision
 from ..core.ranks import bare_loader, n_ranks, over_ranks, this_rank

@@ -20,8 +20,8 @@ from fastai.learner import Learner
 from ..core.arguments import ShowsArguments
 from ..core.display import bar
 from ..core.fixed_loss import FixedLoss, collect_batches
-from ..core.passes import PreparedInFit, device_of, evaluating, in_eval_mode
-from ..core.passes import kept_random_states
+from ..core.passes import PreparedInFit, evaluating
+from ..core.states import device_of, in_eval_mode, kept_random_states
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804

@@ -11,7 +11,7 @@ from typing import Iterable
 import torch
 from torch import nn, Tensor
 
-from ..core.passes import in_eval_mode
+from ..core.states import in_eval_mode
 
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
 @torch.inference_mode()

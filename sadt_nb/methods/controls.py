@@ -9,8 +9,8 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, PreparedInFit, StepGrads, StepWatch, check_learner
-from ..core.passes import check_single, evaluating
+from ..core.passes import ORDERS, PreparedInFit, check_learner, check_single, evaluating
+from ..core.steps import StepGrads, StepWatch
 from ..core.perturb import check_count, weights_moved
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34

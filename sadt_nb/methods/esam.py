@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.layers import NoneReduce
 
 from ..core.closures import closure_step
-from ..core.passes import batch_size, BatchNormPolicy, check_rows, device_of, PerturbedPass
-from ..core.passes import RandomPolicy
+from ..core.passes import PerturbedPass, batch_size, check_rows
+from ..core.states import BatchNormPolicy, RandomPolicy, device_of
 from ..core.perturb import ascent, check_radius, is_sharded, trainable_params
 from ..core.ranks import over_ranks, sync_gradients
 

@@ -10,7 +10,8 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass, micro_batch_share, unscale_
+from ..core.states import BatchNormPolicy, RandomPolicy
+from ..core.steps import SummedPass, micro_batch_share, unscale_
 from ..core.perturb import ascent, check_not_negative, check_radius, copied, fitted, local_parts
 from ..core.perturb import trainable_params
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, PerturbedPass, RandomPolicy, has_rates
+from ..core.passes import PerturbedPass, has_rates
+from ..core.states import BatchNormPolicy, RandomPolicy
 from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
 from ..core.perturb import sam_ascent, trainable_params
 from ..core.ranks import average_gradients

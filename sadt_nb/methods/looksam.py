@@ -10,7 +10,8 @@ from copy import deepcopy
 
 import torch
 
-from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass
+from ..core.states import BatchNormPolicy, RandomPolicy
+from ..core.steps import SummedPass
 from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
 from ..core.perturb import fitted, global_dot, global_norm, in_range, local_parts
 from ..core.perturb import trainable_params

@@ -12,8 +12,9 @@ import torch
 
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
-from ..core.passes import StepWatch, check_learner, check_network, check_outputs
-from ..core.passes import copied_network, note_network, replaying
+from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
+from ..core.states import copied_network
+from ..core.steps import StepWatch
 from ..core.perturb import check_whole, copy_not_finite_, has_average, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578

@@ -12,8 +12,8 @@ import torch
 from fastai.optimizer import Optimizer, average_grad, l2_reg
 
 from ..core.optim import KerasAdam
-from ..core.passes import ORDERS, LoopMethod, PerturbedPass, ReplacedMethod
-from ..core.passes import check_single, evaluating, is_on
+from ..core.passes import ORDERS, LoopMethod, PerturbedPass, ReplacedMethod, check_single
+from ..core.passes import evaluating, is_on
 from ..core.perturb import check_radius, copied, global_norm, in_range, local_parts
 from ..core.perturb import trainable_params, weights_moved
 

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
-from ..core.passes import BatchNormPolicy, ExtraPass, RandomPolicy, StepGrads, are_dropped
-from ..core.passes import changed_states, check_outputs, has_rates, in_plain_loop, is_unchanged
-from ..core.passes import note_gradients, step_unscaled, stepped_params, take_gradients
+from ..core.passes import ExtraPass, are_dropped, check_outputs, has_rates, in_plain_loop
+from ..core.passes import is_unchanged, note_gradients, stepped_params, take_gradients
+from ..core.states import BatchNormPolicy, RandomPolicy, changed_states
+from ..core.steps import StepGrads, step_unscaled
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks

@@ -22,8 +22,10 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.loss_terms import SampleIds
-from ..core.passes import PreparedInFit, ReplacedMethod, StepWatch, batch_size, check_learner
-from ..core.passes import check_single, evaluating, in_eval_mode
+from ..core.passes import PreparedInFit, ReplacedMethod, batch_size, check_learner, check_single
+from ..core.passes import evaluating
+from ..core.states import in_eval_mode
+from ..core.steps import StepWatch
 from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
 from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import BatchNormPolicy, RandomPolicy, SummedPass
-from ..core.passes import has_rates, loss_scale, maximizes, params_outside, unscale_
+from ..core.passes import has_rates, loss_scale, maximizes, params_outside
+from ..core.states import BatchNormPolicy, RandomPolicy
+from ..core.steps import SummedPass, unscale_
 from ..core.perturb import check_radius, copied, local_parts, sam_ascent, trainable_params
 from ..core.perturb import weights_moved
 from ..core.ranks import average_over_ranks

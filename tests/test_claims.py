@@ -17,7 +17,7 @@ from sadt_nb.papers import claims as claims_page
 from sadt_nb.papers import verdict_rows, verdicts
 from sadt_nb.papers.claims import (
     BY_IMAGE, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Setting, Side,
-    discoveries, finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image,
+    INERT, discoveries, finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image,
     paired_by_seed, power, seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
 from sadt_nb.papers.grids import paper_ensembles, paper_grid
 from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
@@ -527,6 +527,9 @@ def test_the_most_accurate_networks_set_the_price_outside_the_regime():
     assert priced(digits).spread == .1, 'without runs on the data of the table, other data count'
     shown = short_run('strong', 9., 90., part=None)
     assert priced(strong, shown).spread == .8, 'what is no part of the claim has no price'
+    inert = short_run('strong', 9., 90., outside=('short', INERT))
+    assert priced(inert, strong).spread == .8, 'a term that hardly acts says nothing about the method'
+    assert priced(inert).spread == 9., 'without another comparison'
     decided = evidence(1, .8, 1.2, spread=4., published=Published(2.))
     assert priced(strong, decided._replace(part='second')).spread == .8, 'a decided part is not open'
 

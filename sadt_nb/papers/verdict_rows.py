@@ -15,7 +15,8 @@ import numpy as np
 
 from ..core.display import Card, Sentence
 from ..experiments.cost import run_cost
-from .claims import OUTCOMES, WIDEST, Claim, finished_runs, seeds_for_power, training_images
+from .claims import INERT, OUTCOMES, WIDEST, Claim, finished_runs, seeds_for_power
+from .claims import training_images
 from .grids import paper_grid
 from .saf import SPEEDS
 
@@ -63,8 +64,9 @@ def _most_accurate(evidence, data):
         on_data = e.setting is not None and e.setting.data in data
         accuracy = e.setting.accuracy if e.setting else 0
         return on_data, accuracy, np.nan_to_num(e.share)
-    best = max(evidence, key=rank)
-    return [e for e in evidence if e.place == best.place]
+    acting = [e for e in evidence if INERT not in e.outside] or evidence # networks with a term that acts
+    best = max(acting, key=rank)
+    return [e for e in acting if e.place == best.place]
 
 def _open_comparison(claim):
     """Return the comparison with the outcome 'no power' that needs most seeds.

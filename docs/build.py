@@ -157,7 +157,8 @@ def parameters(fn, links):
         lines += [f'| {" | ".join(row)} |' for row in rows]
     if back and (back.docment or back.anno not in (*NO_VALUE, None)):
         text = links.text(back.docment or '')
-        lines += ['', f'**Returns** {code(type_name(back.anno))} {text}'.rstrip()]
+        kind = type_name(back.anno)
+        lines += ['', ' '.join(filter(None, ('**Returns**', kind and f'`{kind}`', text)))]
     return lines
 
 def doc(obj, links):
@@ -239,7 +240,9 @@ class Links:
             return f'{{py:obj}}`{match.group(1)} <{full}>`' if full else match.group(0)
         line = re.sub(r'(?<![`\[\w{}])`(\w+)`(?![`\]])', link, line)
         if '`' not in line: return line
-        return re.sub(r'\]\((https?://[^)\s]+)\)\{[^}]*\}', r'](\1)', self.lookup.link_line(line))
+        parts = re.split(r'(\[`[^`\]]*`\])', line) # every second part is the text of a link, which stays
+        linked = ''.join(part if i % 2 else self.lookup.link_line(part) for i, part in enumerate(parts))
+        return re.sub(r'\]\((https?://[^)\s]+)\)\{[^}]*\}', r'](\1)', linked)
 
     def line(self, line, where):
         "Return one line of prose with its links; headings get no links at names."

@@ -162,9 +162,10 @@ def test_page(page, window, host):
     content = tab.locator('article, #search-results').first
     text = content.evaluate(TEXT_WITHOUT, 'code.literal') # inline code may name directives
     assert not re.search(r'#\|\s*\w|:::|^\s*\{py:|nbdev\.showdoc', text, re.M)
-    if formulas:
-        prose = content.evaluate(TEXT_WITHOUT, 'mjx-container, script, pre, code')
-        assert not re.search(r'\$\$|\\(?:frac|rho|mathrm)\b', prose), 'a formula that was not set'
+    prose = content.evaluate(TEXT_WITHOUT, 'mjx-container, script, pre, code')
+    assert '](' not in prose, 'a link that was not made'
+    assert r'\|' not in content.evaluate(TEXT_WITHOUT, 'mjx-container, script, pre'), 'a type with an escape'
+    if formulas: assert not re.search(r'\$\$|\\(?:frac|rho|mathrm)\b', prose), 'a formula that was not set'
     assert not tab.locator('mjx-merror').count(), 'a formula with an error'
     assert tab.evaluate(IMAGES_WITHOUT_TEXT) == []
     assert tab.evaluate(MISSING_IMAGES) == []

@@ -234,15 +234,18 @@ class Links:
         for name, file in DOCS.items(): self.files[file] = f'{name}.md'
 
     def names(self, line):
-        "Return a line with links at public names in inline code; nbdev links those of fastai and fastcore."
+        "Return a line with links at public names in inline code; the texts of links stay as they are."
+        parts = re.split(r'(\[[^\[\]]*\]\([^)\s]*\))', line) # every second part is a link
+        return ''.join(part if i % 2 else self.linked(part) for i, part in enumerate(parts))
+
+    def linked(self, text):
+        "Return text with links at public names; nbdev links the names of fastai and fastcore."
         def link(match):
             full = self.own.get(match.group(1))
             return f'{{py:obj}}`{match.group(1)} <{full}>`' if full else match.group(0)
-        line = re.sub(r'(?<![`\[\w{}])`(\w+)`(?![`\]])', link, line)
-        if '`' not in line: return line
-        parts = re.split(r'(\[`[^`\]]*`\])', line) # every second part is the text of a link, which stays
-        linked = ''.join(part if i % 2 else self.lookup.link_line(part) for i, part in enumerate(parts))
-        return re.sub(r'\]\((https?://[^)\s]+)\)\{[^}]*\}', r'](\1)', linked)
+        text = re.sub(r'(?<![`\[\w{}])`(\w+)`(?![`\]])', link, text)
+        if '`' not in text: return text
+        return re.sub(r'\]\((https?://[^)\s]+)\)\{[^}]*\}', r'](\1)', self.lookup.link_line(text))
 
     def line(self, line, where):
         "Return one line of prose with its links; headings get no links at names."

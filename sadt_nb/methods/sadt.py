@@ -6,25 +6,24 @@
 __all__ = ['Perturbation', 'weight_noise', 'layer_noise', 'gradient_ascent', 'normalized_ascent', 'SADT', 'sadt_step']
 
 # %% ../../nbs/methods/40_sadt.ipynb #467082bd
-from itertools import count
-from typing import Callable, Iterable, Literal, NamedTuple
+from typing import Callable, Iterable, Literal
 
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
+from ..core.loss_graph import check_targets, divergence_of_graph, functions_between
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
-from ..core.passes import ExtraPass, are_dropped, check_outputs, has_rates, in_plain_loop
-from ..core.passes import is_unchanged, note_gradients, stepped_params, take_gradients
-from ..core.states import BatchNormPolicy, RandomPolicy, changed_states
-from ..core.steps import StepGrads, step_unscaled
+from ..core.micro_batches import MicroBatches, shares
+from ..core.passes import ExtraPass, check_outputs, has_rates, in_plain_loop, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks
 from ..core.shared_trunk import shared_forward
+from ..core.states import BatchNormPolicy, RandomPolicy, changed_states
+from ..core.steps import StepGrads, step_unscaled
 
 # %% ../../nbs/methods/40_sadt.ipynb #030edc3b
 def _noise(p, std, generator):
@@ -202,40 +201,26 @@ class _SeededNoise(ExtraPass):
         if self.rate is None: self.rate = self._rate_now()
 
     def state_dict(self):
-        state = {} if self.generator is None else dict(generator=self.generator.get_state())
+        state = super().state_dict() # with the state of the generator, if there is one
         if self.sigma == 'rate' and self.rate is not None: state['rate'] = self.rate
         return state
 
     def load_state_dict(self, state):
         self.generator = None # made again at the next batch
         self._loaded = state.get('generator')
+        super().load_state_dict(state)
         self.rate = self._loaded_rate = state.get('rate')
 
 # %% ../../nbs/methods/40_sadt.ipynb #d976cbd0
-class _MicroBatch(NamedTuple):
-    "What the extra passes need from the first pass of a micro-batch."
-    xb: tuple              # Inputs
-    yb: tuple              # Targets
-    q: Tensor              # `(n, classes)` logits of the first pass, detached
-    rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
-    states: list|None      # Result of `hidden_states` at the start of the first pass
-    inputs: tuple = ()     # In a plain loop: lists of the network's input tensors, call by call
-
-    def starts(self): return dict(rng_state=self.rng_state, states=self.states)
-
-    def stored(self):
-        "Return what a checkpoint keeps; the hidden states are left out, as in every checkpoint."
-        return tuple(self._replace(states=None, inputs=()))
-
 def _backward_at_aux(sadt, params, delta, micro, divergence):
     "Add the divergence's gradient at `w_aux` to `.grad`; the divergence compares `q` with the teacher."
-    def loss(aux, *yb): return divergence(micro.q, aux, *yb)
+    def loss(aux, *yb): return divergence(micro.pred, aux, *yb)
     with perturbed(params, delta, sadt.scratch): sadt.replay(**micro.starts(), loss_func=loss)
 
 def _backward_shared(sadt, deltas, micro, divergence):
     "Add several teachers' gradients to `.grad` in one pass; layers that are equal in all teachers run once."
     def forward(*xb): return shared_forward(sadt.model, deltas, *xb)
-    def loss(preds, *yb): return sum(divergence(micro.q, aux, *yb) for aux in preds)
+    def loss(preds, *yb): return sum(divergence(micro.pred, aux, *yb) for aux in preds)
     sadt.replay(**micro.starts(), forward=forward, loss_func=loss)
 
 def _backward_at_up(sadt, params, delta, micro, divergence):
@@ -243,43 +228,6 @@ def _backward_at_up(sadt, params, delta, micro, divergence):
     with perturbed(params, delta, sadt.scratch): aux = sadt.replay(**micro.starts(), backward=False)
     def loss(pred, *yb): return divergence(pred, aux, *yb)
     sadt.replay(**micro.starts(), loss_func=loss)
-
-# %% ../../nbs/methods/40_sadt.ipynb #b7e4a912
-def _tensors(inputs):
-    "Return the tensors in the inputs of a call, without their graph, so that they can be kept and copied."
-    # inside `torch.vmap`, a tensor stands for many, and cannot be compared later
-    inside_vmap = torch._C._functorch.is_functorch_wrapped_tensor
-    tensors = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and not inside_vmap(t)]
-    return [t if t.grad_fn is None else t.detach() for t in tensors]
-
-def _are_equal(some, others):
-    "Return whether two lists hold the same tensors, or equal tensors."
-    def equal(a, b): return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
-    return len(some) == len(others) and all(map(equal, some, others))
-
-def _check_inputs(micro, micro_batches):
-    """Return a function of the network's input tensors, which is called before each call of the network.
-
-    The function raises `ValueError` if the inputs are not those of `micro`, but those of another micro-batch.
-    Other inputs are allowed, because a closure may augment its batch at random."""
-    others = [other for other in micro_batches if other is not micro]
-    numbers = count() # of the network's calls in this pass
-    def check(inputs):
-        i = next(numbers)
-        if i >= len(micro.inputs) or _are_equal(inputs, micro.inputs[i]): return
-        if any(i < len(other.inputs) and _are_equal(inputs, other.inputs[i]) for other in others):
-            raise ValueError("a micro-batch's closure read another micro-batch when SADT ran it again; "
-                             'a closure reads the variables of a loop when it runs, so bind them: '
-                             '`opt.backward(lambda xb=xb, yb=yb: ...)`')
-    return check
-
-def _check_accumulation(learn):
-    "Raise `ValueError` inside accelerate's accumulation, if a new loop is made for each micro-batch."
-    state = getattr(getattr(learn, 'optimizer', None), 'gradient_state', None)
-    if state is None or state.sync_gradients: return
-    raise ValueError('SADT runs all micro-batches of a step again, and `sadt_step` and `closure_step` keep '
-                     'no micro-batches; make one `MethodOptimizer` before the loop, and call its '
-                     '`backward(closure)` for each micro-batch, and then its `step()`')
 
 # %% ../../nbs/methods/40_sadt.ipynb #f87c7eed
 def _agree_over_ranks(params, deltas):
@@ -300,28 +248,15 @@ def _can_share(sadt, fns):
     is_wrapped = unwrapped(model) is not model # compiled or distributed
     return not is_wrapped and not any(map(is_sharded, model.parameters()))
 
-def _shares(learn, micro_batches):
-    "Return the weight of each micro-batch: in a plain loop, its share of all predictions of the step."
-    if not in_plain_loop(learn): return [1.] * len(micro_batches) # `GradientAccumulation` weights the loss
-    sizes = [micro.q.numel() for micro in micro_batches]
-    return [size / max(sum(sizes), 1) for size in sizes]
-
 def _add_gradients(sadt, params, deltas, micro_batches, kl):
     "For all micro-batches, add the gradients of one teacher, or of several teachers in one pass."
-    learn = sadt.learn
-    batch = learn.xb, learn.yb
     def divergence(clean, aux, targets=None, *others):
         return sadt.kl_weight * share * _divergence(clean, aux, kl, sadt.compare, targets)
-    try:
-        for micro, share in zip(micro_batches, _shares(learn, micro_batches)): # `divergence` reads `share`
-            learn.xb, learn.yb = micro.xb, micro.yb
-            sadt._watch(_check_inputs(micro, micro_batches))
+    for micro, share in zip(micro_batches, shares(sadt.learn, micro_batches)): # `divergence` reads `share`
+        with sadt.batch_again(micro, micro_batches):
             if len(deltas) > 1: _backward_shared(sadt, deltas, micro, divergence)
             elif sadt.grad_at == 'up': _backward_at_up(sadt, params, deltas[0], micro, divergence)
             else: _backward_at_aux(sadt, params, deltas[0], micro, divergence)
-    finally:
-        learn.xb, learn.yb = batch
-        sadt._unwatch()
 
 # %% ../../nbs/methods/40_sadt.ipynb #c76b505a
 def _add_first_gradients(params, g_up):
@@ -332,178 +267,10 @@ def _add_first_gradients(params, g_up):
     for n, p in params.items():
         if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may overwrite `.grad`
 
-# %% ../../nbs/methods/40_sadt.ipynb #5d0c1f7e
-def _computed_from(outputs, loss):
-    "Return the set of autograd functions by which a loss was computed from a network's outputs."
-    users = {outputs.grad_fn: []} # the functions that take each function's result
-    to_visit = [loss.grad_fn]
-    while to_visit:
-        function = to_visit.pop()
-        if function is outputs.grad_fn: continue # the functions before it belong to the network
-        for earlier, _ in function.next_functions:
-            if earlier is None: continue
-            if earlier not in users: to_visit.append(earlier)
-            users.setdefault(earlier, []).append(function)
-    found = set()
-    to_visit = list(users[outputs.grad_fn])
-    while to_visit:
-        function = to_visit.pop()
-        if function in found: continue
-        found.add(function)
-        to_visit += users.get(function, ())
-    return found
-
-def _leaves_out_targets(function):
-    "Return whether a node of the graph is a cross-entropy that leaves out some of its targets."
-    if not function.name().startswith('NllLoss'): return False
-    ignored = function._saved_ignore_index
-    if ignored >= 2**63: ignored -= 2**64 # autograd shows a negative number as an unsigned one
-    return bool((function._saved_target == ignored).any())
-
-def _check_targets(functions):
-    "Raise `ValueError` if a loss, computed by these functions of the outputs, leaves out some targets."
-    if not any(map(_leaves_out_targets, functions)): return
-    raise ValueError('the loss leaves out targets that are its `ignore_index`, and in a loop without '
-                     "a Learner, SADT's divergence cannot leave them out; let the closure return "
-                     'only the outputs that count, such as `outputs[y != -100]` (of a segmentation: '
-                     '`outputs.movedim(1, -1)[y != -100]`), and compute the loss from these outputs and from '
-                     '`y[y != -100]`; they have the shape (n, classes), so leave `divergence` out')
-
-
-# %% ../../nbs/methods/40_sadt.ipynb #2c7a44a2
-# functions of autograd by which a loss makes the outputs probabilities, or takes them as their logarithms
-_OF_CLASSES = ('LogSoftmaxBackward', 'SoftmaxBackward', 'LogsumexpBackward', 'NllLossBackward')
-
-def _classes_shape(function):
-    "Return the shape of the logits or log-probabilities of such a function; `None` for other functions."
-    if not function.name().startswith(_OF_CLASSES): return None
-    softmax = function.name().startswith(('LogSoftmax', 'Softmax'))
-    return (function._saved_result if softmax else function._saved_self).shape
-
-def _are_probabilities(functions):
-    "Return whether outputs are probabilities: the loss takes their logarithm, without a softmax before it."
-    names = {function.name() for function in functions}
-    if any(name.startswith('SoftmaxBackward') for name in names): return False
-    of_classes = [function for function in functions if function.name().startswith(_OF_CLASSES)]
-    earlier = [before for function in of_classes for before, _ in function.next_functions if before]
-    return any(before in functions and before.name().startswith('LogBackward') for before in earlier)
-
-def _divergence_in_loop(outputs, functions):
-    """Return the divergence that fits a loss, computed by these functions of the outputs: classes on axis 1.
-
-    Raises `ValueError` unless there are two axes, and the loss was computed by a softmax or its logarithm,
-    from all outputs."""
-    shapes = [_classes_shape(function) for function in functions]
-    shapes = [tuple(shape) for shape in shapes if shape is not None]
-    problem = f'outputs of shape {tuple(outputs.shape)}'
-    if outputs.ndim == 2 and outputs.shape[1] > 1:
-        if not shapes: problem = 'this loss, which was not computed from the returned outputs by a softmax'
-        elif tuple(outputs.shape) not in shapes:
-            problem += f', of which the loss takes a softmax in the shape {shapes[0]}; return these logits'
-        elif _are_probabilities(functions): problem = 'probabilities; return the logits before the softmax'
-        else: return Divergence()
-    raise ValueError('in a loop without a Learner, `divergence` has a default only for the cross-entropy of '
-                     f"(n, classes) logits, not for {problem}; set it to 'categorical', 'bernoulli' or "
-                     "'gaussian', or to a `Divergence`, such as Divergence('categorical', axis=-1) for "
-                     '(n, tokens, classes) logits')
-
-# %% ../../nbs/methods/40_sadt.ipynb #2c7a4413
-def _with_parts(model):
-    "Return a network and its parts, without scripted modules and the parts of compiled and distributed ones."
-    found = {}
-    to_visit = [model]
-    while to_visit:
-        m = to_visit.pop()
-        if m in found or isinstance(m, torch.jit.ScriptModule): continue # a scripted module takes no hooks
-        found[m] = None
-        is_compiled = unwrapped(m) is not m or m._compiled_call_impl is not None
-        if not is_compiled: to_visit += m.children()
-    return list(found)
-
-class _MicroBatches(_SeededNoise):
-    "Keeps the micro-batches of a step and, in the first step of a plain loop, the network's inputs in each."
-    _micro = () # the micro-batches of a step that is not complete
-    _earlier = 0 # micro-batches before the current one
-    _left = {} # the gradients after the last micro-batch, for `are_dropped`; replaced, never changed
-    _uncounted = None # the gradients before this micro-batch's backward, until it is known to have run
-    _calls = None # in the first step of a plain loop: the network's inputs in this micro-batch, call by call
-    _watching = () # handles of the hooks that read the network's inputs
-
-    def _watch(self, f):
-        """In a loop's first step, call `f` with the input tensors before each call of the network.
-
-        A closure may call parts of the network instead; each part that it calls itself counts as a call."""
-        self._unwatch()
-        if self._calls is None: return
-        depth = 0 # of calls inside calls
-        def enter(module, args, kwargs):
-            nonlocal depth
-            depth += 1
-            if depth == 1: f(_tensors((args, kwargs)))
-        def leave(module, args, output):
-            nonlocal depth
-            depth -= 1
-        modules = _with_parts(self.model)
-        entering = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in modules]
-        self._watching = entering + [m.register_forward_hook(leave, always_call=True) for m in modules]
-
-    def _unwatch(self):
-        "Remove the hooks of `_watch`, so that a copy of the network has no hooks."
-        for handle in self._watching: handle.remove()
-        self._watching = ()
-
-    def _unhook(self):
-        self._unwatch()
-        super()._unhook()
-
-    def _keep(self, micro):
-        "Keep a micro-batch, and forget earlier ones if a callback has dropped their gradients."
-        in_learner = not in_plain_loop(self.learn) # a plain loop calls `drop_batches`
-        if in_learner and self._micro and are_dropped(self._left): self._micro = []
-        self._micro.append(micro)
-        self._uncounted = note_gradients(stepped_params(self.learn)) if in_learner else None
-        self._cancelled = False
-
-    def after_cancel_backward(self):
-        if not self.replaying: self._cancelled = True
-
-    def after_backward(self):
-        if self.replaying: return
-        if not self._cancelled: self._uncounted = None
-        self._left = note_gradients(stepped_params(self.learn))
-
-    def _drop_uncounted(self):
-        "Forget a micro-batch whose backward a callback has skipped, so that `.grad` has not changed."
-        before, self._uncounted = self._uncounted, None
-        if before is None or not self._micro: return
-        now = {p: p.grad for p in stepped_params(self.learn) if p.grad is not None}
-        same = now.keys() == before.keys() and all(is_unchanged(g, before[p]) for p, g in now.items())
-        if same: self._micro.pop()
-
-    def before_step(self): self._drop_uncounted()
-
-    def after_batch(self):
-        super().after_batch()
-        self._drop_uncounted()
-
-    def drop_batches(self, current=False):
-        self._micro = self._micro[:self._earlier] if current else []
-
-    def state_dict(self):
-        state = super().state_dict()
-        # in a plain loop, `xb` is a closure, which a checkpoint cannot keep
-        stored = [micro.stored() for micro in self._micro if not callable(micro.xb)]
-        if stored: state['micro_batches'] = stored
-        return state
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self._micro = [_MicroBatch(*stored) for stored in state.get('micro_batches', ())]
-
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
-class _TwoSteps(_MicroBatches):
+class _TwoSteps(_SeededNoise, MicroBatches):
     "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
-    needs_logits = acts_at_step = True
+    acts_at_step = True
 
     def before_fit(self):
         super().before_fit()
@@ -512,45 +279,32 @@ class _TwoSteps(_MicroBatches):
         self.compare = None
         known = self.divergence is not None or self.learn.loss_func is not None
         if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
-        self._micro = []
-        _check_accumulation(self.learn)
-        self._calls = [] if in_plain_loop(self.learn) else None
         StepGrads.install(self.learn, self)
 
     def before_batch(self):
         super().before_batch()
-        self._drop_uncounted() # the batch before ended the epoch or the training
-        self._earlier = len(self._micro)
-        if self._calls is not None:
-            self._calls = []
-            self._watch(self._calls.append)
         # without a first step, the Learner's step is cancelled; SADT makes the only step later
         holds = not self.first_step and self.in_window()
         self.step_grads.holder = self if holds else None
 
-    def before_backward(self):
-        if self.replaying: return
-        self._unwatch()
+    def check_batch(self):
         check_outputs(self.pred, self)
         loss = self.learn.loss_grad
         has_graph = getattr(loss, 'grad_fn', None) is not None
         from_network = self.pred.grad_fn is not None or not self.pred.requires_grad # a leaf is no output
         # without a graph from the network to the loss, the loop raises an error of its own
         if self.kl_weight and has_graph and from_network and in_plain_loop(self.learn): self._read_loss(loss)
-        q = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
-        calls = tuple(self._calls or ())
-        self._keep(_MicroBatch(self.xb, self.yb, q, self.rng_state, self.states, calls))
 
     def _read_loss(self, loss):
         "In a plain loop, check the loss of a closure, and choose the divergence if none is given."
         if self.compare is not None and not isinstance(self.compare, Divergence): return # the user's function
-        functions = _computed_from(self.pred, loss)
-        _check_targets(functions)
-        if self.compare is None: self.compare = _divergence_in_loop(self.pred, functions)
+        functions = functions_between(self.pred, loss)
+        check_targets(functions)
+        if self.compare is None: self.compare = divergence_of_graph(self.pred, functions)
 
     def after_step(self):
         super().after_step()
-        micro_batches, self._micro = self._micro, []
+        micro_batches = self.take_batches()
         g_up = self.step_grads.grads
         # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient;
         # `micro_batches` is empty if a callback has skipped every backward
@@ -561,17 +315,13 @@ class _TwoSteps(_MicroBatches):
         if not params: return # no parameter of the network has a gradient
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
-        self._calls = None # the first step has shown whether each closure keeps its micro-batch
+        self.end_first_step()
 
         def second_step():
             _add_first_gradients(stepped, g_up)
             self.step_grads.make_step()
         if self.kl_weight: step_unscaled(self.learn, second_step)
         else: second_step()
-
-    def after_fit(self):
-        super().after_fit()
-        self._micro = []
 
 # %% ../../nbs/methods/40_sadt.ipynb #9f8403e5
 def _check_choice(name, value, choices):

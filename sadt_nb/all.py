@@ -10,8 +10,9 @@ from .core.arguments import explain as _explain
 from .core.closures import MethodOptimizer
 from .core.loss_terms import LossTerm
 from .core.losses import Divergence, kd_loss, kl_div
-from .core.passes import ExtraPass, PerturbedPass, replay
+from .core.passes import ExtraPass, replay
 from .core.perturb import perturbed
+from .core.perturbed_passes import PerturbedPass
 from .core.teachers import Ensemble
 from .data.datasets import DATASETS, get_dls
 from .data.loader import TensorDL

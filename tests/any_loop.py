@@ -17,8 +17,8 @@ from tasks import NETWORKS, task
 from torch import nn
 
 from sadt_nb.core.closures import MethodOptimizer, closure_step
+from sadt_nb.core.fits import LoopMethod
 from sadt_nb.core.losses import divergence_of
-from sadt_nb.core.passes import LoopMethod
 from sadt_nb.experiments.report import published
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM

@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.optimizer import SGD
-from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.experiments import cost
 from sadt_nb.experiments.learner import make_learner
 from sadt_nb.methods.registry import METHODS, make_method

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.core.perturb import global_norm, perturbed
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.methods.registry import METHODS, Method
 
 NBS = Path(__file__).parents[1] / 'nbs'

@@ -18,7 +18,7 @@ from fastai.optimizer import OptimWrapper
 
 from sadt_nb.core import perturb
 from sadt_nb.core.closures import MethodOptimizer, closure_step, load_method_state, method_state
-from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.methods.asam import ASAM, asam_step
 from sadt_nb.methods.esam import ESAM, esam_step
 from sadt_nb.methods.friendly_sam import FriendlySAM

@@ -9,7 +9,7 @@ from documented_methods import DOCUMENTED, registered
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from sadt_nb.core import ranks
-from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.methods.registry import METHODS, make_method
 
 NEEDS = 'fastai distributes through accelerate: pip install sadt_nb[distributed]'

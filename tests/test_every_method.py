@@ -19,7 +19,8 @@ from fastai.optimizer import SGD, OptimWrapper
 from torch.utils._pytree import tree_leaves
 from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.loss_terms import LossTerm
-from sadt_nb.core.passes import ExtraPass, PerturbedPass
+from sadt_nb.core.passes import ExtraPass
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.methods.looksam import LookSAM

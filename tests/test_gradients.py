@@ -14,10 +14,11 @@ from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
 
-from sadt_nb.core.passes import _OwnGradients, replay, replaying
-from sadt_nb.core.states import kept_buffers, rng_policy, rng_states, set_rng_states
+from sadt_nb.core.passes import replay, replaying
 from sadt_nb.core.perturb import chosen_params, trainable_params, unwrapped
+from sadt_nb.core.perturbed_passes import _OwnGradients
 from sadt_nb.core.precision import DeviceMixedPrecision
+from sadt_nb.core.states import kept_buffers, rng_policy, rng_states, set_rng_states
 from sadt_nb.measures.landscape import loss_line, random_direction
 from sadt_nb.measures.sharpness import average_sharpness, sam_sharpness
 from sadt_nb.methods.agc import AGC

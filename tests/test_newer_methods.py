@@ -16,7 +16,7 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import SGD, OptimWrapper
 from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.closures import MethodOptimizer, closure_step
-from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.sam import SAM

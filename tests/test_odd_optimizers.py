@@ -13,7 +13,7 @@ from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
 
 from sadt_nb.core.closures import MethodOptimizer, closure_step
-from sadt_nb.core.passes import PerturbedPass
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM

@@ -9,7 +9,7 @@ import torch
 from conftest import as_loader, batches, cnn, evaluating_within, flat, learner, mlp, needed, sgd_for
 from fastai.callback.core import Callback
 from sadt_nb.core.closures import MethodOptimizer, closure_step
-from sadt_nb.core.passes import LoopMethod
+from sadt_nb.core.fits import LoopMethod
 from sadt_nb.core.steps import StepGrads
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options

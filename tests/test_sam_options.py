@@ -126,14 +126,14 @@ def test_only_is_the_definition(only, norm):
 
 
 def test_the_perturbation_of_the_chosen_has_length_rho(monkeypatch):
-    from sadt_nb.core import passes
+    from sadt_nb.core import perturbed_passes
     lengths, moved = [], []
-    real = passes.perturbed
+    real = perturbed_passes.perturbed
     def noted(params, deltas, *args):
         lengths.append(sum((d**2).sum() for d in deltas.values()).sqrt().item())
         moved.append(set(deltas))
         return real(params, deltas, *args)
-    monkeypatch.setattr(passes, 'perturbed', noted)
+    monkeypatch.setattr(perturbed_passes, 'perturbed', noted)
     train([SAM(.5, only='norm')])
     assert lengths == pytest.approx([.5] * 6, abs=1e-10)
     assert all(names == IN_NORMS for names in moved)

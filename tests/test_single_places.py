@@ -13,8 +13,8 @@ from fastai.optimizer import SGD
 from matplotlib import pyplot as plt
 from sadt_nb.commands import cli
 from sadt_nb.core.display import visible
+from sadt_nb.core.fits import evaluating
 from sadt_nb.core.optim import KerasAdam
-from sadt_nb.core.passes import evaluating
 from sadt_nb.core.precision import DeviceMixedPrecision
 from sadt_nb.core.teachers import Ensemble
 from sadt_nb.experiments import grid, runner

@@ -19,14 +19,16 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
-from .passes import LoopMethod, PerturbedPass, add_gradients, are_dropped, is_unchanged
-from .passes import is_whole_training, note_gradients, stepped_params, take_gradients
+from .fits import LoopMethod, is_whole_training
+from .passes import add_gradients, are_dropped, is_unchanged, note_gradients
+from .passes import stepped_params, take_gradients
+from .perturb import check_count, clip_gradients_, is_sharded, local_parts, settle_gradients
+from .perturb import trainable_params, version_of, weights_moved
+from .perturbed_passes import PerturbedPass
+from .ranks import own_memory, sync_gradients
 from .states import BatchNormPolicy, RandomPolicy, bn_policy, device_of, from_hidden_states
 from .states import hidden_states, rng_policy, rng_states, set_rng_states
 from .steps import step_unscaled
-from .perturb import check_count, clip_gradients_, is_sharded, local_parts, settle_gradients
-from .perturb import trainable_params, version_of, weights_moved
-from .ranks import own_memory, sync_gradients
 
 # %% ../../nbs/core/13_closures.ipynb #4ff4ee24
 class _Groups:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from .closures import MethodOptimizer, PlainLoop, check_hooks, check_one_pass
 from .closures import load_method_state, method_state
-from .passes import PerturbedPass, is_whole_training
-from .states import device_of, rng_states
+from .fits import is_whole_training
+from .perturbed_passes import PerturbedPass
 from .ranks import sync_gradients
+from .states import device_of, rng_states
 
 try:
     from lightning.pytorch import Callback

@@ -20,13 +20,13 @@ from fastai.learner import Learner
 from fastai.text.data import LMDataLoader
 
 from .arguments import ShowsArguments
+from .fits import PreparedInFit, check_minimizes, check_outputs, check_single, evaluating
+from .fits import in_tta, skipped_epochs
 from .losses import as_divergence, divergence_between, DivergenceLike
-from .passes import ORDERS, PreparedInFit, batch_size, check_minimizes, check_outputs
-from .passes import check_single, evaluating, in_tta, replayed_rows, replays_other_loss
-from .passes import skipped_epochs
-from .states import device_of
+from .passes import ORDERS, batch_size, replayed_rows, replays_other_loss
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
+from .states import device_of
 
 # %% ../../nbs/core/04_loss_terms.ipynb #e04832de
 def _is_list(value): return isinstance(value, (tuple, list))

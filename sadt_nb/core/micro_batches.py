@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .passes import ExtraPass, are_dropped, in_plain_loop, is_unchanged, note_gradients
-from .passes import stepped_params
+from .fits import in_plain_loop
+from .passes import ExtraPass, are_dropped, is_unchanged, note_gradients, stepped_params
 from .perturb import unwrapped
 
 # %% ../../nbs/core/20_micro_batches.ipynb #1d9fdd09

@@ -17,7 +17,8 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
-from .passes import ORDERS, PreparedInFit, evaluating
+from .fits import PreparedInFit, evaluating
+from .passes import ORDERS
 from .perturb import copy_not_finite_, has_average, is_norm_layer, local_parts
 from .perturb import trainable_params, unwrapped, weights_moved
 from .ranks import n_ranks

@@ -15,10 +15,11 @@ from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 
-from .passes import ORDERS, PerturbedPass, are_dropped, batch_size, evaluating, in_plain_loop
-from .passes import in_tta, is_on, is_used_by, loss_scale, note_gradients, params_outside
+from .fits import evaluating, in_plain_loop, in_tta, is_on, is_used_by
+from .passes import ORDERS, are_dropped, batch_size, note_gradients, params_outside
 from .passes import stepped_params
 from .perturb import copied, local_parts, trainable_params
+from .perturbed_passes import PerturbedPass, loss_scale
 from .states import BatchNormPolicy, RandomPolicy
 
 # %% ../../nbs/core/18_steps.ipynb #4e83f07c

@@ -10,7 +10,7 @@ from typing import Iterable
 
 from torch import nn, Tensor
 
-from .passes import check_outputs
+from .fits import check_outputs
 
 # %% ../../nbs/core/05_teachers.ipynb #36a08580
 class Ensemble(nn.Module):

@@ -19,10 +19,10 @@ from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
 from ..core.display import bar
+from ..core.fits import PreparedInFit, evaluating
 from ..core.fixed_loss import FixedLoss, collect_batches
-from ..core.passes import PreparedInFit, evaluating
-from ..core.states import device_of, in_eval_mode, kept_random_states
 from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
+from ..core.states import device_of, in_eval_mode, kept_random_states
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
 def sam_sharpness(

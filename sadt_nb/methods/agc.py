@@ -14,7 +14,8 @@ from torch import Tensor
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, check_learner, check_steps_network
+from ..core.fits import check_learner, check_steps_network
+from ..core.passes import ORDERS
 from ..core.perturb import is_sharded, Replicate, trainable_params, weights_moved
 
 # %% ../../nbs/methods/11_agc.ipynb #e47650fb

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass, check_chunk
-from ..core.states import BatchNormPolicy, RandomPolicy
 from ..core.perturb import Only, ascent, check_not_negative, check_only, check_radius, weight_sizes
+from ..core.perturbed_passes import PerturbedPass, check_chunk
+from ..core.states import BatchNormPolicy, RandomPolicy
 
 # %% ../../nbs/methods/21_asam.ipynb #d2348d09
 def _is_weight(name, parameter):

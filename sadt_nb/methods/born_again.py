@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import PreparedInFit, check_learner, check_outputs, evaluating, skipped_epochs
+from ..core.fits import PreparedInFit, check_learner, check_outputs, evaluating, skipped_epochs
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble

@@ -9,9 +9,10 @@ __all__ = ['RepeatStep']
 from fastai.callback.core import Callback
 
 from ..core.arguments import ShowsArguments
-from ..core.passes import ORDERS, PreparedInFit, check_learner, check_single, evaluating
-from ..core.steps import StepGrads, StepWatch
+from ..core.fits import PreparedInFit, check_learner, check_single, evaluating
+from ..core.passes import ORDERS
 from ..core.perturb import check_count, weights_moved
+from ..core.steps import StepGrads, StepWatch
 
 # %% ../../nbs/methods/90_controls.ipynb #26dced34
 class RepeatStep(StepWatch, PreparedInFit, ShowsArguments, Callback):

@@ -11,10 +11,10 @@ from typing import Sequence
 
 from torch import nn
 
+from ..core.fits import check_learner, check_minimizes, check_outputs, check_single
 from ..core.loss_terms import LossTerm
 from ..core.losses import as_divergence, DivergenceLike
-from ..core.passes import ORDERS, check_learner, check_minimizes, check_outputs, check_single
-from ..core.passes import replaying, replays_other_loss
+from ..core.passes import ORDERS, replaying, replays_other_loss
 from ..core.teachers import Ensemble
 
 # %% ../../nbs/methods/30_distillation.ipynb #02b286ac

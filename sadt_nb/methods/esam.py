@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastai.layers import NoneReduce
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass, batch_size, check_rows
-from ..core.states import BatchNormPolicy, RandomPolicy, device_of
+from ..core.passes import batch_size
 from ..core.perturb import ascent, check_radius, is_sharded, trainable_params
+from ..core.perturbed_passes import PerturbedPass, check_rows
 from ..core.ranks import over_ranks, sync_gradients
+from ..core.states import BatchNormPolicy, RandomPolicy, device_of
 
 # %% ../../nbs/methods/22_esam.ipynb #ed9acbb5
 def sharpest(

@@ -14,11 +14,12 @@ from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass, has_rates
-from ..core.states import BatchNormPolicy, RandomPolicy
+from ..core.fits import has_rates
 from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
 from ..core.perturb import sam_ascent, trainable_params
+from ..core.perturbed_passes import PerturbedPass
 from ..core.ranks import average_gradients
+from ..core.states import BatchNormPolicy, RandomPolicy
 
 # %% ../../nbs/methods/24_gsam.ipynb #14734978
 def _decompose_(params, g, alpha):

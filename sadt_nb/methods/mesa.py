@@ -10,12 +10,13 @@ from typing import Literal
 
 import torch
 
+from ..core.fits import check_learner, check_network, check_outputs, note_network
 from ..core.loss_terms import TrajectoryLoss
 from ..core.losses import DivergenceLike
-from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
+from ..core.passes import replaying
+from ..core.perturb import check_whole, copy_not_finite_, has_average, unwrapped
 from ..core.states import copied_network
 from ..core.steps import StepWatch
-from ..core.perturb import check_whole, copy_not_finite_, has_average, unwrapped
 
 # %% ../../nbs/methods/26_mesa.ipynb #0a23f578
 @torch.no_grad()

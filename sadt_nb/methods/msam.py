@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import torch
 from fastai.optimizer import Optimizer, average_grad, l2_reg
 
+from ..core.fits import LoopMethod, ReplacedMethod, check_single, evaluating, is_on
 from ..core.optim import KerasAdam
-from ..core.passes import ORDERS, LoopMethod, PerturbedPass, ReplacedMethod, check_single
-from ..core.passes import evaluating, is_on
+from ..core.passes import ORDERS
 from ..core.perturb import check_radius, copied, global_norm, in_range, local_parts
 from ..core.perturb import trainable_params, weights_moved
+from ..core.perturbed_passes import PerturbedPass
 
 # %% ../../nbs/methods/29_msam.ipynb #ba205e29
 _TORCH = torch.optim

@@ -14,10 +14,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.arguments import ShowsArguments
 from ..core.closures import closure_step
+from ..core.fits import check_outputs, has_rates, in_plain_loop
 from ..core.loss_graph import check_targets, divergence_of_graph, functions_between
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
 from ..core.micro_batches import MicroBatches, shares
-from ..core.passes import ExtraPass, check_outputs, has_rates, in_plain_loop, take_gradients
+from ..core.passes import ExtraPass, take_gradients
 from ..core.perturb import ascent, check_not_negative, is_sharded, local_parts, perturbed
 from ..core.perturb import placed_like, real_views, trainable_params, unwrapped
 from ..core.ranks import over_ranks

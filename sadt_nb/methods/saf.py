@@ -11,9 +11,10 @@ from typing import Literal, Sequence
 import torch
 from torch import distributed, Tensor
 
+from ..core.fits import check_learner, check_network, check_outputs, note_network
 from ..core.loss_terms import SampleIds, TrajectoryLoss, mixing, n_samples
 from ..core.losses import DivergenceLike
-from ..core.passes import check_learner, check_network, check_outputs, note_network, replaying
+from ..core.passes import replaying
 from ..core.perturb import check_count
 
 # %% ../../nbs/methods/25_saf.ipynb #2c8b3ff2

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import PerturbedPass, check_chunk
+from ..core.perturb import Only, check_count, check_only, check_radius, sam_ascent
+from ..core.perturbed_passes import PerturbedPass, check_chunk
 from ..core.states import BatchNormPolicy, RandomPolicy
 from ..core.steps import StepWatch
-from ..core.perturb import Only, check_count, check_only, check_radius, sam_ascent
 
 # %% ../../nbs/methods/20_sam.ipynb #bebceb0b
 class SAM(PerturbedPass, StepWatch):

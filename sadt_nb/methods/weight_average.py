@@ -21,14 +21,14 @@ from fastai.callback.hook import HookCallback
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
+from ..core.fits import PreparedInFit, ReplacedMethod, check_learner, check_single, evaluating
 from ..core.loss_terms import SampleIds
-from ..core.passes import PreparedInFit, ReplacedMethod, batch_size, check_learner, check_single
-from ..core.passes import evaluating
-from ..core.states import in_eval_mode
-from ..core.steps import StepWatch
+from ..core.passes import batch_size
 from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
 from ..core.perturb import unwrapped, weights_moved
 from ..core.ranks import n_ranks, over_ranks
+from ..core.states import in_eval_mode
+from ..core.steps import StepWatch
 
 # %% ../../nbs/methods/91_weight_average.ipynb #b536e9e2
 def _tensors(module):

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..core.closures import closure_step
-from ..core.passes import has_rates, loss_scale, maximizes, params_outside
-from ..core.states import BatchNormPolicy, RandomPolicy
-from ..core.steps import SummedPass, unscale_
+from ..core.fits import has_rates, maximizes
+from ..core.passes import params_outside
 from ..core.perturb import check_radius, copied, local_parts, sam_ascent, trainable_params
 from ..core.perturb import weights_moved
+from ..core.perturbed_passes import loss_scale
 from ..core.ranks import average_over_ranks
+from ..core.states import BatchNormPolicy, RandomPolicy
+from ..core.steps import SummedPass, unscale_
 
 # %% ../../nbs/methods/28_wsam.ipynb #b4848e15
 def _complete(params, g):

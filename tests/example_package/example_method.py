@@ -1,7 +1,7 @@
 "The gradient at a random point nearby: SAM without its direction."
 import torch
-from sadt_nb.core.passes import PerturbedPass
 from sadt_nb.core.perturb import global_norm
+from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.methods.registry import Method
 
 

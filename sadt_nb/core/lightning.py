@@ -12,10 +12,10 @@ from functools import partial
 
 from torch import Tensor
 
-from .closures import MethodOptimizer, PlainLoop, check_hooks, check_one_pass
-from .closures import load_method_state, method_state
+from .closures import MethodOptimizer, check_one_pass, load_method_state, method_state
 from .fits import is_whole_training
 from .perturbed_passes import PerturbedPass
+from .plain_loop import PlainLoop, check_hooks
 from .ranks import sync_gradients
 from .states import device_of, rng_states
 

@@ -29,7 +29,7 @@ def sharpest(
     least:int=1, # Keep at least this many samples, or all if the batch has fewer
 ) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
     "Return the positions of the samples whose loss rose most."
-    # `- 1e-9`, because 0.1 * 30 is a little more than 3 in floating point
+    # `- 1e-9`, because 0.07 * 100 is a little more than 7 in floating point
     k = max(least, ceil(gamma * len(rise) - 1e-9))
     return rise.topk(min(k, len(rise))).indices.sort().values
 

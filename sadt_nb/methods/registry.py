@@ -180,8 +180,8 @@ _SAM = dict(
         paper='Adaptive Sharpness-Aware Minimization, '
               '[Kwon et al. 2021](https://arxiv.org/abs/2102.11600), ICML',
         key='`rho` = 0.5 on CIFAR-10 and 1.0 on CIFAR-100, relative to the weights; `eta` = 0.01',
-        avoid='in networks with BatchNorm, where the scale of most weights has no effect: '
-              'there SAM with a tuned radius is as accurate as ASAM'),
+        avoid='in networks with BatchNorm, before you have tuned the radius of SAM: '
+              'the outputs of these networks do not depend on the scale of most weights'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #c74bf75d

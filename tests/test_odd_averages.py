@@ -1,12 +1,13 @@
 """Averages of complex weights and infinite buffers, teachers of recurrent networks, against hand loops."""
 import math
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import learner
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.optimizer import SGD, OptimWrapper
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_lm_config
@@ -252,3 +253,57 @@ def test_a_teacher_of_plain_logits_needs_no_unpacking():
         def forward(self, x): return self.net(x)[0]
     found = recurrent([Distillation(Logits(), ALPHA, TAU, WORDWISE)])
     check_weights(found, recurrent([Distillation(language_model(1), ALPHA, TAU, WORDWISE)]))
+
+
+class Stop(Callback):
+    "Ends a fit after some batches, and keeps a copy of what the callback `of` has then."
+    order = 2000
+    def __init__(self, of, after): self.of, self.after = of, after
+    def after_batch(self):
+        if self.iter + 1 < self.after: return
+        self.state, self.weights = deepcopy(self.of.state_dict()), deepcopy(self.model.state_dict())
+        raise CancelFitException()
+
+
+class SkipFirst(Callback):
+    "Skips the first batches of a fit."
+    order = -200
+    def __init__(self, n): self.n = n
+    def before_batch(self):
+        if self.iter < self.n: raise CancelBatchException()
+
+
+def lookahead_learner(cbs):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    x, y = torch.randn(32, 3, dtype=torch.float64), torch.randn(32, 2, dtype=torch.float64)
+    data = list(zip(x.split(4), y.split(4)))
+    return learner(net, cbs, data, SGD, loss_func=F.mse_loss)
+
+
+@pytest.mark.parametrize('failed_before', [False, True])
+def test_a_state_of_lookahead_that_is_loaded_before_a_fit_continues(failed_before):
+    whole = lookahead_learner([Lookahead(every=2)])
+    whole.fit(1)
+    first = Lookahead(every=2)
+    stop = Stop(first, 3) # one batch after an update of the slow average
+    lookahead_learner([first, stop]).fit(1)
+
+    second = Lookahead(every=2)
+    resumed = lookahead_learner([second, SkipFirst(3)])
+    if failed_before:
+        fails = Stop(second, 5)
+        fails.after_batch = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError): resumed.fit(1, cbs=fails)
+        resumed.remove_cb(fails)
+    second.load_state_dict(stop.state)
+    assert second.state_dict() is stop.state # also before the fit
+    resumed.model.load_state_dict(stop.weights)
+    resumed.fit(1)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters()): assert torch.equal(a, b)
+
+
+def test_a_state_of_lookahead_of_another_network_is_refused():
+    other = Lookahead(every=2)
+    other.load_state_dict(dict(slow={'weight': torch.zeros(5, 5)}, batches=2))
+    with pytest.raises(ValueError, match='comes from another network'): lookahead_learner([other]).fit(1)

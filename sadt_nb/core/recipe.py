@@ -158,6 +158,7 @@ class Lookahead(PreparedInFit, ShowsArguments, Callback):
             raise ValueError(f'`decay` must lie in [0, 1), got {decay}')
         self.every, self.decay = every, decay
         self.slow, self.batches = {}, 0
+        self._loaded = None # a loaded state, until the next batch of a fit
 
     def before_train(self):
         if hasattr(self.learn, 'lr_finder'): return
@@ -172,6 +173,8 @@ class Lookahead(PreparedInFit, ShowsArguments, Callback):
         self.slow = {name: t.detach().clone() for name, t in _averaged_tensors(self.model).items()}
         self.batches = 0
 
+    def before_batch(self): self._continue_loaded()
+
     def after_batch(self):
         self.batches += 1
         if self.batches % self.every == 0:
@@ -179,17 +182,30 @@ class Lookahead(PreparedInFit, ShowsArguments, Callback):
             _pull_(self.slow, _averaged_tensors(self.model), kept)
 
     def after_train(self):
+        self._continue_loaded() # the loaded state may come from a finished fit
         if self.epoch == self.n_epoch - 1:
             _pull_(self.slow, _averaged_tensors(self.model), 1.) # d = 1: training ends with the slow weights
 
     def state_dict(self) -> dict:
         "Return the slow weights, and the number of batches so far."
-        return dict(slow=self.slow, batches=self.batches)
+        return self._loaded or dict(slow=self.slow, batches=self.batches)
 
     def load_state_dict(self,
         state:dict, # What `state_dict` returned
     ):
-        "Restore the state that `state_dict` returned."
+        """Restore the state that `state_dict` returned, at the next batch of a fit.
+
+        The fit then raises `ValueError` if the state comes from a network with other parameters."""
+        self._loaded = state
+
+    def _continue_loaded(self):
+        "Continue from a loaded state; a learning rate search leaves it to the next fit."
+        if self._loaded is None or hasattr(self.learn, 'lr_finder'): return
+        state, self._loaded = self._loaded, None
+        shapes = {name: t.shape for name, t in self.slow.items()}
+        if {name: t.shape for name, t in state['slow'].items()} != shapes:
+            raise ValueError('the loaded state of Lookahead comes from another network; load the state of a '
+                             'network with the same parameters')
         self.batches = state['batches']
         for name, t in state['slow'].items():
             self.slow[name].copy_(t)

@@ -2,6 +2,7 @@
 import copy
 import gc
 import math
+import warnings
 import weakref
 from functools import partial
 
@@ -25,6 +26,7 @@ from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.gsam import GSAM, gsam_step
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.mesa import MESA
+from sadt_nb.methods.msam import MSAM
 from sadt_nb.methods.sadt import SADT, sadt_step, weight_noise
 from sadt_nb.methods.sam import SAM, sam_step
 from sadt_nb.methods.wsam import WSAM, wsam_step
@@ -110,6 +112,26 @@ def test_wrapper_makes_the_steps_of_the_callback(name):
         F.cross_entropy(plain(x), y).backward()
         opt.step()
     assert (got - values(plain)).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize('name', [*METHODS, 'msam'])
+def test_a_loop_prints_no_warning(name):
+    "fastai warns if a callback and its Learner, or the loop in place of it, have an attribute of one name."
+    make = METHODS.get(name, MSAM)
+    dropout = .5 if 'replay' in name else 0.
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        by_wrapper(make(), network(dropout), batches(3))
+        net = network(dropout)
+        opt = MethodOptimizer(make(), sgd(net), net)
+        for x, y in batches(3): opt.backward(closure_for(opt.method, net, x, y))
+        opt.step()
+        if name not in FIRST_STEP: return
+        for x, y in batches(3):
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            if opt.first_step(): F.cross_entropy(net(x), y).backward()
+            opt.second_step()
 
 
 FUNCTIONS = {

@@ -149,26 +149,27 @@ class _Gradients(_CallbackHandler):
     "Keeps the gradients of a pass apart from the gradients that were in `.grad` before."
     def __init__(self, model, optimizer):
         super().__init__(model, optimizer)
-        self._used = {} # what `note_gradients` returned for the gradients that the last step has used
-        self._left = {} # the same for the gradients that the last micro-batch has left
+        self._noted_used = {} # what `note_gradients` returned for the gradients that the last step has used
+        self._noted_left = {} # the same for the gradients that the last micro-batch has left
         self.kept = {}  # gradients of earlier micro-batches while a batch runs
 
-    def __getstate__(self): return vars(self) | dict(_used={}, _left={}) # copied parameters have no gradients
+    def __getstate__(self): # copied parameters have no gradients
+        return vars(self) | dict(_noted_used={}, _noted_left={})
 
     def set_aside(self):
         "Take all gradients out of `.grad`; return the gradients that the last step has not used."
-        used = self._used
-        self._used = {}
+        used = self._noted_used
+        self._noted_used = {}
         taken = take_gradients(stepped_params(self))
         return own_memory(self.model, {p: g for p, g in taken.items() if not is_unchanged(g, used.get(p))})
 
     def remember_used(self):
         "Store which gradients a step has used."
-        self._used, self._left = note_gradients(stepped_params(self)), {}
+        self._noted_used, self._noted_left = note_gradients(stepped_params(self)), {}
 
     def remember_left(self):
         "Store which gradients a micro-batch has left for the step."
-        self._left = note_gradients(stepped_params(self))
+        self._noted_left = note_gradients(stepped_params(self))
 
     def has_gradients(self):
         "Return whether a backward has run."
@@ -233,11 +234,11 @@ class _Passes(_Gradients):
     def forget(self):
         "Forget all micro-batches since the last step, whose gradients the loop has dropped."
         self.method.drop_batches()
-        self.batches, self._left = 0, {}
+        self.batches, self._noted_left = 0, {}
 
     def forget_if_dropped(self):
         "Forget the micro-batches if their gradients are gone, as after the network's own `zero_grad`."
-        if are_dropped(self._left): self.forget()
+        if are_dropped(self._noted_left): self.forget()
 
     def run(self,
         rows:Tensor|None=None,          # `(k,)` positions of samples; with `None`, the whole batch

@@ -14,12 +14,14 @@ from sadt_nb.core.display import Card
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.results import unpacked
 from sadt_nb.papers import claims as claims_page
+from sadt_nb.papers import networks as networks_page
 from sadt_nb.papers import verdict_rows, verdicts
-from sadt_nb.papers.claims import (
-    BY_IMAGE, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Setting, Side,
-    INERT, discoveries, finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image,
-    paired_by_seed, power, seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
+from sadt_nb.papers.claims import INERT, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Evidence, Published
+from sadt_nb.papers.claims import Setting, Side, discoveries, image_variance, outcome, outside_regime
+from sadt_nb.papers.claims import paired_by_image, paired_by_seed, power, seeds_for_power, smallest_effect
+from sadt_nb.papers.claims import weakest, without_chance
 from sadt_nb.papers.grids import paper_ensembles, paper_grid
+from sadt_nb.papers.networks import BY_IMAGE, Comparisons, finished_runs, judged, stored_networks
 from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
 from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
 
@@ -336,7 +338,7 @@ def test_a_student_and_its_teacher_are_paired_by_image():
 
 def test_ensembles_that_store_their_right_images_are_paired_by_image(monkeypatch):
     "The bits of two kinds of ensembles, from a generator; those of a third kind are of an earlier version."
-    stored, rng, right = claims_page.run_ensemble, np.random.default_rng(0), {}
+    stored, rng, right = networks_page.run_ensemble, np.random.default_rng(0), {}
     labels = {e.members: e.label for e in paper_ensembles('distill/cifar_small')}
     def found(members, root):
         result, label = stored(members, root), labels[members]
@@ -344,7 +346,7 @@ def test_ensembles_that_store_their_right_images_are_paired_by_image(monkeypatch
         right[label] = hits = rng.random(10_000) < .7
         packed = base64.b64encode(np.packbits(hits).tobytes()).decode()
         return result | dict(accuracy=hits.mean(), right=packed, data_facts=dict(test=10_000, classes=10))
-    monkeypatch.setattr(claims_page, 'run_ensemble', found)
+    monkeypatch.setattr(networks_page, 'run_ensemble', found)
     place, = [p for p in PLACES if p.preset == 'distill/cifar_small']
     nets = Comparisons(stored_networks([place]))
     kinds = 'independent, 2 members', 'alpha 0.5, rounds 0 to 1'
@@ -467,7 +469,7 @@ def test_runs_of_one_factor_are_taken_up_when_they_are_stored(monkeypatch):
             accuracy = .5 + .09 * c.label.startswith('SADT-1') + .001 * c.run.seed
             return {**row, 'run': c.run, c.result: accuracy, 'accuracy_bn': accuracy}
         return {c.run: result(c) for c in cells}
-    monkeypatch.setattr(claims_page, 'finished_runs', stored)
+    monkeypatch.setattr(networks_page, 'finished_runs', stored)
     networks = stored_networks([p for p in PLACES if p.preset.startswith('sadt/notebook20')])
     notebook = next(c for c in sadt_claims(Comparisons(networks)) if 'released notebook' in c.short)
     found = {e.label: e for e in notebook.ours if 'one factor' in e.place and e.n}

@@ -15,12 +15,12 @@ import pandas as pd
 
 from ..experiments.report import published
 from ..methods.registry import passes_of
-from .claims import ALIKE, HIGHER, LESS, LOWER, MORE, NO_GAIN, NO_LOSS, WIDEST
-from .claims import Claim, Comparisons, Evidence, Place, Published, Side
-from .claims import image_variance, judged, stored_networks, training_images, tuned_networks
-from .claims import without_chance
+from .claims import ALIKE, HIGHER, LESS, LOWER, MORE, NO_GAIN, NO_LOSS, Claim, Evidence
+from .claims import Published, Side, image_variance, without_chance
 from .equal_passes import CONTROLS
 from .grids import paper_grid
+from .networks import WIDEST, Comparisons, Place, judged, stored_networks, training_images
+from .networks import tuned_networks
 from .saf import SPEEDS
 from .sam_study import LOGS, LOGS_C
 

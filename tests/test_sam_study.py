@@ -21,7 +21,7 @@ from sadt_nb.papers.claims import OUTCOMES, Claim
 from sadt_nb.papers.grids import PAPER_GRIDS, scaled
 from sadt_nb.papers.networks import Comparisons, judged
 from sadt_nb.papers.pages import beside_logs, comparison, write_pages
-from sadt_nb.papers.verdicts import logged_networks, sam_study_claims
+from sadt_nb.papers.sam_study_claims import logged_networks, sam_study_claims
 from scipy import stats
 from torchvision import models
 

@@ -21,9 +21,10 @@ from .experiments.grid import run_grid
 from .experiments.learner import stored_learner
 from .experiments.measure import measure_run
 from .experiments.report import load_results, plot_runs, results_table
+from .measures.calibration import calibration_error
 from .measures.hessian import hessian_trace, plot_density, spectral_density, top_eigenvalues
 from .measures.landscape import loss_line, loss_surface, plot_line, plot_surface
-from .measures.robustness import calibration_error, corrupted_accuracy
+from .measures.robustness import corrupted_accuracy
 from .measures.sharpness import FlatnessRecorder, average_sharpness, sam_sharpness
 from .measures.similarity import logit_mse
 from .methods.agc import AGC

@@ -14,14 +14,22 @@ from sadt_nb.core.display import Card
 from sadt_nb.experiments.cost import run_cost
 from sadt_nb.experiments.results import unpacked
 from sadt_nb.papers import claims as claims_page
-from sadt_nb.papers import verdict_rows, verdicts
-from sadt_nb.papers.claims import (
-    BY_IMAGE, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Comparisons, Evidence, Published, Setting, Side,
-    INERT, discoveries, finished_runs, image_variance, judged, outcome, outside_regime, paired_by_image,
-    paired_by_seed, power, seeds_for_power, smallest_effect, stored_networks, weakest, without_chance)
+from sadt_nb.papers import distill_claims as distill_page
+from sadt_nb.papers import networks as networks_page
+from sadt_nb.papers import places
+from sadt_nb.papers import sadt_claims as sadt_page
+from sadt_nb.papers import sam_study_claims as study_page
+from sadt_nb.papers import verdict_rows
+from sadt_nb.papers.claims import INERT, LOWER, NO_GAIN, NO_LOSS, OUTCOMES, Claim, Evidence, Published
+from sadt_nb.papers.claims import Setting, Side, discoveries, image_variance, outcome, outside_regime
+from sadt_nb.papers.claims import paired_by_image, paired_by_seed, power, seeds_for_power, smallest_effect
+from sadt_nb.papers.claims import weakest, without_chance
 from sadt_nb.papers.grids import paper_ensembles, paper_grid
+from sadt_nb.papers.networks import BY_IMAGE, Comparisons, finished_runs, judged, stored_networks
 from sadt_nb.papers.verdict_rows import claim_row, paper_sentence, price
-from sadt_nb.papers.verdicts import PLACES, judged_claims, sadt_claims
+from sadt_nb.papers.places import PLACES
+from sadt_nb.papers.sadt_claims import sadt_claims
+from sadt_nb.papers.verdicts import judged_claims
 
 STEPS = np.arange(-12, 13) / 10
 
@@ -278,7 +286,7 @@ def test_printed_speeds_decide_the_claims_on_costs(claims):
     assert of_saf['MESA'].note.startswith("The paper's tables have 17.3 to 18.7% more time.")
 
 def test_a_printed_ratio_may_miss_the_claimed_one_by_its_rounding():
-    side = verdicts._at_most_printed(1.15, 2)
+    side = places.at_most_printed(1.15, 2)
     assert side.effect(1.1549) > 0 > side.effect(1.1551)
 
 def test_published_effects_of_the_notebook(claims):
@@ -336,7 +344,7 @@ def test_a_student_and_its_teacher_are_paired_by_image():
 
 def test_ensembles_that_store_their_right_images_are_paired_by_image(monkeypatch):
     "The bits of two kinds of ensembles, from a generator; those of a third kind are of an earlier version."
-    stored, rng, right = claims_page.run_ensemble, np.random.default_rng(0), {}
+    stored, rng, right = networks_page.run_ensemble, np.random.default_rng(0), {}
     labels = {e.members: e.label for e in paper_ensembles('distill/cifar_small')}
     def found(members, root):
         result, label = stored(members, root), labels[members]
@@ -344,7 +352,7 @@ def test_ensembles_that_store_their_right_images_are_paired_by_image(monkeypatch
         right[label] = hits = rng.random(10_000) < .7
         packed = base64.b64encode(np.packbits(hits).tobytes()).decode()
         return result | dict(accuracy=hits.mean(), right=packed, data_facts=dict(test=10_000, classes=10))
-    monkeypatch.setattr(claims_page, 'run_ensemble', found)
+    monkeypatch.setattr(networks_page, 'run_ensemble', found)
     place, = [p for p in PLACES if p.preset == 'distill/cifar_small']
     nets = Comparisons(stored_networks([place]))
     kinds = 'independent, 2 members', 'alpha 0.5, rounds 0 to 1'
@@ -369,9 +377,9 @@ def test_two_leads_on_the_same_test_images_may_move_in_opposite_directions():
     rows = []
     for kind, i in itertools.product(kinds, range(3)):
         accuracy = 50 + 1e-6 * i * (kind == kinds[0])
-        rows.append(dict(place=verdicts._CONSTANT, kind=kind, seed=f'seed {i}', accuracy=accuracy,
+        rows.append(dict(place=places.CONSTANT_RATE, kind=kind, seed=f'seed {i}', accuracy=accuracy,
                          accuracy_bn=50.))
-    e, = verdicts._larger_lead(Comparisons(pd.DataFrame(rows)))
+    e, = study_page._larger_lead(Comparisons(pd.DataFrame(rows)))
     assert e.high - e.low == pytest.approx(2 * 1.959964 * 2, rel=1e-5)
 
 
@@ -386,7 +394,7 @@ def stored_bits(place, kind):
     runs = {c.label: c.run for c in paper_grid(preset)}
     return np.stack([unpacked(rows[runs[f'{kind} · seed {s}']]['right'], 10_000) for s in range(3)])
 
-def strong(claims, paper, short, label, place=verdicts._STRONG):
+def strong(claims, paper, short, label, place=places.STRONG):
     "One comparison of a claim, of our runs or of its control."
     c = next(c for c in claims[paper] if c.short == short)
     found, = [e for e in (*c.ours, *c.control) if (e.place, e.label) == (place, label)]
@@ -432,10 +440,10 @@ def test_at_equal_passes_the_strong_recipe_has_a_sixth_of_the_study_and_is_judge
     ('sam_study/a', (), 100), ('sam_study/c', (), 200),
     ('saf/table3', ('cifar10',), 200), ('distill/table2', (), 600)])
 def test_the_papers_train_on_all_images_although_some_presets_hold_out_a_hundredth(table, words, epochs):
-    assert verdicts._size(table, *words) == (50_000, epochs)
+    assert places.paper_size(table, *words) == (50_000, epochs)
 
 def test_rows_with_tau_squared_are_trained_with_it_and_the_others_without():
-    found = verdicts.all_networks()
+    found = places.all_networks()
     factor = found.run.map(lambda r: dict(r.method_args).get('tau_squared', False) if r == r else None)
     of_term = found.run.map(lambda r: getattr(r, 'method', '') in ('saf', 'mesa'))
     named = found.kind.str.endswith(', scaled')
@@ -444,9 +452,9 @@ def test_rows_with_tau_squared_are_trained_with_it_and_the_others_without():
 
 def test_sam_with_wrong_labels_beside_its_own_table():
     "Table 4, typed a second time, and our difference from the stored bits."
-    gains = {noise: sam - sgd for noise, (sgd, sam) in verdicts.SAM_TABLE4.items()}
+    gains = {noise: sam - sgd for noise, (sgd, sam) in study_page.SAM_TABLE4.items()}
     assert gains == pytest.approx({20: 10.3, 40: 24.6, 60: 42.3, 80: 51.7})
-    found = verdicts.sam_with_wrong_labels(Comparisons(verdicts.all_networks()))
+    found = study_page.sam_with_wrong_labels(Comparisons(places.all_networks()))
     for at, plain in (('equal epochs', 'baseline'), ('equal passes', 'baseline, twice the passes')):
         by_hand = paired_by_image(stored_bits('wrong', 'sam'), stored_bits('wrong', plain))
         assert (found[at].mean, found[at].low, found[at].high) == pytest.approx(by_hand[:3])
@@ -467,7 +475,7 @@ def test_runs_of_one_factor_are_taken_up_when_they_are_stored(monkeypatch):
             accuracy = .5 + .09 * c.label.startswith('SADT-1') + .001 * c.run.seed
             return {**row, 'run': c.run, c.result: accuracy, 'accuracy_bn': accuracy}
         return {c.run: result(c) for c in cells}
-    monkeypatch.setattr(claims_page, 'finished_runs', stored)
+    monkeypatch.setattr(networks_page, 'finished_runs', stored)
     networks = stored_networks([p for p in PLACES if p.preset.startswith('sadt/notebook20')])
     notebook = next(c for c in sadt_claims(Comparisons(networks)) if 'released notebook' in c.short)
     found = {e.label: e for e in notebook.ours if 'one factor' in e.place and e.n}
@@ -578,8 +586,8 @@ def test_a_sentence_counts_every_claim(claims):
 
 def test_sides_of_a_border():
     assert (Side(2.).effect(5.), Side(2., above=False).effect(5.), NO_GAIN.effect(.25)) == (3, -3, .75)
-    assert verdicts._at_most(2.).effect(2.1) == pytest.approx(0)
-    assert verdicts._at_most(2.).effect(1.) == pytest.approx(np.log(2.1))
+    assert places.at_most(2.).effect(2.1) == pytest.approx(0)
+    assert places.at_most(2.).effect(1.) == pytest.approx(np.log(2.1))
 
 
 def test_the_images_on_which_two_networks_may_differ():
@@ -589,7 +597,7 @@ def test_the_images_on_which_two_networks_may_differ():
 
 
 def test_the_sizes_of_the_logs_are_those_of_figure_1():
-    assert set(verdicts._LOGGED_SIZES) == {int(row[1]) for row in SAM_STUDY_LOGS if row[1] != '-'}
+    assert set(study_page._LOGGED_SIZES) == {int(row[1]) for row in SAM_STUDY_LOGS if row[1] != '-'}
 
 
 def test_only_open_claims_that_a_table_decides_have_a_price(monkeypatch):
@@ -606,10 +614,10 @@ def test_which_rounds_are_compared_when_students_approach_their_teachers():
     def gap(place, what, a, b, **facts):
         seen.append((what, a, b))
         return Evidence('', what, 1., 1., 1., 1, Side(1))
-    verdicts._rounds_approach(SimpleNamespace(gap=gap))
+    distill_page._rounds_approach(SimpleNamespace(gap=gap))
     assert seen[0] == ('alpha 0.5', 'alpha 0.5, round 2', 'alpha 0.5, round 1')
     for what, *rounds in seen[1:]: assert rounds == [f'{what}, round 3', f'{what}, round 1']
 
 
 def test_the_note_of_other_data_names_the_presets():
-    assert '`sadt_grid sadt/table1_code` trains Table 1 as released' in verdicts._other_data().note
+    assert '`sadt_grid sadt/table1_code` trains Table 1 as released' in sadt_page._other_data().note

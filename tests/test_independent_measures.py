@@ -15,10 +15,10 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from PIL import Image
 from sadt_nb.core.fixed_loss import FixedLoss
+from sadt_nb.measures.calibration import calibration_error, memorisation
 from sadt_nb.measures.hessian import hessian_trace, spectral_density, top_eigenvalues, top_eigenvectors
 from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, random_direction
-from sadt_nb.measures.robustness import (calibration_error, corrupt, corrupted_accuracy, effective_robustness,
-                                         memorisation)
+from sadt_nb.measures.robustness import corrupt, corrupted_accuracy, effective_robustness
 from sadt_nb.measures.sharpness import (FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness,
                                         weight_histograms)
 from scipy import ndimage, stats

@@ -12,9 +12,9 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from sadt_nb.core.fixed_loss import FixedLoss, collect_batches
 from sadt_nb.data.datasets import get_dls
+from sadt_nb.measures.calibration import calibration_error
 from sadt_nb.measures.hessian import hessian_trace, top_eigenvalues
 from sadt_nb.measures.landscape import direction_between, loss_line
-from sadt_nb.measures.robustness import calibration_error
 from sadt_nb.measures.sharpness import FlatnessRecorder, gradient_norm, sam_sharpness
 from sadt_nb.measures.similarity import agreement, diversity, logit_mse
 from torch import nn

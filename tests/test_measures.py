@@ -18,12 +18,12 @@ from PIL import Image
 from sadt_nb.core.fixed_loss import FixedLoss
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.measures import hessian, landscape, robustness
+from sadt_nb.measures.calibration import calibration_error, memorisation
 from sadt_nb.measures.hessian import (hessian_trace, smoothed_density, spectral_density, top_eigenvalues,
                                       top_eigenvectors)
 from sadt_nb.measures.landscape import direction_between, loss_line, loss_surface, orthogonal_directions
 from sadt_nb.measures.landscape import random_direction
-from sadt_nb.measures.robustness import (CORRUPTIONS, calibration_error, corrupt, corrupted_accuracy,
-                                         memorisation, shifted_accuracy)
+from sadt_nb.measures.robustness import CORRUPTIONS, corrupt, corrupted_accuracy, shifted_accuracy
 from sadt_nb.measures.sharpness import FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness
 from torch import nn
 from torch.func import functional_call

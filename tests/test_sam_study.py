@@ -15,12 +15,13 @@ from sadt_nb.experiments.run_folder import load_model, read_result
 from sadt_nb.experiments.runner import run
 from sadt_nb.methods.registry import make_method
 from sadt_nb.models.registry import make_model
-from sadt_nb.papers.base import EpochLog, PaperRun
 from sadt_nb.papers import pages
-from sadt_nb.papers.claims import OUTCOMES, Claim, Comparisons, judged
+from sadt_nb.papers.base import EpochLog, PaperRun
+from sadt_nb.papers.claims import OUTCOMES, Claim
 from sadt_nb.papers.grids import PAPER_GRIDS, scaled
+from sadt_nb.papers.networks import Comparisons, judged
 from sadt_nb.papers.pages import beside_logs, comparison, write_pages
-from sadt_nb.papers.verdicts import logged_networks, sam_study_claims
+from sadt_nb.papers.sam_study_claims import logged_networks, sam_study_claims
 from scipy import stats
 from torchvision import models
 

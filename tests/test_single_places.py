@@ -26,7 +26,7 @@ from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.msam import _decays
 from sadt_nb.methods.sam import SAM
 from sadt_nb.models.wide_resnet import WideBlock
-from sadt_nb.papers import claims, verdict_rows
+from sadt_nb.papers import networks, verdict_rows
 from torch import nn
 
 
@@ -106,7 +106,7 @@ def test_the_pace_of_a_network_is_its_mean_train_accuracy_in_percent():
     history = [dict(train_accuracy=a, train_loss=1.) for a in (.25, .75)]
     row = dict(run=Run(data='digits'), history=history, accuracy=.5, accuracy_bn=.5, measures={},
                data_facts=dict(train=1000, test=100))
-    found = claims.network_numbers(pd.Series(row), 'digits')
+    found = networks.network_numbers(pd.Series(row), 'digits')
     assert (found['pace'], found['fit']) == (50., 75.)
 
 

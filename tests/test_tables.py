@@ -28,8 +28,9 @@ from sadt_nb.methods.registry import METHODS, make_method
 from sadt_nb.models.registry import make_model
 from sadt_nb.models.weights import weights_checksum
 from sadt_nb.papers.base import PaperRun, distilled
-from sadt_nb.papers.claims import BY_IMAGE, paired_by_image
+from sadt_nb.papers.claims import paired_by_image
 from sadt_nb.papers.grids import PAPER_GRIDS, paper_ensembles, paper_grid, scaled
+from sadt_nb.papers.networks import BY_IMAGE
 from sadt_nb.papers.pages import comparison, interval
 from sadt_nb.papers import sizes
 from sadt_nb.papers.saf import extra_memory

@@ -21,10 +21,11 @@ from .config import Run
 from .learner import stored_learner
 from .run_folder import RunError, is_trained, provenance, read_result, weights_file
 from .run_folder import write_json
+from ..measures.calibration import calibration_error
 from ..measures.hessian import Eigenvalues, SpectralDensity
 from ..measures.hessian import hessian_trace, spectral_density, top_eigenvalues
 from ..measures.landscape import Surface, loss_surface
-from ..measures.robustness import calibration_error, corrupted_accuracy, shifted_accuracy
+from ..measures.robustness import corrupted_accuracy, shifted_accuracy
 from ..measures.sharpness import average_sharpness, gradient_norm, sam_sharpness
 
 # %% ../../nbs/experiments/86_measure.ipynb #acf63586

@@ -10,8 +10,9 @@ __all__ = ['STRONG', 'RATES', 'STRONG_FOLDERS', 'CONTROLS', 'strong_networks', '
 import pandas as pd
 
 from ..methods.registry import passes_of
-from .claims import Comparisons, Place, marked_by_chance, stored_networks
+from .claims import marked_by_chance
 from .fast import MORE_PASSES
+from .networks import Comparisons, Place, stored_networks
 
 # %% ../../nbs/papers/115_equal_passes.ipynb #9feef902
 STRONG = { # name of a place: preset

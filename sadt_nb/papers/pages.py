@@ -18,9 +18,9 @@ from ..core.checkpoint import write_whole
 from ..core.display import COLORS, markdown_text
 from ..experiments.report import LINE_STYLES, load_results
 from .base import EpochLog
-from .claims import LESS, MORE, WIDEST, Comparisons, Published, accuracy_numbers, judged
-from .claims import marked_by_chance, training_images
+from .claims import LESS, MORE, Published, marked_by_chance
 from .grids import paper_grid
+from .networks import WIDEST, Comparisons, accuracy_numbers, judged, training_images
 from .saf import memory_columns
 
 # %% ../../nbs/papers/108_pages.ipynb #b2fe4f2c

@@ -15,9 +15,9 @@ import numpy as np
 
 from ..core.display import Card, Sentence
 from ..experiments.cost import run_cost
-from .claims import INERT, OUTCOMES, WIDEST, Claim, finished_runs, seeds_for_power
-from .claims import training_images
+from .claims import INERT, OUTCOMES, Claim, seeds_for_power
 from .grids import paper_grid
+from .networks import WIDEST, finished_runs, training_images
 from .saf import SPEEDS
 
 # %% ../../nbs/papers/113_verdict_rows.ipynb #22d30825

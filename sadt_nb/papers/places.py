@@ -66,6 +66,7 @@ PLACES = [ # name, study page, folder of the stored runs, preset, mixed precisio
     Place(STRONG, 'fast_methods', 'fast_narrow', 'fast/narrow_rates'),
     Place(_WIDER, 'fast_methods', 'fast_small', 'fast/small'),
     Place(STRONG_40_WRONG, 'fast_methods', 'fast_narrow', 'fast/narrow_noise40'),
+    Place(STRONG_40_WRONG, 'fast_methods', 'fast_narrow', 'fast/narrow_rates_noise40'),
     Place(ROUNDS, 'distill_cifar', 'fast_rounds', 'fast/narrow_rounds'),
 ]
 

@@ -973,6 +973,14 @@ def test_global_norm():
     assert float(global_norm(iter(tensors))) == pytest.approx(expected, abs=1e-12)
 
 
+def test_global_norm_adds_up_the_repeated_indices_of_sparse_tensors():
+    indices, values = torch.tensor([[0, 2, 2]]), torch.tensor([[1., 2.], [3., 4.], [5., 6.]]).double()
+    sparse = torch.sparse_coo_tensor(indices, values, (4, 2))
+    dense = torch.tensor([2., -1.]).double()
+    expected = math.sqrt(1 + 4 + 8**2 + 10**2 + 4 + 1) # the rows at index 2 add up to [8, 10]
+    assert float(global_norm([sparse, dense])) == pytest.approx(expected, abs=1e-12)
+
+
 def test_trainable_params():
     model = make_conv_net()
     model.conv1.weight.requires_grad_(False)

@@ -242,7 +242,9 @@ def global_norm(
     "Return the Euclidean norm of all elements of all tensors together."
     tensors = list(tensors)
     if not tensors: return torch.tensor(0.)
-    norms = torch._foreach_norm(_wide(real_views(tensors)))
+    # older versions of PyTorch have no norm of a sparse tensor; `coalesce` adds up repeated indices
+    stored = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    norms = torch._foreach_norm(_wide(real_views(stored)))
     if any(map(is_sharded, tensors)): return _over_parts([n.square() for n in norms], tensors).sqrt()
     return torch.linalg.vector_norm(torch.stack(norms))
 

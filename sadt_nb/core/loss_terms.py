@@ -140,8 +140,9 @@ class TrajectoryLoss(LossTerm):
         last = self.done + getattr(self.learn, 'n_epoch', float('inf')) - skipped
         if self.run and self.start_epoch >= last:
             name = type(self).__name__
-            warnings.warn(f'{name} adds its term only after {self.start_epoch} epochs, but training ends '
-                          f'after {last} epochs, so {name} has no effect; lower `start_epoch`')
+            def epochs(n): return f'{n} epoch' if n == 1 else f'{n} epochs'
+            warnings.warn(f'{name} adds its term only after {epochs(self.start_epoch)}, but training ends '
+                          f'after {epochs(last)}, so {name} has no effect; lower `start_epoch`')
 
     def after_train(self):
         if self.run: self.done += 1

@@ -24,7 +24,7 @@ def in_plain_loop(
     learn:object, # What a method has as `learn`: a Learner, a plain loop, or `None`
 ) -> bool: # `False` for a fastai Learner and for `None`
     "Return whether a method works in a loop without a Learner, which makes each pass by calling a closure."
-    return hasattr(learn, 'own_replay') # `PlainLoop`, the loop of `core.closures`, has this function
+    return hasattr(learn, 'own_replay') # `PlainLoop`, the loop of `core.plain_loop`, has this function
 
 def is_used_by(
     learn:Learner|None, # A Learner or a plain loop; `None` is the `learn` of a callback that was removed

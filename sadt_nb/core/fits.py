@@ -36,7 +36,7 @@ def is_used_by(
 def is_on(
     cb:Callback|None, # A callback, or `None`
 ) -> bool: # `False` for `None`
-    "Return whether fastai sends a callback the events of training, which `cb.run` and `cb.run_train` switch off."
+    "Return whether a callback gets the events of training, which `cb.run` and `cb.run_train` switch off."
     return cb is not None and cb.run and cb.run_train
 
 def evaluating(

@@ -300,7 +300,6 @@ def both_readings(
     # From the name of a group to its results: a list, or a dict from repetition (such as a seed) to result
     groups:dict[str, dict|Sequence],
     pairs:Iterable[tuple[str, str]], # Names of two groups; the accuracy of the second is subtracted
-    where:str='on this page',        # Where a reader finds these differences
 ) -> Sentence: # A sentence, and for each difference that changes its sign a line with both values
     """Return in words which differences of accuracies change their sign between the readings of BatchNorm.
 
@@ -317,11 +316,11 @@ def both_readings(
         running, fresh = _differences(groups[pair[0]], groups[pair[1]])
         name = markdown_text(' minus '.join(pair))
         if running * fresh < 0: changed.append(f'- {name}: {running:+.2f} and {fresh:+.2f}')
-    of = f'of {len(pairs)} differences of accuracies {where}'
+    of = f'of {len(pairs)} differences of accuracies on this page'
     readings = "between BatchNorm's running averages and re-estimated statistics."
     if len(pairs) == 1:
         verb = 'changes its sign' if changed else 'does not change its sign'
-        sentence = f'The one difference of accuracies {where} {verb} {readings}'
+        sentence = f'The one difference of accuracies on this page {verb} {readings}'
     elif not changed: sentence = f'None {of} changes its sign {readings}'
     else:
         verb = 'changes its sign' if len(changed) == 1 else 'change their sign'

@@ -44,14 +44,18 @@ def _is_radius(value):
     try: return 0 <= value < math.inf
     except TypeError: return False
 
+def _groups_with_radius(optimizers):
+    "Return the groups with a `rho` that is not an option of the optimizer itself, as in Adadelta."
+    own = [o for o in optimizers if 'rho' not in o.defaults]
+    return [group for o in own for group in o.param_groups if 'rho' in group]
+
 def _own_radii(optimizer):
     """Return the `rho` of each parameter whose group has a radius, by the parameter's `id`.
 
     Raises `ValueError` for a `rho` that is not a number, negative or infinite."""
-    if 'rho' in optimizer.defaults: return {} # an option of the optimizer itself, such as Adadelta's decay
+    inner = getattr(optimizer, 'optimizers', [optimizer]) # those of a `MultiOptimizer`
     own = {}
-    for group in optimizer.param_groups:
-        if 'rho' not in group: continue
+    for group in _groups_with_radius(inner):
         if not _is_radius(group['rho']):
             raise ValueError('the `rho` of a parameter group must be a finite number and not negative, got '
                              f'{group["rho"]!r}; use 0 for no perturbation')

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.core.multi_optimizer import MultiOptimizer
 from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.gsam import GSAM
@@ -84,7 +85,7 @@ def lightning():
     return pytest.importorskip('lightning', reason=f'lightning is {INSTALL}')
 
 
-def lightning_module(lightning, net):
+def lightning_module(lightning, net, make=sgd):
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
@@ -98,7 +99,7 @@ def lightning_module(lightning, net):
             return dict(loss=loss)
 
         def configure_optimizers(self):
-            opt = sgd(self.net)
+            opt = make(self.net)
             return [opt], [torch.optim.lr_scheduler.ExponentialLR(opt, .9)]
 
         def on_train_batch_end(self, *args): self.steps.append(self.global_step)
@@ -109,8 +110,8 @@ QUIET = dict(accelerator='cpu', logger=False, enable_checkpointing=False, enable
              enable_model_summary=False)
 
 
-def by_lightning(lightning, method, net, epochs=1, cbs=(), **kwargs):
-    module = lightning_module(lightning, net)
+def by_lightning(lightning, method, net, epochs=1, cbs=(), make=sgd, **kwargs):
+    module = lightning_module(lightning, net, make)
     return module, fit_lightning(lightning, method, module, epochs, cbs, **kwargs)
 
 
@@ -150,6 +151,24 @@ def test_a_lightning_run_resumes_with_the_methods_state(lightning, name, tmp_pat
     trainer.save_checkpoint(tmp_path / 'half.ckpt')
     by_lightning(lightning, EVERY_FOURTH[name](), resumed, epochs=2, ckpt_path=str(tmp_path / 'half.ckpt'))
     torch.testing.assert_close(values(resumed), values(whole), rtol=0, atol=0)
+
+
+def two_as_one(net):
+    "SGD for the weights and SGD for the biases, as one optimizer; Lightning's own loop takes only one."
+    params = list(net.parameters())
+    parts = [p for p in params if p.ndim > 1], [p for p in params if p.ndim == 1]
+    return MultiOptimizer([torch.optim.SGD(part, lr=.1, momentum=.9, weight_decay=1e-3) for part in parts])
+
+
+@pytest.mark.parametrize('name', ['sam', 'looksam'])
+def test_lightning_steps_two_optimizers_as_one(lightning, name, tmp_path):
+    whole, net, resumed = network(), network(), network()
+    by_lightning(lightning, ONE_PASS[name](), whole, epochs=2)
+    _, trainer = by_lightning(lightning, ONE_PASS[name](), net, make=two_as_one)
+    trainer.save_checkpoint(tmp_path / 'half.ckpt')
+    by_lightning(lightning, ONE_PASS[name](), resumed, epochs=2, make=two_as_one,
+                 ckpt_path=str(tmp_path / 'half.ckpt'))
+    torch.testing.assert_close(values(resumed), values(whole), **CLOSE)
 
 
 def test_an_interrupted_lightning_run_leaves_unmoved_weights(lightning):

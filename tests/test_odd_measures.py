@@ -492,6 +492,20 @@ def test_the_density_of_equal_eigenvalues_has_the_integral_one(scale):
     assert mean == pytest.approx(scale, rel=1e-3)
 
 
+@pytest.mark.parametrize('sketch', [0, 10])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_trace_in_half_precision(dtype, sketch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 3)).to(dtype).eval()
+    x, y = inputs()
+    x = x.to(dtype)
+    wide = deepcopy(net).double()
+    *_, hessian = exact(wide, lambda f: F.cross_entropy(f(x.double()), y))
+    found = hessian_trace(learner(net, batches(x, y)), sketch=sketch)
+    assert found.value == pytest.approx(hessian.trace().item(), abs=4 * found.error)
+    assert found.error < .1 * found.value
+
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.complex128])
 def test_a_parameter_without_axes_has_a_direction_of_its_size(dtype):
     net = nn.Module()

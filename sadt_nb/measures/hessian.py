@@ -122,19 +122,21 @@ class _TraceEstimate:
     def __init__(self, h, generator):
         self.h, self.generator = h, generator
         self.known, self.Q = 0., None      # trace in the subspace `Q`, and the basis of `Q`
+        self.dtype = torch.promote_types(h.dtype, torch.float32) # PyTorch has no QR in half precision
         self.rest, self.squares = [], []   # v'Av and |Av|^2 of each random vector v
 
     def sketch(self, products):
         "Span the subspace `Q` by products with random vectors, and compute the trace in `Q`."
-        columns = [self.h(_signs(self.h, self.generator)) for _ in range(products)]
+        columns = [self._product(_signs(self.h, self.generator)) for _ in range(products)]
         self.Q = torch.linalg.qr(torch.stack(columns, 1)).Q
-        self.known = sum(float(q @ self.h(q)) for q in self.Q.T)
+        self.known = sum(float(q @ self._product(q)) for q in self.Q.T)
 
+    def _product(self, v): return self.h(v.to(self.h.dtype)).to(self.dtype)
     def _outside(self, v): return v if self.Q is None else v - self.Q @ (self.Q.T @ v)
 
     def sample(self):
-        v = self._outside(_signs(self.h, self.generator))
-        w = self._outside(self.h(v))
+        v = self._outside(_signs(self.h, self.generator).to(self.dtype))
+        w = self._outside(self._product(v))
         self.rest.append(float(v @ w))
         self.squares.append(float(w @ w))
 

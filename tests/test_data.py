@@ -14,7 +14,7 @@ from PIL import Image
 from sadt_nb.data import datasets, loader
 from sadt_nb.data.augment import CropFlip, Cutout, CutMix, ResizedCrop
 from sadt_nb.data.autoaugment import AutoAugment, BatchedOps
-from sadt_nb.data.datasets import digits, get_dls, load_data
+from sadt_nb.data.datasets import digits, get_dls, load_data, wrong_labels
 from sadt_nb.data.loader import ImageData, TensorDL
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.runner import run
@@ -578,3 +578,37 @@ def test_rectangles_have_their_centres_in_every_row_and_column():
     top, bottom, left, right = CutMix(2).boxes(500, 3, 3, np.random.default_rng(0))
     smallest = (bottom - top == 1) & (right - left == 1)
     assert {*zip(top[smallest].tolist(), left[smallest].tolist())} == {*product(range(3), range(3))}
+
+
+@pytest.mark.parametrize('y', [
+    np.full((4, 2), .5), [.2, .9, 1., 0.], np.zeros((4, 1), int), [0, float('nan'), 0, 0],
+    torch.zeros(4, dtype=torch.complex64)])
+def test_labels_are_whole_numbers_of_one_axis(y):
+    "Shares of classes and numbers were rounded down to class 0."
+    x = np.zeros((4, 8, 8, 3), np.uint8)
+    with pytest.raises(ValueError, match='labels must be whole numbers of shape'): ImageData(x, y, ['a', 'b'])
+
+
+@pytest.mark.parametrize('y', [[], np.zeros(0), torch.zeros(0, dtype=torch.long)])
+def test_no_images_have_no_labels(y):
+    data = ImageData(np.zeros((0, 8, 8, 3), np.uint8), y, ['a', 'b'])
+    assert len(data) == 0 and data.y.dtype == torch.long
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.int32, bool, np.float32])
+def test_whole_numbers_of_any_type_are_labels(kind):
+    data = ImageData(np.zeros((2, 8, 8, 3), np.uint8), np.array([0, 1], kind), ['a', 'b'])
+    assert data.y.tolist() == [0, 1]
+
+
+def test_a_wrong_label_needs_a_second_class():
+    data = ImageData(np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, ['a'])
+    with pytest.raises(ValueError, match='at least two classes'): wrong_labels(data, .5)
+    assert wrong_labels(data, 0.).y.tolist() == [0] * 4
+
+
+def test_a_stratified_part_leaves_out_none_or_one_of_each_class():
+    assert len(get_dls('digits', n_train=1283, bs=10, device='cpu').train.x) == 1283
+    for n in (1284, 1292):
+        with pytest.raises(ValueError, match=f'must leave out no image or at least 10.*{n} of 1293'):
+            get_dls('digits', n_train=n, bs=10, device='cpu')

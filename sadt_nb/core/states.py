@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BatchNormPolicy', 'RandomPolicy', 'check_policy', 'rng_states', 'set_rng_states', 'buffer_copies', 'restore_buffers',
-           'kept_buffers', 'bn_policy', 'rng_policy', 'device_of', 'kept_random_states', 'in_eval_mode',
-           'detached_copy', 'hidden_states', 'changed_states', 'from_hidden_states', 'copied_network']
+           'kept_buffers', 'bn_policy', 'rng_policy', 'device_of', 'random_states', 'set_random_states',
+           'kept_random_states', 'in_eval_mode', 'detached_copy', 'hidden_states', 'changed_states',
+           'from_hidden_states', 'copied_network']
 
 # %% ../../nbs/core/01_states.ipynb #ce834960
 import random
@@ -122,17 +123,30 @@ def device_of(
     return torch.device('cpu')
 
 # %% ../../nbs/core/01_states.ipynb #615f49b4
+def random_states(
+    device:torch.device, # Device of the network
+) -> tuple: # For `set_random_states`
+    "Return the states of the global random generators of PyTorch, NumPy and Python."
+    return rng_states(device), np.random.get_state(), random.getstate()
+
+def set_random_states(
+    states:tuple,        # States that `random_states` returned
+    device:torch.device, # Device that `random_states` was called with
+):
+    "Set the global random generators to states that `random_states` returned."
+    torches, numpys, pythons = states
+    set_rng_states(torches, device)
+    np.random.set_state(numpys)
+    random.setstate(pythons)
+
 @contextmanager
 def kept_random_states(
     device:torch.device, # Device of the network
 ):
     "Inside, random numbers may be drawn; at the end, PyTorch, NumPy and Python have their earlier states."
-    states, numpys, pythons = rng_states(device), np.random.get_state(), random.getstate()
+    states = random_states(device)
     try: yield
-    finally:
-        set_rng_states(states, device)
-        np.random.set_state(numpys)
-        random.setstate(pythons)
+    finally: set_random_states(states, device)
 
 @contextmanager
 def in_eval_mode(
@@ -309,9 +323,10 @@ def from_hidden_states(
     states:list|None, # Result of `hidden_states` before the first pass; with `None`, nothing happens
     rows:Tensor|None=None, # `(k,)` positions of the samples that run inside; with `None`, all samples
     n:int=0,               # Samples in the batch, if `rows` is given
+    every:bool=False,      # With `True`, also put back states that have not changed before the block
 ):
     "Inside, a pass starts from earlier hidden states; at the end, the present states are put back."
-    changed = changed_states(states)
+    changed = list(states or ()) if every else changed_states(states)
     attributes, contents = _present_states(changed)
     try:
         _start_from(changed, rows, n)

@@ -66,9 +66,12 @@ def wrong_labels(
     noise:float,    # Share of the labels that are replaced by another class, in [0, 1)
     seed:int=0,     # Decides which labels are replaced, and by which other class (all equally likely)
 ) -> ImageData: # The same images with the new labels
-    "Return the data with symmetric label noise. Raises `ValueError` for a share outside [0, 1)."
+    """Return the data with symmetric label noise.
+
+    Raises `ValueError` for a share outside [0, 1), and for data with one class."""
     _check_noise(noise)
     rng, classes = np.random.default_rng(seed), len(data.vocab)
+    if noise and classes < 2: raise ValueError('wrong labels need at least two classes, got one')
     wrong = rng.permutation(len(data))[:round(noise * len(data))]
     shift = torch.as_tensor(rng.integers(1, classes, len(wrong))) # 1 to classes - 1, so never the same class
     y = data.y.clone()
@@ -484,6 +487,10 @@ def _training_parts(train, valid, n_train, split):
         left = ' that validation leaves' if valid else ''
         raise ValueError(f'`n_train` must be from {len(train.vocab)}, the number of classes, to '
                          f'{len(train)}, the number of training images{left}; got {n_train}')
+    left_out = len(train) - n_train
+    if left_out < len(train.vocab): # both parts of a stratified split need an image of each class
+        raise ValueError(f'`n_train` must leave out no image or at least {len(train.vocab)}, one of each '
+                         f'class; {n_train} of {len(train)} leave out {left_out}')
     train = train.subset(_split(train.y, n_train, split)[1])
     return train, held_out
 

@@ -26,10 +26,15 @@ class ImageData:
         vocab,  # Names of the classes; a model has one output per class
     ):
         x = torch.as_tensor(x)
-        y = torch.as_tensor(y).long()
+        y = torch.as_tensor(y)
         if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
             got = f'{x.dtype} of shape {tuple(x.shape)}'
             raise ValueError(f'images must be uint8 of shape (n, height, width, 3), got {got}')
+        is_whole = not y.is_complex() and torch.equal(y.long().to(y.dtype), y) # shares of classes are not
+        if y.ndim != 1 or not is_whole:
+            got = f'{y.dtype} of shape {tuple(y.shape)}'
+            raise ValueError(f'labels must be whole numbers of shape (n,), got {got}')
+        y = y.long()
         if len(x) != len(y):
             raise ValueError(f'there must be one label per image, got {len(x)} images and {len(y)} labels')
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(vocab):

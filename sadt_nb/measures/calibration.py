@@ -35,13 +35,14 @@ def calibration_error(
 ) -> Calibration: # The error, and confidence, accuracy and number of samples in each bin
     """Return the expected calibration error.
 
-    Raises `ValueError` if `bins` is less than 1, and for the same reasons as `FixedLoss`, such as a network
-    in training mode, weights that are not finite, or batches without labels."""
+    Raises `ValueError` if `bins` is less than 1, for outputs without two classes, for targets that are not
+    one class number per sample, and for the same reasons as `FixedLoss`, such as a network in training mode,
+    weights that are not finite, or batches without labels."""
     if bins < 1: raise ValueError(f'`bins` must be at least 1, got {bins}')
     loss = FixedLoss(learn, learn.dls.valid if dl is None else dl, samples)
     conf, right = [], []
-    for xb, y in loss.batches:
-        p = loss.model(*xb).double().softmax(1)
+    for scores, y in loss.scores():
+        p = scores.double().softmax(1)
         conf.append(p.max(1).values)
         right.append(p.argmax(1) == y)
     conf, right = torch.cat(conf).cpu(), torch.cat(right).double().cpu()
@@ -89,12 +90,16 @@ def memorisation(
 ) -> Memorisation: # The two shares, and the number of samples with a wrong label
     """Return how often a network predicts the wrong and the true label of samples with a wrong label.
 
-    Raises `ValueError` if `true` and the loader have different numbers of labels, if no label is wrong, and
-    for the same reasons as `FixedLoss`, such as a network in training mode."""
+    Raises `ValueError` if `true` and the loader have different numbers of labels, if no label is wrong, for
+    outputs and targets that `calibration_error` refuses, and for the same reasons as `FixedLoss`, such as a
+    network in training mode."""
     loss = FixedLoss(learn, dl)
-    given = torch.cat([y for _, y in loss.batches]).cpu()
-    answers = torch.cat([loss.model(*xb).argmax(1) for xb, _ in loss.batches]).cpu()
-    true = torch.as_tensor(true).cpu()
+    answers, given = [], []
+    for scores, y in loss.scores():
+        answers.append(scores.argmax(1))
+        given.append(y)
+    answers, given = torch.cat(answers).cpu(), torch.cat(given).cpu()
+    true = torch.as_tensor(true).cpu().reshape(-1)
     if len(true) != len(given): raise ValueError(f'{len(given)} samples, but {len(true)} true labels')
     wrong = given != true
     if not wrong.any(): raise ValueError('no label is wrong, so there is nothing to memorise')

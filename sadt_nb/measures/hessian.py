@@ -8,6 +8,7 @@ __all__ = ['Trace', 'hessian_trace', 'Eigenvalues', 'top_eigenvalues', 'top_eige
 
 # %% ../../nbs/measures/50_hessian.ipynb #2d750684
 import math
+from contextlib import closing
 from typing import Iterable, NamedTuple, Sequence
 
 import matplotlib.pyplot as plt
@@ -40,13 +41,17 @@ def _double_backward(loss, v, check=False):
     sizes = [p.numel() for p in ps]
     parts = [part.view(p.shape) for p, part in zip(ps, v.split(sizes))]
     out = torch.zeros_like(v)
-    for share in loss.shares(): # the part of each batch in the mean loss
-        grads = torch.autograd.grad(share, ps, create_graph=True, materialize_grads=True)
-        if check: _check_twice(grads)
-        curved = [(g, part) for g, part in zip(grads, parts) if g.requires_grad] # constant gradients add 0
-        if not curved: continue
-        gs, vs = zip(*curved)
-        out += _joined(torch.autograd.grad(gs, ps, vs, materialize_grads=True))
+    with closing(loss.shares()) as shares:
+        for share in shares: # the part of each batch in the mean loss
+            # PyTorch marks a function that lacks a second derivative only if a gradient that it gets requires
+            # a gradient; at the loss, only a `one` that requires a gradient sees to this
+            one = torch.ones_like(share, requires_grad=check)
+            grads = torch.autograd.grad(share, ps, one, create_graph=True, materialize_grads=True)
+            if check: _check_twice(grads)
+            curved = [(g, part) for g, part in zip(grads, parts) if g.requires_grad] # the others are constant
+            if not curved: continue
+            gs, vs = zip(*curved)
+            out += _joined(torch.autograd.grad(gs, ps, vs, materialize_grads=True))
     return out
 
 # %% ../../nbs/measures/50_hessian.ipynb #56b5083a
@@ -117,19 +122,21 @@ class _TraceEstimate:
     def __init__(self, h, generator):
         self.h, self.generator = h, generator
         self.known, self.Q = 0., None      # trace in the subspace `Q`, and the basis of `Q`
+        self.dtype = torch.promote_types(h.dtype, torch.float32) # PyTorch has no QR in half precision
         self.rest, self.squares = [], []   # v'Av and |Av|^2 of each random vector v
 
     def sketch(self, products):
         "Span the subspace `Q` by products with random vectors, and compute the trace in `Q`."
-        columns = [self.h(_signs(self.h, self.generator)) for _ in range(products)]
+        columns = [self._product(_signs(self.h, self.generator)) for _ in range(products)]
         self.Q = torch.linalg.qr(torch.stack(columns, 1)).Q
-        self.known = sum(float(q @ self.h(q)) for q in self.Q.T)
+        self.known = sum(float(q @ self._product(q)) for q in self.Q.T)
 
+    def _product(self, v): return self.h(v.to(self.h.dtype)).to(self.dtype)
     def _outside(self, v): return v if self.Q is None else v - self.Q @ (self.Q.T @ v)
 
     def sample(self):
-        v = self._outside(_signs(self.h, self.generator))
-        w = self._outside(self.h(v))
+        v = self._outside(_signs(self.h, self.generator).to(self.dtype))
+        w = self._outside(self._product(v))
         self.rest.append(float(v @ w))
         self.squares.append(float(w @ w))
 
@@ -453,7 +460,9 @@ def smoothed_density(
     weights = [torch.as_tensor(v, dtype=torch.float64) for v in weights]
     low = min(float(v[0]) for v in nodes)
     high = max(float(v[-1]) for v in nodes)
-    sigma = width * max(high - low, 1e-12)
+    # if all eigenvalues are equal, the range is rounding error, on which a grid has no distinct points
+    spread = max(high - low, 1e-6 * max(abs(low), abs(high))) or 1e-12
+    sigma = width * spread
     grid = torch.linspace(low - 4 * sigma, high + 4 * sigma, points, dtype=torch.float64)
     curves = []
     for v, w in zip(nodes, weights):

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn, Tensor
+from torch.utils._pytree import tree_map_only
 from fastai.learner import Learner
 
 from ..core.display import bar
@@ -30,9 +31,9 @@ def random_direction(
 ) -> dict: # From parameter name to tensor
     """Return a random direction in weight space (Li et al. 2018).
 
-    With 'filter', the part of each output unit has the norm of the unit's weights, and biases and BatchNorm
-    get zeros. With 'layer', each tensor has the norm of its parameter. With 'none', each entry has
-    the variance 1. Raises `ValueError` for another `norm`."""
+    With 'filter', the part of each output unit (in a transposed convolution, of each input unit) has the norm
+    of the unit's weights, and biases and BatchNorm get zeros. With 'layer', each tensor has the norm of its
+    parameter. With 'none', each entry has the variance 1. Raises `ValueError` for another `norm`."""
     if norm not in ('filter', 'layer', 'none'):
         raise ValueError(f"`norm` must be 'filter', 'layer' or 'none', got {norm!r}")
     g = torch.Generator().manual_seed(seed)
@@ -42,9 +43,9 @@ def random_direction(
         p = p.detach()
         d = torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)
         if norm == 'filter' and p.ndim < 2: d.zero_()
-        elif norm != 'none' and p.ndim:
-            start = 1 if norm == 'filter' else 0 # the first axis counts the output units
-            axes = tuple(range(start, p.ndim))
+        elif norm != 'none':
+            start = 1 if norm == 'filter' else 0 # the first axis counts the units
+            axes = tuple(range(start, p.ndim)) or None # `None`: the only element of a 0-d parameter
             d *= _norm_over(p, axes) / _norm_over(d, axes)
         out[n] = d
     return out
@@ -122,7 +123,10 @@ def _check_direction(direction, named):
                              f'the network {tuple(named[n].shape)}')
     if not any(t.any() for t in direction.values()): raise ValueError('the direction is zero')
 
-def _channels_last(x): return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+def _channels_last(value):
+    "Return an input, which may be a structure of tensors, with its images in another memory format."
+    def moved(x): return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+    return tree_map_only(Tensor, moved, value)
 
 class _Slice:
     "The loss as a function of one multiple per direction."

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastai.learner import Learner
 
 from ..core.display import bar
-from ..core.fixed_loss import FixedLoss
+from ..core.fixed_loss import FixedLoss, check_eval_mode
 from ..core.images import open_image
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec3eb93a
@@ -196,8 +196,9 @@ def corrupted_accuracy(
     """Return the accuracy on images that are corrupted as in CIFAR-10-C.
 
     The batches are read once. Raises `ValueError` for an unknown kind or severity, for images that are not in
-    [0, 1] before the normalisation, and for the same reasons as `FixedLoss`, such as a network in training
-    mode, weights that are not finite, or batches without labels."""
+    [0, 1] before the normalisation, for outputs without two classes, for targets that are not one class
+    number per image, and for the same reasons as `FixedLoss`, such as a network in training mode, weights
+    that are not finite, or batches without labels."""
     kinds, severities = list(CORRUPTIONS if kinds is None else kinds), list(severities)
     cells = [(kind, severity) for kind in kinds for severity in severities]
     for kind, severity in cells: _check_corruption(kind, severity)
@@ -206,15 +207,17 @@ def corrupted_accuracy(
     mean, std = _normalisation(learn, dl, mean, std, first_images)
     clean = [(x * std + mean, y) for (x,), y in loss.batches]
     for kind in kinds: corrupt(clean[0][0][:1], kind, 1) # wrong images raise an error before the work starts
+    def corrupted(kind, severity):
+        for i, (x, y) in enumerate(clean):
+            batch_seed = seed * 100_003 + i # different noise for each batch
+            yield ((corrupt(x, kind, severity, batch_seed) - mean) / std,), y
     rows, columns = pd.Index(kinds, name='corruption'), pd.Index(severities, name='severity')
     out = pd.DataFrame(np.nan, index=rows, columns=columns)
     try:
         for kind, severity in bar(cells, progress, desc='corrupted'):
             right = 0
-            for i, (x, y) in enumerate(clean):
-                batch_seed = seed * 100_003 + i # different noise for each batch
-                x = corrupt(x, kind, severity, batch_seed)
-                right += (loss.model((x - mean) / std).argmax(1) == y).sum().item()
+            for scores, y in loss.scores(corrupted(kind, severity)):
+                right += (scores.argmax(1) == y).sum().item()
             out.loc[kind, severity] = right / loss.n
     except KeyboardInterrupt:
         if out.isna().all(axis=None): raise
@@ -296,8 +299,7 @@ def shifted_accuracy(
     class numbers that are not integers, for different numbers of images and labels, for images of different
     sizes without `size`, for `size` or `numbered` together with files, and for a class that the network does
     not have."""
-    if learn.model.training:
-        raise ValueError('the network is in training mode; call `learn.model.eval()` first')
+    check_eval_mode(learn.model)
     vocab = [str(v) for v in learn.dls.vocab]
     if isinstance(data, (str, Path)):
         x = _Folder(data, vocab, size, numbered)
@@ -346,8 +348,9 @@ def effective_robustness(
 ) -> EffectiveRobustness: # One value for each measured network, and the slope and intercept of the line
     """Return how far accuracies lie above the line of ordinary networks (Pham et al. 2022, Figure 9).
 
-    Raises `ValueError` for accuracies outside (0, 1), for a network with only one accuracy, and for fewer
-    than three ordinary networks of different accuracy."""
+    Raises `ValueError` for accuracies or a `level` outside (0, 1), for a network with only one accuracy, and
+    for fewer than three ordinary networks of different accuracy."""
+    if not 0 < level < 1: raise ValueError(f'`level` must lie in (0, 1), got {level}; for 95%, use 0.95')
     reference, shifted = _accuracies(reference), _accuracies(shifted)
     line_reference, line_shifted = _accuracies(baseline_reference), _accuracies(baseline_shifted)
     paired = reference.shape == shifted.shape and line_reference.shape == line_shifted.shape

@@ -36,8 +36,8 @@ def sam_sharpness(
 ) -> float: # Rise of the loss; it can be negative if `rho` is too large
     """Return the rise of the loss after a step of length `rho` along the gradient.
 
-    The formulas are equations 3 and 4 of Du et al. 2022. Raises `ValueError` if `rho` is not positive
-    or the gradient is zero, and if `FixedLoss` refuses the network, for example in training mode."""
+    The formulas are equations 3 and 4 of Du et al. 2022. Raises `ValueError` if `rho` is not positive, if
+    the gradient is zero or not finite, and if `FixedLoss` refuses the network, as in training mode."""
     if not rho > 0: raise ValueError(f'`rho` must be positive, got {rho}')
     loss = FixedLoss(learn, dl, samples)
     here, grads = loss.gradient()
@@ -47,8 +47,11 @@ def sam_sharpness(
         scales = weight_sizes(loss.params, names=loss.params) # T = |w|, for all weights
         with torch.no_grad(): scaled = [g * scales[n] for n, g in grads.items()]
     with torch.no_grad():
-        if not float(global_norm(scaled)) > 0:
-            raise ValueError('the gradient is zero, so no direction is the steepest')
+        norm = float(global_norm(scaled))
+        if not math.isfinite(norm):
+            raise ValueError('the gradient of the loss is NaN or infinite at these weights and samples; '
+                             'check the weights, or choose other samples')
+        if not norm: raise ValueError('the gradient is zero, so no direction is the steepest')
         deltas = ascent(grads, rho, scales, eps=0.)
     with perturbed(loss.params, deltas): there = loss()
     return there - here

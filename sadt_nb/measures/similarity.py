@@ -6,18 +6,20 @@
 __all__ = ['collect_logits', 'logit_mse', 'agreement', 'diversity']
 
 # %% ../../nbs/measures/54_similarity.ipynb #07d863a3
+from contextlib import ExitStack
 from typing import Iterable
 
 import torch
 from torch import nn, Tensor
 
-from ..core.states import in_eval_mode
+from ..core.states import from_hidden_states, hidden_states, in_eval_mode, kept_buffers
 
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
-@torch.inference_mode()
+@torch.no_grad() # not `inference_mode`, whose tensors a network may keep, but cannot train with
 def collect_logits(
-    models:Iterable[nn.Module], # The networks. They run in evaluation mode; each module gets its mode back
-    dl:Iterable,                # Batches `(x, ...)`, read once
+    # The networks. They run in evaluation mode; each module gets back its mode, buffers and hidden state
+    models:Iterable[nn.Module],
+    dl:Iterable,                # Batches `(x, ...)` or `x`, read once
 ) -> Tensor: # `(len(models), n, classes)` on the CPU, float32 or wider
     """Return the logits of several networks on the same samples.
 
@@ -25,8 +27,12 @@ def collect_logits(
     models = list(models)
     out = []
     if not models: raise ValueError('at least one network is needed, got none')
-    with in_eval_mode(*models):
-        for x, *_ in dl:
+    with in_eval_mode(*models), ExitStack() as stack:
+        for m in models:
+            stack.enter_context(from_hidden_states(hidden_states(m), every=True))
+            stack.enter_context(kept_buffers(m))
+        for batch in dl:
+            x = batch if isinstance(batch, Tensor) else batch[0]
             logits = [m(x) for m in models]
             shapes = {tuple(z.shape) for z in logits}
             if len(shapes) > 1: raise ValueError(f'outputs must have the same shape, got {sorted(shapes)}')
@@ -70,5 +76,6 @@ def diversity(
     models:Iterable[nn.Module], # The members of the ensemble, at least one
     dl:Iterable,                # Batches `(x, ...)`
 ) -> Tensor: # `(n,)` one value per sample, in units of squared logits, on the CPU
-    "Return for each sample the variance of the members' logits, averaged over classes."
-    return collect_logits(models, dl).var(0, correction=0).mean(1)
+    "Return for each sample the variance of the members' logits, averaged over all logits of the sample."
+    variance = collect_logits(models, dl).var(0, correction=0)
+    return variance.reshape(len(variance), -1).mean(1)

@@ -324,7 +324,8 @@ def test_as_many_images_as_given_train_or_an_error_says_how_many_there_are(valid
         dls = get_dls('digits', n_train=n, bs=10, valid=valid, device='cpu')
         assert len(dls.train.x) == n
     for n in (9, most + 1):
-        limits = f'from 10, the number of classes, to {most}, the number of training images{left}; got {n}$'
+        limits = (f'from 10, the number of classes, to {most - 10}, or {most}, the number of training images'
+                  f'{left}; got {n}$')
         with pytest.raises(ValueError, match=limits):
             get_dls('digits', n_train=n, bs=5, valid=valid, device='cpu')
 

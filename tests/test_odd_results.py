@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -235,3 +236,14 @@ def test_an_output_that_cannot_be_written_is_named_before_the_work(command, opti
     with pytest.raises(SystemExit): getattr(cli, command)()
     assert message in capsys.readouterr().err
     assert {f.name for f in tmp_path.iterdir()} == {'a file'}
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no such names')
+def test_the_page_of_a_folder_whose_name_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setenv('SADT_CACHE', str(tmp_path / 'cache'))
+    name = os.fsencode(folder(tmp_path / 'photos'))
+    os.rename(name, name + b'\xfc')
+    plain = Run(data=os.fsdecode(name + b'\xfc'), epochs=1, bs=8, valid=0.)
+    runs = {m: [plain.but(method=m)] for m in ('baseline', 'weight_average')}
+    root = trained(*runs['baseline'], *runs['weight_average'], root=tmp_path / 'runs')
+    for file in compare(runs, root).files[:2]: assert 'udcfc' in file.read_text()

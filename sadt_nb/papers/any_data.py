@@ -23,7 +23,7 @@ from ..experiments.report import load_results
 from ..experiments.runner import run
 from ..experiments.sweep import at_equal_passes
 from ..methods.registry import METHODS, passes_of
-from .pages import _html_page, _markdown_page, _origin, _png, interval
+from .pages import _html_page, _markdown_page, _origin, _png, interval, text_bytes
 
 # %% ../../nbs/papers/112_any_data.ipynb #70350be5
 PLAIN, AVERAGE = 'baseline', 'weight_average'
@@ -243,5 +243,5 @@ def compare(
     tables = [as_text(table).reset_index()]
     page = _html_page(title, counted, tables, picture, facts, _ALT)
     text = _markdown_page(title, counted, tables, files[2].name, facts, _ALT)
-    for file, content in zip(files, (page.encode(), text.encode(), picture)): write_whole(file, content)
+    for file, content in zip(files, (text_bytes(page), text_bytes(text), picture)): write_whole(file, content)
     return Comparison(table, summary, files)

@@ -302,10 +302,18 @@ def _report_folder(root, json):
     "Print the results of a folder: one row per setting; as JSON, all that is stored of every run."
     results = report.load_results(root)
     if not json: return print(visible(report.results_table(results).to_string()))
-    stored = results.assign(label=report.labels(results), folder=[Path(root) / n for n in results['name']])
+    stored = results.assign(label=report.labels(results))
     _print_json(runs=stored.drop(columns=['run', 'name', 'history']))
 
 # %% ../../nbs/commands/110_cli.ipynb #1fdc073e
+def _check_output_folder(folder):
+    "Make the folder for pages. Raises `ValueError`, before any work is done, if it cannot be written."
+    if folder is None: return
+    try: Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f'--to: {folder} cannot be made a folder ({e.strerror}); choose another') from None
+    if not os.access(folder, os.W_OK): raise ValueError(f'--to: {folder} cannot be written; choose another')
+
 def _check_figure(figure):
     "Raise `ValueError`, before any work is done, if a figure cannot be saved to its file."
     if figure is None: return
@@ -314,6 +322,10 @@ def _check_figure(figure):
         raise ValueError(f'--figure: there is no folder {file.parent}; make it first')
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ValueError(f'--figure: {file} cannot be written; choose another file')
+    known = plt.Figure().canvas.get_supported_filetypes()
+    kind = file.suffix[1:].lower()
+    if kind and kind not in known:
+        raise ValueError(f'--figure: {file} has the unknown type {kind}; choose one of {", ".join(known)}')
 
 def _save_curves(name, root, scale, amp, figure):
     "Save a figure with the training curves of a table's runs, or of all runs in a folder."
@@ -342,6 +354,7 @@ def sadt_report(
 ):
     "Print all results in a folder; or print a published table with verdicts, and write it to pages."
     _check_figure(figure)
+    _check_output_folder(to)
     folder = report.results_folder(root)
     if name:
         packaged = folder != Path(root) # the folder of the package is not a place for new pages
@@ -387,6 +400,7 @@ def sadt_compare(
                        opt=opt, flip=flip, opt_args=options_from(opt_args),
                        model_args=options_from(model_args), data_args=options_from(data_args))
     rows = any_data.comparison_runs(words_of(methods), plain)
+    _check_output_folder(to)
     print('timing one epoch of plain training', file=sys.stderr, flush=True)
     plan = any_data.make_plan(rows, minutes, root, workers)
     runs = any_data.seeded(rows, plan.seeds)

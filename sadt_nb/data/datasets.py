@@ -28,7 +28,7 @@ from ..core.images import open_image
 from .augment import PAD_MODES, AlternatingFlip, CropFlip, CutMix, Cutout
 from .augment import ResizedCrop, Rotate
 from .autoaugment import AutoAugment
-from .image_files import archive_images, folder_images
+from .image_files import archive_images, files_below, folder_images
 from .loader import ImageData, TensorDL
 from .mapped import MappedImages, mapped_folder
 
@@ -171,15 +171,17 @@ def _cache_dir():
     try: return Path.home() / '.cache' / 'sadt_nb'
     except RuntimeError: return Path(tempfile.gettempdir()) / 'sadt_nb' # a user without a home folder
 
-def _fingerprint(source, size):
-    "Return a hash of the names, sizes and dates of the source's files, and of the size of the images."
-    if source.is_file(): files = [source]
-    else: files = sorted(f for f in source.rglob('*') if f.is_file())
-    digest = hashlib.sha256(json.dumps(['v2', str(source.resolve()), size]).encode()) # 'v2': file's layout
+def _fingerprint(source, size, *how):
+    """Return a hash of the names, sizes and dates of the source's files, and of the size of the images.
+
+    `how` is what else the images depend on. Links are followed, as `folder_images` follows them."""
+    files = [source] if source.is_file() else files_below(source)
+    what = ['v2', str(source.resolve()), size, *how] # 'v2': layout of the array file
+    digest = hashlib.sha256(json.dumps(what).encode())
     for file in files:
         state = file.stat()
         name = '' if file == source else file.relative_to(source)
-        digest.update(f'{name}|{state.st_size}|{state.st_mtime_ns}\n'.encode())
+        digest.update(os.fsencode(f'{name}|{state.st_size}|{state.st_mtime_ns}\n'))
     return digest.hexdigest()[:16]
 
 def _read_arrays(file):
@@ -196,9 +198,11 @@ def _write_arrays(file, train, test):
         np.savez(f, train_x=train.x.numpy(), train_y=train.y.numpy(),
                  test_x=test.x.numpy(), test_y=test.y.numpy(), vocab=np.array(train.vocab))
 
-def _cached(source, size, build):
-    "Return the data of the array file; if there is none, return the data of `build()` and store them."
-    file = _cache_dir() / f'{source.name.split(".")[0]}-{_fingerprint(source, size)}.npz'
+def _cached(source, size, build, *how):
+    """Return the data of the array file; if there is none, return the data of `build()` and store them.
+
+    `how` is what these data depend on beside the files and the size."""
+    file = _cache_dir() / f'{source.name.split(".")[0]}-{_fingerprint(source, size, *how)}.npz'
     if file.exists():
         try: return _read_arrays(file)
         except Exception: file.unlink(missing_ok=True) # a damaged file is written again
@@ -246,9 +250,11 @@ def _find_cifar(name, path, download=True):
                                 'a .tgz archive of such a folder, or the official python batches') from None
 
 # %% ../../nbs/data/72_datasets.ipynb #fe25e172
+def _is_innermost(name): return name == 'cifar100' # fastai's has folders of superclasses around the classes
+
 def _read(source, size=None, name=None):
     "Decode a folder or an archive; with `name` ('cifar10' or 'cifar100'), also the official batches."
-    innermost = name == 'cifar100' # fastai's CIFAR-100 has folders of superclasses around the classes
+    innermost = _is_innermost(name)
     if source.is_file():
         if name and source.name == _OFFICIAL[name].filename: return _official_tar(name, source)
         return _from_files(archive_images(source, innermost=innermost), source, size)
@@ -257,7 +263,8 @@ def _read(source, size=None, name=None):
 
 def _cifar(name, path=None, size=None):
     source = _find_cifar(name, path)
-    train, test = _cached(source, size, lambda: _read(source, size, name))
+    how = ['innermost'] if _is_innermost(name) else [] # as an image folder, it would have other classes
+    train, test = _cached(source, size, lambda: _read(source, size, name), *how)
     want = 10 if name == 'cifar10' else 100
     if len(train.vocab) != want:
         raise ValueError(f'{source} is not {name}: it has {len(train.vocab)} classes, not {want}; '
@@ -476,21 +483,41 @@ def _check_sizes(train, bs, crop, resized_crop, cutout):
         raise ValueError(f'`crop` must be from 0 to {shorter - 1} for images of {shorter} pixels, got {crop}')
 
 # %% ../../nbs/data/72_datasets.ipynb #9abd45b8
+def _check_each_class(train, option):
+    "Raise `ValueError` if a class has only one training image, which cannot be in both parts of a split."
+    counts = torch.bincount(train.y, minlength=len(train.vocab))
+    single = [name for name, n in zip(train.vocab, counts.tolist()) if n == 1]
+    if single:
+        raise ValueError(f'`{option}` divides the images of each class, but class {single[0]!r} has one '
+                         f'training image; add images, or leave `{option}` out')
+
+def _check_valid(train, valid):
+    "Raise `ValueError` if the images cannot be divided into training and validation images."
+    _check_each_class(train, 'valid')
+    n, classes = len(train), len(train.y.unique())
+    out = math.ceil(valid * n)
+    if not classes <= out <= n - classes:
+        raise ValueError(f'training and validation each need as many images as there are classes, {classes}, '
+                         f'but `valid` {valid:g} holds out {out} of {n} training images; choose another '
+                         '`valid`, or 0')
+
+def _check_number(train, n_train, left):
+    "Raise `ValueError` if `n_train` images of all classes cannot be chosen."
+    n, classes = len(train), len(train.vocab)
+    if not classes <= n_train <= n - classes: # both parts need an image of each class
+        raise ValueError(f'`n_train` must be from {classes}, the number of classes, to {n - classes}, or '
+                         f'{n}, the number of training images{left}; got {n_train}')
+    _check_each_class(train, 'n_train')
+
 def _training_parts(train, valid, n_train, split):
     "Return the training images, and the validation images or `None`."
     held_out = None
     if valid:
+        _check_valid(train, valid)
         kept, out = _split(train.y, valid, split)
         train, held_out = train.subset(kept), train.subset(out)
     if n_train is None or n_train == len(train): return train, held_out
-    if not len(train.vocab) <= n_train < len(train):
-        left = ' that validation leaves' if valid else ''
-        raise ValueError(f'`n_train` must be from {len(train.vocab)}, the number of classes, to '
-                         f'{len(train)}, the number of training images{left}; got {n_train}')
-    left_out = len(train) - n_train
-    if left_out < len(train.vocab): # both parts of a stratified split need an image of each class
-        raise ValueError(f'`n_train` must leave out no image or at least {len(train.vocab)}, one of each '
-                         f'class; {n_train} of {len(train)} leave out {left_out}')
+    _check_number(train, n_train, ' that validation leaves' if valid else '')
     train = train.subset(_split(train.y, n_train, split)[1])
     return train, held_out
 

@@ -16,6 +16,17 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import default_device, rank_distrib, show_images
 
 # %% ../../nbs/data/70_loader.ipynb #9cd9343e
+def _class_indices(y):
+    "Return labels as a tensor of whole numbers. Raises `ValueError` for labels that are no class indices."
+    try: y = torch.as_tensor(y)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError('labels must be class indices, such as 0 and 1; names belong into `vocab`') from None
+    if y.ndim != 1: raise ValueError(f'labels must be one class index per image, got shape {tuple(y.shape)}')
+    if y.is_complex(): raise ValueError('labels must be whole numbers, got complex numbers')
+    whole = y.long()
+    if not torch.equal(whole.to(y.dtype), y): raise ValueError('labels must be whole numbers, got fractions')
+    return whole
+
 class ImageData:
     "Images as bytes, their classes, and the classes' names; a map-style data set of `(image, class)` pairs."
     loss_func = nn.CrossEntropyLoss() # for class indices and soft labels; the default loss of a Learner
@@ -26,15 +37,10 @@ class ImageData:
         vocab,  # Names of the classes; a model has one output per class
     ):
         x = torch.as_tensor(x)
-        y = torch.as_tensor(y)
+        y = _class_indices(y)
         if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
             got = f'{x.dtype} of shape {tuple(x.shape)}'
             raise ValueError(f'images must be uint8 of shape (n, height, width, 3), got {got}')
-        is_whole = not y.is_complex() and torch.equal(y.long().to(y.dtype), y) # shares of classes are not
-        if y.ndim != 1 or not is_whole:
-            got = f'{y.dtype} of shape {tuple(y.shape)}'
-            raise ValueError(f'labels must be whole numbers of shape (n,), got {got}')
-        y = y.long()
         if len(x) != len(y):
             raise ValueError(f'there must be one label per image, got {len(x)} images and {len(y)} labels')
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < len(vocab):

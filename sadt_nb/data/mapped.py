@@ -78,7 +78,7 @@ def _stamp(root, size, files):
     for f in files:
         state = f.stat()
         lines.append(f'{f.relative_to(root)}|{state.st_size}|{state.st_mtime_ns}')
-    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode('\n'.join(lines))).hexdigest()[:16]
 
 def _check_room(folder, shape, what):
     "Raise `ValueError` if the disk has no room for the bytes of an array."

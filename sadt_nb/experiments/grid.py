@@ -27,8 +27,8 @@ from .cost import training_images
 from .learner import run_loaders
 from .measure import PASSES, measure_run, missing_measures
 from .results import packed
-from .run_folder import RunBusy, RunError, code_version, is_trained, load_model
-from .run_folder import read_result, work_folder, write_json
+from .run_folder import RunBusy, RunError, check_data, code_version, is_trained, load_model
+from .run_folder import read_result, stored_checksum, work_folder, write_json
 from .runner import run
 from ..measures.similarity import collect_logits
 from ..methods.registry import passes_of
@@ -469,9 +469,18 @@ def run_grid(
 
 # %% ../../nbs/experiments/85_grid.ipynb #9101d1b2
 def _stored_ensemble(file, root):
-    "Return the result of an ensemble from its file or the archive; `None` if no result is stored."
-    if file.exists(): return json.loads(file.read_text())
-    return read_archive(root).get(f'ensembles/{file.stem}', {}).get('result')
+    "Return the result of an ensemble from its file or the archive; `None` without an undamaged result."
+    if not file.exists(): return read_archive(root).get(f'ensembles/{file.stem}', {}).get('result')
+    try: return json.loads(file.read_text())
+    except ValueError: return None
+
+def _is_current(result, members, root):
+    "Return whether the members still have the weights with which an ensemble was evaluated."
+    then = result.get('weights_crc32', {}) # empty in a result of an earlier version
+    for m in members:
+        now = (read_result(m, root) or {}).get('weights_crc32')
+        if now and then.get(m.name, now) != now: return False
+    return True
 
 def _check_members(members, root):
     "Raise `RunError` before any work if a member of an ensemble is not trained, or has no stored weights."
@@ -495,6 +504,31 @@ def _logits_and_labels(models, dl):
     logits = collect_logits(models, batches())
     return logits, torch.cat(labels)
 
+def _image_settings(m):
+    "Return the settings of a run on which its normalised test images depend."
+    settings = m.data, m.data_args, m.normalize
+    if m.normalize != 'data': return settings
+    return *settings, m.n_train, m.valid, m.seed if m.split is None else m.split
+
+def _evaluate_members(members, root, device):
+    """Return the logits of each member, `(members, n, classes)`, the labels, and the number of classes.
+
+    Raises `ValueError` if the members have different test images."""
+    groups, logits, checksums = {}, {}, set()
+    for m in members: groups.setdefault(_image_settings(m), []).append(m)
+    for group in groups.values():
+        dls = run_loaders(group[0], device)
+        checksums.add(dls.checksums['test_crc32'])
+        if len(checksums) > 1:
+            raise ValueError('the members of an ensemble must have the same test images, but those of '
+                             f'{members[0].name} and {group[0].name} differ')
+        for m in group: check_data(m, read_result(m, root), dls.checksums)
+        test = dls[2] # the test loader, normalised as in training
+        models = [load_model(m, root, len(test.vocab), test.device) for m in group]
+        found, labels = _logits_and_labels(models, test)
+        logits.update(zip(group, found))
+    return torch.stack([logits[m] for m in members]), labels, len(test.vocab)
+
 def run_ensemble(
     members,       # Trained runs on one data set; a stored result can be read without their weights
     root='runs',   # Folder of all results
@@ -505,24 +539,24 @@ def run_ensemble(
     As in the result of a run, `right` says which test images are right, and `data_facts` has their number.
     A stored result of an earlier version has neither of the two.
 
-    Raises `ValueError` if `members` is empty, `RunError` if weights are missing or do not fit."""
+    Raises `ValueError` if `members` is empty or has different test images, `RunError` if weights are missing
+    or do not fit, or if the data have changed since training."""
     members = sorted(set(members), key=lambda m: m.key)
     if not members: raise ValueError('an ensemble needs at least one run, got none')
     keys = ''.join(m.key for m in members)
     digest = hashlib.sha256(keys.encode()).hexdigest()[:12]
     file = Path(root) / 'ensembles' / f'{digest}.json'
     known = _stored_ensemble(file, root)
-    if known: return known
+    if known and _is_current(known, members, root): return known
     _check_members(members, root)
-    test = run_loaders(members[0], device)[2] # the test loader, normalised as in training
-    models = [load_model(m, root, len(test.vocab), test.device) for m in members]
-    logits, labels = _logits_and_labels(models, test)
+    logits, labels, classes = _evaluate_members(members, root, device)
     alone = logits.argmax(2) == labels # `(members, n)`
     accuracies = {m.name: hits.sum().item() / len(labels) for m, hits in zip(members, alone)}
     together = logits.mean(0).argmax(1) == labels
     result = dict(accuracy=together.sum().item() / len(labels), right=packed(together), members=accuracies,
                   diversity=logits.var(0, correction=0).mean().item(),
-                  data_facts=dict(test=len(labels), classes=len(test.vocab)))
+                  data_facts=dict(test=len(labels), classes=classes),
+                  weights_crc32={m.name: stored_checksum(m, root) for m in members})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, result)
     return result

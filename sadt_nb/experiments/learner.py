@@ -262,6 +262,11 @@ def _features(cfg, dls):
     return cbs
 
 # %% ../../nbs/experiments/84_learner.ipynb #4a7a84c1
+def _check_release(cfg, n):
+    "Raise `ValueError` if `n` test images are too few for `KeepReleased`, which leaves one of them out."
+    if cfg.select == 'release' and n < 3:
+        raise ValueError(f"select='release' needs at least 3 test images, got {n}; choose another `select`")
+
 def make_learner(
     cfg:Run,     # The run to train
     device=None, # With `None`, fastai's default device
@@ -271,6 +276,7 @@ def make_learner(
     "Return a Learner in exactly the state in which `run` starts training."
     dls = run_loaders(cfg, device)
     _share_among_ranks(dls, cfg)
+    _check_release(cfg, len(dls[2].dataset))
     if cfg.amp: _warn_emulated(dls.device)
     method = _method(cfg, root, dls)
     model = _network(cfg, dls)

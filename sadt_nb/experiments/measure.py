@@ -16,6 +16,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from ..core.images import open_image
+from ..data.image_files import files_below
 from .archive import read_part
 from .config import Run
 from .learner import stored_learner
@@ -81,10 +82,10 @@ def _shifted_folder():
 
 def _names_checksum(folder):
     "Return a checksum of the names and sizes of all files in a folder."
-    files = sorted(f for f in folder.rglob('*') if f.is_file())
+    files = files_below(folder) # follows links, as the images are read
     lines = [f'{f.relative_to(folder).as_posix()} {f.stat().st_size}' for f in files]
     text = '\n'.join(lines)
-    return f'{zlib.crc32(text.encode()):08x}'
+    return f'{zlib.crc32(os.fsencode(text)):08x}'
 
 def _shifted(learn, samples):
     """Return the accuracy on all images of SADT_SHIFTED, at the size of the run's images.
@@ -129,9 +130,11 @@ PASSES = dict(
 
 # %% ../../nbs/experiments/86_measure.ipynb #f5be0559
 def _checksum(cfg, root):
-    "Return a checksum of the stored weights; `None` if no weights are stored."
+    "Return a checksum of the weights that `run` has stored; `None` for no weights, or for published weights."
     file = weights_file(cfg, root)
-    return f'{zlib.crc32(file.read_bytes()):08x}' if file.is_file() else None
+    # published weights are in another format, and `load_model` compares them with the result
+    own = file.suffix == '.pt' and file.is_file()
+    return f'{zlib.crc32(file.read_bytes()):08x}' if own else None
 
 def _known(cfg, root):
     "Return the stored measures of a run; `{}` if they were measured on weights that have been replaced."

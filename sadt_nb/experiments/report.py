@@ -8,6 +8,7 @@ __all__ = ['LINE_STYLES', 'published', 'results_folder', 'printable', 'load_resu
 
 # %% ../../nbs/experiments/82_report.ipynb #1b09a564
 import hashlib, math, sys
+from collections import Counter
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from ..core.checkpoint import write_whole
 from ..core.display import COLORS, markdown_text, Sentence
-from .archive import read_archive, read_parts, stored_runs, write_archive
+from .archive import run_parts, stored_runs, write_archive
 from .config import Run
 from .run_folder import RunError, read_result
 
@@ -107,7 +108,7 @@ def load_results(
     standard error names them. Raises `FileNotFoundError` if no run is left."""
     rows, left_out = [], []
     for folder, parts in stored_runs(results_folder(root), left_out):
-        try: rows.append(_row(parts))
+        try: rows.append({**_row(parts), 'folder': folder})
         except ValueError as e: left_out.append(f'{folder}: {e}')
     _name_left_out(left_out)
     if not rows:
@@ -171,7 +172,7 @@ def publish(
     records = {}
     for cfg in runs:
         if not read_result(cfg, root): continue
-        records[cfg.name] = read_parts(Path(root) / cfg.name) or read_archive(root)[cfg.name]
+        records[cfg.name] = run_parts(root, cfg.name)
         if cfg in weights: _publish_weights(cfg, root, to)
     if records: write_archive(to, records)
     return len(records)
@@ -208,19 +209,50 @@ def _differing(runs):
     if len(methods) == len(kinds): differing.remove('method_args') # every method has one set of options
     return differing
 
+def _settings(run):
+    "Return all settings of a run and of its teachers, except seeds; the teachers have no order."
+    own = [getattr(run, f.name) for f in fields(Run) if f.name not in ('seed', 'split', 'teachers')]
+    return *own, *sorted(str(_settings(t)) for t in run.teachers)
+
+def _counted(names):
+    "Return names as text, those that occur several times with their number."
+    return ', '.join(name if n == 1 else f'{n} {name}' for name, n in sorted(Counter(names).items()))
+
+def _teachers_of(runs):
+    "Return for each run a text with the labels of its teachers; '' for all if the runs have equal settings."
+    if len({_settings(run) for run in runs}) == 1: return [''] * len(runs)
+    teachers = [t for run in runs for t in run.teachers]
+    names = dict(zip(teachers, _labels(teachers)))
+    return [f' (teacher: {_counted([names[t] for t in run.teachers])})' for run in runs]
+
+def _labels(runs):
+    "Return a label for each run; students that differ in their teachers alone have the teachers in it."
+    differing = _differing(runs)
+    groups = {} # from a label to the positions of its runs
+    for i, run in enumerate(runs):
+        parts = [run.method, *(_shown(run, name) for name in differing)]
+        groups.setdefault(' '.join(p for p in parts if p), []).append(i)
+    found = {}
+    for label, rows in groups.items():
+        for i, text in zip(rows, _teachers_of([runs[i] for i in rows])): found[i] = label + text
+    return [found[i] for i in range(len(runs))]
+
 def labels(
     results:pd.DataFrame, # Table of runs from `load_results`
 ) -> list[str]: # One per row
-    "Return a label for each run: its method, and the settings, except seeds, in which the runs differ."
-    runs = list(results['run'])
-    differing = _differing(runs)
-    out = []
-    for run in runs:
-        parts = [run.method, *(_shown(run, name) for name in differing)]
-        out.append(' '.join(p for p in parts if p))
-    return out
+    """Return a label for each run: its method, and the settings, except seeds, in which the runs differ.
+
+    Students that differ in the settings of their teachers alone have the labels of the teachers, too."""
+    return _labels(list(results['run']))
 
 # %% ../../nbs/experiments/82_report.ipynb #acb761a1
+def _labelled(results, by):
+    "Return the table with a column `label`, and of several copies of a run the first that is finished."
+    df = results.assign(label=labels(results) if by is None else list(by))
+    order = np.argsort(df['status'].to_numpy() != 'finished', kind='stable') # the finished runs first
+    again = df.iloc[order].duplicated(['label', 'run']).to_numpy()
+    return df.iloc[np.sort(order[~again])]
+
 def _mean_and_spread(v, scale=100, digits='.1f'):
     "Return a text: the mean and, for several values, the standard deviation; '' for no values."
     v = v.dropna() * scale
@@ -259,10 +291,11 @@ def results_table(
 ) -> pd.DataFrame: # One row per label, in order of appearance
     """Return a table of accuracies (mean and standard deviation over seeds), costs, and all stored measures.
 
+    A run that is stored several times below a folder counts once.
     Where a method adds a term to the loss, the table has the norm of the term's gradient divided by the norm
     of the loss's gradient, in the epoch with the largest ratio. If this ratio is near
     zero, the term has no effect."""
-    df = results.assign(label=labels(results) if by is None else list(by))
+    df = _labelled(results, by)
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
     measured = dict.fromkeys(name for m in df['measures'] for name in m)
@@ -382,7 +415,7 @@ def plot_runs(
     axs:Sequence[plt.Axes]|None=None, # Four axes to draw on; with `None`, a new figure
 ) -> np.ndarray: # The axes: training loss and accuracy, validation loss and accuracy
     "Draw training curves of stored runs."
-    df = results.assign(label=labels(results) if by is None else list(by))
+    df = _labelled(results, by)
     df = df[df['history'].map(len) > 0]
     if axs is None: axs = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout='constrained')[1].ravel()
     used = {} # number of labels per method so far; each label gets its own line style

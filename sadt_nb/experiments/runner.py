@@ -114,6 +114,9 @@ def _times(started):
     return dict(started=date, wall_seconds=time.time() - started)
 
 # %% ../../nbs/experiments/81_runner.ipynb #050ee729
+_DIVERGED_AT_THE_END = ('the loss on the test images became NaN or infinite in the last step; '
+                        'lower the learning rate or rho')
+
 class _Training:
     "One training of a run: its Learner, its files, and the result that it writes."
     def __init__(self, cfg, root, progress, device):
@@ -160,6 +163,10 @@ class _Training:
         "Store the reason if the run diverged; otherwise evaluate the network and store the result."
         if self.recorder.failed: return self.store('diverged', resumed, error=self.recorder.failed)
         found = run_results(self.cfg, self.learn, self.root, self.folder)
+        # no batch follows the last step, so the recorder cannot see what this step has done to the weights
+        if not all(math.isfinite(found[k]) for k in ('loss', 'loss_bn')):
+            (self.folder / 'weights.pt').unlink(missing_ok=True)
+            return self.store('diverged', resumed, error=_DIVERGED_AT_THE_END)
         result = self.store('finished', resumed, **found)
         replace_result(self.cfg, self.root)
         return result
@@ -178,6 +185,7 @@ def _train(cfg, root, force, progress, device, minutes):
     try:
         with distributed_context(learn), _tf32(cfg.tf32): learn.fit(math.ceil(cfg.epochs), cbs=checkpoint)
         result = on_rank_zero(lambda: training.finish(checkpoint.start))
+        recorder.failed = result.get('error') # the other processes learn from it what the first one has found
         checkpoint.remove()
         training.discard_diverged()
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from ..experiments.report import load_results
 from ..experiments.runner import run
 from ..experiments.sweep import at_equal_passes
 from ..methods.registry import METHODS, passes_of
-from .pages import _html_page, _markdown_page, _origin, _png, interval
+from .pages import _html_page, _markdown_page, _origin, _png, interval, text_bytes
 
 # %% ../../nbs/papers/112_any_data.ipynb #70350be5
 PLAIN, AVERAGE = 'baseline', 'weight_average'
@@ -82,7 +82,8 @@ def make_plan(
 
     Raises `ValueError` if the time is too short for two seeds."""
     file = Path(root) / f'comparison-{_key(runs)}.json'
-    plans = json.loads(file.read_text()) if file.exists() else {}
+    try: plans = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError: raise ValueError(f'the plan {file} is damaged; delete this file') from None
     given = f'{minutes:g}'
     if given in plans: return Plan(*plans[given])
     seconds = seconds_per_run(runs[PLAIN], root)
@@ -110,9 +111,13 @@ def _accuracies(group, results):
     return {r.seed: 100 * results[r]['accuracy_bn'] for r in group if r in results}
 
 def _difference(ours, others, level):
-    "Return the mean difference, paired by seed, and the ends of its interval; NaN without a common seed."
-    pairs = [ours[s] - others[s] for s in ours if s in others]
-    return interval(pairs, level) if pairs else (np.nan,) * 3
+    """Return the mean difference, paired by seed, and the ends of its interval; NaN without a common seed.
+
+    The ends are NaN for equal differences that are not zero: with few test images, they are a coincidence."""
+    pairs = [round(ours[s] - others[s], 9) for s in ours if s in others] # without rounding errors
+    if not pairs: return (np.nan,) * 3
+    if len(set(pairs)) == 1 and pairs[0]: return pairs[0], np.nan, np.nan
+    return interval(pairs, level)
 
 def comparison_table(
     runs:dict,    # From method to its runs, from `seeded`
@@ -139,14 +144,16 @@ def as_text(
     rows = {}
     for method, r in table.iterrows():
         accuracy = f'{r.accuracy:.2f}' + ('' if np.isnan(r.spread) else f' ± {r.spread:.2f}')
-        difference = '' if np.isnan(r.difference) else f'{r.difference:+.2f} [{r.low:+.2f}, {r.high:+.2f}]'
+        difference = '' if np.isnan(r.difference) else _text(r, '')
         passes = '' if np.isnan(r.passes) else f'{r.passes:.0f}'
         rows[method] = {'test accuracy %': accuracy, 'minus plain training': difference,
                         'seeds': f'{r.n:.0f}', 'epochs': f'{r.epochs:g}', 'passes': passes}
     return pd.DataFrame(rows).T.rename_axis('method')
 
 # %% ../../nbs/papers/112_any_data.ipynb #7a5302ea
-def _text(r): return f'{r.difference:+.2f} points [{r.low:+.2f}, {r.high:+.2f}]'
+def _text(r, unit=' points'):
+    ends = '' if np.isnan(r.low) else f' [{r.low:+.2f}, {r.high:+.2f}]'
+    return f'{r.difference:+.2f}{unit}{ends}'
 
 def sentence(
     table:pd.DataFrame, # From `comparison_table`
@@ -157,7 +164,8 @@ def sentence(
     best = rivals.difference.idxmax()
     found = rivals.loc[best]
     if not found.low > 0: # or `found.low` is NaN
-        reason = 'a single seed gives no interval' if np.isnan(found.low) else 'its interval contains zero'
+        no_interval = 'a single seed gives' if found.n == 1 else 'equal differences give'
+        reason = f'{no_interval} no interval' if np.isnan(found.low) else 'its interval contains zero'
         if found.high < 0: reason = 'its interval lies below zero'
         text = (f'At equal passes, no method is shown to be better than plain training: the largest '
                 f'difference is that of {best}, {_text(found)}, and {reason}.')
@@ -214,17 +222,18 @@ def compare(
     "Read the results, and write the comparison to pages. Raises `ValueError` if no run has finished."
     stored = load_results(root)
     wanted = {r for group in runs.values() for r in group}
-    finished = [row for _, row in stored.iterrows() if row['run'] in wanted and row['status'] == 'finished']
-    if not finished: raise ValueError(f'no run of this comparison has finished in {root}')
-    results = {row['run']: row for row in finished}
+    results = {} # from run to its result; the folder may have a second copy of a run
+    for _, row in stored.iterrows():
+        if row['run'] in wanted and row['status'] == 'finished': results[row['run']] = row
+    if not results: raise ValueError(f'no run of this comparison has finished in {root}')
     table = comparison_table(runs, results)
     summary = sentence(table)
     plain = runs[PLAIN][0]
     methods = ', '.join(m for m in runs if m not in (PLAIN, AVERAGE))
     title = f'{methods} on {Path(plain.data).name}'
-    counted = f'{summary} {len(finished)} of {len(wanted)} runs are finished.'
+    counted = f'{summary} {len(results)} of {len(wanted)} runs are finished.'
     facts = dict(rule=_RULE, network=plain.model, optimizer=f'{plain.opt}, learning rate {plain.lr:g}',
-                 **_origin(finished))
+                 **_origin([*results.values()]))
     picture = _png(plot_points(runs, results, 'Test accuracy at equal passes'))
     to = Path(root if to is None else to)
     to.mkdir(parents=True, exist_ok=True)
@@ -234,5 +243,5 @@ def compare(
     tables = [as_text(table).reset_index()]
     page = _html_page(title, counted, tables, picture, facts, _ALT)
     text = _markdown_page(title, counted, tables, files[2].name, facts, _ALT)
-    for file, content in zip(files, (page.encode(), text.encode(), picture)): write_whole(file, content)
+    for file, content in zip(files, (text_bytes(page), text_bytes(text), picture)): write_whole(file, content)
     return Comparison(table, summary, files)

@@ -22,7 +22,6 @@ html_logo = html_favicon
 
 nb_execution_mode = 'off'         # pages show the outputs that are committed in the notebooks
 nb_render_markdown_format = 'myst'
-nb_merge_streams = True           # what a cell prints is one box, not one for each time the process wrote
 nb_ipywidgets_js = {}             # they would come from another host
 nb_code_prompt_show = 'Show the source'
 nb_code_prompt_hide = 'Hide the source'

@@ -317,8 +317,18 @@ def without_style(table):
     table = re.sub(r'<style scoped>.*?</style>\s*', '', table, flags=re.S)
     return table.replace(' border="1"', '').replace(' style="text-align: right;"', '')
 
+def joined(outputs):
+    "Return outputs in which printed lines that follow one another are one output, and so one box."
+    found = []
+    for o in outputs:
+        last = found[-1] if found else {}
+        if o.output_type == 'stream' and last.get('name') == o.name: last.text += o.text
+        else: found.append(o)
+    return found
+
 def as_shown(outputs, links, where):
     "Return outputs in which Markdown links lead to pages and tables have the theme's style."
+    outputs = joined(outputs)
     for o in outputs:
         data = o.get('data', {})
         if 'text/markdown' in data: data['text/markdown'] = links.text(data['text/markdown'], where)

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -515,6 +516,22 @@ def test_figures_of_the_notebooks_are_all_there():
     for nb in notebooks():
         links = document(SITE / page_of(nb)).links
         assert sum('_images/' in link for link in links) >= stored_figures(nb), nb.stem
+
+
+def printed(nb):
+    "Return the number of times that visible cells of a notebook begin to print, or change the stream."
+    count = 0
+    for c in nbformat.read(nb, 4).cells:
+        if c.cell_type != 'code' or c.source.startswith('#| hide'): continue
+        streams = groupby(o.get('name') for o in c.outputs) # other outputs have no name
+        count += sum(name is not None for name, _ in streams)
+    return count
+
+
+def test_lines_that_a_cell_prints_share_a_box():
+    for nb in notebooks():
+        page = (SITE / page_of(nb)).read_text(encoding='utf-8')
+        assert len(re.findall('class="output (?:stream|stderr)', page)) == printed(nb), nb.stem
 
 
 @pytest.fixture(scope='session')

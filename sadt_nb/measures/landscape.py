@@ -264,7 +264,7 @@ def plot_line(
 
 def _draw_contours(ax, surface, z, levels):
     lines = ax.contour(surface.x, surface.y, z, levels=levels, cmap='viridis', norm='log')
-    ax.clabel(lines, fontsize=7, fmt='%.2g')
+    ax.clabel(lines, lines.levels[::4], fontsize=8, fmt='%.2g') # labels on all lines would overlap
     ax.plot(0, 0, 'k+', ms=8)
 
 def _draw_heat(ax, surface, z, levels):

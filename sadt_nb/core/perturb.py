@@ -418,7 +418,7 @@ def fitted(
 def has_average(
     t:Tensor, # A parameter or a buffer
 ) -> bool: # `False` for integers, such as BatchNorm's count of batches
-    "Return whether the values of a tensor can be averaged: whether they are real or complex numbers."
+    "Return whether a tensor can be averaged: whether its values are floating-point or complex numbers."
     return t.is_floating_point() or t.is_complex()
 
 @torch.no_grad()

@@ -454,7 +454,8 @@ def run_grid(
 ) -> list: # Per run, in the order of `runs`: the result, or the `Exception` of a failed run
     """Train all runs that are not finished yet. Ctrl-C stops the training; the same call continues it.
 
-    The failure of a run is returned, not raised."""
+    The failure of a run is returned, not raised. Raises `ValueError` for `workers` below 1; with
+    `ray`, `ImportError` without the package Ray, and `RunError` if no cluster is found."""
     if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
     runs, measures = list(runs), measures or {}
     def needs_weights(cfg): return bool(missing_measures(cfg, root, measures.get(cfg, ()), samples))

@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..core.checkpoint import write_whole
 from ..core.display import COLORS, markdown_text, Sentence
@@ -294,7 +295,7 @@ def results_table(
     A run that is stored several times below a folder counts once.
     Where a method adds a term to the loss, the table has the norm of the term's gradient divided by the norm
     of the loss's gradient, in the epoch with the largest ratio. If this ratio is near
-    zero, the term has no effect."""
+    zero, the term has no effect. Raises `ValueError` if no run has finished."""
     df = _labelled(results, by)
     df = df[df['status'] == 'finished']
     if df.empty: raise ValueError('none of these runs has finished')
@@ -376,7 +377,9 @@ def trained_apart(
     pairs:Iterable[tuple], # Pairs of stored results; each result has 'code' and 'hardware'
     what:str='pairs of student and teacher', # What the pairs are, in the plural
 ) -> Sentence:
-    "Return in words how many pairs were trained with different source code or on different hardware."
+    """Return in words how many pairs were trained with different source code or on different hardware.
+
+    Raises `ValueError` if there is no pair."""
     pairs = list(pairs)
     if not pairs: raise ValueError('`pairs` must have at least one pair of results')
     code = [a['code']['source'] != b['code']['source'] for a, b in pairs]
@@ -429,6 +432,10 @@ def plot_runs(
         ax.set(title=title, ylabel=unit, xlabel=_AXIS_NAMES.get(x, x))
         ax.grid(alpha=.3)
         ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-        if 'loss' in title: ax.set_yscale('log')
+        if 'loss' not in title: continue
+        ax.set_yscale('log')
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        ax.yaxis.set_major_formatter('{x:g}') # plain numbers instead of powers of ten
+        ax.yaxis.set_minor_formatter(NullFormatter())
     axs[0].legend(fontsize=8)
     return axs

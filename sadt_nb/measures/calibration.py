@@ -91,7 +91,7 @@ def memorisation(
     """Return how often a network predicts the wrong and the true label of samples with a wrong label.
 
     Raises `ValueError` if `true` and the loader have different numbers of labels, if no label is wrong, for
-    outputs and targets that `calibration_error` refuses, and for the same reasons as `FixedLoss`, such as a
+    outputs and targets for which `calibration_error` does, and for the same reasons as `FixedLoss`, such as a
     network in training mode."""
     loss = FixedLoss(learn, dl)
     answers, given = [], []

@@ -37,7 +37,7 @@ def sam_sharpness(
     """Return the rise of the loss after a step of length `rho` along the gradient.
 
     The formulas are equations 3 and 4 of Du et al. 2022. Raises `ValueError` if `rho` is not positive, if
-    the gradient is zero or not finite, and if `FixedLoss` refuses the network, as in training mode."""
+    the gradient is zero or not finite, and if `FixedLoss` does, as for a network in training mode."""
     if not rho > 0: raise ValueError(f'`rho` must be positive, got {rho}')
     loss = FixedLoss(learn, dl, samples)
     here, grads = loss.gradient()
@@ -95,7 +95,7 @@ def average_sharpness(
     """Return how much the loss rises on average when noise is added to the weights.
 
     After Ctrl-C, returns the estimate from the pairs used so far. Raises `ValueError` if `pairs` is less
-    than 2, if `std` is not positive, and if `FixedLoss` refuses the network or the samples."""
+    than 2, if `std` is not positive, and if `FixedLoss` does."""
     if pairs < 2:
         raise ValueError(f'`pairs` must be at least 2, got {pairs}; one gives no estimate of the error')
     if not std > 0: raise ValueError(f'`std` must be positive, got {std}')

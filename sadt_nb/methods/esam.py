@@ -27,7 +27,7 @@ def sharpest(
     rise:Tensor, # `(n,)` rise of each sample's loss
     gamma:float, # Fraction of the samples to keep, in (0, 1]
     least:int=1, # Keep at least this many samples, or all if the batch has fewer
-) -> Tensor: # `(ceil(gamma n),)` positions in ascending order, at least one
+) -> Tensor: # `(k,)` positions in ascending order; k = ceil(gamma n), but at least `least` and at most n
     "Return the positions of the samples whose loss rose most."
     # `- 1e-9`, because 0.07 * 100 is a little more than 7 in floating point
     k = max(least, ceil(gamma * len(rise) - 1e-9))

@@ -59,7 +59,7 @@ class LookSAM(SummedPass):
 
     With gradient accumulation, a SAM step computes a `g_v` for every micro-batch and stores their mean.
     Raises `ValueError` for values out of range, and before training if a loaded `g_v` does not fit."""
-    # `False`: the direction has length 1, whatever the size of the gradients
+    # the direction has length 1, so LookSAM needs neither the loss scale nor the gradients of the step
     needs_loss_scale = acts_at_step = False
     per_rank, _stateattrs = False, ('direction',)
 

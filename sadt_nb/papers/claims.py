@@ -44,7 +44,9 @@ def outcome(
     smallest:float,  # Smallest effect of interest, above zero
     published:float=None, # Published effect, above zero; with `None`, only its sign is claimed
 ) -> str: # A key of `OUTCOMES`
-    "Return the outcome of one comparison inside its regime; for ratios, all numbers are logarithms."
+    """Return the outcome of one comparison inside its regime; for ratios, all numbers are logarithms.
+
+    Raises `ValueError` for an interval that is not in ascending order, and if `smallest` is not positive."""
     if not low <= mean <= high:
         raise ValueError(f'`low`, `mean` and `high` must be in ascending order, got {low}, {mean}, {high}')
     if not smallest > 0: raise ValueError(f'`smallest` must be above zero, got {smallest}')
@@ -90,7 +92,8 @@ def paired_by_image(
     """Return the effect of `a` over `b`, with seeds and test images as crossed random effects.
 
     This is a two-way analysis of variance without repetition: the mean squares of seeds, images and rest
-    give the variance of the mean. Satterthwaite's formula gives the degrees of freedom of this sum."""
+    give the variance of the mean. Satterthwaite's formula gives the degrees of freedom of this sum.
+    Raises `ValueError` for fewer than two seeds or images."""
     d = 100 * (np.asarray(a, float) - np.asarray(b, float)) # points, one row per seed
     n, m = d.shape # seeds, images
     if n < 2 or m < 2: raise ValueError(f'`a` needs at least two seeds and two images, got {n} and {m}')
@@ -121,7 +124,9 @@ def by_seed(
     d:np.ndarray,  # One number per seed, in points or as a logarithm of a ratio
     of_images=0.,  # Variance of the mean of `d` that comes from the choice of test images
 ) -> Effect:
-    "Return the mean over seeds. With `of_images`, its interval also covers new test images."
+    """Return the mean over seeds. With `of_images`, its interval also covers new test images.
+
+    Raises `ValueError` for fewer than two seeds."""
     d = np.asarray(d, float)
     n = len(d)
     if n < 2: raise ValueError(f'`d` needs at least two seeds, got {n}')
@@ -139,7 +144,7 @@ def paired_by_seed(
     """Return the effect of `a` over `b` for runs that do not store which images they classify correctly.
 
     The function assumes that the networks differ on as many images as their accuracies allow. The
-    interval can be too wide, but not too narrow."""
+    interval can be too wide, but not too narrow. Raises `ValueError` for fewer than two seeds."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if len(a) < 2: raise ValueError(f'`a` needs at least two seeds, got {len(a)}')
     return by_seed(a - b, image_variance(a.mean(), b.mean(), images))

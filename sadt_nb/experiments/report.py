@@ -18,10 +18,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from ..core.checkpoint import write_whole
-from ..core.display import COLORS, markdown_text, Sentence
+from ..core.display import COLORS, markdown_text, plain_log_ticks, Sentence
 from .archive import run_parts, stored_runs, write_archive
 from .config import Run
 from .run_folder import RunError, read_result
@@ -434,8 +433,6 @@ def plot_runs(
         ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         if 'loss' not in title: continue
         ax.set_yscale('log')
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        ax.yaxis.set_major_formatter('{x:g}') # plain numbers instead of powers of ten
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        plain_log_ticks(ax.yaxis, (1, 2, 3, 5, 7))
     axs[0].legend(fontsize=8)
     return axs

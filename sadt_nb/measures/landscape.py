@@ -13,12 +13,11 @@ from typing import Iterable, Literal, NamedTuple, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn, Tensor
 from torch.utils._pytree import tree_map_only
 from fastai.learner import Learner
 
-from ..core.display import bar
+from ..core.display import bar, plain_log_ticks
 from ..core.fixed_loss import FixedLoss
 from ..core.perturb import check_whole, has_average, trainable_params, unwrapped, weights_moved
 
@@ -319,9 +318,7 @@ def plot_evolution(
     n = max(map(len, series.values()))
     ax.set_xticks(range(n), rounds or range(n))
     ax.set(xlabel='round', ylabel=ylabel, yscale='log')
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter('{x:g}') # plain numbers instead of powers of ten
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    plain_log_ticks(ax.yaxis)
     ax.grid(alpha=.3)
     ax.legend(fontsize=8)
     return ax

@@ -15,6 +15,7 @@ from fastai.text.models.core import get_language_model
 from sadt_nb.core.losses import Divergence
 from sadt_nb.core.perturb import copy_not_finite_
 from sadt_nb.core.recipe import Lookahead
+from sadt_nb.core.teachers import Ensemble
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.mesa import MESA
 from sadt_nb.methods.weight_average import WeightAverage
@@ -211,6 +212,36 @@ def test_distillation_of_a_recurrent_network():
     check_weights(recurrent([Distillation(language_model(1), ALPHA, TAU, WORDWISE)]), right)
 
 
+class Logits(nn.Module):
+    "A network around a language model that returns the logits alone."
+    def __init__(self, seed=1):
+        super().__init__()
+        self.net = language_model(seed)
+    def reset(self): self.net.reset()
+    def forward(self, x): return self.net(x)[0]
+
+
+def ensemble(seed): return Ensemble([language_model(seed)])
+
+
+@pytest.mark.parametrize('make', [language_model, Logits, ensemble])
+def test_distillation_of_several_recurrent_networks(make):
+    "The states of all members begin anew when those of the student do, and all outputs are unpacked."
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nets = nn.ModuleList([language_model(1), language_model(2)])
+        def reset(self):
+            for net in self.nets: net.reset()
+        def forward(self, x): return (sum(net(x)[0] for net in self.nets) / 2,)
+    def loss(plain, t): return ALPHA * plain + (1 - ALPHA) * TAU**2 * t
+    right = by_hand(Mean(), loss, moves=False)
+    teachers = [make(1), make(2)]
+    for net in teachers: # leave states of an earlier use
+        with torch.no_grad(): (net.models[0] if make is ensemble else net)(texts()[1][0])
+    check_weights(recurrent([Distillation(teachers, ALPHA, TAU, WORDWISE)]), right)
+
+
 def test_the_copy_of_a_network_with_dropped_weights_is_its_own():
     "After a pass in training, fastai's modules hold weights that were computed from others."
     net = language_model(weight_p=.5)
@@ -245,12 +276,6 @@ def test_a_tuple_is_refused_without_the_callback_that_unpacks_it(make):
 
 
 def test_a_teacher_of_plain_logits_needs_no_unpacking():
-    class Logits(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = language_model(1)
-        def reset(self): self.net.reset()
-        def forward(self, x): return self.net(x)[0]
     found = recurrent([Distillation(Logits(), ALPHA, TAU, WORDWISE)])
     check_weights(found, recurrent([Distillation(language_model(1), ALPHA, TAU, WORDWISE)]))
 

@@ -27,6 +27,7 @@ from .passes import ORDERS, batch_size, replayed_rows, replays_other_loss
 from .perturb import check_not_negative, weights_moved
 from .ranks import bare_loader
 from .states import device_of
+from .teachers import Ensemble
 
 # %% ../../nbs/core/09_loss_terms.ipynb #e04832de
 def _is_list(value): return isinstance(value, (tuple, list))
@@ -65,9 +66,14 @@ class LossTerm(PreparedInFit, ShowsArguments, Callback):
         """Return the outputs of a teacher, unpacked as fastai's `RNNCallback` unpacks those of the network.
 
         Raises `ValueError` if the outputs are not one tensor."""
-        with torch.no_grad(): outputs = teacher(*self.learn.xb)
-        if _is_list(outputs) and _has(self.learn, RNNCallback):
-            outputs = outputs[0][-1] if _is_list(outputs[0]) else outputs[0]
+        unpacks = _has(self.learn, RNNCallback)
+        def outputs_of(net):
+            # each member of an ensemble returns what a single teacher does
+            if unpacks and isinstance(net, Ensemble): return net.mean(map(outputs_of, net.models))
+            outputs = net(*self.learn.xb)
+            if not (unpacks and _is_list(outputs)): return outputs
+            return outputs[0][-1] if _is_list(outputs[0]) else outputs[0]
+        with torch.no_grad(): outputs = outputs_of(teacher)
         check_outputs(outputs, self, of)
         return outputs
 

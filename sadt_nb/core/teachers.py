@@ -24,15 +24,27 @@ class Ensemble(nn.Module):
         self.models = nn.ModuleList(models)
         if not self.models: raise ValueError('an ensemble needs at least one network, got none')
 
+    def reset(self):
+        "Reset the hidden states of the members that have some, as fastai's recurrent networks do."
+        for m in self.models:
+            if hasattr(m, 'reset'): m.reset()
+
     def forward(self,
         *xb:Tensor, # Inputs, passed to each member
     ) -> Tensor: # `(n, classes)` logits
         "Return the mean logits. To save memory, each member's logits are added before the next runs."
-        total = self.models[0](*xb)
-        check_outputs(total, self, 'member')
-        for m in self.models[1:]:
-            z = m(*xb)
+        return self.mean(m(*xb) for m in self.models)
+
+    def mean(self,
+        logits:Iterable[Tensor], # Outputs of the members, one after another
+    ) -> Tensor: # `(n, classes)` logits
+        "Return the mean of the members' logits."
+        total = None
+        for z in logits:
             check_outputs(z, self, 'member')
+            if total is None:
+                total = z
+                continue
             if z.shape != total.shape:
                 shapes = f'{tuple(total.shape)} and {tuple(z.shape)}'
                 raise ValueError(f'all members must return outputs of the same shape, got {shapes}')

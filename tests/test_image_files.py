@@ -237,6 +237,72 @@ def test_flipped_bytes_in_an_archive_are_an_error(name, tmp_path):
     with pytest.raises(ValueError, match='is not'): load_data(tmp_path / name)
 
 
+def tar_bytes(*names):
+    "Return an uncompressed tar archive with an image for each name."
+    stream, image = io.BytesIO(), io.BytesIO()
+    Image.new('RGB', (8, 8)).save(image, 'png')
+    with tarfile.open(fileobj=stream, mode='w') as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = len(image.getvalue())
+            tar.addfile(member, io.BytesIO(image.getvalue()))
+    return stream.getvalue()
+
+
+FOUR = [f'{part}/{label}/1.png' for part in ('train', 'test') for label in ('cat', 'dog')]
+
+
+def test_a_tar_archive_without_its_end_is_an_error(tmp_path):
+    "Cut anywhere before the mark at its end, it would be a smaller data set."
+    content, archive = tar_bytes(*FOUR), tmp_path / 'a.tar'
+    last = content.rindex(b'IEND') // 512 # the block with the end of the last image
+    for cut in range(512, (last + 1) * 512, 256):
+        archive.write_bytes(content[:cut])
+        with pytest.raises(ValueError, match='is not a complete tar'): list(archive_images(archive))
+    archive.write_bytes(content[:(last + 2) * 512])
+    assert len(list(archive_images(archive))) == 4, 'with one block of the mark, it is complete'
+
+
+@pytest.mark.parametrize('member', range(4))
+def test_a_damaged_header_in_a_tar_archive_is_an_error(member, tmp_path):
+    content = bytearray(tar_bytes(*FOUR))
+    content[content.index(FOUR[member].encode())] ^= 255
+    (tmp_path / 'a.tar').write_bytes(content)
+    with pytest.raises(ValueError, match='is not a complete tar'): list(archive_images(tmp_path / 'a.tar'))
+
+
+@pytest.mark.parametrize('again', ['train/cat/1.png', './train/cat/1.png', 'old/train/cat/1.png'])
+@pytest.mark.parametrize('name', ['a.tar', 'a.zip'])
+def test_an_image_that_an_archive_has_twice_is_an_error(name, again, tmp_path):
+    "An unpacked folder has the later one; or the archive has two data sets, whose images would be mixed."
+    archive = tmp_path / name
+    if name == 'a.tar': archive.write_bytes(tar_bytes(*FOUR, again))
+    else:
+        with warnings.catch_warnings(), zipfile.ZipFile(archive, 'w') as z:
+            warnings.simplefilter('ignore')
+            for member in (*FOUR, again): z.writestr(member, b'')
+    with pytest.raises(ValueError, match="two files 'train/cat/1.png'"): list(archive_images(archive))
+
+
+def test_damaged_lzma_in_a_zip_archive_is_an_error(tmp_path):
+    with zipfile.ZipFile(tmp_path / 'a.zip', 'w', zipfile.ZIP_LZMA) as z:
+        for name in FOUR: z.writestr(name, os.urandom(100) * 20)
+    content = bytearray((tmp_path / 'a.zip').read_bytes())
+    start = content.index(FOUR[1].encode()) + 40
+    for i in range(start, start + 40): content[i] ^= 255
+    (tmp_path / 'a.zip').write_bytes(content)
+    with pytest.raises(ValueError, match='is not a complete tar or zip archive'):
+        list(archive_images(tmp_path / 'a.zip'))
+
+
+def test_the_message_about_another_file_is_one_line(tmp_path):
+    "A command prints the last line of a message."
+    (tmp_path / 'a.txt').write_text('not an archive')
+    with pytest.raises(ValueError, match='^.*a.txt is not a complete tar or zip archive .*again$') as e:
+        list(archive_images(tmp_path / 'a.txt'))
+    assert '\n' not in str(e.value)
+
+
 # Files that would fill memory or disk
 
 def png_head(width, height):

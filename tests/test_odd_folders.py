@@ -15,7 +15,7 @@ from sadt_nb.data.loader import ImageData
 from sadt_nb.data.mapped import mapped_folder
 from sadt_nb.experiments.config import Run
 from sadt_nb.experiments.learner import make_learner
-from sadt_nb.experiments.measure import _names_checksum
+from sadt_nb.experiments.measure import _files_checksum
 from sadt_nb.experiments.runner import run
 
 
@@ -112,7 +112,7 @@ def test_a_changed_file_behind_a_link_is_decoded_again(tmp_path):
     for part in ('train', 'test'):
         (linked / part).mkdir(parents=True)
         for label in 'ab': (linked / part / label).symlink_to(real / part / label)
-    def state(): return len(load_data(linked)[0]), data_checksums(linked), _names_checksum(linked / 'train')
+    def state(): return len(load_data(linked)[0]), data_checksums(linked), _files_checksum(linked / 'train')
     n, checksums, names = state()
     shutil.copy(real / 'train' / 'a' / '0.png', real / 'train' / 'a' / 'another.png')
     after = state()
@@ -147,7 +147,7 @@ def test_names_that_are_no_text(tmp_path):
     os.rename(names + b'/0.png', names + b'/\xfc.png')
     assert len(load_data(data)[0]) == 16
     assert len(mapped_folder(data, tmp_path / 'cache', 16)[0]) == 16
-    assert _names_checksum(data / 'train')
+    assert _files_checksum(data / 'train')
     cfg = Run(data=str(data), epochs=1, bs=8, valid=0.)
     assert run(cfg, tmp_path / 'runs', progress=False) == run(cfg, tmp_path / 'runs', progress=False)
 

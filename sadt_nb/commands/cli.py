@@ -16,6 +16,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Literal
 
+from ..core.arguments import parameters_of
 from ..core.display import COLORS, visible
 from ..papers.tables import TABLES
 
@@ -414,6 +415,18 @@ def sadt_compare(
     print('page: ' + str(found.files[0]))
 
 # %% ../../nbs/commands/110_cli.ipynb #5f17eae0
+_OF_SEARCH = ('trials', 'seeds', 'top', 'root', 'workers', 'json') # what a search by name leaves open
+
+def _check_search(name, given):
+    "Raise `ValueError` for an unknown search, and for an option that the search itself sets."
+    if not name: return
+    for option, p in parameters_of(sadt_sweep).items():
+        if option in ('name', *_OF_SEARCH) or given[option] == p.default: continue
+        raise ValueError(f'--{option} has no effect with a search by name, because {name} sets it; leave it '
+                         'out, or leave out the name and use --methods')
+    if name not in sweeps.SWEEPS:
+        raise ValueError(unknown('search', name, [*sweeps.SWEEPS]) + ', or use --methods instead')
+
 def _sweep_cases(methods, plain):
     "Return, for each method, a run with as many passes as the plain run, and the ranges to search."
     cases = {}
@@ -454,7 +467,9 @@ def _sweep_text(row, run):
 # %% ../../nbs/commands/110_cli.ipynb #816784f9
 @command("sadt_sweep --methods 'baseline sam asam' --data digits --trials 8")
 def sadt_sweep(
-    name:SearchName='',    # A search of the library, such as sadt_parts; sets methods, data and recipe
+    # A search of the library, such as sadt_parts; it sets methods, data and recipe, whose options are then
+    # not allowed
+    name:SearchName='',
     methods:MethodNames='baseline sam', # Methods to compare, in quotes
     data:DataName='digits', # Data set, or a folder with train/<class>/* and test/<class>/*
     model:ModelName='simple_cnn', # Network
@@ -476,8 +491,7 @@ def sadt_sweep(
     json:bool=False,       # Print the result as JSON
 ):
     "Search each method's best learning rate and radius at equal passes; test both with other seeds."
-    if name and name not in sweeps.SWEEPS:
-        raise ValueError(unknown('search', name, [*sweeps.SWEEPS]) + ', or use --methods instead')
+    _check_search(name, locals())
     if min(seeds, top) < 1: raise ValueError(f'--seeds and --top must be at least 1, got {seeds} and {top}')
     plain = config.Run(data=data, model=model, epochs=epochs, bs=bs, lr=lr, valid=valid, n_train=n_train,
                        opt=opt, opt_args=options_from(opt_args), data_args=options_from(data_args), split=0)

@@ -31,7 +31,7 @@ from fastai.torch_core import to_device
 
 from .states import device_of, from_hidden_states, hidden_states, kept_buffers, kept_random_states
 from .states import random_states, set_random_states
-from .perturb import check_whole, trainable_params, unwrapped, weights_moved
+from .perturb import check_count, check_whole, trainable_params, unwrapped, weights_moved
 
 # %% ../../nbs/core/20_fixed_loss.ipynb #4fa27174
 def _sampler_and_size(dl):
@@ -171,7 +171,9 @@ def collect_batches(
     is read in its own order, and gives its first samples. Global random generators and those of the loader
     keep their states, and the loader its counters. Batches without samples are left out.
 
-    Raises `ValueError` if there is no batch with samples, and for batches without labels."""
+    Raises `ValueError` if there is no batch with samples, for batches without labels, and if `samples` is not
+    a whole number of at least 1."""
+    if samples is not None: check_count(samples=samples)
     device = device_of(unwrapped(learn.model))
     with kept_random_states(device), _kept_generators(learn.dls.train if dl is None else dl):
         if dl is None: dl = _repeatable(learn.dls.train, shuffle=samples is not None)
@@ -324,8 +326,6 @@ class FixedLoss:
         dl:Iterable|None=None, # Batches `(x, y)`, read once; with `None`, the training loader is read
         samples:int|None=None, # Largest number of samples, >= 1; `collect_batches` says which are read
     ):
-        if samples is not None and samples < 1:
-            raise ValueError(f'`samples` must be at least 1, got {samples}')
         self.model, self.loss_func = unwrapped(learn.model), learn.loss_func
         _check_measurable(self.model, self.loss_func)
         self.params = trainable_params(self.model)

@@ -9,6 +9,7 @@ __all__ = ['IMAGE_TYPES', 'MOST_MEMBERS', 'MOST_ARCHIVE_BYTES', 'image_class', '
 import io, re, tarfile, warnings, zipfile, zlib
 from collections import Counter
 from functools import partial
+from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from ..core.display import visible
@@ -128,10 +129,18 @@ def _content(stream, member, archive):
     return content
 
 # %% ../../nbs/data/74_image_files.ipynb #b028b99e
+class _Header(tarfile.TarInfo):
+    "A member of a tar archive. Raises an error for a damaged header, at which `tarfile` silently stops."
+    @classmethod
+    def fromtarfile(cls, tar):
+        try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise # the mark at the end of the archive
+        except tarfile.HeaderError as e: raise tarfile.ReadError(f'{e} at byte {tar.offset:,}') from None
+
 def _tar_members(archive):
     "Yield each file's name, and a function that opens the file. Raises `ValueError` for a link."
     limits = _Limits(archive)
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive, tarinfo=_Header) as tar:
         for member in tar:
             if member.issym() or member.islnk():
                 raise ValueError(f'{archive} is not read, because its member {member.name!r} is a link; '
@@ -148,6 +157,8 @@ def _zip_members(archive):
             limits.check(info.filename, info.file_size)
             if not info.is_dir(): yield info.filename, partial(z.open, info)
 
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
+
 def archive_images(
     archive,                 # Path of a tar archive, compressed or not, or of a zip archive
     parts=('train', 'test'), # Names of the parts, at any depth
@@ -155,17 +166,24 @@ def archive_images(
 ):
     """Yield (part, class, name, stream) of each image in an archive.
 
-    Members are read one at a time. Raises `ValueError` for another kind of file, a damaged archive, a member
-    with a path outside the archive, more than `MOST_MEMBERS` members, a member with more than
-    `MOST_FILE_BYTES` bytes, or members with more than `MOST_ARCHIVE_BYTES` bytes together."""
-    wanted = _Filter(innermost)
+    Members are read one at a time. Raises `ValueError` for another kind of file, a damaged archive, two
+    images with the same path from the part on, a member with a path outside the archive, more than
+    `MOST_MEMBERS` members, a member with more than `MOST_FILE_BYTES` bytes, or members with more than
+    `MOST_ARCHIVE_BYTES` bytes together."""
+    wanted, seen = _Filter(innermost), set()
     members = _zip_members if zipfile.is_zipfile(archive) else _tar_members
     try:
         for name, open_member in members(archive):
             inside = _inside(name, parts, archive)
             found = wanted.part_and_class(inside) if inside else None
-            if found: yield *found, inside, io.BytesIO(_content(open_member(), name, archive))
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as e:
-        raise ValueError(f'{archive} is not a complete tar or zip archive ({e}); '
+            if not found: continue
+            if inside in seen: # an appended newer version of a file, or two data sets in one archive
+                raise ValueError(f'{archive} is not read, because it has two files {inside!r}; '
+                                 'pack each file once')
+            seen.add(inside)
+            yield *found, inside, io.BytesIO(_content(open_member(), name, archive))
+    except (*_DAMAGED, OSError, RuntimeError) as e:
+        reason = f'{e}'.partition('\n')[0].rstrip(':') # the other lines name all kinds that were tried
+        raise ValueError(f'{archive} is not a complete tar or zip archive ({reason}); '
                          'copy or download it again') from None
     wanted.warn(archive)

@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ..core.display import visible
+from ..core.perturb import check_count
 from .archive import read_archive, read_part
 from .config import Run
 from .cost import training_images
@@ -454,9 +455,10 @@ def run_grid(
 ) -> list: # Per run, in the order of `runs`: the result, or the `Exception` of a failed run
     """Train all runs that are not finished yet. Ctrl-C stops the training; the same call continues it.
 
-    The failure of a run is returned, not raised. Raises `ValueError` for `workers` below 1; with
-    `ray`, `ImportError` without the package Ray, and `RunError` if no cluster is found."""
-    if workers < 1: raise ValueError(f'`workers` must be at least 1, got {workers}')
+    The failure of a run is returned, not raised. Raises `ValueError` if `workers` or `samples` is not a
+    whole number of at least 1; with `ray`, `ImportError` without the package Ray, and `RunError` if no
+    cluster is found."""
+    check_count(workers=workers, samples=samples)
     runs, measures = list(runs), measures or {}
     def needs_weights(cfg): return bool(missing_measures(cfg, root, measures.get(cfg, ()), samples))
     plan = _plan(runs, root, force, needs_weights)

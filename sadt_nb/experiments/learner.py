@@ -28,7 +28,7 @@ from ..core.ranks import bare_loader, n_ranks, over_ranks, this_rank
 from ..core.recipe import FreezeAfter, Lookahead, PartialEpochs, RateSchedule
 from ..core.recipe import decoupled_sgd, norm_bias_split, triangle, triangle_to_zero
 from ..data.datasets import get_dls
-from .config import Run
+from .config import Run, saw_validation
 from .run_folder import check_data, load_model, read_result
 from ..measures.sharpness import FlatnessRecorder
 from ..methods.born_again import KeepBest
@@ -184,6 +184,13 @@ def _network(cfg, dls):
     if cfg.compile: model = torch.compile(model, mode=cfg.compile)
     return model
 
+def _warn_of_validation(cfg):
+    "Warn if a teacher was trained on validation images of the run."
+    if not any(saw_validation(teacher, cfg) for teacher in cfg.teachers): return
+    chosen = ", and select='valid' chooses the epoch by them" if cfg.select == 'valid' else ''
+    warnings.warn('the teacher has other labels than the student, so it was trained on some of the '
+                  f'validation images{chosen}; give both the same `noise` in `data_args`', stacklevel=3)
+
 def _warn_emulated(device):
     "Warn if the processor is an x86 without AVX-512, because it has no arithmetic for half precision."
     if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX2': return
@@ -278,6 +285,7 @@ def make_learner(
     _share_among_ranks(dls, cfg)
     _check_release(cfg, len(dls[2].dataset))
     if cfg.amp: _warn_emulated(dls.device)
+    _warn_of_validation(cfg)
     method = _method(cfg, root, dls)
     model = _network(cfg, dls)
     every = [TrainEvalCallback(), *_schedule(cfg), *_recipe(cfg, model), *method, *_features(cfg, dls), *cbs]

@@ -7,7 +7,7 @@ __all__ = ['MEASURES', 'SLOW', 'PASSES', 'missing_measures', 'measure_run']
 
 # %% ../../nbs/experiments/86_measure.ipynb #b89fa417
 import os, time, zlib
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Iterable
 
@@ -16,6 +16,7 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from ..core.images import open_image
+from ..core.perturb import check_count
 from ..data.image_files import files_below
 from .archive import read_part
 from .config import Run
@@ -80,12 +81,22 @@ def _shifted_folder():
     raise ValueError('shifted_accuracy needs a test set of another origin; set the environment variable '
                      f'SADT_SHIFTED to a folder with images <class>/*{got}')
 
-def _names_checksum(folder):
-    "Return a checksum of the names and sizes of all files in a folder."
-    files = files_below(folder) # follows links, as the images are read
-    lines = [f'{f.relative_to(folder).as_posix()} {f.stat().st_size}' for f in files]
+@lru_cache(maxsize=8)
+def _content_checksum(files, states): # `states` is read only by the cache: changed files are a new key
+    crc = 0
+    for f in files: crc = zlib.crc32(f.read_bytes(), crc)
+    return crc
+
+def _files_checksum(folder):
+    """Return a checksum of all files in a folder: 8 digits of names and sizes, and 8 digits of the contents.
+
+    The contents are read again only if the size or the date of a file has changed."""
+    files = tuple(files_below(folder)) # follows links, as the images are read
+    states = [f.stat() for f in files]
+    lines = [f'{f.relative_to(folder).as_posix()} {s.st_size}' for f, s in zip(files, states)]
     text = '\n'.join(lines)
-    return f'{zlib.crc32(os.fsencode(text)):08x}'
+    content = _content_checksum(files, tuple((s.st_size, s.st_mtime_ns) for s in states))
+    return f'{zlib.crc32(os.fsencode(text)):08x}{content:08x}'
 
 def _shifted(learn, samples):
     """Return the accuracy on all images of SADT_SHIFTED, at the size of the run's images.
@@ -145,7 +156,8 @@ def _known(cfg, root):
 def _is_of_other_files(name, known):
     "Return whether a stored measure was made on other files than those in the present SADT_SHIFTED."
     if name != 'shifted_accuracy' or not os.environ.get('SADT_SHIFTED'): return False
-    return known[name]['files'] != _names_checksum(_shifted_folder())
+    # measures of earlier versions have a checksum of names and sizes alone, which are the first digits
+    return not _files_checksum(_shifted_folder()).startswith(known[name]['files'])
 
 def missing_measures(
     cfg:Run,       # Any run
@@ -179,8 +191,9 @@ def measure_run(
 
     If a measure is stored already with this number of images, it is not repeated. Measures that the call
     does not name stay stored.
-    Raises `ValueError` for an unknown measure, and if `shifted_accuracy` has no folder; `RunError` if the
-    run has no weights."""
+    Raises `ValueError` for an unknown measure, if `shifted_accuracy` has no folder, and if `samples` is not a
+    whole number; `RunError` if the run has no weights, or if another process trains it again meanwhile."""
+    if samples is not None: check_count(samples=samples)
     at = -1 if force else samples # no stored measure has -1 images, so `force` repeats every measure
     missing = missing_measures(cfg, root, measures, at)
     stored = _known(cfg, root)
@@ -188,13 +201,16 @@ def measure_run(
     if not is_trained(cfg, root):
         why = ' (its stored result has no weights)' if read_result(cfg, root) else ''
         raise RunError(f'{cfg.name}: there are no weights to measure{why}; train the run first')
+    weights = _checksum(cfg, root)
     learn = stored_learner(cfg, root, device)
-    known = stored.get('measures', {})
     for n in missing: # write each measure at once, so that an interruption loses at most one measure
         started = time.time()
         found = _as_json(MEASURES[n](learn, samples=samples))
-        if n == 'shifted_accuracy': found['files'] = _names_checksum(_shifted_folder())
-        known = {**known, n: dict(**found, samples=samples, seconds=round(time.time() - started, 1))}
-        stored = dict(measures=known, weights=_checksum(cfg, root), **provenance(learn.dls.device))
+        if n == 'shifted_accuracy': found['files'] = _files_checksum(_shifted_folder())
+        found.update(samples=samples, seconds=round(time.time() - started, 1))
+        if _checksum(cfg, root) != weights:
+            raise RunError(f'{cfg.name}: the run was trained again while it was measured; measure it again')
+        known = _known(cfg, root).get('measures', {}) # read again, as another process may have added some
+        stored = dict(measures={**known, n: found}, weights=weights, **provenance(learn.dls.device))
         write_json(Path(root) / cfg.name / 'measures.json', stored)
     return stored

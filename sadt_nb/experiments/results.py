@@ -70,7 +70,8 @@ class _Sums:
         self.first_bad = torch.tensor(-1, device=device) # first batch whose loss is not finite
 
     def add(self, loss, pred, y):
-        target = y if y.ndim == 1 else y.argmax(-1) # if two labels are mixed: the class with the larger share
+        are_shares = y.ndim == pred.ndim and y.shape[-1] == pred.shape[-1] # mixed labels have two shares
+        target = y.argmax(-1) if are_shares else y.reshape(pred.shape[:-1]) # fastai has labels `(n, 1)`, too
         right = (pred.argmax(-1) == target).sum()
         self.totals += torch.stack([loss * len(y), right])
         self.n += len(y)

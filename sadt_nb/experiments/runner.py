@@ -23,7 +23,8 @@ from .archive import read_part
 from .config import Run
 from .learner import make_learner
 from .results import RunRecorder, run_results
-from .run_folder import RunDiverged, RunError, code_version, disk_errors, json_bytes
+from .run_folder import ANEW, RunDiverged, RunError, code_version, disk_errors
+from .run_folder import json_bytes
 from .run_folder import prepare_folder, provenance, replace_result, run_lock
 from .run_folder import stored_checksum, tidy_folder, usable_result, work_folder
 
@@ -94,7 +95,7 @@ def _same_threads(cfg, root):
     began = on_rank_zero(partial(_threads_of_checkpoint, cfg, root)) or mine
     if began != mine:
         rule = f'continues with {began}, not {mine}, because another number changes the last digits'
-        anew = f'to start again with {mine}, pass force=True (--force)'
+        anew = f'to start again with {mine}, {ANEW}'
         warnings.warn(f'{cfg.name} began with {began} CPU threads and {rule}; {anew}')
     torch.set_num_threads(began)
     try: yield
@@ -192,7 +193,7 @@ def _train(cfg, root, force, progress, device, minutes):
         if this_rank() == 0: training.interrupt(checkpoint.start)
         raise
     except CheckpointError as e:
-        advice = 'to train it from the start, pass force=True (--force)'
+        advice = f'to train it from the start, {ANEW}'
         raise RunError(f'{cfg.name} cannot continue: {_own_message(e)}; {advice}') from None
     except RunError as e: raise RunError(_own_message(e)) from None
     finally: recorder.unhook()

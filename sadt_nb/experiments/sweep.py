@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from .config import Run
+from .config import Run, saw_validation
 from .grid import read_history, run_grid
 from .run_folder import RunDiverged, read_result
 from ..methods.registry import passes_of
@@ -87,6 +87,9 @@ def _check_search(cases, spaces, trials, batch):
     if trials < 1 or batch < 1:
         raise ValueError(f'`trials` and `batch` must be at least 1, got {trials} and {batch}')
     for label, run in cases.items():
+        if any(saw_validation(teacher, run) for teacher in run.teachers):
+            raise ValueError(f'{label}: the teacher has other labels, so it was trained on some of the '
+                             'validation images; give teacher and student the same `data_args`')
         if not run.valid: raise ValueError(f'{label}: a search needs validation images; set `valid` above 0')
         for name, (low, high) in spaces[label].items(): _check_range(label, run, name, low, high)
 

@@ -8,6 +8,7 @@ __all__ = ['sam_sharpness', 'gradient_norm', 'AverageSharpness', 'average_sharpn
 
 # %% ../../nbs/measures/51_sharpness.ipynb #01d342d2
 import math
+from inspect import isclass, signature
 from typing import Callable, Iterable, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -21,7 +22,7 @@ from ..core.arguments import ShowsArguments
 from ..core.display import bar
 from ..core.fits import PreparedInFit, evaluating
 from ..core.fixed_loss import FixedLoss, collect_batches
-from ..core.perturb import ascent, global_norm, perturbed, weight_sizes
+from ..core.perturb import ascent, check_count, global_norm, perturbed, weight_sizes
 from ..core.states import device_of, in_eval_mode, kept_random_states
 
 # %% ../../nbs/measures/51_sharpness.ipynb #58780804
@@ -118,6 +119,22 @@ def average_sharpness(
     return AverageSharpness(v.mean().item(), error, n, n == pairs)
 
 # %% ../../nbs/measures/51_sharpness.ipynb #cc76f8bc
+def _check_measure(name, f):
+    """Raise `ValueError` for a function that cannot be called as `f(learn, dl=...)`, or returns no number.
+
+    The result's type is known only if the function states it."""
+    try: call = signature(f)
+    except (TypeError, ValueError): return # a function without a signature, as in C
+    try: call.bind(None, dl=None)
+    except TypeError as e:
+        raise ValueError(f'`measures`: {name!r} cannot be called as f(learn, dl=...): {e}') from None
+    kind = call.return_annotation
+    if not isclass(kind) or kind is call.empty: return
+    if hasattr(kind, 'value') or hasattr(kind, '__float__'): return
+    raise ValueError(f'`measures`: {name!r} returns {kind.__name__}, which is no number and has no field '
+                     '`value`; give a function that returns one of its numbers, such as '
+                     'lambda learn, dl: top_eigenvalues(learn, dl=dl).values[0]')
+
 class FlatnessRecorder(PreparedInFit, ShowsArguments, Callback):
     """Measures the network once every few epochs (`every`), and after the last epoch.
 
@@ -125,7 +142,8 @@ class FlatnessRecorder(PreparedInFit, ShowsArguments, Callback):
     per measurement, and `table()` returns all rows as a table. Under mixed precision, the measures use the
     precision of the weights. The training is the same as without the recorder, bit by bit.
 
-    Raises `ValueError` if `every` is below 1."""
+    Raises `ValueError` if `every` is not a whole number of at least 1, and for a measure that takes no `dl`
+    or states that it returns something else."""
     order = 80 # runs after all other callbacks of the epoch
     def __init__(self,
         # From name to function `f(learn, dl=...)`; with `None`, only `sam_sharpness` is measured
@@ -134,8 +152,9 @@ class FlatnessRecorder(PreparedInFit, ShowsArguments, Callback):
         dl:Iterable|None=None, # Batches `(x, y)`; with `None`, those of the training loader, not shuffled
         samples:int|None=None, # Use at most this many samples, see `collect_batches`; `None` uses all
     ):
-        if every < 1: raise ValueError(f'`every` must be at least 1, got {every}')
+        check_count(every=every)
         self.measures = measures or dict(sharpness=sam_sharpness)
+        for name, f in self.measures.items(): _check_measure(name, f)
         self.every, self.dl, self.samples, self.rows = every, dl, samples, []
 
     def before_fit(self):

@@ -90,7 +90,7 @@ def refused(
 
 # %% ../../nbs/core/21_display.ipynb #5cdc1df8
 def plain_log_ticks(
-    axis, # An axis of Matplotlib with a logarithmic scale, such as `ax.yaxis`
+    axis:object, # Logarithmic axis of Matplotlib, such as `ax.yaxis`
     at:Iterable[float]=(1, 2, 5), # The ticks are these multiples of the powers of ten; each in [1, 10)
 ):
     "Label a logarithmic axis with plain numbers, such as 0.2."

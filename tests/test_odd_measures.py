@@ -19,6 +19,7 @@ from sadt_nb.measures.landscape import loss_line, random_direction
 from sadt_nb.measures.robustness import corrupted_accuracy, effective_robustness, shifted_accuracy
 from sadt_nb.measures.sharpness import FlatnessRecorder, average_sharpness, gradient_norm, sam_sharpness
 from sadt_nb.measures.similarity import agreement, collect_logits, diversity, logit_mse
+from test_hessian_layers import Cubed
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -209,18 +210,7 @@ def test_compiled_networks(compiled):
     agrees(learner(compiled(network()), batches(x, y)), *found)
 
 
-class MissingTwice(torch.autograd.Function):
-    "A cube whose author says that it has no second derivative, as many fused losses say."
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g): return g * 3 * ctx.saved_tensors[0]**2
-
-
-def cube(out, y): return MissingTwice.apply(out).mean()
+def cube(out, y): return Cubed.apply(out).mean() # many fused losses have no second derivative either
 
 
 @pytest.mark.parametrize('measure', [hessian_trace, top_eigenvalues, spectral_density])

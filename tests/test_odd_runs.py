@@ -66,6 +66,7 @@ COMMANDS = [
 @pytest.mark.parametrize('command, options', COMMANDS, ids=[c.__name__ for c, _ in COMMANDS])
 def test_the_advice_of_a_command_can_be_followed(command, options, tmp_path, monkeypatch, capsys):
     "Both commands have no --force; after the folder is deleted, as the message says, they work."
+    if command is cli.sadt_sweep: pytest.importorskip('optuna', reason='sadt_sweep needs Optuna')
     assert 'force' not in parameters_of(command)
     monkeypatch.setattr(any_data, 'seconds_per_run', lambda plain, root: 60 * 5 / 3 / 2) # two seeds
     seen = []
@@ -184,7 +185,12 @@ def test_other_labels_hold_out_other_images(noise, tmp_path):
     said = [str(w.message) for w in found if 'the teacher has other labels' in str(w.message)]
     assert len(said) == saw_validation(teacher, student)
     assert all("select='valid' chooses the epoch by them" in text for text in said)
-    if not said: return
+
+
+@pytest.mark.parametrize('noise', [0., .2])
+def test_a_search_refuses_a_teacher_with_other_labels(noise):
+    pytest.importorskip('optuna', reason='the search needs pip install sadt_nb[sweep]')
+    student = NOISY.but(method='distillation', teachers=NOISY.but(data_args=dict(noise=noise)))
     with pytest.raises(ValueError, match='the teacher has other labels'): sweep(dict(a=student), 'nowhere')
 
 

@@ -23,6 +23,7 @@ _FAST96 = _FAST.but(model_args=dict(widths=(128, 384, 512), depth=3, bn_momentum
                     cutout=12, cutout_inside=True)
 _FAST_SMALL = _FAST.but(model_args=dict(widths=(64, 256, 256)), epochs=8, bs=512)
 _FAST_NARROW = _FAST_SMALL.but(model_args=dict(widths=(32, 128, 128)))
+_FAST_QUARTER = _FAST_NARROW.but(n_train=12_500, split=0, epochs=32) # `split`: all seeds have the same images
 # from passes, as a multiple of the base's, to the end of the label of plain training with as many passes
 MORE_PASSES = {4/3: 'a third more passes', 2: 'twice the passes', 3: 'three times the passes'}
 
@@ -103,6 +104,17 @@ def _rates(base, noise=0.):
             tuned = run.but(lr=_TUNED[name] * base.lr, valid=0., seed=seed)
             yield PaperRun(f'{name}, tuned rate · seed {seed}', tuned)
 
+# %% ../../nbs/papers/105_fast.ipynb #04eca639
+_LENGTHS = (4, 8, 16, 32, 64) # epochs of plain training
+
+def _lengths(base, noise=0.):
+    "Yield four methods, each with as many passes as plain training for the epochs in `_LENGTHS`."
+    base = _with_wrong_labels(base, noise).but(valid=.1)
+    for name in ('baseline', 'weight_average', 'sam', 'sadt1'):
+        for epochs in _LENGTHS:
+            run = base.but(method=name, epochs=epochs / passes_of(name))
+            yield PaperRun(f'{name}, passes of {epochs} epochs · seed 0', run)
+
 # %% ../../nbs/papers/105_fast.ipynb #8c1439ae
 _CHAIN_SEEDS = range(0, 50, 10) # the students of a teacher have the seeds that follow its own
 
@@ -127,12 +139,15 @@ def _chain_ensembles(base):
 
 # %% ../../nbs/papers/105_fast.ipynb #259e25b9
 GRIDS = {}
-_BASES = {'94': _FAST, '96': _FAST96, 'small': _FAST_SMALL, 'narrow': _FAST_NARROW}
+_BASES = {'94': _FAST, '96': _FAST96, 'small': _FAST_SMALL, 'narrow': _FAST_NARROW,
+          'quarter': _FAST_QUARTER}
 for _name, _base in _BASES.items():
     for _ending, _noise in (('', 0.), ('_noise20', .2), ('_noise40', .4)):
         GRIDS[f'fast/{_name}{_ending}'] = partial(_all_methods, _base, noise=_noise)
 GRIDS |= {'fast/narrow_rates': partial(_rates, _FAST_NARROW),
           'fast/narrow_rates_noise40': partial(_rates, _FAST_NARROW, noise=.4),
+          'fast/quarter_lengths': partial(_lengths, _FAST_QUARTER),
+          'fast/quarter_lengths_noise40': partial(_lengths, _FAST_QUARTER, noise=.4),
           'fast/94_rounds': partial(_chains, _FAST),
           'fast/narrow_rounds': partial(_chains, _FAST_NARROW),
           'fast/search': _search, 'fast/steps': _steps}

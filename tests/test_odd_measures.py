@@ -522,3 +522,34 @@ def test_outputs_of_other_batches():
         for (scores, labels), by in zip(loss.scores([((2 * x[:4],), y[:4])]), [y[:4]], strict=True):
             assert torch.equal(scores, net(2 * x[:4])) and torch.equal(labels, by)
     assert len(list(islice(loss.outputs(), 1))) == 1
+
+
+class OverflowsOnOne(nn.Module):
+    "A network whose output for the last sample of a batch is NaN."
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+    def forward(self, x):
+        out = self.net(x.flatten(1).double()[:, :4])
+        out[-1] = float('nan')
+        return out
+
+
+@pytest.mark.parametrize('measure', ['calibration', 'memorisation', 'corrupted', 'shifted', 'agreement'])
+def test_an_output_of_nan_is_no_answer(tmp_path, measure):
+    "The largest of scores that are NaN is that of class 0, which can be the right class by chance."
+    x, y = torch.rand(4, 3, 8, 8, dtype=torch.float64), torch.zeros(4).long()
+    net = OverflowsOnOne(network()).eval()
+    learn = learner(net, [(x, y)])
+    learn.dls.vocab = ['0', '1', '2']
+    np.save(tmp_path / 'x.npy', (255 * x).byte().permute(0, 2, 3, 1).numpy())
+    np.save(tmp_path / 'y.npy', y.numpy())
+    calls = dict(
+        calibration=lambda: calibration_error(learn),
+        memorisation=lambda: memorisation(learn, y + 1, learn.dls.valid),
+        corrupted=lambda: corrupted_accuracy(learn, ['brightness'], [1], mean=0., std=1.),
+        shifted=lambda: shifted_accuracy(learn, (tmp_path / 'x.npy', tmp_path / 'y.npy'), mean=0., std=1.),
+        agreement=lambda: agreement(net, net, [(x, y)]))
+    with pytest.raises(ValueError, match='NaN for some samples'): calls[measure]()
+    net.forward = lambda x: net.net(x.flatten(1).double()[:, :4])
+    calls[measure]() # without NaN, the same call is measured

@@ -304,6 +304,21 @@ def test_a_run_whose_process_dies_gets_the_stated_number_of_attempts(tmp_path, m
         assert f'its process was killed {attempts} times; out of memory' in str(error)
 
 
+def test_there_are_never_more_workers_than_runs_to_train(tmp_path, monkeypatch):
+    "A worker without work would keep its share of the threads, and the runs would be slower."
+    made, make = [], grid_module._make_workers
+    def counted(n, ray):
+        made.append(n)
+        return make(1, ray)
+    monkeypatch.setattr(grid_module, '_make_workers', counted)
+    runs = [SMALL.but(epochs=1, seed=s) for s in range(3)]
+    run_grid(runs[:1], tmp_path, workers=4, **quiet) # one run
+    run_grid(runs, tmp_path, workers=4, **quiet)     # two of the three runs are left
+    run_grid(runs, tmp_path, workers=4, **quiet)     # all are finished
+    run_grid(runs, tmp_path, workers=2, force=True, **quiet)
+    assert made == [1, 2, 1, 2]
+
+
 def raising(error):
     job = Future()
     job.set_exception(error)

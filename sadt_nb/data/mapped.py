@@ -130,10 +130,11 @@ def mapped_folder(
     """Return images of a folder, resized to 8/7 of `size`, cropped to the centre, and read from disk.
 
     The images are decoded only once. If the image files or `size` change, a new array file is written;
-    remove the old file to make room. Raises `ValueError` for an image that cannot be read, for a class
-    without images in one of the parts, and for a disk without room."""
+    remove the old file to make room. Raises `ValueError` for a folder without images, for an image that
+    cannot be read, for a class without images in one of the parts, and for a disk without room."""
     root, cache = Path(root), Path(cache)
     parts = ('train', 'val' if (root / 'val').is_dir() else 'test')
     listed = {part: _listed(root, part) for part in parts}
+    if not any(files for _, files in listed.values()): raise ValueError(f'{root} has no images')
     vocab = sorted(set(listed['train'][0]))
     return tuple(_mapped(root, part, *listed[part], vocab, cache, size) for part in parts)

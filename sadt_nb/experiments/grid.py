@@ -440,7 +440,9 @@ class _Grid:
 def run_grid(
     runs:Iterable[Run],   # Configurations of the runs
     root:str|Path='runs', # Folder of all results
-    workers:int=1,        # Number of processes; they share the threads of the CPU, or the GPU
+    # Largest number of processes; they share the threads of the CPU, or the GPU. There are never more
+    # processes than runs to train
+    workers:int=1,
     force:bool=False,     # Train finished runs again
     progress:bool=True,   # Print a line per run; in a terminal, also a table of unfinished runs
     minutes:float=1.,     # Least minutes between two checkpoints; each is stored at the end of an epoch
@@ -466,6 +468,8 @@ def run_grid(
         return worker.submit(cfg, root, measures.get(cfg, ()), samples, minutes=minutes, **plan[cfg])
     shown = _Progress(plan, root, progress, _left_to_measure(plan, root, measures, samples))
     grid = _Grid(plan, root, attempts, shown)
+    # processes that have nothing to do would keep their shares of the threads
+    workers = max(1, min(workers, len(shown.work.left)))
     with _cluster(ray) if ray else nullcontext() as cluster:
         with _idle_workers(workers, cluster) as idle, shown.live: grid.train(idle, submit)
     return [grid.results[cfg] for cfg in runs]

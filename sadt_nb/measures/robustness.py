@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 from fastai.learner import Learner
 
 from ..core.display import bar
-from ..core.fixed_loss import FixedLoss, check_eval_mode
+from ..core.fixed_loss import FixedLoss, check_eval_mode, check_no_nan
 from ..core.images import open_image
 
 # %% ../../nbs/measures/53_robustness.ipynb #ec3eb93a
@@ -297,8 +297,8 @@ def shifted_accuracy(
 
     Raises `ValueError` for a network in training mode, for no images, for images that are not bytes, for
     class numbers that are not integers, for different numbers of images and labels, for images of different
-    sizes without `size`, for `size` or `numbered` together with files, and for a class that the network does
-    not have."""
+    sizes without `size`, for `size` or `numbered` together with files, for a class that the network does not
+    have, and for outputs with NaN."""
     check_eval_mode(learn.model)
     vocab = [str(v) for v in learn.dls.vocab]
     if isinstance(data, (str, Path)):
@@ -316,8 +316,9 @@ def shifted_accuracy(
     for i in range(0, len(y), bs):
         batch = torch.as_tensor(x[i:i + bs]).to(weight.device)
         batch = batch.permute(0, 3, 1, 2).to(weight.dtype) / 255 # channels first, in [0, 1]
-        answers = learn.model((batch - mean) / std).argmax(1).cpu().numpy()
-        right += (answers == y[i:i + bs]).sum().item()
+        scores = learn.model((batch - mean) / std)
+        check_no_nan(scores)
+        right += (scores.argmax(1).cpu().numpy() == y[i:i + bs]).sum().item()
     n = len(y)
     error = math.sqrt(right * (n - right) / n**3) # sqrt(a (1 - a) / n) with a = right / n
     return Accuracy(right / n, error, n)

@@ -12,6 +12,7 @@ from typing import Iterable
 import torch
 from torch import nn, Tensor
 
+from ..core.fixed_loss import check_no_nan
 from ..core.states import from_hidden_states, hidden_states, in_eval_mode, kept_buffers
 
 # %% ../../nbs/measures/54_similarity.ipynb #eccafbdb
@@ -63,12 +64,13 @@ def agreement(
 
     With `axis=None`, return the share of single labels on which both networks agree.
 
-    Raises `ValueError` for outputs without classes along `axis`."""
+    Raises `ValueError` for outputs without classes along `axis`, or with NaN."""
     a, b = collect_logits((student, teacher), dl)
     if axis is None: return ((a > 0) == (b > 0)).float().mean().item()
     if a.ndim <= axis or a.shape[axis] < 2:
         raise ValueError(f'outputs of shape {tuple(a.shape)} have no two classes along axis {axis}; '
                          'for several labels per sample, use axis=None')
+    check_no_nan(torch.stack((a, b)))
     return (a.argmax(axis) == b.argmax(axis)).float().mean().item()
 
 # %% ../../nbs/measures/54_similarity.ipynb #5a44f98b

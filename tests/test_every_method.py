@@ -19,9 +19,11 @@ from fastai.optimizer import SGD, OptimWrapper
 from torch.utils._pytree import tree_leaves
 from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.loss_terms import LossTerm
+from sadt_nb.core.optim import KerasAdam
 from sadt_nb.core.passes import ExtraPass
 from sadt_nb.core.perturbed_passes import PerturbedPass
 from sadt_nb.core.precision import DeviceMixedPrecision
+from sadt_nb.data.augment import CropFlip, Cutout
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options
@@ -570,3 +572,33 @@ def test_a_learner_is_exported_after_training_and_loads(name, tmp_path):
         for needed_in_training in ('teacher', 'records', 'direction', 'averaged', 'mean'):
             value = getattr(c, needed_in_training, None)
             assert value is None or value == {}, f'{needed_in_training} is not exported'
+
+
+def numbers_of(options):
+    "Return the names of the options whose default is a number, without the seed."
+    return [n for n, p in options.items() if type(p.default) in (int, float) and n != 'seed']
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.])
+def test_an_option_that_is_no_usable_number_is_refused_when_a_method_is_made(value):
+    "NaN passes checks such as `rho < 0`; the first step would then destroy the weights."
+    accepted, tried = [], 0
+    for name in {*METHODS} - {*DOCUMENTED}: # the examples of pages leave checks out
+        for option in numbers_of(method_options(name)):
+            tried += 1
+            try: make_method(name, **needed(name) | {option: value})
+            except ValueError: continue
+            accepted.append((name, option))
+    assert accepted == [] and tried > 30
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1., 1.5])
+@pytest.mark.parametrize(('make', 'option'), [(CropFlip, 'pad'), (Cutout, 'size')])
+def test_sizes_of_augmentations_are_whole_numbers(make, option, value):
+    with pytest.raises(ValueError, match=f'`{option}` must be a whole number'): make(**{option: value})
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -1.])
+@pytest.mark.parametrize('option', ['lr', 'eps', 'weight_decay'])
+def test_options_of_keras_adam_are_finite(option, value):
+    with pytest.raises(ValueError, match=f'`{option}` must'): KerasAdam([torch.ones(2)], **{option: value})

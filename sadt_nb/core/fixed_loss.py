@@ -294,7 +294,7 @@ def missing_derivative(
 
 # %% ../../nbs/core/20_fixed_loss.ipynb #5122cbe0
 def check_no_nan(
-    out, # Outputs of a network
+    out:Tensor, # Outputs of a network
 ):
     "Raise `ValueError` for outputs with NaN, whose largest score would be that of the first class."
     if out.isnan().any():

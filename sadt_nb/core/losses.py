@@ -202,9 +202,10 @@ def kd_loss(
     """Return `alpha` CE(labels) + (1 - `alpha`) `temperature`² KL(teacher || student).
 
     This is the loss of Hinton et al. 2015, as in Pham et al. 2022, "Revisiting Self-Distillation", section 3.
-    Raises `ValueError` for values out of range."""
+    Raises `ValueError` if `alpha` or `temperature` is out of range, or if the logits have different
+    shapes."""
     if not 0 <= alpha <= 1: raise ValueError(f'`alpha` must lie in [0, 1], got {alpha}')
-    if temperature <= 0: raise ValueError(f'`temperature` must be positive, got {temperature}')
+    if not temperature > 0: raise ValueError(f'`temperature` must be positive, got {temperature}')
     counted = None if y.is_floating_point() else (y != -100).as_subclass(Tensor) # as in the cross-entropy
     divergence = kl_div(teacher_logits.detach(), student_logits, temperature, axis, counted)
     imitation = divergence * temperature**2

@@ -11,7 +11,7 @@ from typing import Callable, Iterable
 import torch
 from fastai.optimizer import OptimWrapper
 
-from .perturb import local_parts, settle_gradients
+from .perturb import check_not_negative, local_parts, settle_gradients
 
 # %% ../../nbs/core/18_optim.ipynb #ef0ff76c
 def _keras_adam_step_(ps, grads, ms, vs, counts, lr, betas, eps, weight_decay):
@@ -34,15 +34,16 @@ class KerasAdam(torch.optim.Optimizer):
     """Adam with epsilon added outside the bias correction, as in `tf.keras.optimizers.Adam`.
 
     The formula is in Kingma & Ba 2015, section 2, last paragraph before section 2.1.
-    Raises `ValueError` for a negative `lr` or `eps`, and for a beta outside [0, 1)."""
+    Raises `ValueError` for an `lr`, `eps` or `weight_decay` that is negative or not finite, and for a beta
+    outside [0, 1)."""
     def __init__(self,
         params:Iterable,       # Parameters or parameter groups
         lr:float=1e-3,         # Learning rate, >= 0
         betas:tuple[float, float]=(.9, .999), # Decay rates of the first and the second moment, in [0, 1)
         eps:float=1e-7,        # Added to the square root of the uncorrected second moment, >= 0
-        weight_decay:float=0., # Decoupled: a step multiplies the weights by 1 - lr * weight_decay
+        weight_decay:float=0., # Decoupled: a step multiplies the weights by 1 - lr * weight_decay; >= 0
     ):
-        if lr < 0 or eps < 0: raise ValueError(f'`lr` and `eps` must not be negative, got {lr} and {eps}')
+        check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
         for beta in betas:
             if not 0 <= beta < 1: raise ValueError(f'`betas` must lie in [0, 1), got {betas}')
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))

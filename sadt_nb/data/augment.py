@@ -7,6 +7,8 @@ __all__ = ['PAD_MODES', 'to_device_of', 'crop_windows', 'CropFlip', 'Alternating
            'colour_bytes', 'Cutout', 'CutMix']
 
 # %% ../../nbs/data/71_augment.ipynb #844f8276
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,17 +58,18 @@ PAD_MODES = ('zeros', 'reflect')
 class CropFlip:
     """Crops each padded image at its own random place, and mirrors the image with probability 1/2.
 
-    Raises `ValueError` for a negative `pad`, a `flip` that is not a bool, an unknown `mode`, and a reflected
-    border that is not narrower than the image."""
+    Raises `ValueError` for a `pad` that is not a whole number >= 0, a `flip` that is not a bool, an unknown
+    `mode`, and a reflected border that is not narrower than the image."""
     def __init__(self,
         pad:int=4,    # Border in pixels, >= 0; offsets are uniform on 0..2*pad
         flip=True,    # Mirror each image with probability 1/2?
         mode='zeros', # Border: 'zeros' is black, 'reflect' is the image mirrored at its edge
     ):
-        if pad < 0: raise ValueError(f'`pad` must not be negative, got {pad}')
+        if not (0 <= pad < math.inf and pad == int(pad)):
+            raise ValueError(f'`pad` must be a whole number of pixels, at least 0, got {pad}')
         if not isinstance(flip, bool): raise ValueError(f'`flip` must be True or False, got {flip!r}')
         if mode not in PAD_MODES: raise ValueError(f"`mode` must be 'zeros' or 'reflect', got {mode!r}")
-        self.pad, self.flip, self.mode = pad, flip, mode
+        self.pad, self.flip, self.mode = int(pad), flip, mode
 
     def __call__(self, x:Tensor, y:Tensor, rng:np.random.Generator) -> tuple[Tensor, Tensor]:
         if self.pad:
@@ -233,7 +236,7 @@ class Cutout:
         fill=0,      # Colour of the square, as one byte or three; 0 is black. The paper uses the mean colour
         inside=False,# Draw only squares that lie completely inside the image, as in Jordan (2024)?
     ):
-        if size != int(size) or size < 1:
+        if not (1 <= size < math.inf and size == int(size)):
             raise ValueError(f'`size` must be a whole number of pixels, at least 1, got {size}; '
                              'to hide nothing, leave out Cutout')
         self.size, self.fill, self.inside = int(size), colour_bytes(fill), inside

@@ -280,7 +280,11 @@ def make_learner(
     cbs=(),      # Further callbacks
     root='runs', # Folder of all results, where the teachers' weights are
 ) -> Learner: # Ready for `fit(ceil(cfg.epochs))`; `learn.dls[2]` is the test set
-    "Return a Learner in exactly the state in which `run` starts training."
+    """Return a Learner in exactly the state in which `run` starts training.
+
+    Raises `ValueError` if data set, network, method or optimizer do not accept the options of the run, or if
+    its sizes do not fit together, such as a last batch of one image with BatchNorm. Raises `RunError` if the
+    weights of a teacher are missing or damaged."""
     dls = run_loaders(cfg, device)
     _share_among_ranks(dls, cfg)
     _check_release(cfg, len(dls[2].dataset))

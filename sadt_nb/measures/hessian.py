@@ -164,7 +164,7 @@ def hessian_trace(
     if max_probes < 20:
         raise ValueError(f'`max_probes` must be at least 20, got {max_probes}; '
                          'fewer give no reliable estimate of the error')
-    if sketch < 0 or tol <= 0:
+    if sketch < 0 or not tol > 0: # also refuses NaN
         raise ValueError('`sketch` must not be negative, and `tol` must be positive, '
                          f'got sketch={sketch} and tol={tol}')
     with _Products(learn, dl, samples, progress, 'trace', 2 * sketch + max_probes) as h:
@@ -492,7 +492,7 @@ def spectral_density(
     out of range, and for the same reasons as `FixedLoss`."""
     if vectors < 2:
         raise ValueError(f'`vectors` must be at least 2, got {vectors}; one gives no estimate of the error')
-    if steps < 2 or points < 2 or width <= 0:
+    if steps < 2 or points < 2 or not width > 0: # also refuses NaN
         raise ValueError('`steps` and `points` must be at least 2, and `width` must be positive, '
                          f'got steps={steps}, points={points} and width={width}')
     with _Products(learn, dl, samples, progress, 'density', None) as h:

@@ -63,7 +63,7 @@ def _check_ranges(rho_max, rho_min, alpha, lr_max, lr_min):
     if not (0 <= rho_min <= rho_max and rho_max > 0):
         raise ValueError('`rho_max` must be positive and `rho_min` between 0 and `rho_max`, '
                          f'got {rho_max} and {rho_min}; use the plain optimizer for no perturbation')
-    if lr_min < 0 or (lr_max is not None and lr_max < lr_min):
+    if not lr_min >= 0 or (lr_max is not None and not lr_max >= lr_min): # also refuses NaN
         raise ValueError('`lr_min` must not be negative and `lr_max` not below `lr_min`, '
                          f'got {lr_min} and {lr_max}')
 

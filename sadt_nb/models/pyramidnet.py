@@ -47,7 +47,7 @@ def pyramidnet_110(
     """Return the additive PyramidNet-110 of Han et al. (2017), with basic blocks; 28,485,477 parameters.
 
     Raises `ValueError` for a negative `alpha`."""
-    if alpha < 0:
+    if not alpha >= 0: # also refuses NaN
         raise ValueError(f'`alpha` must not be negative, got {alpha}; 0 keeps 16 channels throughout')
     blocks = 18 # per stage; 110 layers = 3 x 18 x 2 + first convolution + dense layer
     widths = [int(16 + alpha * k / (3 * blocks) + .5) for k in range(3 * blocks + 1)] # D_k of the paper

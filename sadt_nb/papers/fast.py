@@ -107,7 +107,7 @@ def _rates(base, noise=0.):
 # %% ../../nbs/papers/105_fast.ipynb #04eca639
 _LENGTHS = (4, 8, 16, 32, 64) # epochs of plain training
 # share of wrong labels: the lengths that the search has found
-_TUNED_LENGTHS = {.4: dict(baseline=16, sam=32)}
+_TUNED_LENGTHS = {.4: dict(baseline=16, weight_average=16, sam=32)}
 
 def _lengths(base, noise=0.):
     """Yield four methods, each with as many passes as plain training for the epochs in `_LENGTHS`.

@@ -69,9 +69,9 @@ def test_method_notebooks_show_their_current_card(path):
 
 
 ON_CIFAR = ('index', 'guides/21_which_method', 'studies/all_methods_on_cifar', 'studies/distill_cifar',
-            'studies/fast_methods', 'studies/flatness', 'studies/sadt_notebook20', 'studies/sadt_table1',
-            'studies/sam_study', 'studies/verdicts', 'tutorials/06_what_makes_sadt_work',
-            'tutorials/10_94_percent_in_minutes')
+            'studies/fast_methods', 'studies/few_images', 'studies/flatness', 'studies/sadt_notebook20',
+            'studies/sadt_table1', 'studies/sam_study', 'studies/verdicts',
+            'tutorials/06_what_makes_sadt_work', 'tutorials/10_94_percent_in_minutes')
 ABOUT_JPEG = 'tutorials/10_94_percent_in_minutes' # explains the images
 
 

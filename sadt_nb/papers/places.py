@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'NOISY_DIGITS', 'DIGITS_40_WRONG', 'TUNED', 'CIFAR', 'NOTEBOOK', 'ALL_METHODS', 'FACTORS', 'CONSTANT_RATE',
-           'NO_BATCHNORM', 'FULL_LENGTH', 'STRONG', 'STRONG_40_WRONG', 'ROUNDS', 'FLATNESS_PLACES', 'PLACES', 'studies',
-           'all_networks', 'cached_grid', 'paper_accuracy', 'paper_size', 'paper_gap', 'paper_ratio',
-           'in_flatness_study', 'accuracy_in_flatness_study', 'with_strong_recipe', 'plain_for', 'step_cost', 'at_most',
-           'at_most_printed', 'needed_presets', 'printed_number']
+           'NO_BATCHNORM', 'FULL_LENGTH', 'STRONG', 'STRONG_40_WRONG', 'QUARTER', 'QUARTER_40_WRONG', 'ROUNDS',
+           'FLATNESS_PLACES', 'PLACES', 'studies', 'all_networks', 'cached_grid', 'paper_accuracy', 'paper_size',
+           'paper_gap', 'paper_ratio', 'in_flatness_study', 'accuracy_in_flatness_study', 'with_strong_recipe',
+           'plain_for', 'step_cost', 'at_most', 'at_most_printed', 'needed_presets', 'printed_number']
 
 # %% ../../nbs/papers/117_places.ipynb #c02373ab
 import json
@@ -39,6 +39,8 @@ FULL_LENGTH = 'CIFAR-10, full length'
 STRONG = 'CIFAR-10, strong recipe'
 _WIDER = 'CIFAR-10, strong recipe, wider network'
 STRONG_40_WRONG = 'CIFAR-10, strong recipe, 40% wrong labels'
+QUARTER = 'CIFAR-10, strong recipe, 12,500 images'
+QUARTER_40_WRONG = f'{QUARTER}, 40% wrong labels'
 ROUNDS = 'CIFAR-10, strong recipe, rounds of students'
 FLATNESS_PLACES = ('digits, flatness measured', 'Simple CNN on CIFAR-10', 'ResNet-20 on CIFAR-10')
 _STEP = 'a step of ResNet-18 on a CPU'
@@ -67,6 +69,8 @@ PLACES = [ # name, study page, folder of the stored runs, preset, mixed precisio
     Place(_WIDER, 'fast_methods', 'fast_small', 'fast/small'),
     Place(STRONG_40_WRONG, 'fast_methods', 'fast_narrow', 'fast/narrow_noise40'),
     Place(STRONG_40_WRONG, 'fast_methods', 'fast_narrow', 'fast/narrow_rates_noise40'),
+    Place(QUARTER, 'few_images', 'fast_quarter', 'fast/quarter'),
+    Place(QUARTER_40_WRONG, 'few_images', 'fast_quarter', 'fast/quarter_noise40'),
     Place(ROUNDS, 'distill_cifar', 'fast_rounds', 'fast/narrow_rounds'),
 ]
 
@@ -195,7 +199,7 @@ def with_strong_recipe(
     **facts,          # More arguments of `Comparisons.gap`
 ) -> list: # One `Evidence` for each place
     "Compare `a` with `b` in each place of the strong recipe."
-    places = STRONG, _WIDER, STRONG_40_WRONG
+    places = STRONG, _WIDER, STRONG_40_WRONG, QUARTER, QUARTER_40_WRONG
     return [nets.gap(place, label, a, b, key, **facts) for place in places]
 
 def plain_for(

@@ -188,11 +188,13 @@ _OF_TABLE4 = (50_000, 200) # training images and epochs
 
 def sam_with_wrong_labels(
     nets:Comparisons, # Comparisons of `all_networks()`
+    place:str=STRONG_40_WRONG, # Data, network and labels of the networks
+    kind:str='sam',   # The networks of SAM, such as 'sam, radius 0.1'
 ) -> dict: # 'equal epochs' and 'equal passes': `Evidence`
     "Compare SAM with plain training on CIFAR-10 with 40% wrong labels, as Table 4 of the SAM paper does."
     sgd, sam = SAM_TABLE4[40]
     facts = dict(of_paper=_OF_TABLE4, wrong_labels=True)
     stated = Published(sam - sgd, accuracy=sgd) # at equal epochs
-    equal_epochs = nets.gap(STRONG_40_WRONG, 'equal epochs', 'sam', 'baseline', published=stated, **facts)
-    equal_passes = nets.gap(STRONG_40_WRONG, 'equal passes', 'sam', plain_for('sam'), **facts)
+    equal_epochs = nets.gap(place, 'equal epochs', kind, 'baseline', published=stated, **facts)
+    equal_passes = nets.gap(place, 'equal passes', kind, plain_for('sam'), **facts)
     return {e.label: e for e in (equal_epochs, equal_passes)}

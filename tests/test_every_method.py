@@ -19,6 +19,7 @@ from fastai.optimizer import SGD, OptimWrapper
 from torch.utils._pytree import tree_leaves
 from sadt_nb.core.checkpoint import Checkpoint
 from sadt_nb.core.loss_terms import LossTerm
+from sadt_nb.core.losses import Divergence, kd_loss
 from sadt_nb.core.optim import KerasAdam
 from sadt_nb.core.passes import ExtraPass
 from sadt_nb.core.perturbed_passes import PerturbedPass
@@ -27,6 +28,7 @@ from sadt_nb.data.augment import CropFlip, Cutout
 from sadt_nb.data.datasets import get_dls
 from sadt_nb.methods.looksam import LookSAM
 from sadt_nb.methods.registry import METHODS, make_method, method_options
+from sadt_nb.models.pyramidnet import pyramidnet_110
 from sadt_nb.models.simple_cnn import simple_cnn
 
 NAMES = [*METHODS, *DOCUMENTED]
@@ -602,3 +604,11 @@ def test_sizes_of_augmentations_are_whole_numbers(make, option, value):
 @pytest.mark.parametrize('option', ['lr', 'eps', 'weight_decay'])
 def test_options_of_keras_adam_are_finite(option, value):
     with pytest.raises(ValueError, match=f'`{option}` must'): KerasAdam([torch.ones(2)], **{option: value})
+
+
+@pytest.mark.parametrize('make', [
+    lambda nan: make_method('gsam', lr_min=nan), lambda nan: make_method('gsam', lr_max=nan),
+    lambda nan: pyramidnet_110(alpha=nan), lambda nan: Divergence(scale=nan),
+    lambda nan: kd_loss(torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2).long(), .5, nan)])
+def test_numbers_of_networks_and_losses_are_not_nan(make):
+    with pytest.raises(ValueError, match='must'): make(float('nan'))

@@ -553,3 +553,10 @@ def test_an_output_of_nan_is_no_answer(tmp_path, measure):
     with pytest.raises(ValueError, match='NaN for some samples'): calls[measure]()
     net.forward = lambda x: net.net(x.flatten(1).double()[:, :4])
     calls[measure]() # without NaN, the same call is measured
+
+
+@pytest.mark.parametrize('make', [
+    lambda learn: hessian_trace(learn, tol=float('nan')),
+    lambda learn: spectral_density(learn, width=float('nan'))])
+def test_a_tolerance_or_width_of_nan_is_refused(make):
+    with pytest.raises(ValueError, match='must be positive'): make(learner(network(), batches(*inputs())))

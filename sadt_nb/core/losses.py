@@ -70,7 +70,7 @@ def _bernoulli(teacher, student):
 class Divergence:
     """The divergence between two predictions, for the distribution that the outputs describe.
 
-    Raises `ValueError` for an unknown kind and for a scale that is not positive."""
+    Raises `ValueError` for an unknown kind and for a scale that is not positive and finite."""
     kind: str = 'categorical' # 'categorical', 'bernoulli' or 'gaussian'
     axis: int = 1             # Axis of the classes; only for 'categorical'
     scale: float = 1.         # Factor of the squared difference, > 0; only for 'gaussian'
@@ -80,7 +80,8 @@ class Divergence:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"`divergence` must be one of {', '.join(map(repr, KINDS))}, got {self.kind!r}")
-        if not self.scale > 0: raise ValueError(f'`scale` must be positive, got {self.scale}')
+        if not 0 < self.scale < float('inf'):
+            raise ValueError(f'`scale` must be positive and finite, got {self.scale}')
 
     def __call__(self,
         teacher:Tensor,       # Outputs of the reference network

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['STRONG', 'FEW_IMAGES', 'SEARCHES', 'STRONG_FOLDERS', 'FEW_IMAGES_FOLDER', 'CONTROLS', 'strong_networks', 'control_of',
-           'compared_kinds', 'against_plain', 'at_equal_passes']
+           'compared_kinds', 'against_plain', 'at_equal_passes', 'plot_effects']
 
 # %% ../../nbs/papers/115_equal_passes.ipynb #9d89692d
+import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 
+from ..core.display import COLORS
 from ..methods.registry import passes_of
 from .claims import marked_by_chance
 from .fast import MORE_PASSES
@@ -104,3 +107,38 @@ def at_equal_passes(
     for place, evidence in against_plain(networks).items():
         found[place] = {e.part: e for e in evidence if e.label == wanted.get(e.part)}
     return found
+
+# %% ../../nbs/papers/115_equal_passes.ipynb #2a0ba3a3
+_HEADS = {'equal epochs': 'at equal epochs', 'more passes': 'with more passes',
+          'equal passes': 'at equal passes'}
+
+def plot_effects(
+    evidence:dict,    # Name of a place: list of `Evidence`, from `against_plain`
+    sharex:bool=True, # Draw all panels on one scale?
+) -> np.ndarray: # Axes, one per place
+    """Draw each difference from plain training with its 95% interval, in points.
+
+    An empty circle has fewer than three seeds."""
+    lines = [] # for each kind of comparison a heading, and below it the compared networks
+    for label, head in _HEADS.items():
+        parts = dict.fromkeys(e.part for found in evidence.values() for e in found if e.label == label)
+        if parts: lines += [(label, head), *((label, part) for part in parts)]
+    size = 9.5, 1.2 + .24 * len(lines)
+    fig, axs = plt.subplots(1, len(evidence), figsize=size, sharex=sharex, sharey=True, squeeze=False,
+                            layout='constrained')
+    for ax, (place, found) in zip(axs[0], evidence.items()):
+        for e in found:
+            y, color = lines.index((e.label, e.part)), COLORS.get(e.part.split(',')[0], 'tab:gray')
+            if not np.isnan(e.low): ax.plot([e.low, e.high], [y, y], color=color, lw=2.5)
+            ax.plot(e.mean, y, 'o', color=color, mec='k', mew=.5, fillstyle='full' if e.n > 2 else 'none')
+        ax.axvline(0, color='k', lw=.8)
+        ax.axvspan(-.2, .2, color='k', alpha=.08, lw=0)
+        ax.set_title(place, fontsize=10)
+        ax.grid(axis='x', alpha=.3)
+    names = [part.replace('baseline', 'plain training') for _, part in lines]
+    axs[0, 0].set_yticks(range(len(lines)), names)
+    for text in axs[0, 0].get_yticklabels():
+        if text.get_text() in _HEADS.values(): text.set_fontweight('bold')
+    axs[0, 0].set_ylim(len(lines) - .5, -.8)
+    fig.supxlabel('accuracy minus plain training, points', fontsize=10)
+    return axs[0]

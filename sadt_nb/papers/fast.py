@@ -112,7 +112,8 @@ _TUNED_LENGTHS = {.4: dict(baseline=16, weight_average=16, sam=32)}
 def _lengths(base, noise=0.):
     """Yield four methods, each with as many passes as plain training for the epochs in `_LENGTHS`.
 
-    Then yield, for three seeds, the methods at their tuned lengths, on all training images."""
+    These runs hold out a tenth of all images. Then yield, for three seeds, the methods at their tuned
+    lengths, with the images of `base`."""
     base = _with_wrong_labels(base, noise)
     tuned = _TUNED_LENGTHS.get(noise, {})
     def as_long(name, epochs): return base.but(method=name, epochs=epochs / passes_of(name))

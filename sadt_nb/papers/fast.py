@@ -125,6 +125,31 @@ def _lengths(base, noise=0.):
         for seed in range(3):
             yield PaperRun(f'{name}, tuned length · seed {seed}', as_long(name, epochs).but(seed=seed))
 
+# %% ../../nbs/papers/105_fast.ipynb #20c4c89d
+# method: (length in epochs of plain training, multiple of the recipe's rate, options) of the search's runs
+_SEARCHED = {
+    'baseline': [(16, .5, {}), (16, 2, {})],
+    'weight_average': [(16, .5, {}), (16, 2, {})],
+    'sam': [(32, .5, {}), (32, 2, {})],
+}
+_TUNED_SETTINGS = {} # the same for the settings that the search has found
+
+def _setting_name(epochs, factor, options):
+    return ', '.join([f'passes of {epochs} epochs', f'{factor:g} times the rate',
+                      *(f'{name} {value:g}' for name, value in options.items())])
+
+def _tuned(base, noise, seeds=range(8)):
+    "Yield the runs of the search, which hold out a tenth of all images, and then the tuned methods."
+    base = _with_wrong_labels(base, noise)
+    def at(name, epochs, factor, options):
+        return base.but(method=name, epochs=epochs / passes_of(name), lr=factor * base.lr, method_args=options)
+    for name, settings in _SEARCHED.items():
+        for setting in settings:
+            yield PaperRun(f'{name}, {_setting_name(*setting)} · seed 0', at(name, *setting).but(valid=.1))
+    for name, setting in _TUNED_SETTINGS.items():
+        for seed in seeds:
+            yield PaperRun(f'{name}, tuned · seed {seed}', at(name, *setting).but(seed=seed))
+
 # %% ../../nbs/papers/105_fast.ipynb #8c1439ae
 _CHAIN_SEEDS = range(0, 50, 10) # the students of a teacher have the seeds that follow its own
 
@@ -158,6 +183,7 @@ GRIDS |= {'fast/narrow_rates': partial(_rates, _FAST_NARROW),
           'fast/narrow_rates_noise40': partial(_rates, _FAST_NARROW, noise=.4),
           'fast/quarter_lengths': partial(_lengths, _FAST_QUARTER),
           'fast/quarter_lengths_noise40': partial(_lengths, _FAST_QUARTER, noise=.4),
+          'fast/quarter_tuned_noise40': partial(_tuned, _FAST_QUARTER, noise=.4),
           'fast/94_rounds': partial(_chains, _FAST),
           'fast/narrow_rounds': partial(_chains, _FAST_NARROW),
           'fast/search': _search, 'fast/steps': _steps}

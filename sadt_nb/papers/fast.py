@@ -142,7 +142,8 @@ def _tuned(base, noise, seeds=range(8)):
     "Yield the runs of the search, which hold out a tenth of all images, and then the tuned methods."
     base = _with_wrong_labels(base, noise)
     def at(name, epochs, factor, options):
-        return base.but(method=name, epochs=epochs / passes_of(name), lr=factor * base.lr, method_args=options)
+        run = base.but(method=name, method_args=options)
+        return run.but(epochs=epochs / passes_of(name), lr=factor * base.lr)
     for name, settings in _SEARCHED.items():
         for setting in settings:
             yield PaperRun(f'{name}, {_setting_name(*setting)} · seed 0', at(name, *setting).but(valid=.1))

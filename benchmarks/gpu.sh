@@ -13,6 +13,7 @@
 #   fast           9 E      25     2.8      grid fast/94, 78 runs (26 rows, 3 seeds), 8 at a time
 #   noise          9 E      25     2.8      grid fast/94_noise40, 78 runs, 8 at a time
 #   small          9 E      25     2.8      grid fast/small, 78 runs, 14 at a time
+#   quarter        9 E      25     2.8      grid fast/quarter_noise40, 78 runs, 14 at a time
 #   rounds         3 E       6     2.0      grid fast/94_rounds, 20 runs: 5 chains side by side, then 30 ensembles
 #   fastbench      5 E       7     1.4      benchmarks.fast: Learner and bare loop, steps, whole runs
 #   full           5.5 M     6     1.1      SADT's Table 1, Simple CNN in batches of 2,048, 7 at a time
@@ -44,7 +45,7 @@
 # preset has got since the job was done.
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; exit 2; }
-queue='tests fast noise small rounds fastbench full overhead controls seeds table1_rest fast96 table1'
+queue='tests fast noise small quarter rounds fastbench full overhead controls seeds table1_rest fast96 table1'
 queue+=' sam_study saf_table3 saf_paper distill'
 mkdir -p "$1"
 out=$(realpath "$1"); shift
@@ -136,6 +137,7 @@ run_job() {
         fast) grid fast/94 fast_94 8 ;;
         noise) grid fast/94_noise40 fast_94_noise40 8 ;;
         small) grid fast/small fast_small 14 ;;
+        quarter) grid fast/quarter_noise40 fast_quarter_noise40 14 ;;
         rounds) grid fast/94_rounds fast_94_rounds 5 ;;
         fastbench) fastbench ;;
         full) grid sadt/table1 table1_bf16 7 --only 'cifar10 simple_cnn 2048' --amp bf16 ;;

@@ -27,11 +27,11 @@ FEW_IMAGES = { # name of a place: preset
     'right labels, 12,500 images': 'fast/quarter',
     '40% wrong labels, 12,500 images': 'fast/quarter_noise40',
 }
-SEARCHES = { # name of a place: preset of its search for learning rates or for lengths
-    'right labels': 'fast/narrow_rates',
-    '40% wrong labels': 'fast/narrow_rates_noise40',
-    'right labels, 12,500 images': 'fast/quarter_lengths',
-    '40% wrong labels, 12,500 images': 'fast/quarter_lengths_noise40',
+SEARCHES = { # name of a place: presets of its searches for learning rates, lengths and options
+    'right labels': ['fast/narrow_rates'],
+    '40% wrong labels': ['fast/narrow_rates_noise40'],
+    'right labels, 12,500 images': ['fast/quarter_lengths'],
+    '40% wrong labels, 12,500 images': ['fast/quarter_lengths_noise40', 'fast/quarter_tuned_noise40'],
 }
 STRONG_FOLDERS = 'fast_narrow', 'fast_small' # folders of stored runs of `STRONG`
 FEW_IMAGES_FOLDER = 'fast_quarter'
@@ -45,8 +45,8 @@ def strong_networks(
     places:dict=STRONG, # `STRONG` or `FEW_IMAGES`
 ) -> pd.DataFrame: # Columns `place`, `kind`, `seed`, `run`, and one per number
     "Return the stored networks of the strong recipe."
-    searched = {name: preset for name, preset in SEARCHES.items() if name in places}
-    named = [*places.items(), *searched.items()]
+    searched = [(name, preset) for name, presets in SEARCHES.items() if name in places for preset in presets]
+    named = [*places.items(), *searched]
     return stored_networks([Place(name, '', _stored_in(preset), preset) for name, preset in named])
 
 # %% ../../nbs/papers/115_equal_passes.ipynb #1641ceae
@@ -74,7 +74,7 @@ def compared_kinds(
     "Return the kinds that are compared with plain training: all but plain training and the searches."
     of_searches = 'times the rate', 'passes of', 'tuned length'
     shown = [k for k in dict.fromkeys(networks.kind) if not any(words in k for words in of_searches)]
-    return [k for k in shown if k not in CONTROLS.values()]
+    return [k for k in shown if k not in CONTROLS.values() and not k.endswith(', tuned')]
 
 # %% ../../nbs/papers/115_equal_passes.ipynb #91dea526
 def against_plain(

@@ -131,6 +131,7 @@ _SEARCHED = {
     'baseline': [(16, .5, {}), (16, 2, {})],
     'weight_average': [(16, .5, {}), (16, 2, {})],
     'sam': [(32, .5, {}), (32, 2, {})],
+    'repeat_step': [(8, 1, {}), (16, 1, {}), (32, 1, {})],
 }
 _TUNED_SETTINGS = {} # the same for the settings that the search has found
 

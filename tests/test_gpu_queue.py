@@ -137,6 +137,7 @@ JOBS = {
     'fast': ['grid fast/94'],
     'noise': ['grid fast/94_noise40'],
     'small': ['grid fast/small'],
+    'quarter': ['grid fast/quarter_noise40'],
     'rounds': ['grid fast/94_rounds'],
     'fastbench': [f'fastbench {part}' for part in ('overhead', 'loader', 'methods', 'seconds')],
     'full': ['grid sadt/table1 cifar10 simple_cnn 2048 bf16'],
@@ -152,6 +153,7 @@ JOBS = {
     'distill': ['grid distill/table2 resnet18 0.5 fp16'],
 }
 PACKS = {'fast_94': 'fast/94', 'fast_94_noise40': 'fast/94_noise40', 'fast_small': 'fast/small',
+         'fast_quarter_noise40': 'fast/quarter_noise40',
          'fast_94_rounds': 'fast/94_rounds', 'saf_table3_paper': 'saf/table3',
          'distill_table2': 'distill/table2',
          'table1_bf16': 'sadt/table1', 'fast_96': 'fast/96', 'sam_study_a_code': 'sam_study/a_code',
@@ -283,7 +285,8 @@ def test_without_arguments_the_queue_prints_its_table(queue):
         rates.append(exact)
     assert rates == sorted(rates, reverse=True)
     about = {name: (int(claims), what) for name, _, claims, _, what in rows[1:]}
-    grids = dict(fast='fast/94', noise='fast/94_noise40', small='fast/small', fast96='fast/96')
+    grids = dict(fast='fast/94', noise='fast/94_noise40', small='fast/small', quarter='fast/quarter_noise40',
+                 fast96='fast/96')
     for name, table in grids.items():
         cells = paper_grid(table)
         claims, what = about[name]

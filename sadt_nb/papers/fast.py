@@ -128,9 +128,10 @@ def _lengths(base, noise=0.):
 # %% ../../nbs/papers/105_fast.ipynb #20c4c89d
 # method: (length in epochs of plain training, multiple of the recipe's rate, options) of the search's runs
 _SEARCHED = {
-    'baseline': [(16, .5, {}), (16, 2, {})],
+    'baseline': [(16, .5, {}), (16, 2, {}), (16, 4, {})],
     'weight_average': [(16, .5, {}), (16, 2, {})],
     'sam': [(32, .5, {}), (32, 2, {})],
+    'sadt1': [(32, .5, {}), (32, 2, {})],
     'repeat_step': [(8, 1, {}), (16, 1, {}), (32, 1, {})],
 }
 _TUNED_SETTINGS = {} # the same for the settings that the search has found
@@ -139,7 +140,7 @@ def _setting_name(epochs, factor, options):
     return ', '.join([f'passes of {epochs} epochs', f'{factor:g} times the rate',
                       *(f'{name} {value:g}' for name, value in options.items())])
 
-def _tuned(base, noise, seeds=range(8)):
+def _tuned(base, noise, seeds=range(6)):
     "Yield the runs of the search, which hold out a tenth of all images, and then the tuned methods."
     base = _with_wrong_labels(base, noise)
     def at(name, epochs, factor, options):

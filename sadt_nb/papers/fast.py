@@ -126,32 +126,43 @@ def _lengths(base, noise=0.):
             yield PaperRun(f'{name}, tuned length · seed {seed}', as_long(name, epochs).but(seed=seed))
 
 # %% ../../nbs/papers/105_fast.ipynb #20c4c89d
-# method: (length in epochs of plain training, multiple of the recipe's rate, options) of the search's runs
+# method: (length in epochs of plain training, changes) of the search's runs; `lr` and `weight_decay` are
+# multiples of the recipe's numbers, all other changes are options of the method
 _SEARCHED = {
-    'baseline': [(16, .5, {}), (16, 2, {}), (16, 4, {})],
-    'weight_average': [(16, .5, {}), (16, 2, {})],
-    'sam': [(32, .5, {}), (32, 2, {})],
-    'sadt1': [(32, .5, {}), (32, 2, {})],
-    'repeat_step': [(8, 1, {}), (16, 1, {}), (32, 1, {})],
+    'baseline': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)), (16, dict(weight_decay=4))],
+    'weight_average': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)),
+                       (16, dict(weight_decay=4))],
+    'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
+    'sadt1': [(32, dict(weight_decay=.5)), (32, dict(weight_decay=2))],
+    'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
 }
 _TUNED_SETTINGS = {} # the same for the settings that the search has found
+_FACTORS = dict(lr='{:g} times the rate', weight_decay='{:g} times the decay')
 
-def _setting_name(epochs, factor, options):
-    return ', '.join([f'passes of {epochs} epochs', f'{factor:g} times the rate',
-                      *(f'{name} {value:g}' for name, value in options.items())])
+def _setting_name(epochs, changes):
+    words = [_FACTORS.get(name, name + ' {}').format(value) for name, value in changes.items()]
+    return ', '.join([f'passes of {epochs} epochs', *words])
+
+def _at_setting(base, name, epochs, changes):
+    "Return a method's run with as many passes as plain training for `epochs` epochs."
+    changes = dict(changes)
+    lr = base.lr * changes.pop('lr', 1)
+    opt_args = dict(base.opt_args)
+    opt_args['weight_decay'] *= changes.pop('weight_decay', 1)
+    return base.but(method=name, epochs=epochs / passes_of(name), lr=lr, opt_args=opt_args,
+                    method_args=changes)
 
 def _tuned(base, noise, seeds=range(6)):
     "Yield the runs of the search, which hold out a tenth of all images, and then the tuned methods."
     base = _with_wrong_labels(base, noise)
-    def at(name, epochs, factor, options):
-        run = base.but(method=name, method_args=options)
-        return run.but(epochs=epochs / passes_of(name), lr=factor * base.lr)
     for name, settings in _SEARCHED.items():
         for setting in settings:
-            yield PaperRun(f'{name}, {_setting_name(*setting)} · seed 0', at(name, *setting).but(valid=.1))
+            run = _at_setting(base, name, *setting).but(valid=.1)
+            yield PaperRun(f'{name}, {_setting_name(*setting)} · seed 0', run)
     for name, setting in _TUNED_SETTINGS.items():
         for seed in seeds:
-            yield PaperRun(f'{name}, tuned · seed {seed}', at(name, *setting).but(seed=seed))
+            run = _at_setting(base, name, *setting).but(seed=seed)
+            yield PaperRun(f'{name}, tuned · seed {seed}', run)
 
 # %% ../../nbs/papers/105_fast.ipynb #8c1439ae
 _CHAIN_SEEDS = range(0, 50, 10) # the students of a teacher have the seeds that follow its own

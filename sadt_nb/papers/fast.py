@@ -129,12 +129,14 @@ def _lengths(base, noise=0.):
 # method: (length in epochs of plain training, changes) of the search's runs; `lr` and `weight_decay` are
 # multiples of the recipe's numbers, all other changes are options of the method
 _SEARCHED = {
-    'baseline': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)), (16, dict(weight_decay=4))],
+    'baseline': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)), (16, dict(weight_decay=4)),
+                 (16, dict(weight_decay=8)), (32, dict(weight_decay=4)), (8, dict(weight_decay=4))],
     'weight_average': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)),
-                       (16, dict(weight_decay=4))],
+                       (16, dict(weight_decay=4)), (16, dict(weight_decay=8))],
     'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
-    'sadt1': [(32, dict(weight_decay=.5)), (32, dict(weight_decay=2))],
-    'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
+    'sadt1': [(32, dict(weight_decay=.5)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
+    'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2)),
+                    (16, dict(weight_decay=4))],
 }
 _TUNED_SETTINGS = {} # the same for the settings that the search has found
 _FACTORS = dict(lr='{:g} times the rate', weight_decay='{:g} times the decay')

@@ -132,11 +132,14 @@ _SEARCHED = {
     'baseline': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)), (16, dict(weight_decay=4)),
                  (16, dict(weight_decay=8)), (32, dict(weight_decay=4)), (8, dict(weight_decay=4))],
     'weight_average': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)),
-                       (16, dict(weight_decay=4)), (16, dict(weight_decay=8))],
-    'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
-    'sadt1': [(32, dict(weight_decay=.5)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
-    'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2)),
-                    (16, dict(weight_decay=4))],
+                       (16, dict(weight_decay=4)), (16, dict(weight_decay=2, start=.5)),
+                       (8, dict(weight_decay=2)), (32, dict(weight_decay=2))],
+    'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
+            (32, dict(weight_decay=2, rho=.1)), (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
+    'sadt1': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
+              (32, dict(weight_decay=2, kl_weight=2)), (32, dict(weight_decay=2, rho=.05)),
+              (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
+    'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
 }
 _TUNED_SETTINGS = {} # the same for the settings that the search has found
 _FACTORS = dict(lr='{:g} times the rate', weight_decay='{:g} times the decay')

@@ -34,7 +34,7 @@ SECTIONS = dict( # folder of notebooks to title and lead, in the order of the si
     methods=(
         'Methods',
         'One notebook for each method: the idea, the method in ten lines by hand, the callback, tests '
-        'against the paper, and the cost.'),
+        'against the paper, and the cost. SADT has two more: its teachers, and further tests.'),
     measures=(
         'Measures',
         'Functions that measure how flat, how robust, how well calibrated and how alike networks are, '

@@ -40,7 +40,8 @@ from .methods.looksam import LookSAM
 from .methods.mesa import MESA
 from .methods.msam import MSAM
 from .methods.registry import METHODS, make_method, method_card, methods_table
-from .methods.sadt import SADT, gradient_ascent, layer_noise, sadt_step, weight_noise
+from .methods.sadt import SADT, sadt_step
+from .methods.sadt_teachers import gradient_ascent, layer_noise, weight_noise
 from .methods.saf import SAF
 from .methods.sam import SAM, sam_step
 from .methods.weight_average import WeightAverage

@@ -36,7 +36,16 @@ def ids(paths): return [str(p.relative_to(NBS)) for p in paths]
 def in_folder(name): return [p for p in every() if p.parent.name == name]
 
 
-METHODS = [p for p in in_folder('methods') if p.stem not in NOT_METHODS]
+def without_number(path): return re.sub(r'^\d+_', '', path.stem)
+
+
+def is_part(path):
+    "Return whether a page belongs to the page of another method, as `sadt_teachers` belongs to `sadt`."
+    names = [without_number(p) for p in in_folder('methods')]
+    return any(without_number(path).startswith(f'{name}_') for name in names)
+
+
+METHODS = [p for p in in_folder('methods') if p.stem not in NOT_METHODS and not is_part(p)]
 
 
 def place_of(heading, headings):

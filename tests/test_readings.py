@@ -166,7 +166,7 @@ def test_sigma_does_not_follow_the_schedule():
     seen = []
     class Watched(SADT):
         def teachers(self):
-            seen.append(self._scale())
+            seen.append(self.noise_factor())
             return super().teachers()
     dls = get_dls('digits', bs=64, n_train=128, device='cpu')
     method = Watched(sigma='rate')

@@ -289,4 +289,4 @@ def test_the_noise_has_the_rate_of_the_first_step_of_a_loop(by_function):
         else: opt.step(lambda: of(net, X, Y))
         schedule.step()
         assert sadt.rate == pytest.approx(.01)
-    assert sadt._scale() == pytest.approx(.01 / 1e-4)
+    assert sadt.noise_factor() == pytest.approx(.01 / 1e-4)

@@ -157,7 +157,7 @@ def _at_setting(base, name, epochs, changes):
     return base.but(method=name, epochs=epochs / passes_of(name), lr=lr, opt_args=opt_args,
                     method_args=changes)
 
-def _tuned(base, noise, seeds=range(6)):
+def _tuned(base, noise, seeds=range(5)):
     "Yield the runs of the search, which hold out a tenth of all images, and then the tuned methods."
     base = _with_wrong_labels(base, noise)
     for name, settings in _SEARCHED.items():

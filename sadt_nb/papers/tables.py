@@ -106,7 +106,7 @@ _OWN = {
     'fast/narrow_rates_noise40': 'fast/narrow_rates with 40% wrong labels',
     'fast/quarter_lengths': 'four methods at several lengths, with the images of fast/quarter',
     'fast/quarter_lengths_noise40': 'fast/quarter_lengths with 40% wrong labels',
-    'fast/quarter_tuned_noise40': 'the four methods with 40% wrong labels, each tuned, and six seeds',
+    'fast/quarter_tuned_noise40': 'five methods with 40% wrong labels, each tuned, and five seeds',
     'fast/94_rounds': 'three rounds of students with the recipe for 94%, and ensembles',
     'fast/narrow_rounds': 'three rounds of students with the recipe of fast/narrow, and ensembles',
     'fast/search': 'plain training at several widths, epochs and batch sizes',

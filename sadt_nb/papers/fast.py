@@ -141,7 +141,10 @@ _SEARCHED = {
               (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
     'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
 }
-_TUNED_SETTINGS = {} # the same for the settings that the search has found
+_TUNED_SETTINGS = { # the settings that the search has found
+    'baseline': (16, dict(weight_decay=4)),
+    'repeat_step': (16, {}),
+}
 _FACTORS = dict(lr='{:g} times the rate', weight_decay='{:g} times the decay')
 
 def _setting_name(epochs, changes):

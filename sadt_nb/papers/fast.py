@@ -135,10 +135,11 @@ _SEARCHED = {
                        (16, dict(weight_decay=4)), (16, dict(weight_decay=2, start=.5)),
                        (8, dict(weight_decay=2)), (32, dict(weight_decay=2))],
     'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
-            (32, dict(weight_decay=2, rho=.1)), (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
+            (32, dict(weight_decay=2, rho=.1)), (32, dict(weight_decay=2, rho=.025)),
+            (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
     'sadt1': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
-              (32, dict(weight_decay=2, kl_weight=2)), (32, dict(weight_decay=2, rho=.05)),
-              (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
+              (32, dict(weight_decay=2, kl_weight=2)), (32, dict(weight_decay=2, kl_weight=4)),
+              (32, dict(weight_decay=2, kl_weight=8)), (32, dict(weight_decay=2, rho=.05))],
     'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
 }
 _TUNED_SETTINGS = { # the settings that the search has found

@@ -139,11 +139,13 @@ _SEARCHED = {
             (16, dict(weight_decay=2)), (64, dict(weight_decay=2))],
     'sadt1': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
               (32, dict(weight_decay=2, kl_weight=2)), (32, dict(weight_decay=2, kl_weight=4)),
-              (32, dict(weight_decay=2, kl_weight=8)), (32, dict(weight_decay=2, rho=.05))],
+              (32, dict(weight_decay=2, kl_weight=8)), (32, dict(weight_decay=2, rho=.05)),
+              (16, dict(weight_decay=2, kl_weight=4)), (64, dict(weight_decay=2, kl_weight=4))],
     'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
 }
 _TUNED_SETTINGS = { # the settings that the search has found
     'baseline': (16, dict(weight_decay=4)),
+    'weight_average': (16, dict(weight_decay=2)),
     'repeat_step': (16, {}),
 }
 _FACTORS = dict(lr='{:g} times the rate', weight_decay='{:g} times the decay')

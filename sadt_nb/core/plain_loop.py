@@ -285,7 +285,8 @@ class _Passes(_Gradients):
         n = 0 if rows is None else len(self.pred) # `pred` has one loss for each sample
         rng_context = rng_policy(rng, rng_state, device_of(self.model))
         states_context = from_hidden_states(states, rows, n)
-        with _first_pass_kept(self), bn_policy(self.model, bn), rng_context, states_context:
+        with (_first_pass_kept(self), bn_policy(self.model, bn), rng_context, states_context,
+              _noticed_zeroing(self.optimizer, self.model)):
             if not backward: return self.forward()
             self.run(rows, loss_func)
 
@@ -306,16 +307,25 @@ def _check_chunks(method):
                      '`accumulate_grad_batches`')
 
 # %% ../../nbs/core/12_plain_loop.ipynb #4fa243f5
+def _params_of(owner):
+    "Return the parameters whose gradients `zero_grad` of a module or of an optimizer resets."
+    if isinstance(owner, nn.Module): return owner.parameters()
+    return [p for group in owner.param_groups for p in group['params']]
+
 @contextmanager
 def _noticed_zeroing(*objects):
-    "Yield a list that gets an entry when `zero_grad` of an optimizer or a module is called inside the block."
+    """Yield a list that gets an entry when `zero_grad` of an optimizer or module is called inside the block.
+
+    Such a call sets the gradients to `None`, because zeros would look like the gradients of a backward."""
     calls = []
     own = [] # an object's own attribute `zero_grad`; `None` if only its class has one
     objects = [o for o in objects if not isinstance(o, torch.jit.ScriptModule)] # it keeps what it is given
     for owner in objects:
-        def noticed(*args, _zero_grad=owner.zero_grad, **kwargs): # the default is this object's function
+        # the defaults are this object and its function
+        def noticed(*args, _owner=owner, _zero_grad=owner.zero_grad, **kwargs):
             calls.append(1)
-            return _zero_grad(*args, **kwargs)
+            _zero_grad(*args, **kwargs)
+            for p in _params_of(_owner): p.grad = None # also with `set_to_none=False`
         own.append(vars(owner).get('zero_grad'))
         owner.zero_grad = noticed
     try: yield calls
@@ -323,6 +333,39 @@ def _noticed_zeroing(*objects):
         for owner, zero_grad in zip(objects, own):
             if zero_grad is None: del owner.zero_grad
             else: owner.zero_grad = zero_grad
+
+@contextmanager
+def _noticed_backward():
+    "Yield a list of the autograd functions from which a backward begins inside the block."
+    backward = torch.autograd.backward
+    roots = []
+    def noticed(tensors, *args, **kwargs):
+        roots.extend(t.grad_fn for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+        return backward(tensors, *args, **kwargs)
+    torch.autograd.backward = noticed # `Tensor.backward` calls it
+    try: yield roots
+    finally: torch.autograd.backward = backward
+
+def _functions_of(roots):
+    "Return the functions of autograd's graph under `roots`, without those that only write a gradient."
+    found = set()
+    to_visit = list(roots)
+    while to_visit:
+        function = to_visit.pop()
+        if function is None or function in found or function.name().endswith('AccumulateGrad'): continue
+        found.add(function)
+        to_visit += [earlier for earlier, _ in function.next_functions]
+    return found
+
+def _check_own_backward(loss, roots):
+    "Raise `ValueError` if a closure has called `backward`, but on losses without a relation to its own loss."
+    function = getattr(loss, 'grad_fn', None)
+    if function is None or not roots or function in roots: return
+    if not _functions_of([function]).isdisjoint(_functions_of(roots)): return
+    raise ValueError('the closure has called backward, but not on the loss that it returns, so the gradients '
+                     'are those of another loss; if this backward has another purpose, such as an '
+                     'adversarial example, use `torch.autograd.grad`, or call `zero_grad` after it; if it '
+                     'is the backward of the batch, return `loss.detach()`')
 
 @contextmanager
 def _noticed_scaling():
@@ -411,9 +454,10 @@ class PlainLoop(_Passes):
 
         If the closure calls `zero_grad`, as PyTorch's closures do, it begins a new step: the earlier
         micro-batches and their gradients are forgotten."""
-        with (_noticed_scaling() as scalers, _checked_hooks(self.model),
+        with (_noticed_scaling() as scalers, _checked_hooks(self.model), _noticed_backward() as roots,
               _noticed_zeroing(self.optimizer, self.model) as zeroed): # lists, empty without such calls
             def before_backward():
+                if self.has_gradients(): _check_own_backward(self.loss_grad, roots)
                 if zeroed: self.forget() # before the event, in which the method adds this batch
                 if self.method.needs_logits: self('before_backward')
             try: return self.run(between=before_backward, inputs=inputs)

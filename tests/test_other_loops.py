@@ -1,9 +1,13 @@
 """Loops of other fields: attacks, random numbers in the loss, optimizers with modes, other devices."""
+import random
+
+import numpy as np
 import pytest
 import torch
 from conftest import sam_gradients
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.methods.esam import ESAM
@@ -111,3 +115,107 @@ def test_a_closure_of_esam_that_calls_backward_itself():
         return losses
     opt.step(closure)
     close(values(net), after_sam(other, lambda: F.cross_entropy(other(x), y)))
+
+
+# --- random numbers that the loop or the closure draws itself
+def noisy_passes(net, loss):
+    "Make one step of SAM in two calls; return each pass's own noise and its dropout mask."
+    masks, draws = [], []
+    handle = net[2].register_forward_hook(lambda module, inputs, out: masks.append((out != 0).double()))
+    opt = MethodOptimizer(SAM(RHO, rng='replay'), sgd(net), net)
+    for first in (True, False):
+        draws.append(torch.rand(16, 8))
+        loss().backward()
+        draws.append(torch.rand(16, 8))
+        if not first: continue
+        opt.first_step()
+        opt.zero_grad()
+    opt.second_step()
+    handle.remove()
+    return draws, masks
+
+
+def test_noise_of_the_loop_is_independent_of_the_repeated_masks():
+    (x, y), net = batch(), network(nn.Dropout(.5))
+    torch.manual_seed(0)
+    draws, masks = noisy_passes(net, lambda: F.cross_entropy(net(x), y))
+    assert torch.equal(*masks)
+    for i, noise in enumerate(draws):
+        both = torch.stack([noise.double().flatten(), masks[0].flatten()])
+        assert abs(torch.corrcoef(both)[0, 1]) < .3, 'with 128 numbers, three standard deviations'
+        assert not any(torch.equal(noise, other) for other in draws[:i])
+
+
+class Nested(nn.Module):
+    "A network whose forward calls itself, and draws numbers after that."
+    def __init__(self):
+        super().__init__()
+        self.layer, self.drawn = nn.Linear(5, 3).double(), []
+    def forward(self, x, depth=2):
+        out = self(x, depth - 1) if depth else self.layer(x)
+        self.drawn.append(torch.rand(()).item())
+        return out
+
+
+def test_a_network_that_calls_itself_repeats_its_numbers():
+    (x, y), net = batch(), Nested()
+    opt = MethodOptimizer(SAM(RHO, rng='replay'), sgd(net), net)
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.second_step()
+    assert net.drawn[:3] == net.drawn[3:]
+
+
+def test_an_error_in_a_repeated_forward_leaves_the_random_state_of_the_loop():
+    (x, y), net = batch(), network(nn.Dropout(.5))
+    opt = MethodOptimizer(SAM(RHO, rng='replay'), sgd(net), net)
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    now = torch.get_rng_state()
+    with pytest.raises(RuntimeError): net(x[:, :4])
+    assert torch.equal(torch.get_rng_state(), now)
+    opt.cancel_first_step()
+
+
+def test_masks_repeat_inside_a_network_in_evaluation_mode():
+    (x, y), net = batch(), network(nn.Dropout(.5))
+    net.eval() # as in fine-tuning with the running averages of BatchNorm
+    net[2].train()
+    _, masks = noisy_passes(net, lambda: F.cross_entropy(net(x), y))
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize('rng', ['replay', 'fresh'])
+def test_a_closure_repeats_the_numbers_of_every_generator(rng):
+    (x, y), net, drawn = batch(), network(), []
+    opt = MethodOptimizer(SAM(RHO, rng=rng), sgd(net), net)
+    def closure():
+        drawn.append((np.random.rand(), random.random(), torch.rand(()).item()))
+        return F.cross_entropy(net(drawn[-1][0] * x), y)
+    for _ in range(2): opt.step(closure)
+    for first, second in ((drawn[0], drawn[1]), (drawn[2], drawn[3])):
+        assert [a == b for a, b in zip(first, second)] == 3 * [rng == 'replay']
+    assert all(a != b for a, b in zip(drawn[0], drawn[2])), 'a new step has new numbers'
+
+
+def test_a_step_of_lightning_repeats_the_numbers_of_every_generator():
+    lightning = pytest.importorskip('lightning')
+    from sadt_nb.core.lightning import MethodCallback
+    (x, y), drawn = batch(), []
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = network()
+        def training_step(self, batch):
+            drawn.append((np.random.rand(), random.random(), torch.rand(()).item()))
+            return F.cross_entropy(self.net(batch[0] * drawn[-1][0]), batch[1])
+        def configure_optimizers(self): return sgd(self.net)
+
+    trainer = lightning.Trainer(
+        accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, max_steps=2, callbacks=[MethodCallback(SAM(RHO, rng='replay'))])
+    trainer.fit(Module(), DataLoader(TensorDataset(x, y), 8))
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]

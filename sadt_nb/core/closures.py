@@ -21,8 +21,8 @@ from .perturb import local_parts, trainable_params
 from .perturbed_passes import PerturbedPass
 from .plain_loop import PlainLoop, check_gradients, check_hooks, check_owner, check_unscaled
 from .plain_loop import loop_backward, loop_step
-from .states import bn_policy, device_of, from_hidden_states, hidden_states, rng_policy
-from .states import rng_states, set_rng_states
+from .states import bn_policy, device_of, from_hidden_states, hidden_states, rng_states
+from .states import set_rng_states
 
 # %% ../../nbs/core/13_closures.ipynb #e12c3c65
 _LOOP_METHODS = 'SAM, ASAM, ESAM, GSAM, LookSAM, FriendlySAM, WSAM, MSAM or SADT'
@@ -189,6 +189,8 @@ class _ForwardStates:
     "A hook: each forward of the network after `first_step` draws the numbers of the same forward before it."
     def __init__(self, loop=None): # `None`: the hook does nothing
         self.loop = loop and weakref.ref(loop) # the network keeps the hook, and must not keep the loop
+        self.depth = 0 # of calls of the network inside its own calls
+        self.outside = None # the loop's random state, while a forward has that of an earlier forward
         self.clear()
 
     # a copied network has another optimizer, or none
@@ -206,18 +208,41 @@ class _ForwardStates:
         # not yet, because a loop may call `zero_grad` between a forward and its backward
         if self.repeated is None: self.zeroed = len(self.states)
 
-    def __call__(self, module, inputs):
+    def watch(self, module):
+        "Call this object at the beginning and at the end of each forward of a network."
+        module.register_forward_pre_hook(self)
+        module.register_forward_hook(self, always_call=True)
+
+    def __call__(self, module, inputs, *outputs): # there are no `outputs` at the beginning of a forward
+        self.depth += -1 if outputs else 1
+        outermost = self.depth == (0 if outputs else 1)
+        if not outermost: return
+        if outputs: self._end(module)
+        else: self._begin(module)
+
+    def _counts(self, module):
+        "Return whether a forward belongs to a batch of the loop, and not to a closure or an evaluation."
         loop = self.loop and self.loop()
         in_closure = loop is None or loop.xb is not None
-        if in_closure or not module.training or not torch.is_grad_enabled(): return
+        # layers such as dropout may be in training mode inside a network in evaluation mode
+        return not in_closure and torch.is_grad_enabled() and any(m.training for m in module.modules())
+
+    def _begin(self, module):
+        if not self._counts(module): return
         device = device_of(module)
         if self.repeated is None:
             del self.states[:self.zeroed] # of an earlier batch
             self.zeroed = 0
             self.states.append(rng_states(device))
             return
-        if self.repeated < len(self.states): set_rng_states(self.states[self.repeated], device)
+        if self.repeated < len(self.states):
+            self.outside = rng_states(device)
+            set_rng_states(self.states[self.repeated], device)
         self.repeated += 1
+
+    def _end(self, module):
+        if self.outside is not None: set_rng_states(self.outside, device_of(module))
+        self.outside = None
 
     def begin(self):
         "Repeat the numbers from here on. Raises `ValueError` if they are not known."
@@ -240,15 +265,12 @@ class _MovedWeights:
     "The moved weights between `first_step` and `second_step`, with the policies for BatchNorm and dropout."
     def __init__(self, loop, forwards):
         method = loop.method
-        state = None # of the first forward; with rng='fresh' it is not needed
-        if method.rng == 'replay':
-            forwards.begin()
-            state = forwards.states[0]
+        if method.rng == 'replay': forwards.begin()
         self.passes = method.extra_pass(*method.first_gradients())
         next(self.passes) # the weights have moved
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
-        self.policies.enter_context(rng_policy(method.rng, state, device_of(loop.model)))
+
         self.policies.enter_context(from_hidden_states(method.states))
 
     def finish(self):
@@ -274,7 +296,7 @@ class _WatchedPasses(_Wrapped):
         "With rng='replay', read the random state in the passes that the loop makes by itself."
         self._forwards = _ForwardStates(self._loop)
         if getattr(self.method, 'rng', None) != 'replay': return
-        self._loop.model.register_forward_pre_hook(self._forwards)
+        self._forwards.watch(self._loop.model)
 
     def _remember_states(self):
         "Store the hidden states of recurrent layers, from which the passes of the next `first_step` start."

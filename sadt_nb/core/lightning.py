@@ -17,7 +17,7 @@ from .fits import is_whole_training
 from .perturbed_passes import PerturbedPass
 from .plain_loop import PlainLoop, check_hooks
 from .ranks import sync_gradients
-from .states import device_of, rng_states
+from .states import device_of, random_states
 
 try:
     from lightning.pytorch import Callback
@@ -115,7 +115,7 @@ class MethodCallback(Callback):
         self._loop.xb = partial(_training_step, trainer, pl_module, batch, batch_idx)
         self._loop.steps_done = trainer.global_step
         self._loop('before_batch')
-        if self.method.rng == 'replay': self.method.rng_state = rng_states(device_of(pl_module))
+        if self.method.rng == 'replay': self.method.rng_state = random_states(device_of(pl_module))
         self._stepped = False
 
     def on_before_backward(self, trainer, pl_module, loss):

@@ -1,17 +1,30 @@
 """Loops of other fields: attacks, random numbers in the loss, optimizers with modes, other devices."""
+import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import sam_gradients
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from sadt_nb.core.closures import MethodOptimizer
+from sadt_nb.core.multi_optimizer import MultiOptimizer
+from sadt_nb.measures.landscape import random_direction
+from sadt_nb.methods.asam import ASAM
 from sadt_nb.methods.esam import ESAM
+from sadt_nb.methods.friendly_sam import FriendlySAM
+from sadt_nb.methods.gsam import GSAM
+from sadt_nb.methods.looksam import LookSAM
+from sadt_nb.methods.msam import MSAM
+from sadt_nb.methods.sadt import SADT
 from sadt_nb.methods.sam import SAM
+from sadt_nb.methods.wsam import WSAM
 
 RHO, LR = .05, .1
 
@@ -93,6 +106,20 @@ def in_parts(net, x, y, returned):
     loss = policy + value / 2
     values = dict(sum=loss, part=policy, detached=loss.detach(), number=loss.item(), scaled=3 * value)
     return values[returned]
+
+
+@pytest.mark.parametrize('roots', ['tensor', 'iterator', 'edge'])
+def test_a_backward_from_tensors_and_from_edges(roots):
+    (x, y), net, other = batch(), network(), network()
+    opt = MethodOptimizer(SAM(RHO), sgd(net), net)
+    def closure():
+        loss = F.cross_entropy(net(x), y)
+        if roots == 'tensor': torch.autograd.backward(loss)
+        if roots == 'iterator': torch.autograd.backward(iter([loss / 2, loss / 2]))
+        if roots == 'edge': torch.autograd.backward(get_gradient_edge(loss), torch.ones_like(loss))
+        return loss
+    opt.step(closure)
+    close(values(net), after_sam(other, lambda: F.cross_entropy(other(x), y)))
 
 
 @pytest.mark.parametrize('returned', ['sum', 'part', 'detached', 'number', 'scaled'])
@@ -219,3 +246,168 @@ def test_a_step_of_lightning_repeats_the_numbers_of_every_generator():
         enable_model_summary=False, max_steps=2, callbacks=[MethodCallback(SAM(RHO, rng='replay'))])
     trainer.fit(Module(), DataLoader(TensorDataset(x, y), 8))
     assert drawn[0] == drawn[1] and drawn[2] == drawn[3] and drawn[0] != drawn[2]
+
+
+# --- optimizers of other libraries
+class ScheduleFree(torch.optim.SGD):
+    "Schedule-free SGD (Defazio et al. 2024): the weights are y in training, and the average x in evaluation."
+    beta, steps, mode = .9, 0, 'eval' # as in the authors' package, the loop must call `train` first
+
+    def zero_grad(self): # without an option, as in some libraries
+        for group in self.param_groups:
+            for p in group['params']: p.grad = None
+
+    @torch.no_grad()
+    def _change(self, mode, weight):
+        if self.mode != mode:
+            for p in self.param_groups[0]['params']:
+                if 'z' in self.state[p]: p.lerp_(self.state[p]['z'], weight)
+        self.mode = mode
+
+    def train(self): self._change('train', 1 - self.beta)
+    def eval(self): self._change('eval', 1 - 1 / self.beta)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert self.mode == 'train'
+        self.steps += 1
+        for p in self.param_groups[0]['params']:
+            z = self.state[p].setdefault('z', p.clone())
+            p.lerp_(z, 1 - 1 / self.beta) # x
+            z.sub_(LR * p.grad)
+            p.lerp_(z, 1 / self.steps) # the new x
+            p.lerp_(z, 1 - self.beta) # the new y
+
+
+def schedule_free_by_hand(net, loss, n):
+    "Return x after `n` steps of schedule-free SGD with SAM's gradient."
+    x = z = values(net)
+    for t in range(1, n + 1):
+        y = .1 * z + .9 * x
+        torch.nn.utils.vector_to_parameters(y, net.parameters())
+        z = z + after_sam(net, loss) - y
+        x = x + (z - x) / t
+    return x
+
+
+def prepared(opt):
+    accelerate = pytest.importorskip('accelerate')
+    return accelerate.Accelerator(cpu=True).prepare(opt)
+
+
+@pytest.mark.parametrize('inside', ['alone', 'several', 'accelerate'])
+def test_an_optimizer_with_two_modes(inside):
+    (x, y), net, other = batch(), network(), network()
+    base = ScheduleFree(net.parameters(), lr=LR)
+    used = MultiOptimizer([base]) if inside == 'several' else base
+    opt = MethodOptimizer(SAM(RHO), used, net)
+    modes = prepared(opt) if inside == 'accelerate' else opt
+    for _ in range(3):
+        modes.train()
+        opt.step(lambda: F.cross_entropy(net(x), y))
+        opt.zero_grad()
+        assert all(p.grad is None for p in net.parameters())
+        modes.eval()
+    close(values(net), schedule_free_by_hand(other, lambda: F.cross_entropy(other(x), y), 3))
+
+
+def test_only_an_optimizer_with_modes_has_them():
+    net = network()
+    opt = MethodOptimizer(SAM(RHO), MultiOptimizer([sgd(net)]), net)
+    for o in (opt, opt.base, copy.deepcopy(opt)):
+        assert not hasattr(o, 'train') and not hasattr(o, 'eval') and not hasattr(o, 'other')
+
+
+def test_modes_do_not_change_between_the_two_calls():
+    (x, y), net = batch(), network()
+    base = ScheduleFree(net.parameters(), lr=LR)
+    opt = MethodOptimizer(SAM(RHO), base, net)
+    opt.train()
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    with pytest.raises(ValueError, match='cancel_first_step'): opt.eval()
+    opt.cancel_first_step()
+    opt.eval()
+    assert base.mode == 'eval'
+
+
+# --- another device or precision
+METHODS = {
+    'sam': SAM, 'asam': ASAM, 'esam': partial(ESAM, gamma=1.), 'gsam': GSAM, 'looksam': partial(LookSAM, k=2),
+    'friendly sam': FriendlySAM, 'wsam': WSAM, 'msam': MSAM, 'sadt': SADT}
+
+
+def steps(opt, net, n, dtype=torch.float64):
+    x, y = batch()
+    def closure():
+        out = net(x.to(dtype))
+        loss = F.cross_entropy(out, y)
+        return (out, loss) if isinstance(opt.method, SADT) else loss
+    for _ in range(n): opt.step(closure)
+
+
+def momentum(net): return torch.optim.SGD(net.parameters(), lr=LR, momentum=.9)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_a_state_is_loaded_in_another_precision(name):
+    net, other = network().float(), network()
+    opt = MethodOptimizer(METHODS[name](), momentum(net), net)
+    steps(opt, net, 3, torch.float32)
+    other.load_state_dict(net.state_dict())
+    loaded = MethodOptimizer(METHODS[name](), momentum(other), other)
+    loaded.load_state_dict(opt.state_dict())
+    for t in tree_leaves((vars(loaded.method).get('direction'), vars(loaded.method).get('mean'))):
+        assert t is None or t.dtype == torch.float64, 'as the momentum'
+    steps(opt, net, 2, torch.float32)
+    steps(loaded, other, 2)
+    torch.testing.assert_close(values(net).double(), values(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('name, key', [('looksam', 'direction'), ('friendly sam', 'mean')])
+def test_a_state_that_does_not_fit_is_refused_when_a_loop_loads_it(name, key):
+    net, other = network(), network()
+    opt = MethodOptimizer(METHODS[name](), momentum(net), net)
+    steps(opt, net, 3)
+    state = opt.state_dict()
+    state['method'][key] = {n: t[:1] for n, t in state['method'][key].items()}
+    loaded = MethodOptimizer(METHODS[name](), momentum(other), other)
+    with pytest.raises(ValueError, match='does not fit the model'): loaded.load_state_dict(state)
+    assert not loaded.base.state, 'the base is as it was'
+
+
+def test_the_noise_of_another_kind_of_device_begins_anew():
+    net = network()
+    opt = MethodOptimizer(SADT(noise_scale=100., seed=3), sgd(net), net)
+    steps(opt, net, 1)
+    expected = values(net)
+    net = network()
+    opt = MethodOptimizer(SADT(noise_scale=100., seed=3), sgd(net), net)
+    state = opt.state_dict()
+    state['method']['generator'] = torch.zeros(16, dtype=torch.uint8) # of CUDA's generator
+    opt.load_state_dict(state)
+    with pytest.warns(UserWarning, match='another kind of device'): steps(opt, net, 1)
+    assert torch.equal(values(net), expected)
+    assert len(opt.state_dict()['method']['generator']) > 16
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_another_default_device_changes_nothing(name):
+    net, other = network(), network()
+    steps(MethodOptimizer(METHODS[name](), momentum(other), other), other, 3)
+    x, y = batch()
+    opt = MethodOptimizer(METHODS[name](), momentum(net), net)
+    def closure():
+        out = net(x)
+        loss = F.cross_entropy(out, y)
+        return (out, loss) if name == 'sadt' else loss
+    with torch.device('meta'): # its tensors have no values, so none may be made without a device
+        for _ in range(3): opt.step(closure)
+    assert torch.equal(values(net), values(other))
+
+
+def test_a_direction_on_another_default_device():
+    net = network()
+    expected = random_direction(net, seed=0)
+    with torch.device('meta'): got = random_direction(net, seed=0)
+    for n, d in expected.items(): assert torch.equal(got[n], d)

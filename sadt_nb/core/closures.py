@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import OptState
 
 from .fits import LoopMethod
 from .passes import stepped_params
-from .perturb import local_parts, trainable_params
+from .perturb import local_parts, trainable_params, weights_moved
 from .perturbed_passes import PerturbedPass
 from .plain_loop import PlainLoop, check_gradients, check_hooks, check_owner, check_unscaled
 from .plain_loop import loop_backward, loop_step
@@ -130,7 +130,9 @@ class _Wrapped(torch.optim.Optimizer):
         "Add a group to the base optimizer."
         if self._ready: self.base.add_param_group(group)
 
-    def zero_grad(self, set_to_none=True): self.base.zero_grad(set_to_none)
+    def zero_grad(self, set_to_none=True):
+        # the optimizers of other libraries may have no option `set_to_none`
+        self.base.zero_grad() if set_to_none else self.base.zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict:
         """Return the base's state, the method's as 'method', and 'steps_done' if `total_steps` is known.
@@ -270,7 +272,6 @@ class _MovedWeights:
         next(self.passes) # the weights have moved
         self.policies = ExitStack()
         self.policies.enter_context(bn_policy(loop.model, method.bn))
-
         self.policies.enter_context(from_hidden_states(method.states))
 
     def finish(self):
@@ -317,6 +318,16 @@ class _TwoSteps(_WatchedPasses):
         if not self._loop._replaying and self._second is None: self._loop.forget() # else within a batch
         self._forwards.zero_grad()
         self._remember_states()
+
+    def __getattr__(self, name): # Python calls it only for names that it does not find otherwise
+        if name not in ('train', 'eval'):
+            raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
+        change_mode = getattr(self.base, name) # may change the weights
+        def checked():
+            self._check_weights()
+            change_mode()
+            weights_moved(self._loop.model)
+        return checked
 
     def __getstate__(self):
         self._check_weights()

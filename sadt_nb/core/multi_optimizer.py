@@ -74,7 +74,18 @@ class MultiOptimizer(torch.optim.Optimizer):
         set_to_none:bool=True, # With `False`, the gradients become zeros
     ):
         "Reset the gradients of all optimizers."
-        for optimizer in self.optimizers: optimizer.zero_grad(set_to_none)
+        for optimizer in self.optimizers:
+            # the optimizers of other libraries may have no option `set_to_none`
+            optimizer.zero_grad() if set_to_none else optimizer.zero_grad(set_to_none=False)
+
+    def __getattr__(self, name): # Python calls it only for names that it does not find otherwise
+        # the two modes of some optimizers, such as schedule-free ones
+        own = self.optimizers if name in ('train', 'eval') else []
+        changes = [getattr(optimizer, name) for optimizer in own if hasattr(optimizer, name)]
+        if not changes: raise AttributeError(f'{type(self).__name__!r} object has no attribute {name!r}')
+        def change_modes():
+            for change in changes: change()
+        return change_modes
 
     @torch.no_grad()
     def step(self,

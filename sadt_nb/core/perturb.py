@@ -402,7 +402,7 @@ def fitted(
     params:dict[str, Tensor],  # From name to parameter
     what:str,                  # What the tensors are, such as 'direction'; the error message contains it
 ) -> dict[str, Tensor]: # The tensors whose names are in `params`, on the parameters' devices
-    """Return the loaded tensors by name, each distributed over processes like its parameter.
+    """Return the loaded tensors by name, each with its parameter's precision, and distributed like it.
 
     Raises `ValueError` if the shape of a tensor differs from the shape of its parameter."""
     found = {}
@@ -411,7 +411,7 @@ def fitted(
         if params[n].shape != t.shape:
             raise ValueError(f'the loaded {what} does not fit the model: {n!r} has shape {tuple(t.shape)}, '
                              f'but the parameter has {tuple(params[n].shape)}')
-        found[n] = placed_like(t.to(params[n].device), params[n])
+        found[n] = placed_like(t.to(params[n].device, params[n].dtype), params[n])
     return found
 
 # %% ../../nbs/core/00_perturb.ipynb #7d31a0c5

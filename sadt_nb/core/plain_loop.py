@@ -15,6 +15,7 @@ from typing import Callable
 import torch
 from torch import nn, Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.autograd.graph import GradientEdge
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
@@ -350,7 +351,8 @@ def _noticed_backward():
     backward = torch.autograd.backward
     roots = []
     def noticed(tensors, *args, **kwargs):
-        roots.extend(t.grad_fn for t in ([tensors] if isinstance(tensors, Tensor) else tensors))
+        tensors = [tensors] if isinstance(tensors, (Tensor, GradientEdge)) else list(tensors)
+        roots.extend(t.node if isinstance(t, GradientEdge) else t.grad_fn for t in tensors)
         return backward(tensors, *args, **kwargs)
     torch.autograd.backward = noticed # `Tensor.backward` calls it
     try: yield roots

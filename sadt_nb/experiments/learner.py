@@ -221,7 +221,7 @@ class KeepReleased(KeepBest):
         self.best = math.inf
         self.loader = bare_loader(self.learn.dls.loaders[2])
         n = len(self.loader.dataset)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(0), device='cpu')
         choosing = max(1, round(_CHOOSING * n))
         # the first `choosing` images are read in batches; only the last batch is used
         self.last_batch = order[(choosing - 1) // self.bs * self.bs:choosing]

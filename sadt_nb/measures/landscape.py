@@ -41,7 +41,7 @@ def random_direction(
     check_whole(model, 'a direction needs all weights in one process')
     for n, p in trainable_params(model).items():
         p = p.detach()
-        d = torch.randn(p.shape, generator=g, dtype=p.dtype).to(p.device)
+        d = torch.randn(p.shape, generator=g, device='cpu', dtype=p.dtype).to(p.device)
         if norm == 'filter' and p.ndim < 2: d.zero_()
         elif norm != 'none':
             start = 1 if norm == 'filter' else 0 # the first axis counts the units

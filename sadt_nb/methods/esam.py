@@ -50,7 +50,8 @@ class _StochasticWeightPerturbation(PerturbedPass):
         "Draw for each of these parameters whether the current optimizer step perturbs it."
         new = [n for n in params if n not in self._mask] # not used by earlier micro-batches of the step
         if not new: return
-        draws = torch.rand(len(new), generator=self.generator, dtype=torch.float32)
+        # the default device may be another one
+        draws = torch.rand(len(new), generator=self.generator, device='cpu', dtype=torch.float32)
         if any(map(is_sharded, params.values())): # all parts of a tensor need the same draw
             draws = over_ranks(draws.to(device_of(self.model)), 'first')
         self._mask.update(zip(new, (draws < self.beta).tolist()))

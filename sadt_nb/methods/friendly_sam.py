@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import torch
 
+from ..core.fits import in_plain_loop
 from ..core.states import BatchNormPolicy, RandomPolicy
 from ..core.steps import SummedPass, micro_batch_share, unscale_
 from ..core.perturb import ascent, check_not_negative, check_radius, copied, fitted, local_parts
@@ -38,7 +39,7 @@ class _RunningMean(SummedPass):
         self._spare = {}
 
     def _match_loaded_mean(self):
-        """Move a newly loaded mean to the devices of the parameters.
+        """Move a newly loaded mean to the devices and the precision of the parameters.
 
         If a parameter is split over processes, split its mean in the same way. Raises `ValueError` if a shape
         differs."""
@@ -77,6 +78,7 @@ class _RunningMean(SummedPass):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.mean, self._loaded = deepcopy(state['mean']), True # a copy: every step changes m in place
+        if in_plain_loop(self.learn): self._match_loaded_mean() # a loop sends `before_fit` when it is made
 
     def __getstate__(self):
         state = super().__getstate__()

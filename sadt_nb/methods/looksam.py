@@ -10,6 +10,7 @@ from copy import deepcopy
 
 import torch
 
+from ..core.fits import in_plain_loop
 from ..core.states import BatchNormPolicy, RandomPolicy
 from ..core.steps import SummedPass
 from ..core.perturb import ascent, check_count, check_not_negative, check_radius, copied
@@ -84,6 +85,10 @@ class LookSAM(SummedPass):
 
     def before_fit(self):
         super().before_fit()
+        self._fit_direction()
+
+    def _fit_direction(self):
+        "Move a loaded direction to the parameters' devices. Raises `ValueError` if a shape differs."
         if self.direction:
             self.direction = fitted(self.direction, trainable_params(self.learn.model), 'direction')
 
@@ -116,3 +121,4 @@ class LookSAM(SummedPass):
         super().load_state_dict(state)
         # a copy, because the next SAM step overwrites the direction
         self.steps, self.direction = state['steps'], deepcopy(state['direction'])
+        if in_plain_loop(self.learn): self._fit_direction() # a loop sends `before_fit` when it is made

@@ -7,6 +7,7 @@ __all__ = ['Perturbation', 'weight_noise', 'layer_noise', 'gradient_ascent', 'no
            'SeededNoise']
 
 # %% ../../nbs/methods/41_sadt_teachers.ipynb #5e74f2e5
+import warnings
 from typing import Literal
 
 import torch
@@ -176,9 +177,15 @@ class SeededNoise(ExtraPass):
         if self.fixed_generator: return self.fixed_generator[0]
         if self.generator is None or self.generator.device.type != device.type:
             self.generator = torch.Generator(device).manual_seed(self.seed)
-            if self._loaded is not None: self.generator.set_state(self._loaded)
+            if self._loaded is not None: self._continue_noise()
             self._loaded = None
         return self.generator
+
+    def _continue_noise(self):
+        try: self.generator.set_state(self._loaded)
+        except RuntimeError: # the state of a GPU's generator has another size than that of a CPU's
+            warnings.warn('the saved state of the noise comes from another kind of device than '
+                          f'{self.generator.device.type!r}, so the noise begins anew from `seed`')
 
     def noise_factor(self) -> float: # Factor of the presets' standard deviations
         "Return the noise's factor; with sigma='rate', it is also multiplied by (learning rate / 0.0001)."

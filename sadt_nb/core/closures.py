@@ -45,15 +45,15 @@ def check_one_evaluation(
 def closure_step(
     method:LoopMethod, # Such as `SAM(rho=.05)`; pass the same object in every step to keep its state
     model:nn.Module,  # The network whose parameters `optimizer` steps
-    closure:Callable, # Runs the batch; returns the loss, or (logits, loss) for SADT
+    closure:Callable, # Runs the batch; returns the loss, (logits, loss) for SADT, losses for ESAM
     optimizer:torch.optim.Optimizer, # Any base optimizer
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Make one step of a method in plain PyTorch; earlier gradients are dropped.
 
     With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual;
     SADT's closure does not call backward, and SADT's micro-batches need `MethodOptimizer`.
-    Raises `ValueError` for a closure or a gradient that the method cannot use, and for an optimizer that
-    evaluates the loss itself, such as LBFGS."""
+    Raises `TypeError` for a method that needs a fastai Learner. Raises `ValueError` for a closure or
+    gradient that the method cannot use, and for an optimizer that evaluates the loss itself, such as LBFGS."""
     _check_method(method)
     check_one_evaluation(optimizer)
     accelerated = getattr(optimizer, 'gradient_state', None)
@@ -188,7 +188,7 @@ def check_one_pass(
 
 # %% ../../nbs/core/13_closures.ipynb #8d44a075
 class _ForwardStates:
-    "A hook: each forward of the network after `first_step` draws the numbers of the same forward before it."
+    "A hook: forward i after `first_step` draws the random numbers of forward i before `first_step`."
     def __init__(self, loop=None): # `None`: the hook does nothing
         self.loop = loop and weakref.ref(loop) # the network keeps the hook, and must not keep the loop
         self.depth = 0 # of calls of the network inside its own calls
@@ -216,11 +216,12 @@ class _ForwardStates:
         module.register_forward_hook(self, always_call=True)
 
     def __call__(self, module, inputs, *outputs): # there are no `outputs` at the beginning of a forward
-        self.depth += -1 if outputs else 1
-        outermost = self.depth == (0 if outputs else 1)
-        if not outermost: return
-        if outputs: self._end(module)
-        else: self._begin(module)
+        if outputs:
+            self.depth -= 1
+            if self.depth == 0: self._end(module)
+        else:
+            self.depth += 1
+            if self.depth == 1: self._begin(module)
 
     def _counts(self, module):
         "Return whether a forward belongs to a batch of the loop, and not to a closure or an evaluation."
@@ -309,7 +310,7 @@ class _WatchedPasses(_Wrapped):
         self._watch_forwards() # of the copied network
 
 # %% ../../nbs/core/13_closures.ipynb #2bdd171b
-class _TwoSteps(_WatchedPasses):
+class _SplitStep(_WatchedPasses):
     "Moves the weights in one call and puts them back in another; the loop runs the batch in between."
     _begun = False # `True` from `first_step` to the step, also if the weights were not moved
 
@@ -409,18 +410,19 @@ def _check_scaled(loop, *optimizers):
                              '`scaler.step(opt)`, and clip with `MethodOptimizer(..., max_norm=...)`')
 
 # %% ../../nbs/core/13_closures.ipynb #b5f42bbd
-class MethodOptimizer(_TwoSteps):
+class MethodOptimizer(_SplitStep):
     """Makes the steps of a method with any base optimizer; `step(closure)` runs the closure several times.
 
-    Raises `TypeError` for a method that needs a fastai Learner. Raises `ValueError` for a base optimizer
-    that steps no parameter of the network or evaluates the loss itself, for `start` or `stop` without
-    `total_steps`, and for a method with the option `m`."""
+    Raises `TypeError` for a method that needs a fastai Learner, and for a base that is no PyTorch optimizer.
+    Raises `ValueError` for a base that steps no parameter of the network or evaluates the loss itself, for
+    `start` or `stop` without `total_steps`, for a method with the option `m`, and for a group's `rho` that
+    the method cannot use."""
     def __init__(self,
         method:LoopMethod,        # Such as `SAM(rho=.05)`
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
         scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call only `scaler.update()`
-        max_norm:float|None=None, # Clip the final gradient to this norm; with `None`, do not clip
+        max_norm:float|None=None, # Clip the gradient to this norm, > 0 (SADT: only `g_up`); `None`: do not clip
         total_steps:int|None=None, # Steps of the whole training; needed for a method's `start` and `stop`
     ):
         _check_method(method)
@@ -439,7 +441,7 @@ class MethodOptimizer(_TwoSteps):
 
     def step(self,
         closure:Callable|None=None, # As for `backward`; with `None`, use what `backward` has left in `.grad`
-    ): # What the closure returned at the unperturbed weights, or `None`
+    ): # The loss at the unperturbed weights, detached; `None` without a closure
         """Make one step of the method, with the gradients that were accumulated before, if any.
 
         The gradient that the loss of another network has left in this network counts as accumulated, as in a

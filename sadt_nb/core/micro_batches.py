@@ -227,7 +227,7 @@ class MicroBatches(ExtraPass):
             learn.xb, learn.yb = batch
             self._unwatch()
 
-    def end_first_step(self):
+    def stop_comparing_inputs(self):
         "Stop comparing inputs: the first step has shown whether each closure keeps its micro-batch."
         self._calls = None
 

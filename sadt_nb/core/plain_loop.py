@@ -437,13 +437,17 @@ def check_hooks(
 
 # %% ../../nbs/core/12_plain_loop.ipynb #998dcd97
 class PlainLoop(_Passes):
-    "Replaces a Learner for a method: has the network and the optimizer, and makes passes over a batch."
+    """Replaces a Learner for a method: has the network and the optimizer, and makes passes over a batch.
+
+    Raises `ValueError` for `start` or `stop` without `total_steps`, for a method with the option `m`, and for
+    a group's `rho` that the method cannot use."""
     def __init__(self,
         method:LoopMethod,               # Such as `SAM(rho=.05)`
         model:nn.Module,                 # The network
         optimizer:torch.optim.Optimizer, # Steps the network's parameters
         scaler:torch.amp.GradScaler|None=None, # Unscales the gradients before the step
-        max_norm:float|None=None,        # Clips the final gradient to this norm; with `None`, no clipping
+        # Clips the gradient to this norm, > 0 (SADT: only `g_up`); `None`: no clipping
+        max_norm:float|None=None,
         total_steps:int|None=None,       # Steps of the whole training, for `start` and `stop`
     ):
         _check_window(method, total_steps)
@@ -547,7 +551,8 @@ def loop_backward(
 ) -> Tensor: # The loss at the unperturbed weights, detached
     """Add the method's gradient of one (micro-)batch to `.grad`; return the loss.
 
-    Raises `ValueError` for a closure that the method cannot use. After an error, `.grad` is as before."""
+    Raises `ValueError` for a closure that the method cannot use. After an error,
+    `.grad` has the gradients of the step's earlier micro-batches."""
     check_owner(loop)
     method, closure = loop.method, _inside_lightning(closure)
     _check_closure(method, closure)

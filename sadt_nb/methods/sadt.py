@@ -40,7 +40,7 @@ def _backward_at_aux(sadt, params, delta, micro, divergence):
     with perturbed(params, delta, sadt.scratch): sadt.replay(**micro.starts(), loss_func=loss)
 
 def _backward_shared(sadt, deltas, micro, divergence):
-    "Add several teachers' gradients to `.grad` in one pass; layers that are equal in all teachers run once."
+    "Add several teachers' gradients to `.grad` in one pass; layers before the first changed layer run once."
     def forward(*xb): return shared_forward(sadt.model, deltas, *xb)
     def loss(preds, *yb): return sum(divergence(micro.pred, aux, *yb) for aux in preds)
     sadt.replay(**micro.starts(), forward=forward, loss_func=loss)
@@ -137,7 +137,7 @@ class _TwoSteps(SeededNoise, MicroBatches):
         if not params: return # no parameter of the network has a gradient
         take_gradients(stepped.values())
         self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
-        self.end_first_step()
+        self.stop_comparing_inputs()
 
         def second_step():
             _add_first_gradients(stepped, g_up)
@@ -171,9 +171,11 @@ class SADT(_TwoSteps):
     """Makes two optimizer steps per batch; the second step uses `g_up` plus the teachers' gradients `g_aux`.
 
     The method is from Fahim & Boutellier 2022, section 3.1. A callback that changes gradients in
-    `before_step`, such as clipping, changes only `g_up`. Raises `ValueError` for arguments out of range. At
-    the start of training, also raises `ValueError` if variant 2 finds no convolution or no dense layer, and
-    in a loop without a Learner at the first batch if `divergence` is needed and missing."""
+    `before_step`, such as clipping, changes only `g_up`. Raises `ValueError` for arguments out of range, and
+    for arguments that exclude each other. At the start of training, raises `ValueError` if variant 2 finds no
+    layer to perturb, if `divergence` is not given and nothing is known that fits the loss, and with
+    sigma='rate' if no parameter group has a learning rate. In a loop without a Learner, a missing
+    `divergence` raises the error at the first batch."""
     def __init__(self,
         # 1: noise on every layer; 2: two teachers, noise on the last convolution and on the last dense layer;
         # 3: a noisy step uphill
@@ -188,15 +190,18 @@ class SADT(_TwoSteps):
         kl_weight:float=1.,
         grad_at:Literal['aux', 'up']='aux', # Where the divergence's gradient is taken: `w_aux`, `w_up`
         noise_scale:float=1.,       # Factor of the presets' standard deviations, >= 0; 0: no noise
-        # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the rate of training's first step
+        # Standard deviation of the paper's noise: 'fixed': 0.0001; 'rate': the learning rate of training's
+        # first step, of several parameter groups the highest
         sigma:Literal['fixed', 'rate']='fixed',
-        # A single teacher at this distance uphill, as in SAM, instead of `perturb` or the variant's teachers
+        # A single teacher at this Euclidean distance uphill, >= 0, as in SAM, in place of the variant's
+        # teachers; not together with `perturb`
         rho:float|None=None,
         first_step:bool=True,       # With `False`, a batch makes only one step, with `g_up + sum(g_aux)`
         bn:BatchNormPolicy='keep',  # BatchNorm statistics in the extra passes: 'keep' or 'update'
         rng:RandomPolicy='fresh',   # Dropout masks in the extra passes: 'fresh' or 'replay'
         seed:int=0,                 # Seed of the noise
-        share_trunk:bool=True, # With `layer_noise`: run layers that are equal in all teachers once
+        # With `layer_noise` in a Learner: run the layers before the first changed layer once for all teachers
+        share_trunk:bool=True,
         # See `as_divergence`; `None` chooses what fits the loss, in a loop without a Learner only for
         # the cross-entropy of `(n, classes)` logits
         divergence:DivergenceLike=None,

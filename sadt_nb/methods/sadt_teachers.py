@@ -36,7 +36,7 @@ def _times_noise(p, noise):
 class Perturbation(ShowsArguments):
     "Base class of functions for `SADT(perturb=...)`; a plain function with the same arguments works, too."
     def __call__(self,
-        params:dict[str, Tensor], # Parameters by name
+        params:dict[str, Tensor], # The network's trainable parameters that have a gradient, by name
         grads:dict[str, Tensor],  # Gradients of the first step by name; must not be changed
         generator:torch.Generator|None, # Source of random numbers; with `None`, PyTorch's global generator
     ) -> dict[str, Tensor]: # From name to additive change; a parameter without an entry does not change
@@ -58,7 +58,8 @@ class weight_noise(Perturbation):
 class layer_noise(Perturbation):
     "Gaussian noise on one layer (variant 2)."
     def __init__(self,
-        layer:str,           # Name of a module or of one of its parameters, `'conv3'` or `'conv3.bias'`
+        # Name of a module or of a parameter, 'conv3' or 'conv3.bias'; a frozen layer does not change
+        layer:str,
         std:float,           # Standard deviation of the noise, >= 0
         multiply:bool=False, # Multiply parameters by the noise, as in the released code, or add it?
     ):
@@ -137,7 +138,7 @@ def _code_presets(model, variant, scale):
     if variant == 1: return [weight_noise(std, min_ndim=2)], 'clean_to_aux'
     if variant == 3: return [gradient_ascent(1e-3, std, min_ndim=2)], 'aux_to_clean'
     _, dense = _last_conv_and_dense(model) # raises an error for a model without a convolution or dense layer
-    # `code_array`: in networks of the paper, the name of the parameter that the released code perturbs
+    # `code_array`: in networks of the paper, the name of the array that the released code perturbs
     second = getattr(model, 'code_array', None) or _second_conv_bias(model)
     times = layer_noise(f'{dense}.bias', .1 * scale, multiply=True)
     return [times, layer_noise(second, .1 * scale)], 'aux_to_clean'
@@ -151,7 +152,9 @@ def preset_teachers(
 ) -> tuple: # List of perturbations, one per teacher, and 'clean_to_aux' or 'aux_to_clean'
     """Return the perturbations of a variant, and the direction of its divergence.
 
-    Raises `ValueError` if variant 2 finds no convolution or no dense layer."""
+    Raises `ValueError` for another variant or preset, and if variant 2 finds no layer to perturb."""
+    if variant not in (1, 2, 3): raise ValueError(f'`variant` must be 1, 2 or 3, got {variant!r}')
+    if spec not in ('paper', 'code'): raise ValueError(f"`spec` must be 'paper' or 'code', got {spec!r}")
     presets = _paper_presets if spec == 'paper' else _code_presets
     return presets(model, variant, scale)
 

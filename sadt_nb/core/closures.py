@@ -53,7 +53,8 @@ def closure_step(
     With `accelerate` the closure calls `accelerator.backward(loss)`, and micro-batches add up as usual;
     SADT's closure does not call backward, and SADT's micro-batches need `MethodOptimizer`.
     Raises `TypeError` for a method that needs a fastai Learner. Raises `ValueError` for a closure or
-    gradient that the method cannot use, and for an optimizer that evaluates the loss itself, such as LBFGS."""
+    gradient that the method cannot use, and for an optimizer that evaluates the loss itself, such as
+    LBFGS."""
     _check_method(method)
     check_one_evaluation(optimizer)
     accelerated = getattr(optimizer, 'gradient_state', None)
@@ -422,7 +423,8 @@ class MethodOptimizer(_SplitStep):
         optimizer:torch.optim.Optimizer, # The base, such as `torch.optim.SGD(model.parameters(), lr=.1)`
         model:nn.Module,          # The network, perhaps inside `DistributedDataParallel` or `torch.compile`
         scaler:'torch.amp.GradScaler|None'=None, # `step` unscales with it; call only `scaler.update()`
-        max_norm:float|None=None, # Clip the gradient to this norm, > 0 (SADT: only `g_up`); `None`: do not clip
+        # Clip the gradient to this norm, > 0 (SADT: only `g_up`); `None`: no clipping
+        max_norm:float|None=None,
         total_steps:int|None=None, # Steps of the whole training; needed for a method's `start` and `stop`
     ):
         _check_method(method)

@@ -147,6 +147,7 @@ _SEARCHED = {
 _TUNED_SETTINGS = { # the settings that the search has found
     'baseline': (16, dict(weight_decay=4)),
     'weight_average': (16, dict(weight_decay=2)),
+    'sam': (32, dict(weight_decay=2, rho=.025)),
     'sadt1': (32, dict(weight_decay=2, kl_weight=4)),
     'repeat_step': (16, {}),
 }

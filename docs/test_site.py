@@ -23,7 +23,8 @@ PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '
 CONTENT = [p for p in PAGES if p not in ('genindex.html', 'search.html', 'py-modindex.html')]
 TUTORIALS = sorted((NBS / 'tutorials').glob('*.ipynb'))
 STUDIES = sorted((NBS / 'studies').glob('*.ipynb'))
-METHODS = [nb for nb in sorted((NBS / 'methods').glob('*.ipynb')) if nb.stem != '99_registry']
+NO_METHODS = '41_sadt_teachers', '42_sadt_tests', '99_registry' # pages about parts of a method, and the list
+METHODS = [nb for nb in sorted((NBS / 'methods').glob('*.ipynb')) if nb.stem not in NO_METHODS]
 
 
 def page_stem(nb): return re.sub(r'^\d+_', '', nb.stem)

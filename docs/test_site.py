@@ -23,11 +23,20 @@ PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob('*.html') if '
 CONTENT = [p for p in PAGES if p not in ('genindex.html', 'search.html', 'py-modindex.html')]
 TUTORIALS = sorted((NBS / 'tutorials').glob('*.ipynb'))
 STUDIES = sorted((NBS / 'studies').glob('*.ipynb'))
-NO_METHODS = '41_sadt_teachers', '42_sadt_tests', '99_registry' # pages about parts of a method, and the list
-METHODS = [nb for nb in sorted((NBS / 'methods').glob('*.ipynb')) if nb.stem not in NO_METHODS]
 
 
 def page_stem(nb): return re.sub(r'^\d+_', '', nb.stem)
+
+
+def is_part(nb):
+    "Return whether a page belongs to the page of another method, as `sadt_teachers` belongs to `sadt`."
+    return any(page_stem(nb).startswith(f'{page_stem(other)}_') for other in nb.parent.glob('*.ipynb'))
+
+
+METHODS = [nb for nb in sorted((NBS / 'methods').glob('*.ipynb'))
+           if nb.stem != '99_registry' and not is_part(nb)]
+
+
 def page_of(nb): return (nb.parent.relative_to(NBS) / page_stem(nb)).as_posix() + '.html'
 
 

@@ -23,7 +23,7 @@ from ..core.arguments import check_options, parameters_of, unknown_name
 from ..core.display import Card
 from .agc import AGC
 from .asam import ASAM
-from .controls import RepeatStep
+from .controls import RepeatBatch, RepeatStep
 from .distillation import Distillation
 from .esam import ESAM
 from .friendly_sam import FriendlySAM
@@ -319,6 +319,8 @@ _SADT_VARIANTS = dict(
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #a6f62b76
+def _repeat_passes(options): return 1 if options.weight else 0
+
 _CONTROLS = dict(
     weight_average=Method(
         WeightAverage, 'control: trains as usual, and ends with the average of the weights',
@@ -331,6 +333,11 @@ _CONTROLS = dict(
         RepeatStep, 'control: makes two steps with one gradient', steps=2, memory='1 x weights',
         key='`n` = 2 steps per batch, as SADT makes',
         avoid='as a method of its own; `repeat_step` is a control for methods with several steps per batch'),
+    repeat_batch=Method(
+        RepeatBatch, 'control: makes two steps, the second with a new gradient of the same batch',
+        passes=2, steps=2, extra_passes=_repeat_passes, memory='1 x weights',
+        key='`weight` = 1, the factor of the change of the gradient',
+        avoid='as a method of its own; `repeat_batch` is a control for methods that run a batch again'),
 )
 
 # %% ../../nbs/methods/99_registry.ipynb #bd2070f4

@@ -15,14 +15,11 @@ from ..core.closures import closure_step
 from ..core.fits import check_outputs, in_plain_loop
 from ..core.loss_graph import check_targets, divergence_of_graph, functions_between
 from ..core.losses import as_divergence, Divergence, divergence_between, DivergenceLike, kl_div
-from ..core.micro_batches import MicroBatches, shares
-from ..core.passes import take_gradients
-from ..core.perturb import check_not_negative, is_sharded, local_parts, perturbed
-from ..core.perturb import trainable_params, unwrapped
+from ..core.micro_batches import shares, TwoSteps
+from ..core.perturb import check_not_negative, is_sharded, perturbed, unwrapped
 from ..core.ranks import over_ranks
 from ..core.shared_trunk import shared_forward
 from ..core.states import BatchNormPolicy, RandomPolicy, changed_states
-from ..core.steps import StepGrads, step_unscaled
 from .sadt_teachers import gradient_ascent, Perturbation # noqa: F401, for imports from here
 from .sadt_teachers import layer_noise, normalized_ascent, preset_teachers, SeededNoise
 from .sadt_teachers import weight_noise
@@ -80,34 +77,15 @@ def _add_gradients(sadt, params, deltas, micro_batches, kl):
             elif sadt.grad_at == 'up': _backward_at_up(sadt, params, deltas[0], micro, divergence)
             else: _backward_at_aux(sadt, params, deltas[0], micro, divergence)
 
-# %% ../../nbs/methods/40_sadt.ipynb #c76b505a
-def _add_first_gradients(params, g_up):
-    "Add `g_up` to `.grad`; if no teacher gives a parameter a gradient, set `.grad` to a copy of `g_up`."
-    both = [n for n, p in params.items() if p.grad is not None]
-    second = local_parts(params[n].grad for n in both)
-    if both: torch._foreach_add_(second, local_parts(g_up[n] for n in both))
-    for n, p in params.items():
-        if p.grad is None: p.grad = g_up[n].clone() # a copy: the step may overwrite `.grad`
-
 # %% ../../nbs/methods/40_sadt.ipynb #2c7a4412
-class _TwoSteps(SeededNoise, MicroBatches):
-    "Runs SADT's two steps; the subclass `SADT` has the options and computes the teachers' gradients."
-    acts_at_step = True
-
-    def before_fit(self):
-        super().before_fit()
+class _TeacherSteps(SeededNoise, TwoSteps):
+    "Chooses the divergence of SADT; the subclass `SADT` has the options and computes the gradients."
+    def prepare(self):
         self.teachers() # a missing layer raises an error here, before the first batch
         # in a plain loop, the loss function is unknown, and the first closure may show the divergence
         self.compare = None
         known = self.divergence is not None or self.learn.loss_func is not None
         if known: self.compare = as_divergence(self.divergence, self.learn.loss_func)
-        StepGrads.install(self.learn, self)
-
-    def before_batch(self):
-        super().before_batch()
-        # without a first step, the Learner's step is cancelled; SADT makes the only step later
-        holds = not self.first_step and self.in_window()
-        self.step_grads.holder = self if holds else None
 
     def check_batch(self):
         check_outputs(self.pred, self)
@@ -125,25 +103,8 @@ class _TwoSteps(SeededNoise, MicroBatches):
         if self.compare is None: self.compare = divergence_of_graph(self.pred, functions)
 
     def after_step(self):
-        super().after_step()
-        micro_batches = self.take_batches()
-        g_up = self.step_grads.grads
-        # `g_up` is missing if the first step was skipped after an overflow, or if the batch gave no gradient;
-        # `micro_batches` is empty if a callback has skipped every backward
-        if not g_up or not micro_batches or not self.in_window(): return
-        # `stepped`: the optimizer's parameters with a gradient; `params`: those of the network, to perturb
-        stepped = {n: p for n, p in self.step_grads.params().items() if n in g_up}
-        params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
-        if not params: return # no parameter of the network has a gradient
-        take_gradients(stepped.values())
-        self._add_teachers(params, {n: g_up[n] for n in params}, micro_batches)
-        self.stop_comparing_inputs()
-
-        def second_step():
-            _add_first_gradients(stepped, g_up)
-            self.step_grads.make_step()
-        if self.kl_weight: step_unscaled(self.learn, second_step)
-        else: second_step()
+        SeededNoise.after_step(self) # reads the learning rate of the first step
+        TwoSteps.after_step(self)
 
 # %% ../../nbs/methods/40_sadt.ipynb #9f8403e5
 def _check_choice(name, value, choices):
@@ -167,7 +128,7 @@ def _check_options(variant, spec, perturb, kl, kl_weight, grad_at, noise_scale, 
     check_not_negative(kl_weight=kl_weight, noise_scale=noise_scale)
 
 # %% ../../nbs/methods/40_sadt.ipynb #e658391a
-class SADT(_TwoSteps):
+class SADT(_TeacherSteps):
     """Makes two optimizer steps per batch; the second step uses `g_up` plus the teachers' gradients `g_aux`.
 
     The method is from Fahim & Boutellier 2022, section 3.1. A callback that changes gradients in
@@ -227,8 +188,7 @@ class SADT(_TwoSteps):
             fns, kl = preset_teachers(model, self.variant, self.spec, self.noise_factor())
         return fns, self.kl or kl
 
-    def _add_teachers(self, params, g_up, micro_batches):
-        "Leave the sum of the teachers' gradients in `.grad`."
+    def second_gradients(self, params, g_up, micro_batches):
         fns, kl = self.teachers()
         generator = self.generator_on(next(iter(params.values())).device)
         groups = [fns] if _can_share(self, fns) else [[fn] for fn in fns] # one group of teachers per pass
@@ -237,6 +197,7 @@ class SADT(_TwoSteps):
             deltas = [fn(params, g_up, generator) for fn in group]
             _agree_over_ranks(params, deltas)
             if self.kl_weight: _add_gradients(self, params, deltas, micro_batches, kl)
+        return bool(self.kl_weight)
 
 # %% ../../nbs/methods/40_sadt.ipynb #a77616e8
 _VARIANT_1 = (weight_noise(1e-4),) # one teacher with noise on every parameter

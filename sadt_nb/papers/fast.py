@@ -178,6 +178,30 @@ def _tuned(base, noise, seeds=range(5)):
             run = _at_setting(base, name, *setting).but(seed=seed)
             yield PaperRun(f'{name}, tuned · seed {seed}', run)
 
+# %% ../../nbs/papers/105_fast.ipynb #b18e5da9
+_PARTS = { # what is changed: method, options
+    'without noise': ('sadt1', dict(kl_weight=4, noise_scale=0)),
+    'repeat_batch': ('repeat_batch', dict(weight=4, bn='keep')), # `bn` as SADT-1 has it
+    'repeat_step': ('repeat_step', {}),
+}
+# method: label smoothing of the search's runs
+_SMOOTHED = dict(baseline=(0, .4), weight_average=(0, .4))
+
+def _parts(base, noise, seeds=range(5)):
+    "Yield tuned SADT-1 with one part changed, and then the search for the label smoothing of two methods."
+    base = _with_wrong_labels(base, noise)
+    length, changes = _TUNED_SETTINGS['sadt1']
+    sadt1 = _at_setting(base, 'sadt1', length, changes)
+    for label, (name, options) in _PARTS.items():
+        for seed in seeds:
+            run = sadt1.but(method=name, method_args=options, seed=seed)
+            yield PaperRun(f'{label}, as tuned SADT-1 · seed {seed}', run)
+    for name, values in _SMOOTHED.items():
+        setting = _TUNED_SETTINGS[name]
+        for value in values:
+            run = _at_setting(base, name, *setting).but(valid=.1, label_smoothing=value)
+            yield PaperRun(f'{name}, {_setting_name(*setting)}, label smoothing {value} · seed 0', run)
+
 # %% ../../nbs/papers/105_fast.ipynb #8c1439ae
 _CHAIN_SEEDS = range(0, 50, 10) # the students of a teacher have the seeds that follow its own
 
@@ -212,6 +236,7 @@ GRIDS |= {'fast/narrow_rates': partial(_rates, _FAST_NARROW),
           'fast/quarter_lengths': partial(_lengths, _FAST_QUARTER),
           'fast/quarter_lengths_noise40': partial(_lengths, _FAST_QUARTER, noise=.4),
           'fast/quarter_tuned_noise40': partial(_tuned, _FAST_QUARTER, noise=.4),
+          'fast/quarter_parts_noise40': partial(_parts, _FAST_QUARTER, noise=.4),
           'fast/94_rounds': partial(_chains, _FAST),
           'fast/narrow_rounds': partial(_chains, _FAST_NARROW),
           'fast/search': _search, 'fast/steps': _steps}

@@ -107,6 +107,7 @@ _OWN = {
     'fast/quarter_lengths': 'four methods at several lengths, with the images of fast/quarter',
     'fast/quarter_lengths_noise40': 'fast/quarter_lengths with 40% wrong labels',
     'fast/quarter_tuned_noise40': 'five methods with 40% wrong labels, each tuned, and five seeds',
+    'fast/quarter_parts_noise40': 'tuned SADT-1 with 40% wrong labels, one part changed at a time',
     'fast/94_rounds': 'three rounds of students with the recipe for 94%, and ensembles',
     'fast/narrow_rounds': 'three rounds of students with the recipe of fast/narrow, and ensembles',
     'fast/search': 'plain training at several widths, epochs and batch sizes',

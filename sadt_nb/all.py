@@ -30,7 +30,7 @@ from .measures.similarity import logit_mse
 from .methods.agc import AGC
 from .methods.asam import ASAM, asam_step
 from .methods.born_again import born_again
-from .methods.controls import RepeatStep
+from .methods.controls import RepeatBatch, RepeatStep
 from .methods.distillation import Distillation
 from .methods.esam import ESAM, esam_step
 from .methods.friendly_sam import FriendlySAM

@@ -18,7 +18,7 @@ from sadt_nb.experiments.learner import make_learner
 from sadt_nb.experiments.report import labels
 from sadt_nb.experiments.run_folder import RunError, is_trained, load_model, read_result
 from sadt_nb.experiments.runner import run
-from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.controls import RepeatBatch, RepeatStep
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.sadt import SADT
@@ -94,6 +94,15 @@ def test_sadt_without_its_divergence_is_two_steps_on_the_distilled_loss():
     two_steps = fitted_weights(RepeatStep(2), distill())
     assert torch.equal(fitted_weights(SADT(1, kl_weight=0), distill()), two_steps)
     assert not torch.allclose(fitted_weights(SADT(1, noise_scale=100.), distill()), two_steps)
+
+
+def test_a_repeated_batch_has_the_distilled_loss_in_both_steps():
+    def distill(): return Distillation(make_teacher(), alpha=.3)
+    def trained(times, *cbs):
+        return flat(fit(cbs, data=[b for b in image_batches() for _ in range(times)]).model)
+    torch.testing.assert_close(trained(1, RepeatBatch(), distill()), trained(2, distill()), rtol=1e-12,
+                               atol=1e-14)
+    assert not torch.allclose(trained(1, RepeatBatch(), distill()), trained(1, RepeatBatch()), rtol=.01)
 
 
 @pytest.mark.parametrize('method, option', [(SAM, .1), (ESAM, .1), (SADT, 1)], ids=['sam', 'esam', 'sadt'])

@@ -167,7 +167,7 @@ def test_a_run_of_the_fast_recipe_resumed_on_the_gpu_has_the_same_bits(options, 
 
 
 WITH_CUDA_GRAPHS = ['baseline', 'sam', 'esam', 'looksam', 'gsam', 'friendly_sam', 'wsam', 'mesa',
-                    'sadt1', 'sadt2', 'repeat_step']
+                    'sadt1', 'sadt2', 'repeat_step', 'repeat_batch']
 
 
 @pytest.mark.parametrize('name', WITH_CUDA_GRAPHS)

@@ -136,7 +136,7 @@ class Mask(Callback):
 
 
 MASKED = ['baseline', 'sam', 'asam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'esam',
-          'sadt1', 'sadt2', 'sadt3', 'repeat_step', 'msam', 'weight_average']
+          'sadt1', 'sadt2', 'sadt3', 'repeat_step', 'repeat_batch', 'msam', 'weight_average']
 
 
 @pytest.mark.parametrize('name', MASKED)
@@ -332,7 +332,7 @@ def test_role_and_name_agree_on_networks_of_pytorch_layers(model):
 
 
 COPIED = ['sam', 'asam', 'esam', 'gsam', 'friendly_sam', 'wsam', 'looksam', 'saf', 'mesa',
-          'sadt1', 'sadt2', 'sadt3', 'repeat_step', 'msam', 'weight_average']
+          'sadt1', 'sadt2', 'sadt3', 'repeat_step', 'repeat_batch', 'msam', 'weight_average']
 
 
 @pytest.mark.parametrize('name', COPIED)

@@ -10,7 +10,7 @@ from conftest import learner
 from fastai.callback.core import Callback, CancelStepException
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import SGD as OptSGD
-from sadt_nb.methods import sadt as sadt_module
+from sadt_nb.core import micro_batches
 from sadt_nb.methods.controls import RepeatStep
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.looksam import LookSAM
@@ -293,7 +293,7 @@ def test_a_held_step_that_a_scaler_skips_is_none(name, last, monkeypatch):
     def skips(learn, step):
         made.append(len(made) != 3)
         if made[-1]: step()
-    monkeypatch.setattr(sadt_module, 'step_unscaled', skips)
+    monkeypatch.setattr(micro_batches, 'step_unscaled', skips)
     right, rule = by_hand(RULES[name], without=[3])
     method = rule.method()
     learn = in_learner(ordered(method, sadt(), last))

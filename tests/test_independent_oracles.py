@@ -22,7 +22,7 @@ from fastai.optimizer import SGD
 from fastcore.foundation import L
 from torch import nn
 
-from sadt_nb.all import (AGC, SADT, SAM, GradientCentralization, RepeatStep, gradient_ascent,
+from sadt_nb.all import (AGC, SADT, SAM, GradientCentralization, RepeatBatch, RepeatStep, gradient_ascent,
                          kd_loss, kl_div, layer_noise, perturbed, weight_noise)
 from sadt_nb.core.optim import keras_adam
 from sadt_nb.core.perturb import global_norm, trainable_params
@@ -902,6 +902,30 @@ def test_repeat_step(name, n):
     assert_close(state(model), state(expected))
     assert len(trace.steps) == n*len(batches)
     assert len(trace.forwards) == len(batches)
+
+
+@pytest.mark.parametrize('weight', [0., 1., 4.])
+@pytest.mark.parametrize('name', ['adam', 'l2'])
+def test_repeat_batch(name, weight):
+    "The second gradient is computed at the weights after the first step; both steps add their own decay."
+    if name == 'adam': step, opt_func, wd = EpsilonHatAdam(LR), keras_adam, 0.
+    else: step, opt_func, wd = PlainSGD(LR, l2=.3), sgd_l2, .3
+    model, batches, trace = make_conv_net(), image_batches(), Trace()
+    expected = copy.deepcopy(model).train()
+    def gradient(x, y):
+        loss = F.cross_entropy(expected(x), y)
+        return dict(zip(weights(expected), torch.autograd.grad(loss, list(expected.parameters()))))
+    for x, y in batches:
+        first = gradient(x, y)
+        set_weights(expected, step(weights(expected), first))
+        if weight: new = gradient(x, y)
+        else: new = first
+        second = {k: g + weight*(new[k] - g) for k, g in first.items()}
+        set_weights(expected, step(weights(expected), second))
+    fit(model, batches, RepeatBatch(weight), trace, opt_func=opt_func, wd=wd, wd_bn_bias=True)
+    assert_close(state(model), state(expected))
+    assert len(trace.steps) == 2*len(batches)
+    assert len(trace.forwards) == len(batches)*(2 if weight else 1)
 
 
 def test_repeat_step_is_sadt_without_the_kl_term():

@@ -218,7 +218,7 @@ def test_a_reentrant_checkpoint_changes_nothing_of_a_method_with_only(options):
 # One object in several Learners
 
 STATELESS = ['gc', 'agc', 'sam', 'asam', 'gsam', 'wsam', 'msam', 'distillation', 'weight_average',
-             'repeat_step']
+             'repeat_step', 'repeat_batch']
 CARRYING = ['esam', 'looksam', 'friendly_sam', 'saf', 'mesa', 'sadt1', 'sadt2', 'sadt3', 'sam interval']
 MAKE = {name: partial(make, name) for name in METHODS} | {'sam interval': lambda: [SAM(.5, interval=3)]}
 HELD = [name for name in METHODS if name != 'baseline']

@@ -16,7 +16,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from sadt_nb.methods.agc import AGC
-from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.controls import RepeatBatch, RepeatStep
 from sadt_nb.methods.distillation import Distillation
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
@@ -328,6 +328,15 @@ class Repeat(Loop):
         for _ in range(3): self.step(g)
 
 
+class Again(Loop):
+    def whole_step(self, micros, g):
+        g, new = self.clipped(g), {}
+        self.step(g)
+        for self.x, self.y, _, share in micros:
+            new = plus(scaled(self.gradient(self.full_loss()), share), new)
+        self.step(plus(scaled(new, 1.5), g, -.5)) # the change of the gradient counts one and a half times
+
+
 class Centralized(Loop):
     def transformed(self, g):
         def mean(t): return t.flatten(1).mean(1).view(-1, *[1] * (t.ndim - 1))
@@ -420,7 +429,8 @@ ANY = { # callbacks, loop
     'looksam': (lambda name: [LookSAM(.3, .7, 3)], Look),
     'friendly_sam': (lambda name: [FriendlySAM(.3, .8, .7)], Friendly),
     'msam': (lambda name: [MSAM(.3)], Msam),
-    'repeat_step': (lambda name: [RepeatStep(3)], Repeat), 'agc': (lambda name: [AGC(.02, .01)], Agc),
+    'repeat_step': (lambda name: [RepeatStep(3)], Repeat),
+    'repeat_batch': (lambda name: [RepeatBatch(1.5)], Again), 'agc': (lambda name: [AGC(.02, .01)], Agc),
     'gc': (lambda name: [GradientCentralization()], Centralized)}
 OF_LOGITS = {
     'esam': (lambda name: [ESAM(.3, 1., .5)], Esam),

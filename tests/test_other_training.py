@@ -7,6 +7,7 @@ import torch
 from conftest import learner
 from fastai.callback.core import Callback
 from fastai.callback.rnn import rnn_cbs
+from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastai.text.models.awdlstm import AWD_LSTM
@@ -22,7 +23,7 @@ from sadt_nb.measures.hessian import hessian_trace
 from sadt_nb.measures.sharpness import sam_sharpness
 from sadt_nb.methods.agc import AGC
 from sadt_nb.methods.asam import ASAM, asam_step
-from sadt_nb.methods.controls import RepeatStep
+from sadt_nb.methods.controls import RepeatBatch, RepeatStep
 from sadt_nb.methods.esam import ESAM, esam_step
 from sadt_nb.methods.gradient_centralization import GradientCentralization
 from sadt_nb.methods.gsam import GSAM, gsam_step
@@ -415,7 +416,7 @@ def test_esam_keeps_two_samples_for_batchnorm(way, norm, kept):
 
 
 # The same method twice
-TWICE = [(SAM, SAM), (SAM, ASAM), (GSAM, LookSAM), (ESAM, SAM), (SADT, SADT),
+TWICE = [(SAM, SAM), (SAM, ASAM), (GSAM, LookSAM), (ESAM, SAM), (SADT, SADT), (SADT, RepeatBatch),
          (RepeatStep, RepeatStep), (MESA, MESA)]
 
 
@@ -425,6 +426,17 @@ def test_two_methods_for_the_same_thing_are_refused_before_training(one, other):
     names = f'{one.__name__}|{other.__name__}'
     with pytest.raises(ValueError, match=rf'one method that .*got ({names}) and ({names}); remove one'):
         learner(net, [one(), other()], data()).fit(1)
+    assert torch.equal(flat_real(net), before)
+
+
+def test_a_batch_is_not_repeated_in_micro_batches_with_a_term():
+    "The term knows its teacher's outputs for the last micro-batch only."
+    accumulate = GradientAccumulation(12)
+    learner(small_net(), [RepeatBatch(), accumulate], data()).fit(1)
+    learner(small_net(), [RepeatBatch(), MESA(start_epoch=0)], data()).fit(1)
+    net, before = small_net(), flat_real(small_net())
+    with pytest.raises(ValueError, match='MESA knows its term only for the last one; remove'):
+        learner(net, [RepeatBatch(), MESA(start_epoch=0), accumulate], data()).fit(1)
     assert torch.equal(flat_real(net), before)
 
 

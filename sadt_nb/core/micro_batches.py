@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .fits import in_plain_loop
+from .fits import check_single, in_plain_loop
 from .passes import ExtraPass, are_dropped, is_unchanged, note_gradients, stepped_params
 from .passes import take_gradients
-from .perturb import local_parts, trainable_params, unwrapped
+from .perturb import local_parts, trainable_params, unwrapped, weights_moved
 from .steps import StepGrads, step_unscaled
 
 # %% ../../nbs/core/06_micro_batches.ipynb #1d9fdd09
@@ -25,7 +25,7 @@ class MicroBatch(NamedTuple):
     "What the extra passes need from the first pass of a micro-batch."
     xb: tuple              # Inputs; in a plain loop, the closure
     yb: tuple              # Targets
-    pred: Tensor           # Outputs of the first pass, detached
+    pred: Tensor|None      # Outputs of the first pass, detached, if the method needs them
     rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
     states: list|None      # Result of `hidden_states` at the start of the first pass
     inputs: tuple = ()     # In a plain loop: lists of the network's input tensors, call by call
@@ -165,6 +165,10 @@ class MicroBatches(ExtraPass):
     def check_batch(self):
         "Raise an error here if the method cannot use the outputs or the loss of a micro-batch."
 
+    def kept_outputs(self) -> Tensor|None: # `None` if the method does not need them later
+        "Return what is kept of the outputs of a micro-batch."
+        return self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
+
     def before_backward(self):
         if self.replaying: return
         self._unwatch()
@@ -175,9 +179,8 @@ class MicroBatches(ExtraPass):
         "Keep the current micro-batch, and forget earlier ones if a callback has dropped their gradients."
         in_learner = not in_plain_loop(self.learn) # a plain loop calls `drop_batches`
         if in_learner and self._micro and are_dropped(self._left): self._micro = []
-        pred = self.pred.detach().clone() # a copy: CUDA graphs reuse the memory of predictions
-        calls = tuple(self._calls or ())
-        self._micro.append(MicroBatch(self.xb, self.yb, pred, self.rng_state, self.states, calls))
+        calls, outputs = tuple(self._calls or ()), self.kept_outputs()
+        self._micro.append(MicroBatch(self.xb, self.yb, outputs, self.rng_state, self.states, calls))
         self._uncounted = note_gradients(stepped_params(self.learn)) if in_learner else None
         self._cancelled = False
 
@@ -263,7 +266,8 @@ class TwoSteps(MicroBatches):
 
     A batch makes no second step if it made no first step, if no parameter of the network has a gradient, or
     outside the share of training between `start` and `stop`. A callback that changes gradients in
-    `before_step`, such as clipping, changes only `g_up`, the gradient of the first step."""
+    `before_step`, such as clipping, changes only `g_up`, the gradient of the first step. At the start of
+    training, raises `ValueError` if the Learner has another method of this kind."""
     acts_at_step = True
     first_step = True # with `False`, a batch makes only the second step
     first_share = 1. # the second step uses the method's own gradient plus `first_share * g_up`
@@ -281,6 +285,7 @@ class TwoSteps(MicroBatches):
 
     def before_fit(self):
         super().before_fit()
+        check_single(self, TwoSteps, 'makes a second step per batch')
         self.prepare()
         StepGrads.install(self.learn, self)
 
@@ -301,6 +306,7 @@ class TwoSteps(MicroBatches):
         params = {n: p for n, p in trainable_params(self.model).items() if n in g_up}
         if not params: return # no parameter of the network has a gradient
         take_gradients(stepped.values())
+        weights_moved(self.model) # by the first step; autocast may keep copies of the old weights
         made_pass = self.second_gradients(params, {n: g_up[n] for n in params}, micro_batches)
         self.stop_comparing_inputs()
 

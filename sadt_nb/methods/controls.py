@@ -8,9 +8,11 @@ __all__ = ['RepeatStep', 'RepeatBatch']
 # %% ../../nbs/methods/90_controls.ipynb #eedfe56d
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 
 from ..core.arguments import ShowsArguments
-from ..core.fits import PreparedInFit, check_learner, check_single, evaluating
+from ..core.fits import PreparedInFit, check_learner, check_single, evaluating, is_on
+from ..core.loss_terms import LossTerm
 from ..core.micro_batches import TwoSteps
 from ..core.passes import ORDERS
 from ..core.perturb import check_count, check_not_negative, local_parts, weights_moved
@@ -50,13 +52,24 @@ class RepeatStep(StepWatch, PreparedInFit, ShowsArguments, Callback):
     def after_batch(self): weights_moved() # drops copies of the old weights that PyTorch may keep
 
 # %% ../../nbs/methods/90_controls.ipynb #3edaa5a5
+def _check_terms(learn):
+    """Raise `ValueError` for accumulated gradients beside a callback that adds a term to the loss.
+
+    Such a term keeps what it needs, such as a teacher's outputs, for the last micro-batch only."""
+    accumulates = any(isinstance(cb, GradientAccumulation) for cb in learn.cbs)
+    terms = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, LossTerm) and is_on(cb)]
+    if not (accumulates and terms): return
+    raise ValueError('RepeatBatch runs all micro-batches of a step again, and '
+                     f'{terms[0]} knows its term only for the last one; '
+                     f'remove GradientAccumulation or {terms[0]}')
+
 class RepeatBatch(TwoSteps):
     """Makes two optimizer steps per batch; the second has a new gradient, at the weights after the first.
 
     With `weight=1`, this is plain training that takes each batch twice. Otherwise, the second step uses
     `g_up + weight * (g - g_up)`, where `g_up` is the gradient of the first step, and `g` the new one. Makes
-    one extra pass per batch. Raises `ValueError` for a negative `weight`, and for other options out of
-    range."""
+    one extra pass per batch. Raises `ValueError` for options out of range, and at the start of training for
+    `GradientAccumulation` together with a method that adds a term to the loss, such as `MESA`."""
     def __init__(self,
         weight:float=1., # Factor of the gradient's change, >= 0; with 0, the step is repeated without a pass
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -70,6 +83,10 @@ class RepeatBatch(TwoSteps):
 
     @property
     def first_share(self): return 1 - self.weight
+
+    def prepare(self): _check_terms(self.learn)
+
+    def kept_outputs(self): return None # only the loss counts, so the outputs may have any form
 
     def second_gradients(self, params, g_up, micro_batches):
         if not self.weight: return False

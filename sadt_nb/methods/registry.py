@@ -301,7 +301,8 @@ _sadt = partial(
     Method, steps=2, extra_passes=_sadt_passes, memory='2 x weights', seeded=True,
     paper='Sharpness-Aware Distilled Teachers, [Fahim & Boutellier 2022](https://arxiv.org/abs/2211.00310), '
           'HITY workshop, NeurIPS; [code](https://github.com/DeepUVaasa/SADT)',
-    avoid='before you have compared it with `repeat_step`, which makes the second step without any teacher')
+    avoid='before you have compared it with `repeat_step` and `repeat_batch`, '
+          'which make the second step without any teacher')
 
 _SADT_VARIANTS = dict(
     sadt1=_sadt(
@@ -420,14 +421,14 @@ def methods_table() -> pd.DataFrame: # One row per name in `METHODS`
 
 # %% ../../nbs/methods/99_registry.ipynb #d33c384b
 def _measured_time(name):
-    "Return the measured time of a step as text; empty for a method that was not measured."
+    "Return the measured time per batch as text; empty for a method that was not measured."
     shown = [cost for cost in _costs().values() if cost['model'] in ('resnet18', 'simple_cnn')]
     found = [cost for cost in shown if name in cost['rows']]
     if not found: return ''
     times = [f"{cost['rows'][name]['ratio']:.2f} ({cost['model']}, batch {cost['bs']})" for cost in found]
     hardware = found[0]['hardware']
     where = f"on {hardware['cpu']}, {hardware['threads']} threads"
-    return f"{' and '.join(times)} times the time of a plain step, {where}"
+    return f"{' and '.join(times)} times that of plain training, {where}"
 
 def _facts(name, method):
     "Return the rows of a method's card; a row that does not apply to the method has an empty string."
@@ -439,8 +440,8 @@ def _facts(name, method):
     memory = memory.replace('3 x weights', 'three copies of the weights')
     return {
         'from': method.paper,
-        'extra passes per step': passes,
-        'measured time of a step': _measured_time(name),
+        'extra passes per batch': passes,
+        'measured time per batch': _measured_time(name),
         'optimizer steps per batch': f'**{method.steps}**' if method.steps > 1 else '',
         'extra memory': memory,
         'key hyperparameter': method.key,

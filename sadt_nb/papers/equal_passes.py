@@ -31,7 +31,8 @@ SEARCHES = { # name of a place: presets of its searches for learning rates, leng
     'right labels': ['fast/narrow_rates'],
     '40% wrong labels': ['fast/narrow_rates_noise40'],
     'right labels, 12,500 images': ['fast/quarter_lengths'],
-    '40% wrong labels, 12,500 images': ['fast/quarter_lengths_noise40', 'fast/quarter_tuned_noise40'],
+    '40% wrong labels, 12,500 images': ['fast/quarter_lengths_noise40', 'fast/quarter_tuned_noise40',
+                                        'fast/quarter_parts_noise40'],
 }
 STRONG_FOLDERS = 'fast_narrow', 'fast_small' # folders of stored runs of `STRONG`
 FEW_IMAGES_FOLDER = 'fast_quarter'
@@ -71,8 +72,8 @@ def control_of(
 def compared_kinds(
     networks:pd.DataFrame, # From `strong_networks`
 ) -> list: # Kinds, in the order of the presets
-    "Return the kinds that are compared with plain training: all but plain training and the searches."
-    of_searches = 'times the rate', 'passes of', 'tuned length'
+    "Return the kinds that are compared with plain training: no searches, no tuned methods."
+    of_searches = 'times the rate', 'passes of', 'tuned length', 'as tuned SADT-1'
     shown = [k for k in dict.fromkeys(networks.kind) if not any(words in k for words in of_searches)]
     return [k for k in shown if k not in CONTROLS.values() and not k.endswith(', tuned')]
 

@@ -1,8 +1,10 @@
 """What a second pass must respect: autocast, gradients of callbacks, masks, parameters of losses, buffers."""
 import copy
 import pickle
+import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import as_loader, batches, cnn, flat, learner, mlp, needed, sgd_for
@@ -18,7 +20,7 @@ from sadt_nb.core.passes import replay, replaying
 from sadt_nb.core.perturb import chosen_params, trainable_params, unwrapped
 from sadt_nb.core.perturbed_passes import _OwnGradients
 from sadt_nb.core.precision import DeviceMixedPrecision
-from sadt_nb.core.states import kept_buffers, rng_policy, rng_states, set_rng_states
+from sadt_nb.core.states import kept_buffers, random_states, rng_policy, set_random_states
 from sadt_nb.measures.landscape import loss_line, random_direction
 from sadt_nb.measures.sharpness import average_sharpness, sam_sharpness
 from sadt_nb.methods.agc import AGC
@@ -403,16 +405,16 @@ def test_only_float16_scales_the_loss(mode, scales):
 def test_the_policies_of_random_numbers():
     "An extra pass draws the numbers of the first pass or new ones; the numbers after the pass are the same."
     cpu = torch.device('cpu')
-    def draw(): return torch.rand(3).tolist()
+    def draw(): return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
     torch.manual_seed(3)
-    start = rng_states(cpu)
+    start = random_states(cpu)
     first, second, third = draw(), draw(), draw()
-    set_rng_states(start, cpu)
+    set_random_states(start, cpu)
     assert [draw(), draw()] == [first, second]
     with rng_policy('replay', start, cpu): assert draw() == first
     assert draw() == third, 'the replayed pass has used up no numbers'
     for policy, state in (('fresh', start), ('replay', None)):
-        set_rng_states(start, cpu)
+        set_random_states(start, cpu)
         draw()
         with rng_policy(policy, state, cpu): assert draw() == second
         assert draw() == third

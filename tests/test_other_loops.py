@@ -6,7 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import sam_gradients
+from conftest import learner, sam_gradients
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
@@ -15,8 +17,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sadt_nb.core.closures import MethodOptimizer
 from sadt_nb.core.multi_optimizer import MultiOptimizer
+from sadt_nb.core.states import rng_policy
 from sadt_nb.measures.landscape import random_direction
 from sadt_nb.methods.asam import ASAM
+from sadt_nb.methods.controls import RepeatBatch
 from sadt_nb.methods.esam import ESAM
 from sadt_nb.methods.friendly_sam import FriendlySAM
 from sadt_nb.methods.gsam import GSAM
@@ -225,6 +229,63 @@ def test_a_closure_repeats_the_numbers_of_every_generator(rng):
     for first, second in ((drawn[0], drawn[1]), (drawn[2], drawn[3])):
         assert [a == b for a, b in zip(first, second)] == 3 * [rng == 'replay']
     assert all(a != b for a, b in zip(drawn[0], drawn[2])), 'a new step has new numbers'
+
+
+class Drawing(nn.Module):
+    "Multiplies its inputs by a number; keeps the numbers of all generators, forward by forward."
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+    def forward(self, x):
+        self.drawn.append((np.random.rand(), random.random(), torch.rand(()).item()))
+        return x * self.drawn[-1][0]
+
+
+def in_learner(net, method, *cbs): learner(net, [method, *cbs], [batch()]).fit(1)
+
+
+def in_two_steps(net, method):
+    x, y = batch()
+    opt = MethodOptimizer(method, sgd(net), net)
+    F.cross_entropy(net(x), y).backward()
+    opt.first_step()
+    F.cross_entropy(net(x), y).backward()
+    opt.second_step()
+
+
+@pytest.mark.parametrize('rng', ['replay', 'fresh'])
+@pytest.mark.parametrize('train, method, pairs', [
+    (in_learner, SAM, [(0, 1)]), (in_learner, SADT, [(0, 1)]), (in_learner, RepeatBatch, [(0, 1)]),
+    (in_learner, partial(SAM, m=8), [(1, 2), (3, 4)]), # the first and the second pass of each chunk
+    (in_two_steps, SAM, [(0, 1)])], ids=['sam', 'sadt', 'repeat_batch', 'chunks', 'two steps'])
+def test_a_network_repeats_the_numbers_of_every_generator(train, method, pairs, rng):
+    layer = Drawing()
+    train(network(layer), method(rng=rng))
+    for first, second in pairs:
+        same = [a == b for a, b in zip(layer.drawn[first], layer.drawn[second])]
+        assert same == 3 * [rng == 'replay']
+    assert len(set(layer.drawn)) == len(layer.drawn) - (len(pairs) if rng == 'replay' else 0)
+
+
+def test_a_checkpoint_between_micro_batches_has_every_generator(tmp_path):
+    "It is read with weights_only=True, which allows tensors and numbers, but no arrays."
+    layer = Drawing()
+    method = SADT(rng='replay')
+    saved = []
+    class Save(Callback):
+        run_valid = False
+        def after_batch(self):
+            if not self.iter: saved.append(method.state_dict())
+    x, y = batch()
+    data = list(zip(x.split(8), y.split(8)))
+    learner(network(layer), [method, GradientAccumulation(16), Save()], data).fit(1)
+    torch.save(saved[0], tmp_path / 'state.pt')
+    state = torch.load(tmp_path / 'state.pt', weights_only=True)
+    again = SADT(rng='replay')
+    again.load_state_dict(state)
+    micro, = again._micro
+    with rng_policy('replay', micro.rng_state, torch.device('cpu')): layer(x)
+    assert layer.drawn[-1] == layer.drawn[0] == layer.drawn[2] != layer.drawn[1]
 
 
 def test_a_step_of_lightning_repeats_the_numbers_of_every_generator():

@@ -29,7 +29,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner, Recorder
 
 from .arguments import ShowsArguments
-from .states import rng_states, set_rng_states
+from .states import random_states, set_random_states
 from .perturb import unwrapped
 from .ranks import bare_loader, n_ranks, this_rank
 
@@ -97,15 +97,6 @@ def _load_loader(dl, state):
     elif isinstance(state, Tensor): dl.generator.set_state(state)
     elif state is not None: dl.rng.setstate(state)
 
-def _random_state(device):
-    kind, keys, *rest = np.random.get_state()
-    return dict(torch=rng_states(device), numpy=[kind, keys.tolist(), *rest], python=random.getstate())
-
-def _load_random(state, device):
-    set_rng_states(state['torch'], device)
-    np.random.set_state(tuple(state['numpy']))
-    random.setstate(state['python'])
-
 # %% ../../nbs/core/16_checkpoint.ipynb #e339040b
 def _gathered(mine):
     "In the first process, return a list with `mine` of every process; in all other processes, return `None`."
@@ -131,7 +122,7 @@ def training_state(
     model = unwrapped(learn.model)
     device = next(learn.model.parameters()).device
     mine = dict(callbacks=_callback_states(learn), loader=_loader_state(learn.dls.train),
-                random=_random_state(device))
+                random=random_states(device))
     grads = {} # gradients of an accumulated batch that is not complete
     for n, p in model.named_parameters():
         if p.grad is not None and p.grad.any(): grads[n] = p.grad
@@ -179,7 +170,7 @@ def load_training_state(
     recorded = dict(mine['callbacks']).get('Recorder')
     if recorded and hasattr(learn, 'recorder'): _load_callback(learn.recorder, recorded)
     _load_loader(learn.dls.train, mine['loader'])
-    _load_random(mine['random'], device)
+    set_random_states(mine['random'], device)
 
 def _continue(learn, state):
     "Load a state of training, and set a progress bar to 0, because the first update of a bar must be 0."

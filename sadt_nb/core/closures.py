@@ -21,8 +21,8 @@ from .perturb import local_parts, trainable_params, weights_moved
 from .perturbed_passes import PerturbedPass
 from .plain_loop import PlainLoop, check_gradients, check_hooks, check_owner, check_unscaled
 from .plain_loop import loop_backward, loop_step
-from .states import bn_policy, device_of, from_hidden_states, hidden_states, rng_states
-from .states import set_rng_states
+from .states import bn_policy, device_of, from_hidden_states, hidden_states, random_states
+from .states import set_random_states
 
 # %% ../../nbs/core/13_closures.ipynb #e12c3c65
 _LOOP_METHODS = 'SAM, ASAM, ESAM, GSAM, LookSAM, FriendlySAM, WSAM, MSAM or SADT'
@@ -237,15 +237,15 @@ class _ForwardStates:
         if self.repeated is None:
             del self.states[:self.zeroed] # of an earlier batch
             self.zeroed = 0
-            self.states.append(rng_states(device))
+            self.states.append(random_states(device))
             return
         if self.repeated < len(self.states):
-            self.outside = rng_states(device)
-            set_rng_states(self.states[self.repeated], device)
+            self.outside = random_states(device)
+            set_random_states(self.states[self.repeated], device)
         self.repeated += 1
 
     def _end(self, module):
-        if self.outside is not None: set_rng_states(self.outside, device_of(module))
+        if self.outside is not None: set_random_states(self.outside, device_of(module))
         self.outside = None
 
     def begin(self):

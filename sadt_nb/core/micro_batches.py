@@ -26,7 +26,7 @@ class MicroBatch(NamedTuple):
     xb: tuple              # Inputs; in a plain loop, the closure
     yb: tuple              # Targets
     pred: Tensor|None      # Outputs of the first pass, detached, if the method needs them
-    rng_state: tuple|None  # Random state at the start of the first pass, for `rng='replay'`
+    rng_state: dict|None   # Random state at the start of the first pass, for `rng='replay'`
     states: list|None      # Result of `hidden_states` at the start of the first pass
     inputs: tuple = ()     # In a plain loop: lists of the network's input tensors, call by call
 

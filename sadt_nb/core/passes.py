@@ -26,7 +26,7 @@ from .perturb import is_sharded, local_parts, settle_gradients, trainable_params
 from .perturb import weights_moved
 from .ranks import own_memory
 from .states import BatchNormPolicy, RandomPolicy, bn_policy, check_policy, detached_copy
-from .states import device_of, from_hidden_states, hidden_states, rng_policy, rng_states
+from .states import device_of, from_hidden_states, hidden_states, random_states, rng_policy
 
 # %% ../../nbs/core/03_passes.ipynb #bbac3023
 ORDERS = dict(
@@ -262,7 +262,7 @@ def replay(
     learn:Learner,                # In the middle of a training batch, after its first backward
     bn:BatchNormPolicy='update',  # BatchNorm statistics: 'update' changes them again, 'keep' restores them
     rng:RandomPolicy='fresh',     # 'fresh': new dropout masks; 'replay': the masks of the first pass
-    rng_state:tuple|None=None,    # Random state at the start of the first pass, for `rng='replay'`
+    rng_state:dict|None=None,     # Random state at the start of the first pass, for `rng='replay'`
     forward:Callable|None=None,   # Function of the inputs to call instead of `learn.model`
     loss_func:Callable|None=None, # Function of prediction and targets to call instead of `learn.loss_func`
     backward:bool=True,           # With `False`, run only the forward, without a graph
@@ -330,7 +330,7 @@ class ExtraPass(LoopMethod):
 
     def _remember_rng(self, module, inputs):
         if not is_used_by(self.learn, self): self._unhook() # removed after an exception had ended its fit
-        elif self.training and not self.replaying: self.rng_state = rng_states(device_of(module))
+        elif self.training and not self.replaying: self.rng_state = random_states(device_of(module))
 
     def _set_hook(self):
         # a plain loop stores the state itself, before its closure draws numbers or runs parts of the network

@@ -23,7 +23,8 @@ from .passes import unlimit_backward
 from .perturb import check_count, chosen_params, global_norm, local_parts, perturbed
 from .perturb import trainable_params
 from .ranks import average_gradients, n_ranks, own_memory, sync_gradients
-from .states import buffer_copies, device_of, restore_buffers, rng_states, set_rng_states
+from .states import buffer_copies, device_of, kept_random_states, random_states
+from .states import restore_buffers
 
 # %% ../../nbs/core/04_perturbed_passes.ipynb #d433d3b4
 def _check_dense(grads):
@@ -197,13 +198,11 @@ def _fails_alone(method, row):
     norms = [m for m in method.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     # a pass of one process alone would wait for the others in `SyncBatchNorm`
     if not norms or any(isinstance(m, nn.SyncBatchNorm) for m in norms): return False
-    device = device_of(method.model)
-    before = rng_states(device)
-    try: method.replay(rows=row, bn='keep', rng='fresh', backward=False)
-    except ValueError as e:
-        if 'more than 1 value per channel' not in str(e): raise
-        return True
-    finally: set_rng_states(before, device)
+    with kept_random_states(device_of(method.model)):
+        try: method.replay(rows=row, bn='keep', rng='fresh', backward=False)
+        except ValueError as e:
+            if 'more than 1 value per channel' not in str(e): raise
+            return True
     return False
 
 def _scale_gradients(params, factor):
@@ -274,7 +273,7 @@ class _Chunks(_ChosenParams):
         total = {} # sum over the chunks so far
         sync_gradients(self.learn.model, False)
         for rows in self.chunks():
-            start = rng_states(device_of(self.model)) if self.rng == 'replay' else None
+            start = random_states(device_of(self.model)) if self.rng == 'replay' else None
             self.limit_backward()
             self.replay(rows=rows, bn='update', rng='fresh') # the chunk's first pass
             if self.has_gradients():

@@ -26,7 +26,7 @@ from .perturb import check_count, clip_gradients_, is_sharded, settle_gradients
 from .perturb import trainable_params, version_of, weights_moved
 from .ranks import own_memory, sync_gradients
 from .states import BatchNormPolicy, RandomPolicy, bn_policy, device_of, from_hidden_states
-from .states import kept_random_states, random_states, set_random_states
+from .states import random_states, rng_policy
 from .steps import step_unscaled
 
 # %% ../../nbs/core/12_plain_loop.ipynb #4ff4ee24
@@ -207,16 +207,6 @@ def _backward(loop, loss, inputs):
 
 # %% ../../nbs/core/12_plain_loop.ipynb #ee54f705
 @contextmanager
-def _random_policy(rng, states, device):
-    "As `rng_policy`, also for the numbers of NumPy and Python, which a closure may draw."
-    if rng == 'fresh' or states is None:
-        yield
-        return
-    with kept_random_states(device):
-        set_random_states(states, device)
-        yield
-
-@contextmanager
 def _first_pass_kept(loop):
     "Inside, an extra pass has its own gradients and prediction; those of the first pass come back."
     first_pred = loop.pred
@@ -286,7 +276,7 @@ class _Passes(_Gradients):
     def own_replay(self,
         bn:BatchNormPolicy,      # 'update' or 'keep'
         rng:RandomPolicy,        # 'fresh' or 'replay'
-        rng_state:tuple|None,    # Result of `random_states` at the start of the first pass
+        rng_state:dict|None,     # Result of `random_states` at the start of the first pass
         loss_func:Callable|None, # Function of the logits instead of the closure's own loss
         backward:bool,           # With `False`, run only the forward, without a graph
         rows:Tensor|None,        # `(k,)` positions of samples; with `None`, the whole batch
@@ -294,7 +284,7 @@ class _Passes(_Gradients):
     ) -> Tensor|None: # Logits, or losses, of a pass without backward
         "Run the closure again, as `replay` runs a Learner's batch again."
         n = 0 if rows is None else len(self.pred) # `pred` has one loss for each sample
-        rng_context = _random_policy(rng, rng_state, device_of(self.model))
+        rng_context = rng_policy(rng, rng_state, device_of(self.model))
         states_context = from_hidden_states(states, rows, n)
         with (_first_pass_kept(self), bn_policy(self.model, bn), rng_context, states_context,
               _noticed_zeroing(self.optimizer, self.model)):

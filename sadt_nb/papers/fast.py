@@ -185,7 +185,7 @@ _PARTS = { # what is changed: method, options
     'repeat_step': ('repeat_step', {}),
 }
 # method: label smoothing of the search's runs
-_SMOOTHED = dict(baseline=(0, .4), weight_average=(0, .4))
+_SMOOTHED = dict(baseline=(0, .4, .6), weight_average=(0, .4, .6))
 
 def _parts(base, noise, seeds=range(5)):
     "Yield tuned SADT-1 with one part changed, and then the search for the label smoothing of two methods."

@@ -10,10 +10,10 @@
 #
 #   job          minutes  claims  a minute  what
 #   tests          2 E       -       -      tests/test_gpu.py; everything else relies on what it tests
-#   fast           9 E      25     2.8      grid fast/94, 78 runs (26 rows, 3 seeds), 8 at a time
-#   noise          9 E      25     2.8      grid fast/94_noise40, 78 runs, 8 at a time
-#   small          9 E      25     2.8      grid fast/small, 78 runs, 14 at a time
-#   quarter        9 E      25     2.8      grid fast/quarter_noise40, 78 runs, 14 at a time
+#   fast           9 E      26     2.9      grid fast/94, 81 runs (27 rows, 3 seeds), 8 at a time
+#   noise          9 E      26     2.9      grid fast/94_noise40, 81 runs, 8 at a time
+#   small          9 E      26     2.9      grid fast/small, 81 runs, 14 at a time
+#   quarter        9 E      26     2.9      grid fast/quarter_noise40, 81 runs, 14 at a time
 #   rounds         3 E       6     2.0      grid fast/94_rounds, 20 runs: 5 chains side by side, then 30 ensembles
 #   fastbench      5 E       7     1.4      benchmarks.fast: Learner and bare loop, steps, whole runs
 #   full           5.5 M     6     1.1      SADT's Table 1, Simple CNN in batches of 2,048, 7 at a time
@@ -21,7 +21,7 @@
 #   controls      27 E      18     0.7      the controls of that table on CIFAR-10 in bfloat16, 18 runs, 14 at a time
 #   seeds         29 E      18     0.6      Simple CNN of that table and its controls, three seeds, 60 runs, 14 at a time
 #   table1_rest   80 M      30     0.4      all 42 CIFAR-10 runs of that table in bfloat16, 14 at a time
-#   fast96        79 E      25     0.3      grid fast/96, 78 runs, 6 at a time
+#   fast96        83 E      26     0.3      grid fast/96, 81 runs, 6 at a time
 #   table1         4.5 M     1     0.2      how long those 42 runs take, projected from 4.5% of their epochs
 #   sam_study     26 E       3     0.1      grids sam_study/a_code and c_code, 6 and 11 runs
 #   saf_table3   260 E       3     0.01     'cifar10 resnet18' of saf/table3_code, 12 runs; with AMP=bf16 160 E

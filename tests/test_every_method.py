@@ -181,7 +181,8 @@ def test_an_exception_in_the_extra_pass_restores_the_weights(name):
     with pytest.raises(RuntimeError, match='on purpose'): learn.fit(1)
     assert torch.equal(flat(net), unperturbed.weights)
     if not torch.equal(fail.weights, unperturbed.weights): return # moved in place, and restored
-    assert METHODS[name].passes > 2, 'only teachers on a shared trunk leave the weights themselves alone'
+    # teachers on a shared trunk, and a batch that is repeated at the new weights
+    assert METHODS[name].passes > 2 or name == 'repeat_batch', 'other passes move the weights'
 
 
 @ALL
@@ -535,8 +536,8 @@ def test_loss_terms_of_others_take_part_in_passes_of_the_same_loss(name):
     if per_micro_batch(name): # every backward has the loss of the batch
         assert sum(calls) == tally.backwards
         assert len(calls) >= 6, 'three batches have an extra pass each'
-    else:
-        assert calls == [8] * 3
+    else: # each of the three batches once; a repeated batch has its loss twice
+        assert calls == [8] * (6 if name == 'repeat_batch' else 3)
 
 
 def test_looksam_drops_a_direction_that_overflowed():

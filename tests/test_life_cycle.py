@@ -441,7 +441,7 @@ class MasterWeights(NonNativeMixedPrecision):
         self.learn.model.float()
 
 
-ACT_AT_STEP = ('gc', 'agc', 'msam', 'friendly_sam', 'wsam', 'sadt1', 'sadt2', 'sadt3')
+ACT_AT_STEP = ('gc', 'agc', 'msam', 'friendly_sam', 'wsam', 'sadt1', 'sadt2', 'sadt3', 'repeat_batch')
 
 
 def strong(name):

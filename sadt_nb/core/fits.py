@@ -234,6 +234,9 @@ class LoopMethod(_Window, PreparedInFit, ShowsArguments, Callback):
     "Base class of the methods that work in any training loop; a loop gives them a closure for each batch."
     run_valid = False
     needs_logits = False # `True` if the method needs the predictions, not only the loss
+    # In a plain loop, `before_backward` comes before the closure, which may call `backward` itself; with
+    # `True`, it comes after the forward
+    follows_forward = False
     needs_loss_scale = False # `True` if the method uses the size of the gradients, not only their direction
     group_radius = None # radius with which the `rho` of a group is compared, or `None` for no such option
     # `True` if the method reads or changes gradients at the step, or reads the optimizer's state

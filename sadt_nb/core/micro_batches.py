@@ -126,6 +126,7 @@ class MicroBatches(ExtraPass):
     In the first step of a plain loop, it also keeps the network's inputs in each micro-batch. At the start of
     training, raises `ValueError` inside accelerate's accumulation if the loop keeps no micro-batches."""
     needs_logits = True # a plain loop then gives the outputs
+    follows_forward = True # because the network's inputs are kept, too
     _micro = () # the micro-batches of a step that is not complete
     _earlier = 0 # micro-batches before the current one
     _left = {} # the gradients after the last micro-batch, for `are_dropped`; replaced, never changed

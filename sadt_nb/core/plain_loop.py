@@ -465,7 +465,7 @@ class PlainLoop(_Passes):
             def before_backward():
                 if self.has_gradients(): _check_own_backward(self.loss_grad, roots)
                 if zeroed: self.forget() # before the event, in which the method adds this batch
-                if self.method.needs_logits: self('before_backward')
+                if self.method.follows_forward: self('before_backward')
             try: return self.run(between=before_backward, inputs=inputs)
             except BaseException:
                 if zeroed: self.forget()
@@ -553,7 +553,7 @@ def loop_backward(
     sync_gradients(loop.model, True)
     try:
         loop('before_batch')
-        if not method.needs_logits: loop('before_backward') # a closure may call backward itself
+        if not method.follows_forward: loop('before_backward') # a closure may call backward itself
         loss = loop._do_one_batch()
     except BaseException: # also an interruption by the user
         take_gradients(stepped_params(loop)) # those of a batch that failed must not enter the next step

@@ -70,6 +70,7 @@ class RepeatBatch(TwoSteps):
     `g_up + weight * (g - g_up)`, where `g_up` is the gradient of the first step, and `g` the new one. Makes
     one extra pass per batch. Raises `ValueError` for options out of range, and at the start of training for
     `GradientAccumulation` together with a method that adds a term to the loss, such as `MESA`."""
+    needs_logits = False # only the loss counts, so a closure may return the loss alone
     def __init__(self,
         weight:float=1., # Factor of the gradient's change, >= 0; with 0, the step is repeated without a pass
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
@@ -86,7 +87,7 @@ class RepeatBatch(TwoSteps):
 
     def prepare(self): _check_terms(self.learn)
 
-    def kept_outputs(self): return None # only the loss counts, so the outputs may have any form
+    def kept_outputs(self): return None # the outputs may have any form
 
     def second_gradients(self, params, g_up, micro_batches):
         if not self.weight: return False

@@ -202,12 +202,12 @@ class SeededNoise(ExtraPass):
         return float(max(hypers['lr'] for hypers in self.learn.opt.hypers))
 
     def before_fit(self):
+        if self.sigma == 'rate' and not has_rates(self.learn):
+            raise ValueError("sigma='rate' needs a learning rate in every parameter group; use sigma='fixed'")
         # a Learner's fit is a new training unless a run is resumed; `closure_step` makes a loop in every step
         if not in_plain_loop(self.learn): self.rate = self._loaded_rate
         super().before_fit() # keeps the state for the end of a learning rate search
         self._loaded_rate = None
-        if self.sigma == 'rate' and not has_rates(self.learn):
-            raise ValueError("sigma='rate' needs a learning rate in every parameter group; use sigma='fixed'")
 
     def after_step(self):
         # not in `before_fit`: a schedule, such as a warm-up, sets the rate of the first step later

@@ -186,9 +186,12 @@ _PARTS = { # what is changed: method, options
 }
 # method: label smoothing of the search's runs
 _SMOOTHED = dict(baseline=(0, .4, .6), weight_average=(0, .4, .6))
+_TUNED_SMOOTHING = dict(baseline=.4, weight_average=.4) # the values that the search has found
 
 def _parts(base, noise, seeds=range(5)):
-    "Yield tuned SADT-1 with one part changed, and then the search for the label smoothing of two methods."
+    """Yield tuned SADT-1 with one part changed, and the search for the label smoothing of two methods.
+
+    Then yield these methods with their tuned label smoothing."""
     base = _with_wrong_labels(base, noise)
     length, changes = _TUNED_SETTINGS['sadt1']
     sadt1 = _at_setting(base, 'sadt1', length, changes)
@@ -201,6 +204,10 @@ def _parts(base, noise, seeds=range(5)):
         for value in values:
             run = _at_setting(base, name, *setting).but(valid=.1, label_smoothing=value)
             yield PaperRun(f'{name}, {_setting_name(*setting)}, label smoothing {value} · seed 0', run)
+    for name, value in _TUNED_SMOOTHING.items():
+        for seed in seeds:
+            run = _at_setting(base, name, *_TUNED_SETTINGS[name]).but(label_smoothing=value, seed=seed)
+            yield PaperRun(f'{name}, smoothing, tuned · seed {seed}', run)
 
 # %% ../../nbs/papers/105_fast.ipynb #8c1439ae
 _CHAIN_SEEDS = range(0, 50, 10) # the students of a teacher have the seeds that follow its own

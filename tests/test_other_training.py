@@ -4,8 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import learner
+from conftest import as_loader, learner
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
 from fastai.callback.rnn import rnn_cbs
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -429,14 +430,17 @@ def test_two_methods_for_the_same_thing_are_refused_before_training(one, other):
     assert torch.equal(flat_real(net), before)
 
 
-def test_a_batch_is_not_repeated_in_micro_batches_with_a_term():
-    "The term knows its teacher's outputs for the last micro-batch only."
+@pytest.mark.parametrize('make', [partial(MESA, start_epoch=0), MixUp])
+def test_a_batch_is_not_repeated_in_micro_batches_with_a_changed_loss(make):
+    "The callback knows the teacher's outputs, or the mixed labels, for the last micro-batch only."
+    batches = [(x.float(), y) for x, y in data()] # MixUp mixes in single precision
+    def fit(net, *cbs): learner(net.float(), cbs, as_loader(batches), loss_func=CrossEntropyLossFlat()).fit(1)
     accumulate = GradientAccumulation(12)
-    learner(small_net(), [RepeatBatch(), accumulate], data()).fit(1)
-    learner(small_net(), [RepeatBatch(), MESA(start_epoch=0)], data()).fit(1)
-    net, before = small_net(), flat_real(small_net())
-    with pytest.raises(ValueError, match='MESA knows its term only for the last one; remove'):
-        learner(net, [RepeatBatch(), MESA(start_epoch=0), accumulate], data()).fit(1)
+    fit(small_net(), RepeatBatch(), accumulate)
+    fit(small_net(), RepeatBatch(), make())
+    net, before = small_net(), flat_real(small_net().float())
+    with pytest.raises(ValueError, match=' knows the loss only for the last one; remove GradientAcc'):
+        fit(net, RepeatBatch(), make(), accumulate)
     assert torch.equal(flat_real(net), before)
 
 

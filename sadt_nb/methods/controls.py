@@ -8,6 +8,7 @@ __all__ = ['RepeatStep', 'RepeatBatch']
 # %% ../../nbs/methods/90_controls.ipynb #eedfe56d
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 
 from ..core.arguments import ShowsArguments
@@ -53,15 +54,16 @@ class RepeatStep(StepWatch, PreparedInFit, ShowsArguments, Callback):
 
 # %% ../../nbs/methods/90_controls.ipynb #3edaa5a5
 def _check_terms(learn):
-    """Raise `ValueError` for accumulated gradients beside a callback that adds a term to the loss.
+    """Raise `ValueError` for accumulated gradients beside a callback that changes the loss batch by batch.
 
-    Such a term keeps what it needs, such as a teacher's outputs, for the last micro-batch only."""
+    Such a callback keeps what it needs, a teacher's outputs or the shares of mixed labels, for the last
+    micro-batch only."""
     accumulates = any(isinstance(cb, GradientAccumulation) for cb in learn.cbs)
-    terms = [type(cb).__name__ for cb in learn.cbs if isinstance(cb, LossTerm) and is_on(cb)]
-    if not (accumulates and terms): return
+    changing = [cb for cb in learn.cbs if isinstance(cb, (LossTerm, MixHandler)) and is_on(cb)]
+    if not (accumulates and changing): return
+    name = type(changing[0]).__name__
     raise ValueError('RepeatBatch runs all micro-batches of a step again, and '
-                     f'{terms[0]} knows its term only for the last one; '
-                     f'remove GradientAccumulation or {terms[0]}')
+                     f'{name} knows the loss only for the last one; remove GradientAccumulation or {name}')
 
 class RepeatBatch(TwoSteps):
     """Makes two optimizer steps per batch; the second has a new gradient, at the weights after the first.
@@ -69,7 +71,7 @@ class RepeatBatch(TwoSteps):
     With `weight=1`, this is plain training that takes each batch twice. Otherwise, the second step uses
     `g_up + weight * (g - g_up)`, where `g_up` is the gradient of the first step, and `g` the new one. Makes
     one extra pass per batch. Raises `ValueError` for options out of range, and at the start of training for
-    `GradientAccumulation` together with a method that adds a term to the loss, such as `MESA`."""
+    `GradientAccumulation` together with a callback that changes the loss, such as `MESA` or `MixUp`."""
     needs_logits = False # only the loss counts, so a closure may return the loss alone
     def __init__(self,
         weight:float=1., # Factor of the gradient's change, >= 0; with 0, the step is repeated without a pass

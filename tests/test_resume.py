@@ -127,7 +127,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, whole, tmp_path, monke
     assert files == ['config.json', 'history.json', 'result.json', 'weights.pt']
 
 
-SENSITIVE = {'scaler': VARIANTS['float16'], '_load_random': of('baseline').but(model_args=dict(dropout=.3))}
+SENSITIVE = {'scaler': VARIANTS['float16'],
+             'set_random_states': of('baseline').but(model_args=dict(dropout=.3))}
 
 
 def forget_scaler(monkeypatch):
@@ -138,7 +139,7 @@ def forget_scaler(monkeypatch):
     monkeypatch.setattr(checkpoint, 'load_training_state', load)
 
 
-@pytest.mark.parametrize('forget', ['_load_callback', '_load_loader', '_load_random', 'opt', 'scaler'])
+@pytest.mark.parametrize('forget', ['_load_callback', '_load_loader', 'set_random_states', 'opt', 'scaler'])
 def test_no_part_of_the_state_is_superfluous(forget, whole, tmp_path, monkeypatch):
     cfg = SENSITIVE.get(forget, VARIANTS['momentum, clipping, best epoch'])
     expected = whole(cfg)

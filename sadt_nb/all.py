@@ -26,7 +26,6 @@ from .measures.hessian import hessian_trace, plot_density, spectral_density, top
 from .measures.landscape import loss_line, loss_surface, plot_line, plot_surface
 from .measures.robustness import corrupted_accuracy
 from .measures.sharpness import FlatnessRecorder, average_sharpness, sam_sharpness
-from .measures.similarity import logit_mse
 from .methods.agc import AGC
 from .methods.asam import ASAM, asam_step
 from .methods.born_again import born_again

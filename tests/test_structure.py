@@ -98,7 +98,7 @@ def star_import():
 
 def test_star_import_brings_every_method_and_its_step():
     names = star_import()
-    assert len(names) <= 75
+    assert len(names) <= 70
     for name, method in names['METHODS'].items():
         cls = getattr(method.factory, 'func', method.factory) # a preset is a partial of its class
         if inspect.isclass(cls): assert names[cls.__name__] is cls, name

@@ -301,8 +301,7 @@ _sadt = partial(
     Method, steps=2, extra_passes=_sadt_passes, memory='2 x weights', seeded=True,
     paper='Sharpness-Aware Distilled Teachers, [Fahim & Boutellier 2022](https://arxiv.org/abs/2211.00310), '
           'HITY workshop, NeurIPS; [code](https://github.com/DeepUVaasa/SADT)',
-    avoid='before you have compared it with `repeat_step` and `repeat_batch`, '
-          'which make the second step without any teacher')
+    avoid='before you have compared it with `repeat_step` and `repeat_batch`, two steps without a teacher')
 
 _SADT_VARIANTS = dict(
     sadt1=_sadt(

@@ -30,9 +30,9 @@ FEW_IMAGES = { # name of a place: preset
 SEARCHES = { # name of a place: presets of its searches for learning rates, lengths and options
     'right labels': ['fast/narrow_rates'],
     '40% wrong labels': ['fast/narrow_rates_noise40'],
-    'right labels, 12,500 images': ['fast/quarter_lengths'],
+    'right labels, 12,500 images': ['fast/quarter_lengths', 'fast/quarter_tuned'],
     '40% wrong labels, 12,500 images': ['fast/quarter_lengths_noise40', 'fast/quarter_tuned_noise40',
-                                        'fast/quarter_parts_noise40'],
+                                        'fast/quarter_parts_noise40', 'fast/quarter_images_noise40'],
 }
 STRONG_FOLDERS = 'fast_narrow', 'fast_small' # folders of stored runs of `STRONG`
 FEW_IMAGES_FOLDER = 'fast_quarter'

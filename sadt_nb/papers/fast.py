@@ -126,30 +126,43 @@ def _lengths(base, noise=0.):
             yield PaperRun(f'{name}, tuned length · seed {seed}', as_long(name, epochs).but(seed=seed))
 
 # %% ../../nbs/papers/105_fast.ipynb #20c4c89d
-# method: (length in epochs of plain training, changes) of the search's runs; `lr` and `weight_decay` are
-# multiples of the recipe's numbers, all other changes are options of the method
+# share of wrong labels: method: (length in epochs of plain training, changes) of the search's runs;
+# `lr` and `weight_decay` are multiples of the recipe's numbers, all other changes are options of the method
 _SEARCHED = {
-    'baseline': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)), (16, dict(weight_decay=4)),
-                 (16, dict(weight_decay=8)), (32, dict(weight_decay=4)), (8, dict(weight_decay=4))],
-    'weight_average': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)),
-                       (16, dict(weight_decay=4)), (16, dict(weight_decay=2, start=.5)),
-                       (8, dict(weight_decay=2)), (32, dict(weight_decay=2))],
-    'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
-            (32, dict(weight_decay=2, rho=.1)), (32, dict(weight_decay=2, rho=.025)),
-            (32, dict(weight_decay=2, rho=.0125)), (16, dict(weight_decay=2, rho=.025)),
-            (64, dict(weight_decay=2, rho=.025))],
-    'sadt1': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
-              (32, dict(weight_decay=2, kl_weight=2)), (32, dict(weight_decay=2, kl_weight=4)),
-              (32, dict(weight_decay=2, kl_weight=8)), (32, dict(weight_decay=2, rho=.05)),
-              (16, dict(weight_decay=2, kl_weight=4)), (64, dict(weight_decay=2, kl_weight=4))],
-    'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)), (16, dict(weight_decay=2))],
+    .4: {
+        'baseline': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)),
+                     (16, dict(weight_decay=4)), (16, dict(weight_decay=8)), (32, dict(weight_decay=4)),
+                     (8, dict(weight_decay=4))],
+        'weight_average': [(16, dict(lr=.5)), (16, dict(lr=2)), (16, dict(weight_decay=2)),
+                           (16, dict(weight_decay=4)), (16, dict(weight_decay=2, start=.5)),
+                           (8, dict(weight_decay=2)), (32, dict(weight_decay=2))],
+        'sam': [(32, dict(lr=2)), (32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
+                (32, dict(weight_decay=2, rho=.1)), (32, dict(weight_decay=2, rho=.025)),
+                (32, dict(weight_decay=2, rho=.0125)), (16, dict(weight_decay=2, rho=.025)),
+                (64, dict(weight_decay=2, rho=.025))],
+        'sadt1': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4)),
+                  (32, dict(weight_decay=2, kl_weight=2)), (32, dict(weight_decay=2, kl_weight=4)),
+                  (32, dict(weight_decay=2, kl_weight=8)), (32, dict(weight_decay=2, rho=.05)),
+                  (16, dict(weight_decay=2, kl_weight=4)), (64, dict(weight_decay=2, kl_weight=4))],
+        'repeat_step': [(8, {}), (16, {}), (32, {}), (16, dict(weight_decay=.5)),
+                        (16, dict(weight_decay=2))],
+    },
+    0.: {
+        'baseline': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
+        'weight_average': [(32, dict(weight_decay=2)), (32, dict(weight_decay=4))],
+        'sam': [(32, dict(weight_decay=2))],
+        'sadt1': [(32, dict(weight_decay=2))],
+    },
 }
-_TUNED_SETTINGS = { # the settings that the search has found
-    'baseline': (16, dict(weight_decay=4)),
-    'weight_average': (16, dict(weight_decay=2)),
-    'sam': (32, dict(weight_decay=2, rho=.025)),
-    'sadt1': (32, dict(weight_decay=2, kl_weight=4)),
-    'repeat_step': (16, {}),
+_TUNED_SETTINGS = { # share of wrong labels: the settings that the search has found
+    .4: {
+        'baseline': (16, dict(weight_decay=4)),
+        'weight_average': (16, dict(weight_decay=2)),
+        'sam': (32, dict(weight_decay=2, rho=.025)),
+        'sadt1': (32, dict(weight_decay=2, kl_weight=4)),
+        'repeat_step': (16, {}),
+    },
+    0.: {},
 }
 _FACTORS = dict(lr='{:g} times the rate', weight_decay='{:g} times the decay')
 
@@ -166,14 +179,14 @@ def _at_setting(base, name, epochs, changes):
     return base.but(method=name, epochs=epochs / passes_of(name), lr=lr, opt_args=opt_args,
                     method_args=changes)
 
-def _tuned(base, noise, seeds=range(5)):
+def _tuned(base, noise=0., seeds=range(5)):
     "Yield the runs of the search, which hold out a tenth of all images, and then the tuned methods."
     base = _with_wrong_labels(base, noise)
-    for name, settings in _SEARCHED.items():
+    for name, settings in _SEARCHED[noise].items():
         for setting in settings:
             run = _at_setting(base, name, *setting).but(valid=.1)
             yield PaperRun(f'{name}, {_setting_name(*setting)} · seed 0', run)
-    for name, setting in _TUNED_SETTINGS.items():
+    for name, setting in _TUNED_SETTINGS[noise].items():
         for seed in seeds:
             run = _at_setting(base, name, *setting).but(seed=seed)
             yield PaperRun(f'{name}, tuned · seed {seed}', run)
@@ -192,22 +205,33 @@ def _parts(base, noise, seeds=range(5)):
     """Yield tuned SADT-1 with one part changed, and the search for the label smoothing of two methods.
 
     Then yield these methods with their tuned label smoothing."""
-    base = _with_wrong_labels(base, noise)
-    length, changes = _TUNED_SETTINGS['sadt1']
+    base, settings = _with_wrong_labels(base, noise), _TUNED_SETTINGS[noise]
+    length, changes = settings['sadt1']
     sadt1 = _at_setting(base, 'sadt1', length, changes)
     for label, (name, options) in _PARTS.items():
         for seed in seeds:
             run = sadt1.but(method=name, method_args=options, seed=seed)
             yield PaperRun(f'{label}, as tuned SADT-1 · seed {seed}', run)
     for name, values in _SMOOTHED.items():
-        setting = _TUNED_SETTINGS[name]
+        setting = settings[name]
         for value in values:
             run = _at_setting(base, name, *setting).but(valid=.1, label_smoothing=value)
             yield PaperRun(f'{name}, {_setting_name(*setting)}, label smoothing {value} · seed 0', run)
     for name, value in _TUNED_SMOOTHING.items():
         for seed in seeds:
-            run = _at_setting(base, name, *_TUNED_SETTINGS[name]).but(label_smoothing=value, seed=seed)
+            run = _at_setting(base, name, *settings[name]).but(label_smoothing=value, seed=seed)
             yield PaperRun(f'{name}, smoothing, tuned · seed {seed}', run)
+
+# %% ../../nbs/papers/105_fast.ipynb #1cab8cfe
+_REPEATED = 'baseline', 'weight_average', 'sadt1', 'repeat_step'
+
+def _other_images(base, noise, seeds=range(5, 10)):
+    "Yield tuned methods, each seed with its own choice of training images."
+    base = _with_wrong_labels(base, noise)
+    for name in _REPEATED:
+        run = _at_setting(base, name, *_TUNED_SETTINGS[noise][name])
+        for seed in seeds:
+            yield PaperRun(f'{name}, tuned, other images · seed {seed}', run.but(seed=seed, split=seed))
 
 # %% ../../nbs/papers/105_fast.ipynb #8c1439ae
 _CHAIN_SEEDS = range(0, 50, 10) # the students of a teacher have the seeds that follow its own
@@ -242,8 +266,10 @@ GRIDS |= {'fast/narrow_rates': partial(_rates, _FAST_NARROW),
           'fast/narrow_rates_noise40': partial(_rates, _FAST_NARROW, noise=.4),
           'fast/quarter_lengths': partial(_lengths, _FAST_QUARTER),
           'fast/quarter_lengths_noise40': partial(_lengths, _FAST_QUARTER, noise=.4),
+          'fast/quarter_tuned': partial(_tuned, _FAST_QUARTER),
           'fast/quarter_tuned_noise40': partial(_tuned, _FAST_QUARTER, noise=.4),
           'fast/quarter_parts_noise40': partial(_parts, _FAST_QUARTER, noise=.4),
+          'fast/quarter_images_noise40': partial(_other_images, _FAST_QUARTER, noise=.4),
           'fast/94_rounds': partial(_chains, _FAST),
           'fast/narrow_rounds': partial(_chains, _FAST_NARROW),
           'fast/search': _search, 'fast/steps': _steps}

@@ -30,6 +30,7 @@ from fastai.learner import Learner, Recorder
 
 from .arguments import ShowsArguments
 from .states import random_states, set_random_states
+from .fits import in_lr_find, own_attribute
 from .perturb import unwrapped
 from .ranks import bare_loader, n_ranks, this_rank
 
@@ -126,7 +127,7 @@ def training_state(
     grads = {} # gradients of an accumulated batch that is not complete
     for n, p in model.named_parameters():
         if p.grad is not None and p.grad.any(): grads[n] = p.grad
-    scaler = getattr(learn, 'scaler', None)
+    scaler = own_attribute(learn, 'scaler')
     shared = dict(model=model.state_dict(), opt=learn.opt.state_dict(), grads=grads,
                   scaler=scaler and scaler.state_dict())
     return dict(_plain(shared, 'model or optimizer'), processes=_gathered(mine))
@@ -168,14 +169,14 @@ def load_training_state(
     if state['scaler']: learn.scaler.load_state_dict(state['scaler'])
     for cb, s in matched: _load_callback(cb, s)
     recorded = dict(mine['callbacks']).get('Recorder')
-    if recorded and hasattr(learn, 'recorder'): _load_callback(learn.recorder, recorded)
+    if recorded and own_attribute(learn, 'recorder') is not None: _load_callback(learn.recorder, recorded)
     _load_loader(learn.dls.train, mine['loader'])
     set_random_states(mine['random'], device)
 
 def _continue(learn, state):
     "Load a state of training, and set a progress bar to 0, because the first update of a bar must be 0."
     load_training_state(learn, state)
-    bar = getattr(getattr(learn, 'progress', None), 'mbar', None)
+    bar = getattr(own_attribute(learn, 'progress'), 'mbar', None)
     if bar is not None: bar.update(0)
 
 # %% ../../nbs/core/16_checkpoint.ipynb #9742b633
@@ -410,7 +411,7 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
 
     def before_fit(self):
         # `get_preds` sends this event, too, also after the `fit`
-        self._on = not self._used and not hasattr(self.learn, 'lr_finder')
+        self._on = not self._used and not in_lr_find(self.learn)
         if not self._on: return
         self._state = self._read(self.n_epoch)
         self._done = None   # number of finished epochs
@@ -427,7 +428,7 @@ class Checkpoint(ShowsArguments, CheckpointFile, Callback):
         if self.epoch >= self.n_epoch: raise CancelFitException() # the stored training is complete
 
     def before_train(self):
-        if not self._on and not hasattr(self.learn, 'lr_finder'):
+        if not self._on and not in_lr_find(self.learn):
             raise ValueError('this Checkpoint was used in an earlier `fit`; make a new one with another file')
         self._used = True
 

@@ -15,14 +15,14 @@ import torch
 from torch import nn, Tensor
 from torch.amp.grad_scaler import OptState
 
-from .fits import LoopMethod
-from .passes import stepped_params
+from .fits import LoopMethod, own_attribute
+from .passes import is_unchanged, stepped_params, take_gradients
 from .perturb import local_parts, trainable_params, weights_moved
 from .perturbed_passes import PerturbedPass
 from .plain_loop import PlainLoop, check_gradients, check_hooks, check_owner, check_unscaled
 from .plain_loop import loop_backward, loop_step
-from .states import bn_policy, device_of, from_hidden_states, hidden_states, random_states
-from .states import set_random_states
+from .states import bn_policy, changed_states, device_of, from_hidden_states, hidden_states
+from .states import random_states, set_random_states
 
 # %% ../../nbs/core/13_closures.ipynb #e12c3c65
 _LOOP_METHODS = 'SAM, ASAM, ESAM, GSAM, LookSAM, FriendlySAM, WSAM, MSAM or SADT'
@@ -166,13 +166,14 @@ class _Wrapped(torch.optim.Optimizer):
     # fastai copies a callback without its large state, so this state is copied here
     def __getstate__(self):
         # as in PyTorch, a copy has no hooks; schedulers replace `step` by a function that calls the original
-        left_out = [k for k in self.__dict__ if k == 'step' or k.endswith('_hooks')]
+        left_out = [k for k in self.__dict__ if k in ('step', '_states_before') or k.endswith('_hooks')]
         state = {k: v for k, v in self.__dict__.items() if k not in left_out}
         return state | dict(_copied=self.method.state_dict())
 
     def __setstate__(self, state):
         super().__setstate__(state) # makes empty dicts for the hooks
         self.method.load_state_dict(self.__dict__.pop('_copied'))
+        self._states_before = None
 
 # %% ../../nbs/core/13_closures.ipynb #773a575a
 def check_one_pass(
@@ -183,7 +184,7 @@ def check_one_pass(
     _check_method(method)
     # an `extra_pass` that is a generator yields once, at the perturbed weights
     one_pass = isinstance(method, PerturbedPass) and inspect.isgeneratorfunction(method.extra_pass)
-    if not one_pass or getattr(method, 'needs_rows', False):
+    if not one_pass or own_attribute(method, 'needs_rows', False):
         name = type(method).__name__
         raise ValueError(f'{name} does not make exactly one pass at perturbed weights; {advice}')
 
@@ -292,19 +293,34 @@ class _WatchedPasses(_Wrapped):
     def __init__(self, loop):
         super().__init__(loop)
         self._second = None # `_MovedWeights` between the two calls
+        self._states_before = None # hidden states before those in `method.states`, if they have changed
         self._watch_forwards()
         self._remember_states()
 
     def _watch_forwards(self):
         "With rng='replay', read the random state in the passes that the loop makes by itself."
         self._forwards = _ForwardStates(self._loop)
-        if getattr(self.method, 'rng', None) != 'replay': return
+        if own_attribute(self.method, 'rng') != 'replay': return
         self._forwards.watch(self._loop.model)
 
     def _remember_states(self):
         "Store the hidden states of recurrent layers, from which the passes of the next `first_step` start."
-        if self._second is None and not self._loop._replaying:
-            self.method.states = hidden_states(self._loop.model)
+        in_closure = self._loop.xb is not None # `backward` has stored the states before the closure
+        if in_closure or self._second is not None: return
+        now = hidden_states(self._loop.model)
+        if not self._are_stored(now): self._states_before = own_attribute(self.method, 'states')
+        self.method.states = now
+
+    def _are_stored(self, states):
+        "Return whether no layer has changed its state since `method.states` were stored."
+        stored = own_attribute(self.method, 'states') or []
+        return len(states) == len(stored) and not changed_states(stored)
+
+    def _choose_states(self):
+        "If the batch's forward came before `zero_grad`, start from the states before this forward."
+        before, self._states_before = self._states_before, None
+        if before is None or not self._are_stored(hidden_states(self._loop.model)): return
+        self.method.states = before
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -353,6 +369,8 @@ class _SplitStep(_WatchedPasses):
         check_owner(loop)
         check_hooks(loop.model)
         check_gradients(loop.model)
+        self._check_left()
+        self._choose_states()
         loop.batches = 1
         self._begun = True
         if method.makes_pass():
@@ -361,6 +379,19 @@ class _SplitStep(_WatchedPasses):
         method._stash = {} # `after_backward` adds these gradients of earlier micro-batches; there are none
         method.after_backward()
         return False
+
+    def _check_left(self):
+        """Raise `ValueError` if a backward has added to a gradient that the last step has used.
+
+        `zero_grad` of the base does not reset the gradients of parameters that the base does not step."""
+        stepped = {p for group in self.base.param_groups for p in group['params']}
+        for name, p in trainable_params(self._loop.model).items():
+            noted = self._loop._noted_used.get(p)
+            if p in stepped or p.grad is None or noted is None or noted[0]() is not p.grad: continue
+            if is_unchanged(p.grad, noted): continue # the batch does not reach this parameter
+            raise ValueError(f'the gradient of {name!r} has been added to that of the last step, because the '
+                             'base optimizer does not step this parameter; call `model.zero_grad()` at the '
+                             'beginning of each batch, or freeze the parameters that are not trained')
 
     def _check_begun(self):
         "Raise `ValueError` if `first_step` was not called for this batch."
@@ -468,13 +499,15 @@ class MethodOptimizer(_SplitStep):
 
         If you reset a network's hidden state, call `zero_grad` after the reset.
 
-        Raises `ValueError` for a method that does not make exactly one pass at perturbed weights."""
+        Raises `ValueError` for a method that does not make exactly one pass at perturbed weights, and for
+        gradients of the last step that only `model.zero_grad()` resets."""
         check_one_pass(self.method, 'give `step` a closure')
         return self._begin_pass()
 
     def cancel_first_step(self):
         "After an error between `first_step` and `second_step`, put the weights back, and drop all gradients."
         self._abandon()
+        take_gradients(stepped_params(self._loop)) # also of parameters that the base does not step
         self.zero_grad()
 
     # PyTorch calls the hooks of an optimizer around `step` only

@@ -21,7 +21,7 @@ from fastai.text.data import LMDataLoader
 
 from .arguments import ShowsArguments
 from .fits import PreparedInFit, check_minimizes, check_outputs, check_single, evaluating
-from .fits import in_tta, skipped_epochs
+from .fits import in_lr_find, in_tta, own_attribute, skipped_epochs
 from .losses import as_divergence, divergence_between, DivergenceLike
 from .passes import ORDERS, batch_size, replayed_rows, replays_other_loss
 from .perturb import check_not_negative, weights_moved
@@ -137,13 +137,13 @@ class TrajectoryLoss(LossTerm):
     def before_fit(self):
         check_single(self, type(self), 'adds this term to the loss')
         check_minimizes(self)
-        self._searching = hasattr(self.learn, 'lr_finder')
+        self._searching = in_lr_find(self.learn)
         if self._searching: self.run = False # no term during a learning rate search
         self.compare = as_divergence(self.divergence, self.learn.loss_func)
         # `get_preds` triggers this event, too; the Learner may then have no `n_epoch`
         skipped = skipped_epochs(self.learn)
         self.done = max(self.done, skipped) # an object that has trained the skipped epochs has counted them
-        last = self.done + getattr(self.learn, 'n_epoch', float('inf')) - skipped
+        last = self.done + own_attribute(self.learn, 'n_epoch', float('inf')) - skipped
         if self.run and self.start_epoch >= last:
             name = type(self).__name__
             def epochs(n): return f'{n} epoch' if n == 1 else f'{n} epochs'

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .fits import check_single, in_plain_loop
+from .fits import check_single, in_plain_loop, own_attribute
 from .passes import ExtraPass, are_dropped, is_unchanged, note_gradients, stepped_params
 from .passes import take_gradients
 from .perturb import local_parts, trainable_params, unwrapped, weights_moved
-from .steps import StepGrads, step_unscaled
+from .perturbed_passes import loss_scale
+from .steps import StepGrads, scaled_elsewhere, step_unscaled
 
 # %% ../../nbs/core/06_micro_batches.ipynb #1d9fdd09
 class MicroBatch(NamedTuple):
@@ -81,7 +82,7 @@ def _input_check(micro, micro_batches, name):
 
 def _check_accumulation(learn, name):
     "Raise `ValueError` inside accelerate's accumulation, if a new loop is made for each micro-batch."
-    state = getattr(getattr(learn, 'optimizer', None), 'gradient_state', None)
+    state = getattr(own_attribute(learn, 'optimizer'), 'gradient_state', None)
     if state is None or state.sync_gradients: return
     raise ValueError(f'{name} runs all micro-batches of a step again, and `sadt_step` and `closure_step` '
                      'keep no micro-batches; make one `MethodOptimizer` before the loop, and call its '
@@ -312,7 +313,11 @@ class TwoSteps(MicroBatches):
         self.stop_comparing_inputs()
 
         def second_step():
-            _add_first_gradients(stepped, g_up, self.first_share)
+            elsewhere = {id(p) for p in scaled_elsewhere(self.learn)}
+            scaled = {n: p for n, p in stepped.items() if id(p) in elsewhere} # has the scale in `.grad`
+            own = {n: p for n, p in stepped.items() if n not in scaled}
+            _add_first_gradients(own, g_up, self.first_share)
+            if scaled: _add_first_gradients(scaled, g_up, self.first_share * loss_scale(self.learn).item())
             self.step_grads.make_step()
         if made_pass: step_unscaled(self.learn, second_step)
         else: second_step()

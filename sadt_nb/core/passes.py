@@ -21,7 +21,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.learner import Learner
 
 from .fits import LoopMethod, check_minimizes, check_network, check_single, check_window
-from .fits import in_plain_loop, is_used_by, note_network
+from .fits import in_lr_find, in_plain_loop, is_used_by, note_network, own_attribute
 from .perturb import is_sharded, local_parts, settle_gradients, trainable_params, version_of
 from .perturb import weights_moved
 from .ranks import own_memory
@@ -45,19 +45,19 @@ def replaying(
     learn:Learner, # In a training batch
 ) -> bool: # `True` inside `replay`
     "Return whether the current event belongs to an extra pass, for callbacks that act once per batch."
-    return getattr(learn, '_replaying', False)
+    return own_attribute(learn, '_replaying', False)
 
 def replayed_rows(
     learn:Learner, # In a training batch
 ) -> Tensor|None: # `(k,)` positions in the batch; `None` for the whole batch
     "Return the samples that the current pass runs, for callbacks that store something per sample."
-    return getattr(learn, '_replayed_rows', None)
+    return own_attribute(learn, '_replayed_rows')
 
 def replays_other_loss(
     learn:Learner, # In a training batch
 ) -> bool: # `True` inside `replay` with a `loss_func`
     "Return whether the current pass has its own loss, to which callbacks must not add their terms."
-    return getattr(learn, '_other_loss', False)
+    return own_attribute(learn, '_other_loss', False)
 
 @contextmanager
 def _as_replay(learn, rows, other_loss):
@@ -277,7 +277,7 @@ def replay(
 
     `learn.pred`, `learn.loss` and `learn.loss_grad` are restored at the end, also after an exception."""
     check_policy(bn, rng)
-    own = getattr(learn, 'own_replay', None) # a plain loop has no Learner, and brings its own `replay`
+    own = own_attribute(learn, 'own_replay') # a plain loop has no Learner, and brings its own `replay`
     if own: return own(bn, rng, rng_state, loss_func, backward, rows, states)
     n = 0 if rows is None else batch_size(learn.xb)
     xb, yb = learn.xb, learn.yb
@@ -345,7 +345,7 @@ class ExtraPass(LoopMethod):
         self._unhook() # a hook remains if the last fit ended in an exception
         self._set_hook()
         self._end_search() # if an exception ended the search
-        if hasattr(self.learn, 'lr_finder'): self._before_search = self.state_dict()
+        if in_lr_find(self.learn): self._before_search = self.state_dict()
 
     def before_batch(self):
         self._set_hook() # it is gone if the callback was removed and added again during the fit

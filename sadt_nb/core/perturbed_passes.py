@@ -16,7 +16,7 @@ from fastai.callback.core import CancelBackwardException
 from fastai.callback.mixup import MixHandler
 from fastai.learner import Learner
 
-from .fits import check_single, in_plain_loop
+from .fits import check_single, in_plain_loop, own_attribute
 from .passes import ExtraPass, add_gradients, batch_size, device_of_batch, is_unchanged
 from .passes import limit_backward, note_gradients, stepped_params, take_gradients
 from .passes import unlimit_backward
@@ -301,8 +301,8 @@ def loss_scale(
     learn:Learner, # In a training batch
 ) -> Tensor|None: # 0-d tensor on the device of the scale; `None` if there is no loss scale
     "Return the factor by which mixed precision has multiplied the gradients in `.grad`."
-    scaler = getattr(learn, 'loss_scaler', None) # the attribute of a plain loop
-    if scaler is None: scaler = getattr(learn, 'scaler', None)
+    scaler = own_attribute(learn, 'loss_scaler') # the attribute of a plain loop
+    if scaler is None: scaler = own_attribute(learn, 'scaler')
     if scaler is None or not scaler.is_enabled(): return None
     return scaler.scale(torch.ones((), device=device_of(learn.model))) # `get_scale` would wait for a GPU
 
@@ -340,7 +340,7 @@ class PerturbedPass(_Chunks):
     @property
     def group_radius(self) -> float|None: # `None` for a method without `rho`
         "Return the radius with which the `rho` of a parameter group is compared."
-        return getattr(self, 'rho', None)
+        return own_attribute(self, 'rho')
 
     def perturbation(self,
         params:dict[str, Tensor], # Trainable parameters that have a gradient
@@ -391,7 +391,7 @@ class PerturbedPass(_Chunks):
         params:dict[str, Tensor], # Parameters by name
     ) -> dict[str, float]: # By name; an empty dict stands for the factor 1 everywhere
         "Return the factor of each parameter's perturbation; differs from 1 only in a plain loop."
-        own = getattr(self.learn, 'radius_scales', None) # a plain loop's parameter groups can have a `rho`
+        own = own_attribute(self.learn, 'radius_scales') # a plain loop's parameter groups can have a `rho`
         return own(self, params) if own else {}
 
     def second_pass(self):

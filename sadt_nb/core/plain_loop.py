@@ -19,15 +19,17 @@ from torch.autograd.graph import GradientEdge
 from fastcore.foundation import L
 from fastai.callback.core import Callback, CancelStepException
 
-from .fits import LoopMethod, is_whole_training
+from .fits import LoopMethod, is_whole_training, own_attribute
 from .passes import add_gradients, are_dropped, is_unchanged, note_gradients
 from .passes import stepped_params, take_gradients
-from .perturb import check_count, clip_gradients_, is_sharded, settle_gradients
+from .perturb import check_count, clip_gradients_, is_sharded, local_parts
+from .perturb import settle_gradients
 from .perturb import trainable_params, version_of, weights_moved
+from .perturbed_passes import loss_scale
 from .ranks import own_memory, sync_gradients
 from .states import BatchNormPolicy, RandomPolicy, bn_policy, device_of, from_hidden_states
 from .states import random_states, rng_policy
-from .steps import step_unscaled
+from .steps import scaled_elsewhere, step_unscaled
 
 # %% ../../nbs/core/12_plain_loop.ipynb #4ff4ee24
 class _Groups:
@@ -78,7 +80,7 @@ def _radius_scales(optimizer, rho, params):
 # %% ../../nbs/core/12_plain_loop.ipynb #d3a987e7
 def _takes_rows(method, closure):
     "Return whether the method selects samples, and the closure has a parameter for their positions."
-    if not getattr(method, 'selects_samples', False): return False
+    if not own_attribute(method, 'selects_samples', False): return False
     try: parameters = inspect.signature(closure).parameters.values()
     except (TypeError, ValueError): return False
     positional = 'POSITIONAL_ONLY', 'POSITIONAL_OR_KEYWORD', 'VAR_POSITIONAL'
@@ -302,7 +304,7 @@ def _check_window(method, total_steps):
 
 def _check_chunks(method):
     "Raise `ValueError` for a method that cuts batches into chunks, because a closure runs the whole batch."
-    if getattr(method, 'm', None) is None: return
+    if own_attribute(method, 'm') is None: return
     raise ValueError('`m` needs a fastai Learner, which can cut a batch; in another loop, make each chunk of '
                      'm samples a micro-batch: `backward(closure)` for each, then `step()`; in Lightning: '
                      '`accumulate_grad_batches`')
@@ -477,7 +479,7 @@ class PlainLoop(_Passes):
     def _do_one_batch(self): # MSAM replaces this method, as in a Learner
         "Run the closure and the method's own passes; return the loss."
         method = self.method
-        if getattr(method, 'rng', None) == 'replay': method.rng_state = random_states(device_of(self.model))
+        if own_attribute(method, 'rng') == 'replay': method.rng_state = random_states(device_of(self.model))
         inputs = method.first_inputs() # parameters that need a gradient in the first pass; with `None`, all
         loss = self._first_pass(inputs)
         if not inputs: check_gradients(self.model)
@@ -522,7 +524,7 @@ def _check_closure(method, closure):
     "Raise `ValueError` if a method cannot make its passes with this closure."
     if not callable(closure):
         raise ValueError(f'a closure is a function that runs the batch, got {type(closure).__name__}')
-    if getattr(method, 'needs_rows', False) and not _takes_rows(method, closure):
+    if own_attribute(method, 'needs_rows', False) and not _takes_rows(method, closure):
         raise ValueError(f'{type(method).__name__} selects samples, so its closure takes their positions, '
                          'or `None` for all samples, and returns one loss per sample')
 
@@ -580,14 +582,29 @@ def check_unscaled(
                      '`MethodOptimizer(..., scaler=scaler)` and a closure that does not scale the loss, or '
                      'call `opt.backward(closure)` and then `scaler.step(opt)`')
 
+def _still_scaled(loop):
+    "Return the gradients that carry a loss scale when the optimizer steps."
+    if loss_scale(loop) is None: return []
+    by_scaler = loop.scaler is not None or loop.finds_scaler # otherwise the optimizer itself unscales, later
+    params = scaled_elsewhere(loop) if by_scaler else stepped_params(loop)
+    return [p.grad for p in params if p.grad is not None]
+
+def _clip(loop):
+    """Clip the norm of all gradients without the loss scale.
+
+    `GradScaler.step` unscales those of its optimizer; the network can have others, for another optimizer."""
+    scaled = local_parts(_still_scaled(loop))
+    for g in scaled: g /= loss_scale(loop).to(g.device)
+    clip_gradients_(stepped_params(loop), loop.max_norm)
+    for g in scaled: g *= loss_scale(loop).to(g.device) # another scaler unscales them
+
 def loop_step(
     loop:PlainLoop, # A loop with gradients of `loop_backward`
 ):
     "Make the optimizer's step with the gradients in `.grad`; skip it if a loss scale has made one infinite."
     done = [] # gets an entry if `step_unscaled` calls `step`
     def step():
-        params = stepped_params(loop)
-        if loop.max_norm is not None: clip_gradients_(params, loop.max_norm)
+        if loop.max_norm is not None: _clip(loop)
         try:
             loop('before_step')
             loop._step()

@@ -17,7 +17,7 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.optimizer import OptimWrapper
 
 from .arguments import ShowsArguments
-from .fits import PreparedInFit, evaluating
+from .fits import PreparedInFit, evaluating, in_lr_find, own_attribute
 from .passes import ORDERS
 from .perturb import copy_not_finite_, has_average, is_norm_layer, local_parts
 from .perturb import trainable_params, unwrapped, weights_moved
@@ -161,8 +161,8 @@ class Lookahead(PreparedInFit, ShowsArguments, Callback):
         self._loaded = None # a loaded state, until the next batch of a fit
 
     def before_train(self):
-        if hasattr(self.learn, 'lr_finder'): return
-        partial_epochs = getattr(self.learn, 'partial_epochs', None) # `PartialEpochs` shortens training
+        if in_lr_find(self.learn): return
+        partial_epochs = own_attribute(self.learn, 'partial_epochs') # `PartialEpochs` shortens training
         batches = partial_epochs.total if partial_epochs else len(self.dl) * self.n_epoch
         if batches < self.every:
             raise ValueError(f'`every` (`lookahead` of a run) is {self.every} batches, but training has '
@@ -200,7 +200,7 @@ class Lookahead(PreparedInFit, ShowsArguments, Callback):
 
     def _continue_loaded(self):
         "Continue from a loaded state; a learning rate search leaves it to the next fit."
-        if self._loaded is None or hasattr(self.learn, 'lr_finder'): return
+        if self._loaded is None or in_lr_find(self.learn): return
         state, self._loaded = self._loaded, None
         shapes = {name: t.shape for name, t in self.slow.items()}
         if {name: t.shape for name, t in state['slow'].items()} != shapes:
@@ -268,7 +268,7 @@ class PartialEpochs(PreparedInFit, ShowsArguments, Callback):
         self.epochs = epochs
 
     def before_fit(self):
-        self._on = not hasattr(self.learn, 'lr_finder') # a learning rate search has its own length
+        self._on = not in_lr_find(self.learn) # a learning rate search has its own length
         if not self._on: return
         if self.n_epoch != math.ceil(self.epochs):
             whole = math.ceil(self.epochs)

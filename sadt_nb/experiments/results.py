@@ -22,6 +22,7 @@ from ..core.arguments import ShowsArguments
 from ..core.checkpoint import CheckpointFile, saved
 from ..core.loss_terms import LossTerm
 from ..core.passes import replaying
+from ..core.fits import own_attribute
 from ..core.perturb import unwrapped
 from ..core.ranks import over_ranks
 from .config import Run
@@ -103,7 +104,7 @@ class _TermRatio:
 
     def measure(self, loss, term):
         learn = self.learn
-        every = max(1, getattr(learn, 'n_iter', 1) // self.batches) # measure each `every`-th batch
+        every = max(1, own_attribute(learn, 'n_iter', 1) // self.batches) # measure each `every`-th batch
         due = learn.iter % every == 0 and learn.iter // every < self.batches
         if not due or replaying(learn) or not getattr(learn.pred, 'requires_grad', False): return
         def norm(value): return torch.autograd.grad(value, learn.pred, retain_graph=True)[0].detach().norm()
@@ -170,7 +171,7 @@ class RunRecorder(ShowsArguments, Callback):
         self._row.update(valid_loss=loss, valid_accuracy=accuracy)
 
     def after_epoch(self):
-        selection = getattr(self.learn, 'keep_best', None)
+        selection = own_attribute(self.learn, 'keep_best')
         if selection and selection.select == 'test': self._row['test_accuracy'] = selection.last
         self.rows.append(self._row)
         self.kept = max(self.kept, _kept_bytes(self.learn))
@@ -269,14 +270,14 @@ def _data_facts(dls):
 
 def _selected(learn):
     "Return the epoch whose weights were kept, and the accuracies that the rule of this choice computes."
-    if hasattr(learn, 'keep_released'): return learn.keep_released.facts()
-    if not hasattr(learn, 'keep_best'): return {}
+    if own_attribute(learn, 'keep_released') is not None: return learn.keep_released.facts()
+    if own_attribute(learn, 'keep_best') is None: return {}
     keep = learn.keep_best
     return dict(epoch_kept=keep.epoch_kept + 1, accuracy_kept=keep.best, accuracy_last=keep.last)
 
 def _beside_teacher(learn):
     "Return the teacher's accuracy, and the distance of the student's outputs from the teacher's outputs."
-    if not hasattr(learn, 'distillation'): return {}
+    if own_attribute(learn, 'distillation') is None: return {}
     student, teacher = unwrapped(learn.model), learn.distillation.teacher
     loaders = dict(train=in_order(learn.dls.train), test=learn.dls[2])
     facts = dict(accuracy=evaluate(teacher, learn.dls[2])['accuracy'])

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
 from ..core.display import bar
-from ..core.fits import PreparedInFit, evaluating
+from ..core.fits import PreparedInFit, evaluating, in_lr_find
 from ..core.fixed_loss import FixedLoss, collect_batches
 from ..core.perturb import ascent, check_count, global_norm, perturbed, weight_sizes
 from ..core.states import device_of, in_eval_mode, kept_random_states
@@ -160,7 +160,7 @@ class FlatnessRecorder(PreparedInFit, ShowsArguments, Callback):
     def before_fit(self):
         if evaluating(self.learn): return # the rows of the fit stay
         self.rows = []
-        self._skips = hasattr(self.learn, 'lr_finder') # nothing is measured in a learning rate search
+        self._skips = in_lr_find(self.learn) # nothing is measured in a learning rate search
         if self._skips: return
         batches = collect_batches(self.learn, self.dl, self.samples) # list of pairs `((x, ...), y)`
         # the measures take batches with inputs and labels in one tuple, `(x, ..., y)`

@@ -14,7 +14,8 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from ..core.arguments import ShowsArguments
-from ..core.fits import PreparedInFit, check_learner, check_outputs, evaluating, skipped_epochs
+from ..core.fits import PreparedInFit, check_learner, check_outputs, evaluating, in_lr_find
+from ..core.fits import skipped_epochs
 from ..core.perturb import unwrapped
 from ..core.ranks import bare_loader, over_ranks
 from ..core.teachers import Ensemble
@@ -74,7 +75,7 @@ class KeepBest(PreparedInFit, ShowsArguments, Callback):
         event_name:str, # Name of a fastai event, such as 'before_fit'
     ):
         "Handle an event of a fit; evaluations, learning rate searches and epochs that are skipped are none."
-        if evaluating(self.learn) or hasattr(self.learn, 'lr_finder'): return
+        if evaluating(self.learn) or in_lr_find(self.learn): return
         if event_name == 'after_epoch' and self.learn.epoch < skipped_epochs(self.learn): return
         return super().__call__(event_name)
 

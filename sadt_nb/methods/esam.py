@@ -17,6 +17,7 @@ from fastai.layers import NoneReduce
 
 from ..core.closures import closure_step
 from ..core.passes import batch_size
+from ..core.fits import own_attribute
 from ..core.perturb import ascent, check_radius, is_sharded, trainable_params
 from ..core.perturbed_passes import PerturbedPass, check_rows
 from ..core.ranks import over_ranks, sync_gradients
@@ -106,7 +107,7 @@ def _check_reduction(loss_func):
 @torch.no_grad()
 def _sample_losses(learn, pred):
     "Return the loss of each sample of the current batch. Raises `ValueError` if this is impossible."
-    if getattr(learn, 'per_sample', False): return pred # without a Learner: the closure's losses
+    if own_attribute(learn, 'per_sample', False): return pred # without a Learner: the closure's losses
     with NoneReduce(learn.loss_func) as loss_func: losses = loss_func(pred, *learn.yb)
     n = batch_size(learn.xb)
     if not losses.numel() or losses.numel() % n:

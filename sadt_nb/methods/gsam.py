@@ -14,7 +14,7 @@ from torch import Tensor
 from fastai.callback.schedule import ParamScheduler
 
 from ..core.closures import closure_step
-from ..core.fits import has_rates
+from ..core.fits import has_rates, in_lr_find, in_plain_loop
 from ..core.perturb import check_finite, check_not_negative, copied, global_dot, local_parts
 from ..core.perturb import sam_ascent, trainable_params
 from ..core.perturbed_passes import PerturbedPass
@@ -43,7 +43,7 @@ def _decompose_(params, g, alpha):
 # %% ../../nbs/methods/24_gsam.ipynb #a9ed7a4f
 def _peak(learn):
     "Return the last group's highest learning rate in the schedule; `None` if there is no schedule."
-    if hasattr(learn, 'lr_finder'): return None # `lr_find` is running
+    if in_lr_find(learn): return None # `lr_find` is running
     schedule = None
     for cb in learn.cbs:
         if isinstance(cb, ParamScheduler) and 'lr' in cb.scheds: schedule = cb.scheds['lr']
@@ -73,13 +73,14 @@ class GSAM(PerturbedPass):
 
     g_p is the gradient at the distance `rho` uphill. g_perp is the part of the plain gradient that is
     perpendicular to g_p. `g_p - alpha g_perp` is computed for each micro-batch of each process, then
-    averaged. Raises `ValueError` for values out of range."""
+    averaged. Raises `ValueError` for values out of range, and for a `rho_min` without `lr_max` in a loop
+    without fastai."""
     def __init__(self,
         rho_max:float=.05,      # Radius at the highest learning rate, > 0
         rho_min:float=.05,      # Radius at the learning rate `lr_min`, >= 0
         alpha:float=.4,         # Factor of the perpendicular part g_perp, >= 0; 0 gives SAM
         adaptive:bool=False,    # Radius relative to each weight's size; then set `rho_max` to about 2
-        lr_max:float|None=None, # Learning rate for the radius `rho_max`; by default the schedule's peak
+        lr_max:float|None=None, # Rate for the radius `rho_max`; by default the peak of fastai's schedule
         lr_min:float=0.,        # Learning rate for the radius `rho_min`, >= 0
         bn:BatchNormPolicy='update', # BatchNorm statistics in the extra pass: 'update' or 'keep'
         rng:RandomPolicy='fresh', # Dropout masks in the extra pass: 'fresh' or 'replay'
@@ -96,6 +97,9 @@ class GSAM(PerturbedPass):
         super().before_fit()
         if self.lr_max is not None and not has_rates(self.learn):
             raise ValueError('`lr_max` needs a learning rate in every parameter group; leave `lr_max` out')
+        if in_plain_loop(self.learn) and self.lr_max is None and self.rho_min != self.rho_max:
+            raise ValueError('without fastai, the highest rate of the schedule is not known, which `rho_min` '
+                             'needs; set `lr_max` to it')
         self._lr_peak = _peak(self.learn)
 
     @property

@@ -110,9 +110,11 @@ class MESA(StepWatch, TrajectoryLoss):
         self._stepped = False
 
     def state_dict(self):
-        teacher = self._loaded if self.teacher is None else self.teacher.state_dict()
+        teacher = self._loaded
+        if teacher is None and self.teacher is not None: teacher = self.teacher.state_dict()
         return dict(super().state_dict(), teacher=teacher)
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self._loaded = state['teacher']
+        if self._loaded is None: self.teacher = None # the state is from before the training

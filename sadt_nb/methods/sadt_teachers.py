@@ -215,6 +215,7 @@ class SeededNoise(ExtraPass):
 
     def state_dict(self):
         state = super().state_dict() # with the state of the generator, if there is one
+        if self.generator is None and self._loaded is not None: state['generator'] = self._loaded
         if self.sigma == 'rate' and self.rate is not None: state['rate'] = self.rate
         return state
 

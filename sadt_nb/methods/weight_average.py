@@ -22,6 +22,7 @@ from fastai.callback.schedule import ParamScheduler
 
 from ..core.arguments import ShowsArguments
 from ..core.fits import PreparedInFit, ReplacedMethod, check_learner, check_single, evaluating
+from ..core.fits import in_lr_find
 from ..core.loss_terms import SampleIds
 from ..core.passes import batch_size
 from ..core.perturb import check_count, check_whole, copy_not_finite_, has_average
@@ -204,6 +205,7 @@ class _Average(_Steps):
 
     def _load(self):
         state, self._loaded = self._loaded, None
+        self.averaged = None
         if state['averaged'] is not None:
             self.averaged = _new_average(unwrapped(self.learn.model), self._average_, state['averaged'])
         self.swapped, self.steps, self.norms = state['swapped'], state['steps'], list(state['norms'])
@@ -316,7 +318,7 @@ class WeightAverage(_ValidatedAverage):
         if evaluating(self.learn): return
         check_single(self, WeightAverage, 'averages the weights')
         if self._loaded is None: self._init_state()
-        self._on = not hasattr(self.learn, 'lr_finder')
+        self._on = not in_lr_find(self.learn)
         _Epochs.install(self)
         model = unwrapped(self.learn.model)
         check_whole(model, 'WeightAverage keeps a copy of the weights')

@@ -73,7 +73,7 @@ def compared_kinds(
     networks:pd.DataFrame, # From `strong_networks`
 ) -> list: # Kinds, in the order of the presets
     "Return the kinds that are compared with plain training: no searches, no tuned methods."
-    of_searches = 'times the rate', 'passes of', 'tuned length', 'as tuned SADT-1'
+    of_searches = 'times the rate', 'passes of', 'tuned length', 'as tuned SADT-1', 'other images'
     shown = [k for k in dict.fromkeys(networks.kind) if not any(words in k for words in of_searches)]
     return [k for k in shown if k not in CONTROLS.values() and not k.endswith(', tuned')]
 

@@ -36,7 +36,7 @@ def _noise_on(names, params, generator):
 TABLE = published('loops') / 'loops.json'
 TASKS = [name for name in NETWORKS if name != 'flat regression']
 OPTIONS = {'sam': dict(rho=.1), 'asam': dict(rho=.5), 'esam': dict(rho=.1),
-           'gsam': dict(rho_max=.1, alpha=.1), 'looksam': dict(rho=.1, k=2),
+           'gsam': dict(rho_max=.1, rho_min=.1, alpha=.1), 'looksam': dict(rho=.1, k=2),
            'friendly_sam': dict(rho=.1), 'wsam': dict(rho=.1, gamma=.8),
            'saf': dict(lam=2., tau=1., lag=1, start_epoch=1),
            'mesa': dict(lam=2., tau=1., beta=.5, start_epoch=0),

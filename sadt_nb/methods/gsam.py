@@ -99,7 +99,7 @@ class GSAM(PerturbedPass):
             raise ValueError('`lr_max` needs a learning rate in every parameter group; leave `lr_max` out')
         if in_plain_loop(self.learn) and self.lr_max is None and self.rho_min != self.rho_max:
             raise ValueError('without fastai, the highest rate of the schedule is not known, which `rho_min` '
-                             'needs; set `lr_max` to it')
+                             'needs; set `lr_max` to it, or `rho_min` to `rho_max`')
         self._lr_peak = _peak(self.learn)
 
     @property
